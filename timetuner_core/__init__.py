@@ -1,0 +1,7 @@
+"""Timestep tuning for frozen diffusion models: schedules, model wrapper, samplers, tuners."""
+
+from timetuner_core.model_wrapper import model_wrapper
+from timetuner_core.noise_schedule import NoiseScheduleVP
+from timetuner_core.time_tuner import TimeTuner
+
+__all__ = ["NoiseScheduleVP", "TimeTuner", "model_wrapper"]

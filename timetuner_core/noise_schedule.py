@@ -1,0 +1,137 @@
+"""Variance-preserving noise schedules: alpha_t, sigma_t and lambda_t as functions of continuous time."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+ScheduleKind = Literal["discrete", "linear", "cosine"]
+
+
+class NoiseScheduleVP:
+    """A VP forward process `x_t = alpha_t * x0 + sigma_t * eps`, `alpha_t**2 + sigma_t**2 = 1`.
+
+    Time is continuous, `t` in `(0, T]`; `t = 0` is clean data (`alpha = 1`, `sigma = 0`).
+
+    - `'discrete'`: a network trained on `N` steps. Training step `n = 1..N` sits at `t_n = n / N`;
+      between them `log alpha_t` is piecewise linear, also from the exact `log alpha_0 = 0` to `t_1`,
+      and beyond `T = 1` the last piece goes on. Give `betas` or `alphas_cumprod`, each of shape `(N,)`.
+    - `'linear'`: the VP SDE of Score-SDE (Song et al. 2021, eq. 33),
+      `log alpha_t = -t**2 (beta_1 - beta_0) / 4 - t beta_0 / 2`.
+    - `'cosine'`: Nichol & Dhariwal 2021, eq. 17, cut at `T = 0.9946` as DPM-Solver (Lu et al. 2022) does.
+
+    All methods are elementwise over tensors `t` of any shape, differentiable in `t`, and return `t`'s
+    dtype; the table is kept in float64.
+
+    Raises:
+        ValueError: unknown `schedule`; for `'discrete'`, betas outside `(0, 1)` or alphas_cumprod that
+            are not strictly decreasing inside `(0, 1)`.
+    """
+
+    def __init__(
+        self,
+        schedule: ScheduleKind = "discrete",
+        betas: Tensor | None = None,
+        alphas_cumprod: Tensor | None = None,
+        continuous_beta_0: float = 0.1,
+        continuous_beta_1: float = 20.0,
+    ) -> None:
+        if schedule not in ("discrete", "linear", "cosine"):
+            raise ValueError(f"schedule is {schedule!r}; accepted: 'discrete', 'linear', 'cosine'")
+        self.schedule = schedule
+        self.T = 0.9946 if schedule == "cosine" else 1.0
+        self.beta_0 = continuous_beta_0
+        self.beta_1 = continuous_beta_1
+        self.total_N = 1000
+        if schedule == "discrete":
+            table = _log_alpha_table(betas, alphas_cumprod)
+            self.total_N = len(table) - 1
+            self._tables = {table.device: table}
+
+    @property
+    def t_min(self) -> float:
+        """The end of the default time grid: the first training step, or 1e-3 in continuous time."""
+        return 1.0 / self.total_N if self.schedule == "discrete" else 1e-3
+
+    def marginal_log_mean_coeff(self, t: Tensor) -> Tensor:
+        """`log alpha_t`."""
+        if self.schedule == "linear":
+            return -0.25 * t**2 * (self.beta_1 - self.beta_0) - 0.5 * t * self.beta_0
+        if self.schedule == "cosine":
+            s = _COSINE_S
+            return torch.log(torch.cos((t + s) / (1 + s) * math.pi / 2)) - _COSINE_LOG_ALPHA_0
+        table = self._table(t.device)
+        position = t.to(table.dtype) * self.total_N
+        left = position.detach().floor().clamp(0, self.total_N - 1).long()
+        value = table[left] + (position - left) * (table[left + 1] - table[left])
+        return value.to(t.dtype)
+
+    def marginal_alpha(self, t: Tensor) -> Tensor:
+        """`alpha_t`."""
+        return torch.exp(self.marginal_log_mean_coeff(t))
+
+    def marginal_std(self, t: Tensor) -> Tensor:
+        """`sigma_t = sqrt(1 - alpha_t**2)`, without cancellation near `t = 0`."""
+        return torch.sqrt(-torch.expm1(2.0 * self.marginal_log_mean_coeff(t)))
+
+    def marginal_lambda(self, t: Tensor) -> Tensor:
+        """Half the log signal-to-noise ratio, `lambda_t = log(alpha_t / sigma_t)`."""
+        log_alpha = self.marginal_log_mean_coeff(t)
+        return log_alpha - 0.5 * torch.log(-torch.expm1(2.0 * log_alpha))
+
+    def inverse_lambda(self, lambda_t: Tensor) -> Tensor:
+        """The `t` at which the schedule has the half log-SNR `lambda_t`."""
+        softplus = functional.softplus(-2.0 * lambda_t)  # = -2 log alpha_t
+        if self.schedule == "linear":
+            slope = self.beta_1 - self.beta_0
+            root = torch.sqrt(self.beta_0**2 + 2.0 * slope * softplus)
+            return 2.0 * softplus / (root + self.beta_0)
+        log_alpha = -0.5 * softplus
+        if self.schedule == "cosine":
+            s = _COSINE_S
+            angle = torch.arccos(torch.exp(log_alpha + _COSINE_LOG_ALPHA_0))
+            return angle * 2.0 * (1.0 + s) / math.pi - s
+        table = self._table(lambda_t.device)
+        log_alpha = log_alpha.to(table.dtype)
+        # The table falls, searchsorted wants it rising: the number of entries above the value.
+        above = torch.searchsorted(-table, -log_alpha.detach().contiguous())
+        left = (above - 1).clamp(0, self.total_N - 1)
+        fraction = (log_alpha - table[left]) / (table[left + 1] - table[left])
+        return ((left + fraction) / self.total_N).to(lambda_t.dtype)
+
+    def model_input_time(self, t: Tensor) -> Tensor:
+        """What the network is fed for time `t`: `(t - 1/N) * N` in `0..N-1` if discrete, else `t`."""
+        return (t - 1.0 / self.total_N) * self.total_N if self.schedule == "discrete" else t
+
+    def time_of_model_input(self, t_input: Tensor) -> Tensor:
+        """The inverse of `model_input_time`."""
+        return (t_input + 1.0) / self.total_N if self.schedule == "discrete" else t_input
+
+    def _table(self, device: torch.device) -> Tensor:
+        if device not in self._tables:
+            self._tables[device] = next(iter(self._tables.values())).to(device)
+        return self._tables[device]
+
+
+_COSINE_S = 0.008
+_COSINE_LOG_ALPHA_0 = math.log(math.cos(_COSINE_S / (1.0 + _COSINE_S) * math.pi / 2.0))
+
+
+def _log_alpha_table(betas: Tensor | None, alphas_cumprod: Tensor | None) -> Tensor:
+    """`log alpha` at `t = 0, 1/N, ..., 1`: float64, shape `(N + 1,)`."""
+    if (betas is None) == (alphas_cumprod is None):
+        raise ValueError("a discrete schedule takes one of betas and alphas_cumprod")
+    if betas is not None:
+        betas = torch.as_tensor(betas).double()
+        if betas.ndim != 1 or len(betas) == 0 or not bool(((betas > 0) & (betas < 1)).all()):
+            raise ValueError("betas must have shape (N,) with every value inside (0, 1)")
+        log_alpha = 0.5 * torch.log1p(-betas).cumsum(0)
+    else:
+        acp = torch.as_tensor(alphas_cumprod).double()
+        falling = acp.ndim == 1 and len(acp) > 0 and bool((acp[1:] < acp[:-1]).all())
+        if not falling or not bool(((acp > 0) & (acp < 1)).all()):
+            raise ValueError("alphas_cumprod must have shape (N,) and fall strictly inside (0, 1)")
+        log_alpha = 0.5 * torch.log(acp)
+    return torch.cat([log_alpha.new_zeros(1), log_alpha])

@@ -1,0 +1,241 @@
+"""`TimeTuner`: sampling with tuned timesteps, and tuning them, under the names of the original code."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from timetuner_core import tuning
+from timetuner_core.grids import check_t_ratios, check_timesteps, uniform_timesteps
+from timetuner_core.model_wrapper import ModelFn
+from timetuner_core.noise_schedule import NoiseScheduleVP
+from timetuner_core.samplers import Generators, StepFn, ddim_step, sample_steps
+
+
+class TimeTuner:
+    """Sampling and tuning of one model under one noise schedule (TimeTuner, Xia et al., CVPR 2024).
+
+    Args:
+        model_fn: `model_fn(x, t, condition, uncond_condition) -> eps`, as `model_wrapper` returns it.
+    """
+
+    def __init__(self, model_fn: ModelFn, noise_schedule: NoiseScheduleVP) -> None:
+        self.model_fn = model_fn
+        self.noise_schedule = noise_schedule
+
+    def ddim_step_fn(
+        self,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        t_ratio: Tensor | float = 1.0,
+        eta: float = 0.0,
+        noise: Tensor | None = None,
+        condition: Tensor | None = None,
+        uncond_condition: Tensor | None = None,
+        generator: Generators = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One DDIM step, `(x_s, x0)`; see `samplers.ddim_step`."""
+        return ddim_step(
+            self.model_fn, self.noise_schedule, x, t, s, t_ratio, eta, noise, generator, condition, uncond_condition
+        )
+
+    def get_timesteps(self, num_steps: int | None = None, timesteps: Tensor | list[float] | None = None) -> Tensor:
+        """The given grid, checked, or the uniform one: `(num_steps + 1,)`, float64, falling.
+
+        Raises:
+            ValueError: neither argument given, `num_steps` outside 1..N, both given and at odds, or a grid
+                that does not fall within `[0, T]`.
+        """
+        if timesteps is not None:
+            grid = check_timesteps(self.noise_schedule, timesteps)
+            if num_steps not in (None, len(grid) - 1):
+                raise ValueError(f"num_steps is {num_steps}, but timesteps has {len(grid) - 1} steps")
+            return grid
+        if num_steps is None:
+            raise ValueError("give num_steps or timesteps")
+        return uniform_timesteps(self.noise_schedule, num_steps)
+
+    @torch.no_grad()
+    def ddim_sample(
+        self,
+        x: Tensor,
+        num_steps: int | None = None,
+        timesteps: Tensor | list[float] | None = None,
+        t_ratios: Tensor | list[float] | None = None,
+        eta: float = 0.0,
+        condition: Tensor | None = None,
+        uncond_condition: Tensor | None = None,
+        return_intermediates: bool = False,
+        verbose: bool = False,
+        *,
+        generator: Generators = None,
+        callback: Callable[[int, Tensor, Tensor], None] | None = None,
+    ) -> Any:
+        """DDIM sampling from `x` = x_T, `(B, ...)`, to x0.
+
+        Args:
+            timesteps: a grid of `num_steps + 1` falling times; default uniform.
+            t_ratios: one per step, `(num_steps,)`; default ones, which is plain DDIM.
+            generator: for `eta > 0`, one, or one per sample.
+            callback: called with (step index, x_s, x0) after each step.
+
+        Returns:
+            x, or `(x, {"x_t": [...], "x0_pred": [...]})` with `return_intermediates`.
+
+        Raises:
+            ValueError: see `get_timesteps`; `t_ratios` of another length than the grid has steps.
+        """
+        grid = self.get_timesteps(num_steps, timesteps)
+        ratios = check_t_ratios(self.noise_schedule, grid, t_ratios)
+        step_kwargs = {
+            "eta": eta,
+            "generator": generator,
+            "condition": condition,
+            "uncond_condition": uncond_condition,
+        }
+        intermediates: dict[str, list[Tensor]] = {"x_t": [x], "x0_pred": []}
+        steps = sample_steps(self.ddim_step_fn, x, grid, ratios, **step_kwargs)
+        for i, (x_s, x0) in enumerate(tqdm(steps, "DDIM", len(ratios), disable=not verbose)):
+            x = x_s
+            if return_intermediates:
+                intermediates["x_t"].append(x_s)
+                intermediates["x0_pred"].append(x0)
+            if callback is not None:
+                callback(i, x_s, x0)
+        return (x, intermediates) if return_intermediates else x
+
+    def optimize_timesteps(
+        self,
+        data_loader: Iterable[Mapping[str, Any]],
+        step_fn: StepFn,
+        encode_fn: Callable[[Tensor], Tensor] | None = None,
+        num_steps: int | None = None,
+        timesteps: Tensor | list[float] | None = None,
+        tune_type: tuning.TuneType = "sequential",
+        lr: float = 2e-3,
+        total_iters: int = 500,
+        verbose: bool = False,
+        *,
+        batch_size: int | None = None,
+        population_size: int = 1024,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        **step_kwargs: Any,
+    ) -> Tensor:
+        """Learn one ratio per step by Adam, the network frozen: see `tuning.tune_next_eps`.
+
+        Args:
+            data_loader: yields mappings with `image` `(B, ...)` and, for conditional models, `label`
+                `(B, ...)`. It is read once, up to `population_size` images; iterations then draw from these
+                with replacement, so a short loader does not end tuning early.
+            step_fn: any one-step sampler, `step_fn(x, t, s, t_ratio=..., **step_kwargs) -> (x_s, x0)`,
+                taking `t`, `s` and `t_ratio` of shape `()` or `(B,)`; `self.ddim_step_fn` for DDIM.
+            encode_fn: applied to each batch of images (LDM's encoder).
+            batch_size: samples per step and iteration; default that of the loader.
+            seed: fixes every draw: the same arguments give the same ratios.
+            device: where to put the images; default where the loader has them.
+
+        Returns:
+            t_ratios, `(num_steps,)`, float64 on the CPU.
+
+        Raises:
+            ValueError: an empty loader, or what `get_timesteps` and `tuning.tune` raise.
+        """
+        grid = self.get_timesteps(num_steps, timesteps)
+        x0, condition, loader_batch = _population(data_loader, encode_fn, population_size, device)
+        problem = tuning.TuningProblem(
+            self.model_fn,
+            self.noise_schedule,
+            step_fn,
+            grid,
+            x0,
+            condition,
+            batch_size=batch_size or loader_batch,
+            seed=seed,
+            step_kwargs=step_kwargs,
+        )
+        groups = 1 if tune_type == "parallel" else problem.num_steps - 1
+        state = tuning.TuningState.start(problem.num_steps)
+        tuned = tuning.tune_next_eps(problem, state, tune_type, lr, total_iters)
+        return _last_ratios(tuned, state, groups * total_iters, verbose)
+
+    def optimize_end_to_end(
+        self,
+        x: Tensor,
+        step_fn: StepFn,
+        num_steps: int | None = None,
+        timesteps: Tensor | list[float] | None = None,
+        teacher_num_steps: int = 100,
+        lr: float = 1e-2,
+        total_iters: int = 100,
+        verbose: bool = False,
+        *,
+        condition: Tensor | None = None,
+        batch_size: int = 16,
+        seed: int = 0,
+        **step_kwargs: Any,
+    ) -> Tensor:
+        """Learn all ratios at once by matching a many-step teacher's samples: see `tuning.tune_end_to_end`.
+
+        Args:
+            x: initial noise x_T to tune on, `(P, ...)`; condition: `(P, ...)` or None.
+            teacher_num_steps: steps of the teacher, the same sampler on a uniform grid, untuned.
+
+        Returns:
+            t_ratios, `(num_steps,)`, float64 on the CPU.
+
+        Raises:
+            ValueError: what `get_timesteps` and `tuning.tune_end_to_end` raise.
+        """
+        problem = tuning.TuningProblem(
+            self.model_fn,
+            self.noise_schedule,
+            step_fn,
+            self.get_timesteps(num_steps, timesteps),
+            x,
+            condition,
+            batch_size=batch_size,
+            seed=seed,
+            step_kwargs=step_kwargs,
+        )
+        state = tuning.TuningState.start(problem.num_steps)
+        teacher_timesteps = self.get_timesteps(teacher_num_steps)
+        tuned = tuning.tune_end_to_end(problem, state, teacher_timesteps, lr, total_iters)
+        return _last_ratios(tuned, state, total_iters + math.ceil(len(x) / batch_size), verbose)
+
+
+def _last_ratios(tuned: Iterator[tuning.TuningState], state: tuning.TuningState, total: int, verbose: bool) -> Tensor:
+    """Run a tuner to its end."""
+    with tqdm(tuned, "tuning", total, disable=not verbose) as progress:
+        for _ in progress:
+            progress.set_postfix(loss=f"{state.loss.nan_to_num().sum():.4f}")
+    return state.t_ratios
+
+
+@torch.no_grad()
+def _population(
+    data_loader: Iterable[Mapping[str, Any]],
+    encode_fn: Callable[[Tensor], Tensor] | None,
+    population_size: int,
+    device: torch.device | str | None,
+) -> tuple[Tensor, Tensor | None, int]:
+    """Up to `population_size` images, their labels if any, and the loader's batch size."""
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
+    count = 0
+    for batch in data_loader:
+        image = batch["image"].to(device)
+        images.append(image if encode_fn is None else encode_fn(image))
+        if batch.get("label") is not None:
+            labels.append(torch.as_tensor(batch["label"]).to(image.device))
+        count += len(image)
+        if count >= population_size:
+            break
+    if not images:
+        raise ValueError("data_loader gave no batch; accepted: at least one image")
+    condition = torch.cat(labels)[:population_size] if labels else None
+    return torch.cat(images)[:population_size], condition, len(images[0])
