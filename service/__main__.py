@@ -1,0 +1,5 @@
+"""`python -m service` is `timetuner`."""
+
+from service.cli import main
+
+main()

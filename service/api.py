@@ -1,0 +1,80 @@
+"""What all endpoints share: the application's state, JSON bodies, lists in pages, common field types."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Annotated, TypeVar
+
+from celery import Celery
+from fastapi import Depends, Query, Request
+from pydantic import BaseModel, Field, PlainSerializer
+from sqlalchemy import Select
+from sqlalchemy.orm import InstrumentedAttribute, Session
+
+from service.artifacts import ArtifactStore
+from service.errors import UnsupportedMediaTypeError
+from service.registry.database import Registry
+from service.registry.tables import Model, Schedule, TuningJob
+from service.settings import Settings
+
+JSON_TYPE = "application/json"
+
+# Exact in the database and in comparisons, a plain number in JSON.
+ExactNumber = Annotated[
+    Decimal, Field(max_digits=12, decimal_places=6), PlainSerializer(float, return_type=float, when_used="json")
+]
+GuidanceScale = Annotated[ExactNumber, Field(ge=0, le=1000)]
+Eta = Annotated[ExactNumber, Field(ge=0, le=1)]
+NumSteps = Annotated[int, Field(ge=1, le=100_000)]
+Identifier = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.\-]+$")]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+@dataclass(frozen=True)
+class AppState:
+    """Made once by `create_app`, reached by endpoints as `State`."""
+
+    settings: Settings
+    registry: Registry
+    artifacts: ArtifactStore
+    celery: Celery
+
+
+def _state(request: Request) -> AppState:
+    state: AppState = request.app.state.timetuner
+    return state
+
+
+State = Annotated[AppState, Depends(_state)]
+
+
+def require_json(request: Request) -> None:
+    """A dependency of endpoints with a JSON body: 415 for anything else."""
+    given = request.headers.get("content-type", "")
+    if given.partition(";")[0].strip().lower() != JSON_TYPE:
+        raise UnsupportedMediaTypeError(
+            f"Content-Type is {given!r}; accepted: {JSON_TYPE}", ("header", "Content-Type"), given
+        )
+
+
+class PageQuery(BaseModel):
+    limit: int = Field(50, ge=1, le=200, description="How many items at most.")
+    cursor: Identifier | None = Field(None, description="The `next_cursor` of the page before.")
+
+
+PageParams = Annotated[PageQuery, Query()]
+
+
+Row = TypeVar("Row", Model, TuningJob, Schedule)
+
+
+def newest_first(
+    session: Session, query: Select[Row], id_column: InstrumentedAttribute[str], page: PageQuery
+) -> tuple[Sequence[Row], str | None]:
+    """One page of rows by falling id, and the cursor of the next, or None after the last."""
+    if page.cursor is not None:
+        query = query.where(id_column < page.cursor)
+    rows = session.scalars(query.order_by(id_column.desc()).limit(page.limit + 1)).all()
+    more = len(rows) > page.limit
+    rows = rows[: page.limit]
+    return rows, rows[-1].id if more else None

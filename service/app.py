@@ -1,0 +1,73 @@
+"""The web application."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from fastapi.responses import RedirectResponse
+
+from service import health
+from service.api import AppState
+from service.artifacts import ArtifactStore
+from service.body_limit import BodyLimitMiddleware
+from service.errors import Problem, install_error_handlers
+from service.models import endpoints as models
+from service.models.schemas import BuiltinModelRequest
+from service.queue import celery_app
+from service.registry.database import Registry
+from service.samples import endpoints as samples
+from service.schedules import endpoints as schedules
+from service.settings import Settings
+from service.tuning_jobs import endpoints as tuning_jobs
+
+DESCRIPTION = "Tuned timesteps for frozen diffusion models: tune, keep, resolve and sample with them."
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The application on a database that has been migrated."""
+    settings = settings or Settings()
+    state = AppState(
+        settings,
+        Registry(settings.database_url),
+        ArtifactStore(settings.artifacts_url),
+        celery_app(settings.broker_url),
+    )
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        state.celery.close()
+        state.registry.close()
+
+    app = FastAPI(title="TimeTuner", version=version("timetuner"), description=DESCRIPTION, lifespan=lifespan)
+    app.state.timetuner = state
+    app.add_middleware(
+        BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes, max_json_bytes=settings.max_json_bytes
+    )
+    install_error_handlers(app)
+    for area in (models, tuning_jobs, schedules, samples, health):
+        app.include_router(area.router)
+
+    @app.get("/", include_in_schema=False)
+    def root() -> RedirectResponse:
+        return RedirectResponse("/docs")
+
+    _add_schemas(app)
+    return app
+
+
+def _add_schemas(app: FastAPI) -> None:
+    """Put the schemas that only errors and hand-parsed bodies refer to into the OpenAPI document."""
+    original = app.openapi
+
+    def openapi() -> dict[str, object]:
+        document = original()
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        for schema in (Problem, BuiltinModelRequest):
+            own = schema.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(own.pop("$defs", {}))
+            schemas[schema.__name__] = own
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,65 @@
+"""Where model folders and sample arrays are kept: a local folder, or any store fsspec knows (S3, ...)."""
+
+import hashlib
+import tempfile
+from pathlib import Path
+from uuid import uuid4
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+
+class ArtifactStore:
+    """Files under one URL. A file or folder appears whole, under its final name, or not at all."""
+
+    def __init__(self, url: str) -> None:
+        self.fs, self.root = fsspec.core.url_to_fs(url)
+
+    def put(self, key: str, content: bytes) -> None:
+        partial = self._path(f"partial/{uuid4().hex}")
+        self.fs.makedirs(self._path("partial"), exist_ok=True)
+        try:
+            self.fs.pipe_file(partial, content)
+            self._publish(partial, key)
+        finally:
+            self._remove(partial)
+
+    def put_folder(self, key: str, folder: Path) -> None:
+        """Keep a folder; one that is already there under this key stays."""
+        if self.fs.exists(self._path(key)):
+            return
+        partial = self._path(f"partial/{uuid4().hex}")
+        try:
+            self.fs.put(f"{folder}/", f"{partial}/", recursive=True)
+            self._publish(partial, key)
+        finally:
+            self._remove(partial)
+
+    def get(self, key: str) -> bytes:
+        content: bytes = self.fs.cat_file(self._path(key))
+        return content
+
+    def local_folder(self, key: str) -> Path:
+        """The folder as one on this machine: itself, or a copy fetched from a remote store."""
+        if isinstance(self.fs, LocalFileSystem):
+            return Path(self._path(key))
+        cache = Path(tempfile.gettempdir()) / f"timetuner-{hashlib.sha256(self.root.encode()).hexdigest()[:16]}" / key
+        if not cache.exists():
+            partial = cache.with_name(f"{cache.name}.{uuid4().hex}")
+            self.fs.get(f"{self._path(key)}/", f"{partial}/", recursive=True)
+            partial.replace(cache)
+        return cache
+
+    def remove(self, key: str) -> None:
+        self._remove(self._path(key))
+
+    def _publish(self, partial: str, key: str) -> None:
+        self.fs.makedirs(self._path(key).rpartition("/")[0], exist_ok=True)
+        self.fs.mv(partial, self._path(key), recursive=True)
+
+    def _remove(self, path: str) -> None:
+        if self.fs.exists(path):
+            self.fs.rm(path, recursive=True)
+
+    def _path(self, key: str) -> str:
+        return f"{self.root}/{key}"

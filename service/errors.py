@@ -1,0 +1,136 @@
+"""The errors of the service, and their one map to RFC 9457 problem documents."""
+
+import logging
+import math
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.encoders import jsonable_encoder
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+logger = logging.getLogger(__name__)
+
+Location = tuple[str | int, ...]
+
+
+class ErrorItem(BaseModel):
+    """One fault: where it is, what is accepted, and what was given."""
+
+    loc: list[str | int]
+    msg: str
+    input: Any = None
+
+
+class Problem(BaseModel):
+    """An RFC 9457 problem document."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    errors: list[ErrorItem] = []
+
+
+class ServiceError(Exception):
+    """A request that cannot be served, and why. `loc` names the field, such as `("body", "num_steps")`."""
+
+    status = HTTPStatus.BAD_REQUEST
+    headers: Mapping[str, str] = {}
+
+    def __init__(self, detail: str, loc: Location | None = None, input: Any = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.errors = [] if loc is None else [ErrorItem(loc=list(loc), msg=detail, input=input)]
+
+
+class NotFoundError(ServiceError):
+    status = HTTPStatus.NOT_FOUND
+
+
+class NotAcceptableError(ServiceError):
+    status = HTTPStatus.NOT_ACCEPTABLE
+
+
+class ConflictError(ServiceError):
+    status = HTTPStatus.CONFLICT
+
+
+class TooLargeError(ServiceError):
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+
+
+class UnsupportedMediaTypeError(ServiceError):
+    status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+
+
+class InvalidError(ServiceError):
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+
+
+class TooManyRequestsError(ServiceError):
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    headers = {"Retry-After": "10"}  # noqa: RUF012
+
+
+class JobFailedError(ServiceError):
+    """A synchronous request whose job failed on the worker."""
+
+    status = HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+def problem_response(
+    status: int, detail: str, errors: list[ErrorItem] | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    problem = Problem(title=HTTPStatus(status).phrase, status=status, detail=detail, errors=errors or [])
+    return JSONResponse(jsonable_encoder(problem), status, headers=headers, media_type="application/problem+json")
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer every error, the framework's own included, with a problem document."""
+
+    @app.exception_handler(ServiceError)
+    def service_error(_request: Request, error: ServiceError) -> JSONResponse:
+        return problem_response(error.status, error.detail, error.errors, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    def validation_error(_request: Request, error: RequestValidationError) -> JSONResponse:
+        items = [ErrorItem(loc=list(e["loc"]), msg=e["msg"], input=_printable(e.get("input"))) for e in error.errors()]
+        detail = "; ".join(f"{'.'.join(map(str, item.loc))}: {item.msg}" for item in items)
+        return problem_response(HTTPStatus.UNPROCESSABLE_ENTITY, detail, items)
+
+    @app.exception_handler(HTTPException)
+    def http_error(_request: Request, error: HTTPException) -> JSONResponse:
+        return problem_response(error.status_code, str(error.detail), headers=error.headers)
+
+    @app.exception_handler(Exception)
+    def unexpected_error(request: Request, error: Exception) -> JSONResponse:
+        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return problem_response(HTTPStatus.INTERNAL_SERVER_ERROR, "an unexpected error; the server's log has it")
+
+
+def error_responses(*errors: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of an endpoint that may answer with these errors, for the OpenAPI document."""
+    return {
+        int(error.status): {
+            "description": error.status.phrase,
+            "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
+        }
+        for error in errors
+    }
+
+
+def _printable(value: Any) -> Any:
+    """The offending input as JSON, or a description of what JSON cannot hold (bytes, NaN)."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    try:
+        return jsonable_encoder(value)
+    except (ValueError, TypeError):
+        return repr(value)[:200]

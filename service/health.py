@@ -1,0 +1,61 @@
+"""/healthz and /readyz"""
+
+from typing import Literal
+
+from fastapi import APIRouter, Response
+from pydantic import BaseModel
+from sqlalchemy import text
+
+from service.api import AppState, State
+
+router = APIRouter(tags=["health"])
+
+
+class Health(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+class Readiness(BaseModel):
+    """What each part said: `ok`, or what is wrong."""
+
+    ready: bool
+    database: str
+    broker: str
+    workers: str
+
+
+@router.get("/healthz", operation_id="health")
+def healthz() -> Health:
+    """Whether this process answers."""
+    return Health()
+
+
+@router.get("/readyz", operation_id="readiness", responses={503: {"model": Readiness, "description": "Not ready."}})
+def readyz(state: State, response: Response) -> Readiness:
+    """Whether requests can be served: database and broker reachable, a worker for each queue."""
+    database = _database(state)
+    broker, workers = _broker_and_workers(state)
+    ready = database == broker == workers == "ok"
+    response.status_code = 200 if ready else 503
+    return Readiness(ready=ready, database=database, broker=broker, workers=workers)
+
+
+def _database(state: AppState) -> str:
+    try:
+        with state.registry.read() as session:
+            session.execute(text("SELECT 1"))
+    except Exception as error:  # whatever the driver raises
+        return f"unreachable ({type(error).__name__})"
+    return "ok"
+
+
+def _broker_and_workers(state: AppState) -> tuple[str, str]:
+    from service.queue import QUEUES
+
+    try:
+        replies = state.celery.control.inspect(timeout=1.0).active_queues() or {}
+    except Exception as error:  # whatever the transport raises
+        return f"unreachable ({type(error).__name__})", "unknown"
+    served = {queue["name"] for queues in replies.values() for queue in queues}
+    missing = [queue for queue in QUEUES if queue not in served]
+    return "ok", f"none for {', '.join(missing)}" if missing else "ok"

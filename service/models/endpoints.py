@@ -1,0 +1,133 @@
+"""/v1/models"""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from sqlalchemy import select
+from starlette.datastructures import UploadFile
+
+from service.api import JSON_TYPE, PageParams, State, newest_first
+from service.errors import (
+    ConflictError,
+    InvalidError,
+    NotFoundError,
+    TooLargeError,
+    UnsupportedMediaTypeError,
+    error_responses,
+)
+from service.models import logic
+from service.models.schemas import BuiltinModelRequest, ModelOut, ModelPage
+from service.registry.tables import Model
+
+router = APIRouter(prefix="/v1/models", tags=["models"])
+
+MULTIPART = "multipart/form-data"
+REQUEST_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            JSON_TYPE: {
+                "schema": {"$ref": "#/components/schemas/BuiltinModelRequest"},
+                "example": {"builtin": "digits8"},
+            },
+            MULTIPART: {
+                "schema": {
+                    "type": "object",
+                    "required": ["archive"],
+                    "properties": {
+                        "archive": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "A zip, tar or tar.gz of a diffusers-format folder.",
+                        },
+                        "name": {"type": "string", "maxLength": 200},
+                    },
+                }
+            },
+        },
+    }
+}
+
+
+async def _parse(request: Request) -> tuple[BuiltinModelRequest | None, UploadFile | None, str | None]:
+    """The body, by its content type: a built-in's request, or an uploaded archive and its name."""
+    given = request.headers.get("content-type", "")
+    content_type = given.partition(";")[0].strip().lower()
+    if content_type == JSON_TYPE:
+        try:
+            return BuiltinModelRequest.model_validate_json(await request.body()), None, None
+        except ValidationError as error:
+            located = [{**e, "loc": ("body", *e["loc"])} for e in error.errors(include_url=False)]
+            raise RequestValidationError(located) from None
+    if content_type != MULTIPART:
+        accepted = f"{JSON_TYPE} for a built-in model, {MULTIPART} for an archive"
+        raise UnsupportedMediaTypeError(
+            f"Content-Type is {given!r}; accepted: {accepted}", ("header", "Content-Type"), given
+        )
+    form = await request.form(max_files=1, max_fields=5)
+    archive, name = form.get("archive"), form.get("name")
+    if not isinstance(archive, UploadFile):
+        raise InvalidError("archive is missing; accepted: a zip, tar or tar.gz file", ("body", "archive"))
+    name = name if isinstance(name, str) and name else archive.filename or "model"
+    if len(name) > 200:
+        raise InvalidError("name is too long; accepted: up to 200 characters", ("body", "name"), name[:300])
+    return None, archive, name
+
+
+@router.post(
+    "",
+    status_code=201,
+    operation_id="register_model",
+    openapi_extra=REQUEST_BODY,
+    responses={
+        200: {"model": ModelOut, "description": "The same content was registered before."},
+        **error_responses(UnsupportedMediaTypeError, TooLargeError, InvalidError),
+    },
+)
+async def register_model(
+    parsed: Annotated[tuple[BuiltinModelRequest | None, UploadFile | None, str | None], Depends(_parse)],
+    state: State,
+    response: Response,
+) -> ModelOut:
+    """Register a model: a built-in one by name, or an uploaded archive of a diffusers-format folder."""
+    builtin, archive, name = parsed
+    if builtin is not None:
+        model, created = await run_in_threadpool(logic.register_builtin, state.registry, builtin.builtin, builtin.name)
+    else:
+        assert archive is not None and name is not None
+        limit = 2 * state.settings.max_body_bytes
+        model, created = await run_in_threadpool(
+            logic.register_archive, state.registry, state.artifacts, archive.file, name, limit
+        )
+    response.status_code = 201 if created else 200
+    response.headers["Location"] = f"/v1/models/{model.id}"
+    return ModelOut.model_validate(model)
+
+
+@router.get("", operation_id="list_models", responses=error_responses(InvalidError))
+def list_models(state: State, page: PageParams) -> ModelPage:
+    """The registered models, newest first."""
+    with state.registry.read() as session:
+        rows, cursor = newest_first(session, select(Model), Model.id, page)
+        return ModelPage(items=[ModelOut.model_validate(row) for row in rows], next_cursor=cursor)
+
+
+@router.get("/{model_id}", operation_id="get_model", responses=error_responses(NotFoundError))
+def get_model(model_id: str, state: State) -> ModelOut:
+    """One model."""
+    with state.registry.read() as session:
+        return ModelOut.model_validate(logic.get_model(session, model_id))
+
+
+@router.delete(
+    "/{model_id}",
+    status_code=204,
+    operation_id="delete_model",
+    responses=error_responses(NotFoundError, ConflictError),
+)
+def delete_model(model_id: str, state: State) -> None:
+    """Delete a model that no schedule and no job refers to."""
+    logic.delete_model(state.registry, state.artifacts, model_id)

@@ -1,0 +1,132 @@
+"""Registering, reading and deleting models."""
+
+import hashlib
+import shutil
+import tempfile
+from pathlib import Path
+from typing import IO, Any
+
+from sqlalchemy import exists, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from service.artifacts import ArtifactStore
+from service.errors import ConflictError, InvalidError, NotFoundError
+from service.models.archive import LOC, unpack
+from service.registry.database import Registry
+from service.registry.tables import Model, SampleJob, Schedule, TuningJob
+from timetuner_core.grids import max_num_steps
+from timetuner_core.loading import (
+    BUILTIN_FOLDERS,
+    MODEL_FILES,
+    DiffusionModel,
+    ModelFormatError,
+    load_builtin,
+    load_folder,
+)
+
+
+def register_builtin(registry: Registry, builtin: str, name: str | None) -> tuple[Model, bool]:
+    """The built-in's row and whether it was made now: registering it again finds the same row."""
+    folder = BUILTIN_FOLDERS.get(builtin)
+    content_hash = folder_hash(folder) if folder else hashlib.sha256(f"builtin:{builtin}".encode()).hexdigest()
+    spec = describe(load_builtin(builtin))
+    model = Model(name=name or builtin, content_hash=content_hash, source={"builtin": builtin}, spec=spec)
+    return _insert(registry, model)
+
+
+def register_archive(
+    registry: Registry, artifacts: ArtifactStore, file: IO[bytes], name: str, max_bytes: int
+) -> tuple[Model, bool]:
+    """Check an uploaded archive by loading it, keep its folder, and make its row; content seen before is found.
+
+    Raises:
+        InvalidError, TooLargeError: nothing was kept.
+    """
+    staging = Path(tempfile.mkdtemp(prefix="timetuner-upload-"))
+    try:
+        unpack(file, staging, max_bytes)
+        try:
+            spec = describe(load_folder(staging))
+        except ModelFormatError as error:
+            raise InvalidError(str(error), (*LOC, error.field)) from None
+        content_hash = folder_hash(staging)
+        key = f"models/{content_hash}"
+        artifacts.put_folder(key, staging)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return _insert(registry, Model(name=name, content_hash=content_hash, source={"artifact": key}, spec=spec))
+
+
+def get_model(session: Session, model_id: str) -> Model:
+    """Raises: NotFoundError."""
+    model = session.get(Model, model_id)
+    if model is None:
+        raise NotFoundError(f"no model {model_id!r}")
+    return model
+
+
+def get_requested_model(session: Session, model_id: str, where: str = "body") -> Model:
+    """The model that a request's body or query names. Raises: InvalidError, naming the field."""
+    model = session.get(Model, model_id)
+    if model is None:
+        accepted = "the id of a registered model, as GET /v1/models lists them"
+        raise InvalidError(f"no model {model_id!r}; accepted: {accepted}", (where, "model"), model_id)
+    return model
+
+
+def delete_model(registry: Registry, artifacts: ArtifactStore, model_id: str) -> None:
+    """Delete a model nothing refers to, its files included.
+
+    Raises:
+        NotFoundError, ConflictError.
+    """
+    with registry.write() as session:
+        model = get_model(session, model_id)
+        for referrer in (Schedule, TuningJob, SampleJob):
+            if session.scalar(select(exists().where(referrer.model_id == model_id))):
+                raise ConflictError(f"model {model_id!r} has {referrer.__tablename__}; accepted: a model without any")
+        session.delete(model)
+    if artifact := model.source.get("artifact"):
+        artifacts.remove(artifact)
+
+
+def describe(model: DiffusionModel) -> dict[str, Any]:
+    """The `ModelSpec` of a loaded model."""
+    return {
+        "sample_shape": list(model.sample_shape),
+        "model_type": model.model_type,
+        "num_train_timesteps": max_num_steps(model.noise_schedule),
+        "num_classes": model.num_classes,
+        "null_class_label": model.null_class_label,
+        "guidance_types": list(model.guidance_types),
+        "num_parameters": model.num_parameters,
+        "has_data": model.draw_data is not None,
+    }
+
+
+def folder_hash(folder: Path) -> str:
+    """SHA-256 over the names and contents of a model's files."""
+    digest = hashlib.sha256()
+    for name in MODEL_FILES:
+        if (folder / name).exists():
+            with (folder / name).open("rb") as file:
+                digest.update(f"{name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _insert(registry: Registry, model: Model) -> tuple[Model, bool]:
+    def existing() -> Model | None:
+        with registry.read() as session:
+            return session.scalar(select(Model).where(Model.content_hash == model.content_hash))
+
+    if found := existing():
+        return found, False
+    try:
+        with registry.write() as session:
+            session.add(model)
+    except IntegrityError:  # registered by someone else in between
+        if found := existing():
+            return found, False
+        raise
+    return model, True

@@ -1,0 +1,46 @@
+"""What the models endpoints accept and return."""
+
+from datetime import datetime
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from timetuner_core.loading import BUILTINS
+from timetuner_core.model_wrapper import GuidanceType, ModelType
+
+
+class BuiltinModelRequest(BaseModel):
+    """Register a model that comes with the package."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    builtin: Literal[BUILTINS] = Field(description="Which one.")  # type: ignore[valid-type]
+    name: str | None = Field(None, min_length=1, max_length=200, description="Default: the built-in's own name.")
+
+
+class ModelSpec(BaseModel):
+    """What a model is, as far as requests depend on it."""
+
+    sample_shape: list[int] = Field(description="Of one sample, such as [channels, height, width].")
+    model_type: ModelType = Field(description="What the network predicts.")
+    num_train_timesteps: int | None = Field(description="N, the most steps a sampler can take; null: no limit.")
+    num_classes: int = Field(description="0: not class-conditional.")
+    null_class_label: int | None = Field(description="The label that stands for no class.")
+    guidance_types: list[GuidanceType]
+    num_parameters: int
+    has_data: bool = Field(description="Whether data came with it; else tuning generates its own.")
+
+
+class ModelOut(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
+    id: str
+    name: str
+    content_hash: str
+    spec: ModelSpec
+    created_at: datetime
+
+
+class ModelPage(BaseModel):
+    items: list[ModelOut]
+    next_cursor: str | None

@@ -1,0 +1,128 @@
+"""The life of a job, whatever its kind: submitted, published, claimed under a lease, finished or taken back.
+
+The registry is the truth and the broker only a doorbell: a job is run by whoever claims it here, so a
+message that is lost, late or doubled does no harm.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import func, or_, select, update
+from sqlalchemy.orm import Session
+
+from service.registry.tables import FINAL_STATES, Job, JobState, SampleJob, TuningJob, TuningJobEvent
+from service.registry.types import utc_now
+
+JOB_CLASSES: tuple[type[Job], ...] = (TuningJob, SampleJob)
+
+
+class LeaseLostError(Exception):
+    """Another worker has the job now, or it is over: nothing more may be written for it."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right to run a job, as long as its fencing token is the newest."""
+
+    job_class: type[Job]
+    job_id: str
+    fencing_token: int
+
+
+def add_event(session: Session, job: Job, type: str, **data: Any) -> None:
+    """Record an event of a tuning job; sampling jobs keep none."""
+    if isinstance(job, TuningJob):
+        session.add(TuningJobEvent(job_id=job.id, type=type, data=data))
+
+
+def count_queued(session: Session, job_class: type[Job]) -> int:
+    return session.scalar(select(func.count()).where(job_class.state == JobState.QUEUED)) or 0
+
+
+def claim(session: Session, job_class: type[Job], job_id: str, owner: str, lease_seconds: float) -> Claim | None:
+    """Take a queued job, or one whose worker let the lease run out; None if there is nothing to take."""
+    now = utc_now()
+    free = or_(
+        job_class.state == JobState.QUEUED,
+        (job_class.state == JobState.RUNNING) & (job_class.lease_expires_at < now),
+    )
+    token = session.scalar(
+        update(job_class)
+        .where(job_class.id == job_id, free)
+        .values(
+            state=JobState.RUNNING,
+            attempt=job_class.attempt + 1,
+            fencing_token=job_class.fencing_token + 1,
+            lease_owner=owner,
+            lease_expires_at=now + timedelta(seconds=lease_seconds),
+            started_at=func.coalesce(job_class.started_at, now),
+        )
+        .returning(job_class.fencing_token)
+    )
+    if token is None:
+        return None
+    job = session.get_one(job_class, job_id)
+    add_event(session, job, "started", attempt=job.attempt, worker=owner)
+    return Claim(job_class, job_id, token)
+
+
+def renew(session: Session, claim: Claim, lease_seconds: float) -> Job:
+    """Extend the lease and lock the job's row until the transaction ends.
+
+    Raises:
+        LeaseLostError: the claim is no longer the newest, or the job is over.
+    """
+    job = session.get_one(claim.job_class, claim.job_id, with_for_update=True, populate_existing=True)
+    if job.fencing_token != claim.fencing_token or job.state != JobState.RUNNING:
+        raise LeaseLostError(claim.job_id)
+    job.lease_expires_at = utc_now() + timedelta(seconds=lease_seconds)
+    return job
+
+
+def finish(session: Session, job: Job, state: JobState, error: str | None = None) -> None:
+    """Enter a final state."""
+    job.state = state
+    job.error = error[:2000] if error else None
+    job.finished_at = utc_now()
+    job.lease_owner = job.lease_expires_at = None
+    if state == JobState.SUCCEEDED:
+        job.progress = 1.0
+    add_event(session, job, str(state), **({"error": job.error} if job.error else {}))
+
+
+def request_cancel(session: Session, job: Job) -> None:
+    """Cancel a queued job at once; tell a running one's worker, which looks at every renewal."""
+    if job.state in FINAL_STATES:
+        return
+    if job.state == JobState.QUEUED:
+        finish(session, job, JobState.CANCELLED)
+    elif not job.cancel_requested:
+        job.cancel_requested = True
+        add_event(session, job, "cancel_requested")
+
+
+def take_back_expired(session: Session, job_class: type[Job], max_attempts: int) -> None:
+    """Queue again the jobs whose workers fell silent; fail those that did so too often."""
+    expired = select(job_class).where(job_class.state == JobState.RUNNING, job_class.lease_expires_at < utc_now())
+    for job in session.scalars(expired.with_for_update(skip_locked=True)):
+        if job.cancel_requested:
+            finish(session, job, JobState.CANCELLED)
+        elif job.attempt >= max_attempts:
+            finish(session, job, JobState.FAILED, f"its worker was lost {job.attempt} times; accepted: {max_attempts}")
+        else:
+            job.state = JobState.QUEUED
+            job.published_at = None
+            job.lease_owner = job.lease_expires_at = None
+            add_event(session, job, "requeued", attempt=job.attempt)
+
+
+def unpublished(session: Session, job_class: type[Job], published_before: timedelta, limit: int = 100) -> list[str]:
+    """Queued jobs the broker was never told of, or was told so long ago that it may have forgotten."""
+    due = or_(job_class.published_at.is_(None), job_class.published_at < utc_now() - published_before)
+    query = select(job_class.id).where(job_class.state == JobState.QUEUED, due)
+    return list(session.scalars(query.order_by(job_class.id).limit(limit)))
+
+
+def mark_published(session: Session, job_class: type[Job], job_ids: list[str]) -> None:
+    session.execute(update(job_class).where(job_class.id.in_(job_ids)).values(published_at=utc_now()))

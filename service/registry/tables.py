@@ -1,0 +1,206 @@
+"""The tables. A change here needs a migration in `migrations/versions`; a test compares the two."""
+
+from datetime import datetime
+from decimal import Decimal
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import JSON, ForeignKey, Index, MetaData, String, UniqueConstraint
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+from service.registry.types import ExactDecimal, UtcDateTime, new_id, utc_now
+
+
+class JobState(StrEnum):
+    """The life of a tuning or sampling job."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+FINAL_STATES = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
+
+
+class ScheduleStatus(StrEnum):
+    """Whether a tuned schedule beat, on held-out noise, the untuned one it would replace."""
+
+    ACCEPTED = "accepted"
+    REJECTED = "rejected"
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {  # noqa: RUF012
+        datetime: UtcDateTime,
+        Decimal: ExactDecimal,
+        dict[str, Any]: JSON,
+        list[float]: JSON,
+        str: String(255),
+    }
+
+
+class Model(Base):
+    """A frozen network. `spec` describes it to users; `source` says how a worker loads it."""
+
+    __tablename__ = "models"
+
+    id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("mdl"))
+    name: Mapped[str]
+    content_hash: Mapped[str] = mapped_column(unique=True)
+    source: Mapped[dict[str, Any]]  # {"builtin": name} or {"artifact": folder}
+    spec: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+
+
+class Job(Base):
+    """What every job has: its request, its state, and the lease of the worker that runs it.
+
+    A worker owns a job while `fencing_token` is the one it got by claiming it, and must renew
+    `lease_expires_at`; whoever lost the lease can write nothing more. `published_at` is null while the
+    broker has yet to be told: the job row is its own outbox.
+    """
+
+    __abstract__ = True
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    state: Mapped[JobState] = mapped_column(String(16), default=JobState.QUEUED)
+    request: Mapped[dict[str, Any]]
+    progress: Mapped[float] = mapped_column(default=0.0)  # 0..1
+    error: Mapped[str | None] = mapped_column(String(2000))
+    attempt: Mapped[int] = mapped_column(default=0)
+    fencing_token: Mapped[int] = mapped_column(default=0)
+    lease_owner: Mapped[str | None]
+    lease_expires_at: Mapped[datetime | None]
+    cancel_requested: Mapped[bool] = mapped_column(default=False)
+    published_at: Mapped[datetime | None]
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+
+class TuningJob(Job):
+    __tablename__ = "tuning_jobs"
+    __table_args__ = (Index(None, "state", "published_at"),)
+
+    id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("job"))
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
+    idempotency_key: Mapped[str | None] = mapped_column(unique=True)
+    request_hash: Mapped[str]
+    network_calls: Mapped[int] = mapped_column(default=0)  # so far, over all attempts
+    tuning_seconds: Mapped[float] = mapped_column(default=0.0)
+
+    steps: Mapped[list["TuningJobStep"]] = relationship(order_by="TuningJobStep.step_index")
+    schedule: Mapped["Schedule | None"] = relationship(back_populates="job")
+
+    @property
+    def schedule_id(self) -> str | None:
+        """The schedule it made, if any."""
+        return self.schedule.id if self.schedule else None
+
+
+class TuningJobStep(Base):
+    """The tuner's state for one sampler step: what resuming an interrupted job needs."""
+
+    __tablename__ = "tuning_job_steps"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("tuning_jobs.id"), primary_key=True)
+    step_index: Mapped[int] = mapped_column(primary_key=True)
+    t_ratio: Mapped[float]
+    iterations: Mapped[int]
+    exp_avg: Mapped[float]
+    exp_avg_sq: Mapped[float]
+    loss: Mapped[float | None]
+    initial_loss: Mapped[float | None]
+
+
+class TuningJobEvent(Base):
+    __tablename__ = "tuning_job_events"
+    __table_args__ = (Index(None, "job_id", "id"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("tuning_jobs.id"))
+    type: Mapped[str]
+    data: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+
+
+class Schedule(Base):
+    """A tuned few-step schedule, its place in the registry, and its evaluation.
+
+    `score` is the tuned over the untuned distance to the teacher: below 1 is better than untuned.
+    """
+
+    __tablename__ = "schedules"
+    KEY = ("model_id", "sampler", "num_steps", "guidance_type", "guidance_scale", "eta")
+    __table_args__ = (
+        UniqueConstraint(*KEY, "version", name="uq_schedules_version"),
+        Index("ix_schedules_resolve", *KEY, "status", "score", "id"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("sch"))
+    job_id: Mapped[str | None] = mapped_column(ForeignKey("tuning_jobs.id"), unique=True)
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"))
+    sampler: Mapped[str]
+    num_steps: Mapped[int]
+    guidance_type: Mapped[str]
+    guidance_scale: Mapped[Decimal]
+    eta: Mapped[Decimal]
+    version: Mapped[int]
+    status: Mapped[ScheduleStatus] = mapped_column(String(16))
+    score: Mapped[float]
+    timesteps: Mapped[list[float]]
+    t_ratios: Mapped[list[float]]
+    provenance: Mapped[dict[str, Any]]  # objective, optimiser, data, seed, code version
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+
+    job: Mapped["TuningJob | None"] = relationship(back_populates="schedule")
+    evaluation: Mapped["Evaluation"] = relationship(back_populates="schedule")
+
+
+class ScheduleAlias(Base):
+    __tablename__ = "schedule_aliases"
+
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    schedule_id: Mapped[str] = mapped_column(ForeignKey("schedules.id"), index=True)
+
+
+class Evaluation(Base):
+    """A schedule against its untuned twin, on the same held-out noise."""
+
+    __tablename__ = "evaluations"
+
+    schedule_id: Mapped[str] = mapped_column(ForeignKey("schedules.id"), primary_key=True)
+    num_samples: Mapped[int]
+    teacher_num_steps: Mapped[int]
+    seed: Mapped[int]
+    teacher_l2_before: Mapped[float]
+    teacher_l2_after: Mapped[float]
+    teacher_l2_change_low: Mapped[float]  # 95 % interval of the paired difference, after - before
+    teacher_l2_change_high: Mapped[float]
+    frechet_before: Mapped[float | None]
+    frechet_after: Mapped[float | None]
+    wall_time_seconds: Mapped[float]  # of tuning, evaluation not counted
+    network_calls: Mapped[int]  # samples through the network while tuning
+
+    schedule: Mapped["Schedule"] = relationship(back_populates="evaluation")
+
+
+class SampleJob(Job):
+    __tablename__ = "sample_jobs"
+    __table_args__ = (Index(None, "state", "published_at"),)
+
+    id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("smp"))
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
+    schedule_id: Mapped[str | None] = mapped_column(ForeignKey("schedules.id"), index=True)
+    artifact: Mapped[str | None]

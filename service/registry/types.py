@@ -1,0 +1,52 @@
+"""Column types that mean the same on SQLite and PostgreSQL, and identifiers."""
+
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+from sqlalchemy import BigInteger, DateTime, Dialect
+from sqlalchemy.types import TypeDecorator
+from ulid import ULID
+
+
+def new_id(prefix: str) -> str:
+    """A prefixed identifier that sorts by time of creation, such as `job_01J…`."""
+    return f"{prefix}_{ULID()}"
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class ExactDecimal(TypeDecorator[Decimal]):
+    """A decimal of at most six places, kept as an integer of millionths: equality is exact on every engine."""
+
+    impl = BigInteger
+    cache_ok = True
+    SCALE = 1_000_000
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> int | None:
+        if value is None:
+            return None
+        millionths = Decimal(str(value)) * self.SCALE
+        if millionths != int(millionths):
+            raise ValueError(f"{value} has more than six decimal places")
+        return int(millionths)
+
+    def process_result_value(self, value: int | None, dialect: Dialect) -> Decimal | None:
+        return None if value is None else Decimal(value) / self.SCALE
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """A point in time, always aware and in UTC; SQLite keeps it without a zone."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None or value.tzinfo is not None:
+            return value
+        return value.replace(tzinfo=UTC)

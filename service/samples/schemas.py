@@ -1,0 +1,65 @@
+"""What the sampling endpoints accept and return."""
+
+from datetime import datetime
+
+from pydantic import BaseModel, ConfigDict, Field, computed_field
+
+from service.api import Eta, GuidanceScale, Identifier, NumSteps, Seed
+from service.registry.tables import JobState
+from service.schedules.schemas import Sampler
+from timetuner_core.model_wrapper import GuidanceType
+
+
+class SampleRequest(BaseModel):
+    """Sample images."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "example": {
+                "model": "mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W",
+                "num_steps": 10,
+                "num_images": 4,
+                "guidance_type": "classifier-free",
+                "guidance_scale": 2.0,
+                "class_labels": [0, 1, 2, 3],
+                "seed": 7,
+            }
+        },
+    )
+
+    model: Identifier
+    num_steps: NumSteps
+    sampler: Sampler = "ddim"
+    schedule: Identifier = Field(
+        "auto",
+        description="`auto`: the best accepted one for this setting, else untuned; `none`: untuned; an id; an alias.",
+    )
+    num_images: int = Field(1, ge=1, le=100_000)
+    seed: Seed = Field(0, description="Image k is drawn from seed + k, whatever the number of images.")
+    class_labels: int | list[int] | None = Field(
+        None, description="One label for all images, or one for each; with guidance only."
+    )
+    guidance_type: GuidanceType = "uncond"
+    guidance_scale: GuidanceScale = Field(1, validate_default=True)
+    eta: Eta = Field(0, validate_default=True)
+
+
+class SampleJobOut(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
+    id: str
+    model: str = Field(validation_alias="model_id")
+    state: JobState
+    progress: float
+    error: str | None
+    schedule: str | None = Field(validation_alias="schedule_id", description="The schedule used; null: untuned.")
+    request: SampleRequest
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+    @computed_field(description="Where the images are, once it succeeded.")  # type: ignore[prop-decorator]
+    @property
+    def content(self) -> str | None:
+        return f"/v1/samples/{self.id}/content" if self.state == JobState.SUCCEEDED else None

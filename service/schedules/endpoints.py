@@ -1,0 +1,72 @@
+"""/v1/schedules, and the aliases of a model's schedules."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Path
+
+from service.api import State, newest_first, require_json
+from service.errors import InvalidError, NotFoundError, UnsupportedMediaTypeError, error_responses
+from service.models.logic import get_model, get_requested_model
+from service.registry.tables import Schedule
+from service.schedules import logic
+from service.schedules.schemas import (
+    AliasOut,
+    AliasRequest,
+    Resolution,
+    ResolveParams,
+    ScheduleFilters,
+    ScheduleOut,
+    SchedulePage,
+)
+
+router = APIRouter(tags=["schedules"])
+
+AliasName = Annotated[str, Path(pattern=r"^[a-z][a-z0-9\-]{0,62}$", description="Such as `production`.")]
+RESERVED_ALIASES = ("auto", "none")
+
+
+@router.get("/v1/schedules", operation_id="list_schedules", responses=error_responses(InvalidError))
+def list_schedules(state: State, query: ScheduleFilters) -> SchedulePage:
+    """Stored schedules that match every filter given, newest first."""
+    with state.registry.read() as session:
+        rows, cursor = newest_first(session, logic.filtered(query), Schedule.id, query)
+        return SchedulePage(items=[ScheduleOut.model_validate(row) for row in rows], next_cursor=cursor)
+
+
+@router.get("/v1/schedules/resolve", operation_id="resolve_schedule", responses=error_responses(InvalidError))
+def resolve_schedule(state: State, query: ResolveParams) -> Resolution:
+    """The schedule that sampling with `schedule: "auto"` would use, and why."""
+    with state.registry.read() as session:
+        model = get_requested_model(session, query.model, where="query")
+        schedule, reason = logic.resolve(
+            session,
+            model.id,
+            query.sampler,
+            query.num_steps,
+            query.guidance_type,
+            query.guidance_scale,
+            query.eta,
+        )
+        return Resolution(schedule=schedule and ScheduleOut.model_validate(schedule), reason=reason)
+
+
+@router.get("/v1/schedules/{schedule_id}", operation_id="get_schedule", responses=error_responses(NotFoundError))
+def get_schedule(schedule_id: str, state: State) -> ScheduleOut:
+    """One schedule, with its evaluation."""
+    with state.registry.read() as session:
+        return ScheduleOut.model_validate(logic.get_schedule(session, schedule_id))
+
+
+@router.put(
+    "/v1/models/{model_id}/aliases/{name}",
+    operation_id="set_alias",
+    dependencies=[Depends(require_json)],
+    responses=error_responses(NotFoundError, InvalidError, UnsupportedMediaTypeError),
+)
+def set_alias(model_id: str, name: AliasName, body: AliasRequest, state: State) -> AliasOut:
+    """Give one of a model's schedules a name, or move the name to another one."""
+    if name in RESERVED_ALIASES:
+        raise InvalidError(f"name is {name!r}; accepted: any but {RESERVED_ALIASES}", ("path", "name"), name)
+    with state.registry.write() as session:
+        get_model(session, model_id)
+        return AliasOut.model_validate(logic.set_alias(session, model_id, name, body.schedule))

@@ -1,0 +1,111 @@
+"""What the schedules endpoints accept and return."""
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import Query
+from pydantic import BaseModel, ConfigDict, Field
+
+from service.api import Eta, ExactNumber, GuidanceScale, Identifier, NumSteps, PageQuery
+from service.registry.tables import ScheduleStatus
+from timetuner_core.model_wrapper import GuidanceType
+
+Sampler = Literal["ddim"]
+
+
+class EvaluationOut(BaseModel):
+    """Tuned against untuned, from the same held-out noise."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    num_samples: int
+    teacher_num_steps: int
+    seed: int
+    teacher_l2_before: float = Field(description="Mean Euclidean distance to the teacher's samples, untuned.")
+    teacher_l2_after: float
+    teacher_l2_change_low: float = Field(description="95 % confidence interval of the paired change.")
+    teacher_l2_change_high: float
+    frechet_before: float | None = Field(description="Fréchet distance to the data, untuned, in pixel space.")
+    frechet_after: float | None
+    wall_time_seconds: float = Field(description="Of tuning, evaluation not counted.")
+    network_calls: int = Field(description="Samples put through the network while tuning, guidance counted.")
+
+
+class ScheduleOut(BaseModel):
+    """A tuned schedule: everything a few-step sampler needs beside the network."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: str
+    job: str | None = Field(validation_alias="job_id")
+    model: str = Field(validation_alias="model_id")
+    sampler: Sampler
+    num_steps: int
+    guidance_type: GuidanceType
+    guidance_scale: ExactNumber
+    eta: ExactNumber
+    version: int
+    status: ScheduleStatus = Field(description="Rejected: not significantly better than untuned; `auto` skips it.")
+    score: float = Field(description="Distance to the teacher, tuned over untuned; below 1 is better.")
+    timesteps: list[float] = Field(description="num_steps + 1 falling times in [0, T].")
+    t_ratios: list[float] = Field(description="One per step: the network is conditioned on t * t_ratio.")
+    provenance: dict[str, Any] = Field(description="How it was tuned.")
+    evaluation: EvaluationOut
+    created_at: datetime
+
+
+class SchedulePage(BaseModel):
+    items: list[ScheduleOut]
+    next_cursor: str | None
+
+
+class ScheduleQuery(PageQuery):
+    """Filters; each is optional and exact."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: Identifier | None = None
+    sampler: Sampler | None = None
+    num_steps: NumSteps | None = None
+    guidance_type: GuidanceType | None = None
+    guidance_scale: GuidanceScale | None = None
+    eta: Eta | None = None
+    status: ScheduleStatus | None = None
+
+
+class ResolveQuery(BaseModel):
+    """What is to be sampled."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: Identifier
+    num_steps: NumSteps
+    sampler: Sampler = "ddim"
+    guidance_type: GuidanceType = "uncond"
+    guidance_scale: GuidanceScale = Field(1, validate_default=True)
+    eta: Eta = Field(0, validate_default=True)
+
+
+class Resolution(BaseModel):
+    """What `schedule: "auto"` samples with, and why; a null schedule means untuned."""
+
+    schedule: ScheduleOut | None
+    reason: str
+
+
+class AliasRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    schedule: Identifier = Field(description="The id of a schedule of this model.")
+
+
+class AliasOut(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
+    model: str = Field(validation_alias="model_id")
+    name: str
+    schedule: str = Field(validation_alias="schedule_id")
+
+
+ScheduleFilters = Annotated[ScheduleQuery, Query()]
+ResolveParams = Annotated[ResolveQuery, Query()]

