@@ -1,0 +1,22 @@
+"""`python -m worker --queues tuning,sampling`: one worker process, for one device."""
+
+import argparse
+import os
+
+from service.queue import QUEUES
+from worker.app import app
+
+
+def main() -> None:
+    """Serve the queues until SIGTERM."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--queues", default=",".join(QUEUES), help="comma-separated; default: %(default)s")
+    queues = parser.parse_args().queues
+    # Why threads, and one: see worker.app.
+    options = ["--pool", "threads", "--concurrency", "1", "--loglevel", "WARNING", "--without-gossip"]
+    name = f"{queues.replace(',', '-')}-{os.getpid()}@%h"
+    app.worker_main(["--quiet", "worker", *options, "--queues", queues, "--hostname", name])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The dispatcher: `python -m worker.dispatcher`. Any number may run; one is enough.
+
+It takes jobs back from workers that fell silent, and tells the broker of jobs it has not heard of: those
+submitted while it was away, those it lost, those taken back.
+"""
+
+import logging
+import signal
+import threading
+from datetime import timedelta
+
+from celery import Celery
+
+from service.queue import TASKS, celery_app, publish
+from service.registry.database import Registry
+from service.registry.jobs import JOB_CLASSES, take_back_expired, unpublished
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# A message older than this whose queue is empty was lost, or is in the hands of a worker about to claim it;
+# publishing again does no harm, as a job can be claimed only once.
+REPUBLISH_AFTER = timedelta(seconds=30)
+
+
+def dispatch_once(registry: Registry, app: Celery, max_attempts: int) -> None:
+    """One round over all kinds of jobs."""
+    for job_class in JOB_CLASSES:
+        with registry.write() as session:
+            take_back_expired(session, job_class, max_attempts)
+        with registry.read() as session:
+            never = unpublished(session, job_class, published_before=timedelta(days=36500))
+            due = unpublished(session, job_class, published_before=REPUBLISH_AFTER)
+        if set(due) != set(never) and queue_length(app, TASKS[job_class][1]) > 0:
+            due = never
+        if due:
+            publish(app, registry, job_class, due)
+
+
+def queue_length(app: Celery, queue: str) -> int:
+    """How many messages wait in a queue of the broker."""
+    with app.connection_for_read() as connection:
+        length: int = connection.default_channel.client.llen(queue)
+        return length
+
+
+def main() -> None:
+    """Run until SIGTERM or SIGINT."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s dispatcher %(levelname)s %(message)s")
+    settings = Settings()
+    registry, app = Registry(settings.database_url), celery_app(settings.broker_url)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    while not stop.wait(settings.dispatch_interval_seconds):
+        try:
+            dispatch_once(registry, app, settings.max_attempts)
+        except Exception:  # database or broker away: the next round may find them back
+            logger.exception("a round failed")
+    registry.close()
+
+
+if __name__ == "__main__":
+    main()
