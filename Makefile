@@ -1,0 +1,33 @@
+INSTALLED := .venv/installed
+BIN := .venv/bin
+
+.PHONY: demo up test lint format bench lock
+
+demo: $(INSTALLED)  ## the main job, end to end; writes demo.png
+	$(BIN)/python examples/demo.py
+
+up: $(INSTALLED)  ## serve on http://127.0.0.1:8000 until Ctrl-C
+	$(BIN)/timetuner up
+
+test: $(INSTALLED)
+	$(BIN)/pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: $(INSTALLED)  ## the evidence for the default objective
+	$(BIN)/python benchmarks/objectives.py
+
+lock:  ## pin the newest versions pyproject.toml allows
+	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --upgrade \
+		--no-emit-index-url --no-annotate --custom-compile-command "make lock" --quiet -o requirements.lock
+
+$(INSTALLED): .ci/bootstrap requirements.lock pyproject.toml
+	.ci/bootstrap
