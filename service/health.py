@@ -7,6 +7,7 @@ from pydantic import BaseModel
 from sqlalchemy import text
 
 from service.api import AppState, State
+from service.queue import QUEUES
 
 router = APIRouter(tags=["health"])
 
@@ -50,8 +51,6 @@ def _database(state: AppState) -> str:
 
 
 def _broker_and_workers(state: AppState) -> tuple[str, str]:
-    from service.queue import QUEUES
-
     try:
         replies = state.celery.control.inspect(timeout=1.0).active_queues() or {}
     except Exception as error:  # whatever the transport raises

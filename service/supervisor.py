@@ -57,11 +57,9 @@ class Supervisor:
             shutil.rmtree(runtime_folder, ignore_errors=True)
 
     def _start_valkey(self, folder: Path) -> str:
-        """Start a broker that only this user can reach, by a Unix socket and no port; returns its URL."""
-        socket = folder / "valkey.sock"
-        options = ["--port", "0", "--unixsocket", str(socket), "--unixsocketperm", "700", "--save", "", "--dir", "."]
-        binary = str(get_binary_path())
-        self._start("broker", [binary, *options, "--logfile", "valkey.log"], dict(os.environ), folder)
+        """Start the embedded broker; returns its URL."""
+        command, socket = valkey_command(folder)
+        self._start("broker", command, dict(os.environ))
         deadline = time.monotonic() + READY_SECONDS
         while not socket.exists():
             self._raise_if_ended()
@@ -82,12 +80,11 @@ class Supervisor:
         api = [python, "-m", "service", "api", "--host", self.host, "--port", str(self.port)]
         self._start("api", api, environment)
 
-    def _start(self, name: str, command: list[str], environment: dict[str, str], folder: Path | None = None) -> None:
+    def _start(self, name: str, command: list[str], environment: dict[str, str]) -> None:
         # A session of its own keeps a terminal's Ctrl-C from reaching it before we stop it in order.
         self.processes[name] = subprocess.Popen(
             command,
             env=environment,
-            cwd=folder,
             start_new_session=True,
             preexec_fn=_die_with_parent,  # noqa: PLW1509 (we have no threads)
         )
@@ -125,6 +122,14 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def valkey_command(folder: Path) -> tuple[list[str], Path]:
+    """How to run a Valkey that only this user can reach: by a Unix socket in `folder`, whose path comes second."""
+    socket = folder / "valkey.sock"
+    options = {"port": "0", "unixsocket": str(socket), "unixsocketperm": "700", "save": "", "dir": str(folder)}
+    flags = [part for name, value in options.items() for part in (f"--{name}", value)]
+    return [str(get_binary_path()), *flags, "--logfile", "valkey.log"], socket
 
 
 def _die_with_parent() -> None:

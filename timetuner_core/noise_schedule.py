@@ -60,8 +60,9 @@ class NoiseScheduleVP:
         if self.schedule == "linear":
             return -0.25 * t**2 * (self.beta_1 - self.beta_0) - 0.5 * t * self.beta_0
         if self.schedule == "cosine":
-            s = _COSINE_S
-            return torch.log(torch.cos((t + s) / (1 + s) * math.pi / 2)) - _COSINE_LOG_ALPHA_0
+            # log(cos(a + b) / cos(a)) for a = the angle at t = 0, without cancellation near t = 0.
+            b = t * (math.pi / 2 / (1 + _COSINE_S))
+            return torch.log1p(-2 * torch.sin(b / 2) ** 2 - math.tan(_COSINE_ANGLE_0) * torch.sin(b))
         table = self._table(t.device)
         position = t.to(table.dtype) * self.total_N
         left = position.detach().floor().clamp(0, self.total_N - 1).long()
@@ -90,9 +91,8 @@ class NoiseScheduleVP:
             return 2.0 * softplus / (root + self.beta_0)
         log_alpha = -0.5 * softplus
         if self.schedule == "cosine":
-            s = _COSINE_S
-            angle = torch.arccos(torch.exp(log_alpha + _COSINE_LOG_ALPHA_0))
-            return angle * 2.0 * (1.0 + s) / math.pi - s
+            angle = torch.arccos(torch.exp(log_alpha) * math.cos(_COSINE_ANGLE_0))
+            return (angle - _COSINE_ANGLE_0) * (2.0 * (1.0 + _COSINE_S) / math.pi)
         table = self._table(lambda_t.device)
         log_alpha = log_alpha.to(table.dtype)
         # The table falls, searchsorted wants it rising: the number of entries above the value.
@@ -116,7 +116,7 @@ class NoiseScheduleVP:
 
 
 _COSINE_S = 0.008
-_COSINE_LOG_ALPHA_0 = math.log(math.cos(_COSINE_S / (1.0 + _COSINE_S) * math.pi / 2.0))
+_COSINE_ANGLE_0 = _COSINE_S / (1.0 + _COSINE_S) * math.pi / 2.0
 
 
 def _log_alpha_table(betas: Tensor | None, alphas_cumprod: Tensor | None) -> Tensor:

