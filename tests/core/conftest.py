@@ -68,18 +68,20 @@ def small_mixture(noise_schedule: NoiseScheduleVP | None = None) -> GaussianMixt
     )
 
 
-def predicting(mixture: GaussianMixture, model_type: str) -> Network:
-    """The mixture's exact answer as a network of that type would give it."""
+def predicting(network: Network, noise_schedule: NoiseScheduleVP, model_type: str) -> Network:
+    """The answer of an eps-predicting network as a network of another type would give it."""
 
-    def network(x: Tensor, t_input: Tensor, condition: Tensor | None = None) -> Tensor:
-        eps = mixture(x, t_input, condition)
-        t = mixture.noise_schedule.time_of_model_input(t_input)
-        alpha_t = mixture.noise_schedule.marginal_alpha(t)[:, None]
-        sigma_t = mixture.noise_schedule.marginal_std(t)[:, None]
+    def converted(x: Tensor, t_input: Tensor, *condition: Tensor) -> Tensor:
+        eps = network(x, t_input, *condition)
+        t = noise_schedule.time_of_model_input(t_input)
+        alpha_t, sigma_t = (
+            coefficient(t).to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+            for coefficient in (noise_schedule.marginal_alpha, noise_schedule.marginal_std)
+        )
         x0 = (x - sigma_t * eps) / alpha_t
         return {"noise": eps, "x_start": x0, "v": alpha_t * eps - sigma_t * x0, "score": -eps / sigma_t}[model_type]
 
-    return network
+    return converted
 
 
 def tuner_of(network: Network, noise_schedule: NoiseScheduleVP, **wrapper_kwargs: Any) -> TimeTuner:

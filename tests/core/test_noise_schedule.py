@@ -18,7 +18,9 @@ from timetuner_core import NoiseScheduleVP
 
 SCHEDULES = {
     "betas": NoiseScheduleVP("discrete", betas=linear_betas(1000)),
-    "alphas_cumprod": NoiseScheduleVP("discrete", alphas_cumprod=DDPMScheduler(50, 1e-3, 0.4).alphas_cumprod),
+    "alphas_cumprod": NoiseScheduleVP(
+        "discrete", alphas_cumprod=(1 - torch.linspace(1e-3, 0.4, 50, dtype=torch.float64)).cumprod(0)
+    ),
     "linear": NoiseScheduleVP("linear"),
     "cosine": NoiseScheduleVP("cosine"),
 }
