@@ -1,32 +1,62 @@
 """Time grids: `timesteps` of shape `(num_steps + 1,)`, float64, falling from `T`."""
 
+from typing import Literal, TypeAlias, get_args
+
 import torch
 from torch import Tensor
 
-from timetuner_core.noise_schedule import NoiseScheduleVP
+from timetuner_core.noise_schedule import NoiseSchedule
+
+GridName = Literal["uniform", "quadratic", "log_snr", "edm"]
+Timesteps: TypeAlias = Tensor | list[float]
+
+EDM_RHO = 7.0
 
 
-def max_num_steps(noise_schedule: NoiseScheduleVP) -> int | None:
-    """The most steps a grid may have: `N` for a network trained on `N` steps, else no limit."""
-    return noise_schedule.total_N if noise_schedule.schedule == "discrete" else None
+def make_timesteps(noise_schedule: NoiseSchedule, num_steps: int, grid: GridName = "uniform") -> Tensor:
+    """Exactly `num_steps` steps from `T` to the schedule's `t_min`.
 
-
-def uniform_timesteps(noise_schedule: NoiseScheduleVP, num_steps: int) -> Tensor:
-    """Exactly `num_steps` equal steps from `T` to the schedule's `t_min`.
+    - `uniform`: in t.
+    - `quadratic`: in the square root of t (DDIM, Song et al. 2021, appendix D.2).
+    - `log_snr`: in lambda_t (DPM-Solver, Lu et al. 2022).
+    - `edm`: in `(sigma_t / alpha_t)**(1 / 7)` (EDM, Karras et al. 2022, eq. 5).
 
     Raises:
-        ValueError: `num_steps` is below 1, or above `N` for a discrete schedule.
+        ValueError: an unknown `grid`; `num_steps` below 1, or above `N` for a discrete schedule.
     """
-    limit = max_num_steps(noise_schedule)
+    if grid not in get_args(GridName):
+        raise ValueError(f"grid is {grid!r}; accepted: {', '.join(get_args(GridName))}")
+    limit = noise_schedule.max_num_steps
     if num_steps < 1 or (limit is not None and num_steps > limit):
         accepted = f"1 to {limit}" if limit is not None else "1 or more"
         raise ValueError(f"num_steps is {num_steps}; accepted: {accepted}")
     if limit == 1:  # N = 1: T and t_min coincide, and the only step goes to clean data
         return torch.tensor([noise_schedule.T, 0.0], dtype=torch.float64)
-    return torch.linspace(noise_schedule.T, noise_schedule.t_min, num_steps + 1, dtype=torch.float64)
+    ends = torch.tensor([noise_schedule.T, noise_schedule.t_min], dtype=torch.float64)
+    if grid == "uniform":
+        return _evenly(ends, num_steps)
+    if grid == "quadratic":
+        timesteps = _evenly(ends.sqrt(), num_steps).square()
+    elif grid == "log_snr":
+        timesteps = noise_schedule.inverse_lambda(_evenly(noise_schedule.marginal_lambda(ends), num_steps))
+    else:
+        noise_to_signal = torch.exp(-noise_schedule.marginal_lambda(ends))
+        steps = _evenly(noise_to_signal ** (1 / EDM_RHO), num_steps) ** EDM_RHO
+        timesteps = noise_schedule.inverse_lambda(-torch.log(steps))
+    timesteps[[0, -1]] = ends  # exactly, whatever the way there and back did to the last digit
+    return timesteps
 
 
-def check_timesteps(noise_schedule: NoiseScheduleVP, timesteps: Tensor | list[float]) -> Tensor:
+def uniform_timesteps(noise_schedule: NoiseSchedule, num_steps: int) -> Tensor:
+    """`make_timesteps` with the default grid."""
+    return make_timesteps(noise_schedule, num_steps)
+
+
+def _evenly(ends: Tensor, num_steps: int) -> Tensor:
+    return torch.linspace(float(ends[0]), float(ends[1]), num_steps + 1, dtype=torch.float64)
+
+
+def check_timesteps(noise_schedule: NoiseSchedule, timesteps: Tensor | list[float]) -> Tensor:
     """An explicit grid as a float64 tensor.
 
     Raises:
@@ -41,7 +71,7 @@ def check_timesteps(noise_schedule: NoiseScheduleVP, timesteps: Tensor | list[fl
     return grid
 
 
-def check_t_ratios(noise_schedule: NoiseScheduleVP, timesteps: Tensor, t_ratios: Tensor | list[float] | None) -> Tensor:
+def check_t_ratios(noise_schedule: NoiseSchedule, timesteps: Tensor, t_ratios: Tensor | list[float] | None) -> Tensor:
     """One ratio per step as a float64 tensor `(num_steps,)`; all ones if None.
 
     Raises:

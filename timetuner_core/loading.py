@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from timetuner_core.mixtures import GaussianMixture, gratings_mixture, ring_mixture
-from timetuner_core.model_wrapper import GuidanceType, ModelFn, ModelType, model_wrapper
+from timetuner_core.model_wrapper import GuidanceType, GuidedModel, ModelType, model_wrapper
 from timetuner_core.noise_schedule import NoiseScheduleVP
 
 UNET_CONFIG = "unet/config.json"
@@ -78,7 +78,7 @@ class DiffusionModel:
             types.append("classifier-free")
         return tuple(types)
 
-    def model_fn(self, guidance_type: GuidanceType, guidance_scale: float) -> ModelFn:
+    def model_fn(self, guidance_type: GuidanceType, guidance_scale: float) -> GuidedModel:
         """The guided eps prediction; see `model_wrapper`."""
         return model_wrapper(
             self.network,

@@ -1,6 +1,7 @@
-"""Variance-preserving noise schedules: alpha_t, sigma_t and lambda_t as functions of continuous time."""
+"""Noise schedules: alpha_t, sigma_t and lambda_t as functions of continuous time."""
 
 import math
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
@@ -10,8 +11,59 @@ from torch.nn import functional
 ScheduleKind = Literal["discrete", "linear", "cosine"]
 
 
-class NoiseScheduleVP:
-    """A VP forward process `x_t = alpha_t * x0 + sigma_t * eps`, `alpha_t**2 + sigma_t**2 = 1`.
+class NoiseSchedule(ABC):
+    """A forward process `x_t = alpha_t * x0 + sigma_t * eps` in continuous time, `t` in `(0, T]`.
+
+    All methods are elementwise over tensors `t` of any shape, differentiable in `t`, and return `t`'s dtype.
+
+    Attributes:
+        T: the start of sampling, all noise. prior_std: the standard deviation of x_T.
+    """
+
+    T: float = 1.0
+    prior_std: float = 1.0
+
+    @property
+    @abstractmethod
+    def t_min(self) -> float:
+        """The end of the default time grid."""
+
+    @property
+    def max_num_steps(self) -> int | None:
+        """The most steps a grid may have: `N` for a network trained on `N` steps, else None, no limit."""
+        return None
+
+    @abstractmethod
+    def marginal_log_mean_coeff(self, t: Tensor) -> Tensor:
+        """`log alpha_t`."""
+
+    @abstractmethod
+    def marginal_std(self, t: Tensor) -> Tensor:
+        """`sigma_t`."""
+
+    @abstractmethod
+    def inverse_lambda(self, lambda_t: Tensor) -> Tensor:
+        """The `t` at which the schedule has the half log-SNR `lambda_t`."""
+
+    @abstractmethod
+    def model_input_time(self, t: Tensor) -> Tensor:
+        """What the network is fed for time `t`."""
+
+    @abstractmethod
+    def time_of_model_input(self, t_input: Tensor) -> Tensor:
+        """The inverse of `model_input_time`."""
+
+    def marginal_alpha(self, t: Tensor) -> Tensor:
+        """`alpha_t`."""
+        return torch.exp(self.marginal_log_mean_coeff(t))
+
+    def marginal_lambda(self, t: Tensor) -> Tensor:
+        """Half the log signal-to-noise ratio, `lambda_t = log(alpha_t / sigma_t)`."""
+        return self.marginal_log_mean_coeff(t) - torch.log(self.marginal_std(t))
+
+
+class NoiseScheduleVP(NoiseSchedule):
+    """A variance-preserving forward process `x_t = alpha_t * x0 + sigma_t * eps`, `alpha_t**2 + sigma_t**2 = 1`.
 
     Time is continuous, `t` in `(0, T]`; `t = 0` is clean data (`alpha = 1`, `sigma = 0`).
 
@@ -22,8 +74,7 @@ class NoiseScheduleVP:
       `log alpha_t = -t**2 (beta_1 - beta_0) / 4 - t beta_0 / 2`.
     - `'cosine'`: Nichol & Dhariwal 2021, eq. 17, cut at `T = 0.9946` as DPM-Solver (Lu et al. 2022) does.
 
-    All methods are elementwise over tensors `t` of any shape, differentiable in `t`, and return `t`'s
-    dtype; the table is kept in float64.
+    The table is kept in float64, whatever the dtype of `t`.
 
     Raises:
         ValueError: unknown `schedule`; for `'discrete'`, betas outside `(0, 1)` or alphas_cumprod that
@@ -52,11 +103,14 @@ class NoiseScheduleVP:
 
     @property
     def t_min(self) -> float:
-        """The end of the default time grid: the first training step, or 1e-3 in continuous time."""
+        """The first training step, or 1e-3 in continuous time."""
         return 1.0 / self.total_N if self.schedule == "discrete" else 1e-3
 
+    @property
+    def max_num_steps(self) -> int | None:
+        return self.total_N if self.schedule == "discrete" else None
+
     def marginal_log_mean_coeff(self, t: Tensor) -> Tensor:
-        """`log alpha_t`."""
         if self.schedule == "linear":
             return -0.25 * t**2 * (self.beta_1 - self.beta_0) - 0.5 * t * self.beta_0
         if self.schedule == "cosine":
@@ -69,21 +123,11 @@ class NoiseScheduleVP:
         value = table[left] + (position - left) * (table[left + 1] - table[left])
         return value.to(t.dtype)
 
-    def marginal_alpha(self, t: Tensor) -> Tensor:
-        """`alpha_t`."""
-        return torch.exp(self.marginal_log_mean_coeff(t))
-
     def marginal_std(self, t: Tensor) -> Tensor:
         """`sigma_t = sqrt(1 - alpha_t**2)`, without cancellation near `t = 0`."""
         return torch.sqrt(-torch.expm1(2.0 * self.marginal_log_mean_coeff(t)))
 
-    def marginal_lambda(self, t: Tensor) -> Tensor:
-        """Half the log signal-to-noise ratio, `lambda_t = log(alpha_t / sigma_t)`."""
-        log_alpha = self.marginal_log_mean_coeff(t)
-        return log_alpha - 0.5 * torch.log(-torch.expm1(2.0 * log_alpha))
-
     def inverse_lambda(self, lambda_t: Tensor) -> Tensor:
-        """The `t` at which the schedule has the half log-SNR `lambda_t`."""
         softplus = functional.softplus(-2.0 * lambda_t)  # = -2 log alpha_t
         if self.schedule == "linear":
             slope = self.beta_1 - self.beta_0
@@ -106,13 +150,88 @@ class NoiseScheduleVP:
         return (t - 1.0 / self.total_N) * self.total_N if self.schedule == "discrete" else t
 
     def time_of_model_input(self, t_input: Tensor) -> Tensor:
-        """The inverse of `model_input_time`."""
         return (t_input + 1.0) / self.total_N if self.schedule == "discrete" else t_input
 
     def _table(self, device: torch.device) -> Tensor:
         if device not in self._tables:
             self._tables[device] = next(iter(self._tables.values())).to(device)
         return self._tables[device]
+
+
+class NoiseScheduleFlow(NoiseSchedule):
+    """Flow matching (Lipman et al. 2023; Liu et al. 2023): `alpha = 1 - sigma`, `sigma_t = t` if `shift` is 1.
+
+    `sigma_t = shift t / (1 + (shift - 1) t)` (Esser et al. 2024, eq. 23) spends more of a uniform grid at high
+    noise. The network is fed `num_train_timesteps * sigma_t`. At `t = 1` alpha would be 0; it is kept at 1e-6, so
+    that lambda_t is finite.
+
+    Raises:
+        ValueError: `shift` or `num_train_timesteps` not above 0.
+    """
+
+    def __init__(self, shift: float = 1.0, num_train_timesteps: int = 1000) -> None:
+        if not shift > 0 or not num_train_timesteps > 0:
+            raise ValueError(f"shift is {shift}, num_train_timesteps is {num_train_timesteps}; accepted: above 0")
+        self.shift = shift
+        self.num_train_timesteps = num_train_timesteps
+
+    @property
+    def t_min(self) -> float:
+        return 1.0 / self.num_train_timesteps
+
+    def marginal_log_mean_coeff(self, t: Tensor) -> Tensor:
+        alpha_t = (1.0 - t) / (1.0 + (self.shift - 1.0) * t)
+        return torch.log(alpha_t.clamp(min=1e-6))
+
+    def marginal_std(self, t: Tensor) -> Tensor:
+        return self.shift * t / (1.0 + (self.shift - 1.0) * t)
+
+    def inverse_lambda(self, lambda_t: Tensor) -> Tensor:
+        return self._time_of_sigma(torch.sigmoid(-lambda_t))
+
+    def model_input_time(self, t: Tensor) -> Tensor:
+        return self.num_train_timesteps * self.marginal_std(t)
+
+    def time_of_model_input(self, t_input: Tensor) -> Tensor:
+        return self._time_of_sigma(t_input / self.num_train_timesteps)
+
+    def _time_of_sigma(self, sigma: Tensor) -> Tensor:
+        return sigma / (self.shift - (self.shift - 1.0) * sigma)
+
+
+class NoiseScheduleEDM(NoiseSchedule):
+    """Variance exploding, in the terms of EDM (Karras et al. 2022): `alpha_t = 1`, `sigma_t = t`, `T = sigma_max`.
+
+    The network is fed `log(sigma) / 4`, EDM's c_noise.
+
+    Raises:
+        ValueError: not `0 < sigma_min < sigma_max`.
+    """
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0) -> None:
+        if not 0 < sigma_min < sigma_max:
+            raise ValueError(f"sigma_min is {sigma_min}, sigma_max is {sigma_max}; accepted: 0 < sigma_min < sigma_max")
+        self.sigma_min = sigma_min
+        self.T = self.prior_std = sigma_max
+
+    @property
+    def t_min(self) -> float:
+        return self.sigma_min
+
+    def marginal_log_mean_coeff(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def marginal_std(self, t: Tensor) -> Tensor:
+        return t
+
+    def inverse_lambda(self, lambda_t: Tensor) -> Tensor:
+        return torch.exp(-lambda_t)
+
+    def model_input_time(self, t: Tensor) -> Tensor:
+        return torch.log(t) / 4
+
+    def time_of_model_input(self, t_input: Tensor) -> Tensor:
+        return torch.exp(4 * t_input)
 
 
 _COSINE_S = 0.008

@@ -9,20 +9,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from timetuner_core import tuning
-from timetuner_core.grids import check_t_ratios, check_timesteps, uniform_timesteps
-from timetuner_core.model_wrapper import ModelFn
-from timetuner_core.noise_schedule import NoiseScheduleVP
-from timetuner_core.samplers import Generators, StepFn, ddim_step, sample_steps
+from timetuner_core.grids import GridName, Timesteps, check_t_ratios, check_timesteps, make_timesteps
+from timetuner_core.model_wrapper import GuidedModel
+from timetuner_core.noise_schedule import NoiseSchedule
+from timetuner_core.samplers import Generators, SamplerStep, StepFn, get_sampler, sample_steps
 
 
 class TimeTuner:
     """Sampling and tuning of one model under one noise schedule (TimeTuner, Xia et al., CVPR 2024).
 
     Args:
-        model_fn: `model_fn(x, t, condition, uncond_condition) -> eps`, as `model_wrapper` returns it.
+        model_fn: what `model_wrapper` returns.
     """
 
-    def __init__(self, model_fn: ModelFn, noise_schedule: NoiseScheduleVP) -> None:
+    def __init__(self, model_fn: GuidedModel, noise_schedule: NoiseSchedule) -> None:
         self.model_fn = model_fn
         self.noise_schedule = noise_schedule
 
@@ -38,33 +38,37 @@ class TimeTuner:
         uncond_condition: Tensor | None = None,
         generator: Generators = None,
     ) -> tuple[Tensor, Tensor]:
-        """One DDIM step, `(x_s, x0)`; see `samplers.ddim_step`."""
-        return ddim_step(
-            self.model_fn, self.noise_schedule, x, t, s, t_ratio, eta, noise, generator, condition, uncond_condition
-        )
+        """One DDIM step, `(x_s, x0)`; see `samplers.SamplerStep`."""
+        return self.step_fn("ddim")(x, t, s, t_ratio, eta, noise, condition, uncond_condition, generator)
 
-    def get_timesteps(self, num_steps: int | None = None, timesteps: Tensor | list[float] | None = None) -> Tensor:
-        """The given grid, checked, or the uniform one: `(num_steps + 1,)`, float64, falling.
+    def step_fn(self, sampler: str) -> SamplerStep:
+        """A sampler of `samplers.SAMPLERS`, or an installed one, on this model. Raises: ValueError."""
+        return get_sampler(sampler).step_fn(self.model_fn, self.noise_schedule)
+
+    def get_timesteps(self, num_steps: int | None = None, timesteps: Timesteps | GridName | None = None) -> Tensor:
+        """A grid by name (see `grids.make_timesteps`; default uniform), or the given one, checked.
+
+        Returns:
+            `(num_steps + 1,)`, float64, falling.
 
         Raises:
-            ValueError: neither argument given, `num_steps` outside 1..N, both given and at odds, or a grid
-                that does not fall within `[0, T]`.
+            ValueError: neither `num_steps` nor a grid given, `num_steps` outside 1..N, both given and at odds, or
+                a grid that does not fall within `[0, T]`.
         """
-        if timesteps is not None:
+        if timesteps is not None and not isinstance(timesteps, str):
             grid = check_timesteps(self.noise_schedule, timesteps)
             if num_steps not in (None, len(grid) - 1):
                 raise ValueError(f"num_steps is {num_steps}, but timesteps has {len(grid) - 1} steps")
             return grid
         if num_steps is None:
             raise ValueError("give num_steps or timesteps")
-        return uniform_timesteps(self.noise_schedule, num_steps)
+        return make_timesteps(self.noise_schedule, num_steps, timesteps or "uniform")
 
-    @torch.no_grad()
     def ddim_sample(
         self,
         x: Tensor,
         num_steps: int | None = None,
-        timesteps: Tensor | list[float] | None = None,
+        timesteps: Timesteps | GridName | None = None,
         t_ratios: Tensor | list[float] | None = None,
         eta: float = 0.0,
         condition: Tensor | None = None,
@@ -75,20 +79,57 @@ class TimeTuner:
         generator: Generators = None,
         callback: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> Any:
-        """DDIM sampling from `x` = x_T, `(B, ...)`, to x0.
+        """`sample` with DDIM."""
+        return self.sample(
+            x,
+            num_steps,
+            timesteps,
+            t_ratios,
+            eta,
+            condition,
+            uncond_condition,
+            return_intermediates,
+            verbose,
+            generator=generator,
+            callback=callback,
+        )
+
+    @torch.no_grad()
+    def sample(
+        self,
+        x: Tensor,
+        num_steps: int | None = None,
+        timesteps: Timesteps | GridName | None = None,
+        t_ratios: Tensor | list[float] | None = None,
+        eta: float = 0.0,
+        condition: Tensor | None = None,
+        uncond_condition: Tensor | None = None,
+        return_intermediates: bool = False,
+        verbose: bool = False,
+        *,
+        sampler: str = "ddim",
+        generator: Generators = None,
+        callback: Callable[[int, Tensor, Tensor], None] | None = None,
+    ) -> Any:
+        """Sampling from `x` = x_T, `(B, ...)`, to x0.
 
         Args:
-            timesteps: a grid of `num_steps + 1` falling times; default uniform.
-            t_ratios: one per step, `(num_steps,)`; default ones, which is plain DDIM.
-            generator: for `eta > 0`, one, or one per sample.
+            timesteps: a grid of `num_steps + 1` falling times, or a grid's name; default uniform.
+            t_ratios: one per step, `(num_steps,)`; default ones, which is the plain sampler. A step that calls
+                the network more than once applies its ratio to each call.
+            eta: 0 is deterministic, 1 ancestral; for DDIM only.
+            sampler: a name that `samplers.get_sampler` knows.
+            generator: for samplers that add noise, one, or one per sample.
             callback: called with (step index, x_s, x0) after each step.
 
         Returns:
             x, or `(x, {"x_t": [...], "x0_pred": [...]})` with `return_intermediates`.
 
         Raises:
-            ValueError: see `get_timesteps`; `t_ratios` of another length than the grid has steps.
+            ValueError: an unknown sampler; see `get_timesteps`; `t_ratios` of another length than the grid has
+                steps, or that lead out of `(0, T]`.
         """
+        step_fn = self.step_fn(sampler)
         grid = self.get_timesteps(num_steps, timesteps)
         ratios = check_t_ratios(self.noise_schedule, grid, t_ratios)
         step_kwargs = {
@@ -98,8 +139,8 @@ class TimeTuner:
             "uncond_condition": uncond_condition,
         }
         intermediates: dict[str, list[Tensor]] = {"x_t": [x], "x0_pred": []}
-        steps = sample_steps(self.ddim_step_fn, x, grid, ratios, **step_kwargs)
-        for i, (x_s, x0) in enumerate(tqdm(steps, "DDIM", len(ratios), disable=not verbose)):
+        steps = sample_steps(step_fn, x, grid, ratios, **step_kwargs)
+        for i, (x_s, x0) in enumerate(tqdm(steps, sampler, len(ratios), disable=not verbose)):
             x = x_s
             if return_intermediates:
                 intermediates["x_t"].append(x_s)
@@ -114,7 +155,7 @@ class TimeTuner:
         step_fn: StepFn,
         encode_fn: Callable[[Tensor], Tensor] | None = None,
         num_steps: int | None = None,
-        timesteps: Tensor | list[float] | None = None,
+        timesteps: Timesteps | GridName | None = None,
         tune_type: tuning.TuneType = "sequential",
         lr: float = 2e-3,
         total_iters: int = 500,
@@ -133,7 +174,8 @@ class TimeTuner:
                 `(B, ...)`. It is read once, up to `population_size` images; iterations then draw from these
                 with replacement, so a short loader does not end tuning early.
             step_fn: any one-step sampler, `step_fn(x, t, s, t_ratio=..., **step_kwargs) -> (x_s, x0)`,
-                taking `t`, `s` and `t_ratio` of shape `()` or `(B,)`; `self.ddim_step_fn` for DDIM.
+                taking `t`, `s` and `t_ratio` of shape `()` or `(B,)`; `self.ddim_step_fn`, say,
+                or `self.step_fn(name)`.
             encode_fn: applied to each batch of images (LDM's encoder).
             batch_size: samples per step and iteration; default that of the loader.
             seed: fixes every draw: the same arguments give the same ratios.
@@ -143,7 +185,7 @@ class TimeTuner:
             t_ratios, `(num_steps,)`, float64 on the CPU.
 
         Raises:
-            ValueError: an empty loader, or what `get_timesteps` and `tuning.tune` raise.
+            ValueError: an empty loader, or what `get_timesteps` and `tuning.tune_next_eps` raise.
         """
         grid = self.get_timesteps(num_steps, timesteps)
         x0, condition, loader_batch = _population(data_loader, encode_fn, population_size, device)
@@ -168,7 +210,7 @@ class TimeTuner:
         x: Tensor,
         step_fn: StepFn,
         num_steps: int | None = None,
-        timesteps: Tensor | list[float] | None = None,
+        timesteps: Timesteps | GridName | None = None,
         teacher_num_steps: int = 100,
         lr: float = 1e-2,
         total_iters: int = 100,

@@ -13,9 +13,18 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from timetuner_core.model_wrapper import ModelFn, expand_like
-from timetuner_core.noise_schedule import NoiseScheduleVP
-from timetuner_core.samplers import StepFn, sample
+from timetuner_core.model_wrapper import GuidedModel
+from timetuner_core.noise_schedule import NoiseSchedule
+from timetuner_core.samplers import (
+    Past,
+    StepFn,
+    adds_noise,
+    history_length,
+    remember,
+    sample,
+    scaled,
+    with_history,
+)
 
 TuneType = Literal["sequential", "parallel"]
 
@@ -31,8 +40,8 @@ class TuningProblem:
         step_kwargs: handed to every `step_fn` call (eta, uncond_condition, ...).
     """
 
-    model_fn: ModelFn
-    noise_schedule: NoiseScheduleVP
+    model_fn: GuidedModel
+    noise_schedule: NoiseSchedule
     step_fn: StepFn
     timesteps: Tensor
     population: Tensor
@@ -45,11 +54,26 @@ class TuningProblem:
     def num_steps(self) -> int:
         return len(self.timesteps) - 1
 
+    @property
+    def adds_noise(self) -> bool:
+        return adds_noise(self.step_fn, self.step_kwargs.get("eta", 0))
+
     def ratio_bounds(self) -> tuple[Tensor, Tensor]:
         """Per step, the least and greatest ratio that keep conditioning within `[t_min, T]`."""
         t = self.timesteps[:-1]
         floor = torch.minimum(t, t.new_tensor(self.noise_schedule.t_min))
         return floor / t, self.noise_schedule.T / t
+
+
+@dataclass(frozen=True)
+class Carried:
+    """The population on its way: x_t `(P, ...)`, and the earlier steps that a multistep sampler remembers."""
+
+    x_t: Tensor
+    history: tuple[Past, ...] = ()
+
+    def rows(self, index: Tensor | slice) -> "Carried":
+        return Carried(self.x_t[index], tuple(Past(p.t, p.x[index], p.x0[index]) for p in self.history))
 
 
 @dataclass
@@ -91,17 +115,20 @@ def tune_next_eps(
         `state`, updated in place, after each iteration.
 
     Raises:
-        ValueError: unknown `tune_type`, or a number below its minimum.
+        ValueError: unknown `tune_type`, `parallel` for a multistep sampler, whose steps need those before, or a
+            number below its minimum.
     """
     if tune_type not in get_args(TuneType):
         raise ValueError(f"tune_type is {tune_type!r}; accepted: {', '.join(get_args(TuneType))}")
+    if tune_type == "parallel" and history_length(problem.step_fn):
+        raise ValueError("tune_type is 'parallel'; accepted for a multistep sampler: 'sequential'")
     num_tuned = problem.num_steps - 1
     if tune_type == "parallel":
         steps = list(range(num_tuned))
         yield from _adam(problem, state, steps, lr, total_iters, _next_eps_losses(problem, steps, None))
         return
     z = torch.randn(problem.population.shape, generator=_generator(problem.seed, 0, 0))
-    carried = _diffuse(problem, problem.population, z.to(problem.population), problem.timesteps[0])
+    carried = Carried(_diffuse(problem, problem.population, z.to(problem.population), problem.timesteps[0]))
     for i in range(num_tuned):
         yield from _adam(problem, state, [i], lr, total_iters, _next_eps_losses(problem, [i], carried))
         if i + 1 < num_tuned:
@@ -126,10 +153,10 @@ def tune_end_to_end(
         `state`, updated in place, after each iteration; before the first, unchanged, as the teacher goes on.
 
     Raises:
-        ValueError: `eta` other than 0 (there is no end result to match), or a number below its minimum.
+        ValueError: a sampler that adds noise (there is no end result to match), or a number below its minimum.
     """
-    if problem.step_kwargs.get("eta"):
-        raise ValueError(f"eta is {problem.step_kwargs['eta']}; accepted: 0, to be tuned end to end")
+    if problem.adds_noise:
+        raise ValueError("the sampler adds noise; accepted, to be tuned end to end: a deterministic one, with eta 0")
     if bool((state.iterations >= total_iters).all()):
         return
     targets = []
@@ -201,7 +228,7 @@ def _adam(
 
 
 def _next_eps_losses(
-    problem: TuningProblem, steps: list[int], carried: Tensor | None
+    problem: TuningProblem, steps: list[int], carried: Carried | None
 ) -> Callable[[Tensor, int], Tensor]:
     """The published objective of each of `steps`, on `batch_size` samples per step in one network batch."""
     index = torch.tensor(steps, dtype=torch.long)
@@ -214,11 +241,13 @@ def _next_eps_losses(
 
     def losses(ratios: Tensor, iteration: int) -> Tensor:
         batches = [_draw(problem, i, carried, iteration) for i in steps]
-        x_t, condition, noise = (_cat(parts) for parts in zip(*batches, strict=True))
+        x_t, condition = _cat([b.x_t for b in batches]), _cat([b.condition for b in batches])
+        noise = _cat([b.noise for b in batches])
         assert x_t is not None
+        history = batches[0].history  # multistep samplers are tuned one step at a time
         with torch.no_grad():
             target = problem.model_fn(x_t, t, condition, **guidance)
-        kwargs = _step_kwargs(problem, condition, noise)
+        kwargs = _step_kwargs(problem, condition, noise) | with_history(problem.step_fn, history)
         x_s, _ = problem.step_fn(x_t, t, s, t_ratio=per_sample(ratios), **kwargs)
         error = (target - problem.model_fn(x_s, s, condition, **guidance)).square().flatten(1).sum(dim=1)
         return error.reshape(len(steps), problem.batch_size).mean(dim=1)
@@ -227,17 +256,21 @@ def _next_eps_losses(
 
 
 @torch.no_grad()
-def _carry_forward(problem: TuningProblem, carried: Tensor, i: int, t_ratio: Tensor) -> Tensor:
-    """The population of x_t after step `i`, in chunks of the batch size; `(P, ...)` to `(P, ...)`."""
+def _carry_forward(problem: TuningProblem, carried: Carried, i: int, t_ratio: Tensor) -> Carried:
+    """The population after step `i`, in chunks of the batch size."""
     t, s = problem.timesteps[i], problem.timesteps[i + 1]
-    chunks = []
-    for start in range(0, len(carried), problem.batch_size):
+    x_s, x0 = [], []
+    for start in range(0, len(carried.x_t), problem.batch_size):
         rows = slice(start, start + problem.batch_size)
+        batch = carried.rows(rows)
         condition = None if problem.condition is None else problem.condition[rows]
-        noise = _noise(problem, carried[rows], _generator(problem.seed, i + 1, -1 - start))
-        kwargs = _step_kwargs(problem, condition, noise)
-        chunks.append(problem.step_fn(carried[rows], t, s, t_ratio=t_ratio, **kwargs)[0])
-    return torch.cat(chunks)
+        noise = _noise(problem, batch.x_t, _generator(problem.seed, i + 1, -1 - start))
+        kwargs = _step_kwargs(problem, condition, noise) | with_history(problem.step_fn, batch.history)
+        result = problem.step_fn(batch.x_t, t, s, t_ratio=t_ratio, **kwargs)
+        x_s.append(result[0])
+        x0.append(result[1])
+    past = Past(t, carried.x_t, torch.cat(x0))
+    return Carried(torch.cat(x_s), remember(problem.step_fn, carried.history, past))
 
 
 @torch.no_grad()
@@ -248,23 +281,28 @@ def _sample(problem: TuningProblem, rows: slice, timesteps: Tensor, t_ratios: Te
     return sample(problem.step_fn, problem.population[rows], timesteps, t_ratios, **kwargs)
 
 
-def _draw(
-    problem: TuningProblem, i: int, carried: Tensor | None, iteration: int
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """x_t, condition and the step's own noise, for one batch of step `i`.
+@dataclass(frozen=True)
+class Batch:
+    """What one iteration on one step sees."""
 
-    x_t comes from the carried population, or else from data and fresh noise.
-    """
+    x_t: Tensor
+    condition: Tensor | None
+    noise: Tensor | None
+    history: tuple[Past, ...]
+
+
+def _draw(problem: TuningProblem, i: int, carried: Carried | None, iteration: int) -> Batch:
+    """One batch of step `i`: x_t from the carried population, or else from data and fresh noise."""
     generator = _generator(problem.seed, i + 1, iteration)
     index = _draw_index(problem, generator)
     condition = None if problem.condition is None else problem.condition[index]
-    if carried is not None:
-        x_t = carried[index]
-    else:
+    if carried is None:
         x0 = problem.population[index]
         z = torch.randn(x0.shape, generator=generator).to(x0)
-        x_t = _diffuse(problem, x0, z, problem.timesteps[i])
-    return x_t, condition, _noise(problem, x_t, generator)
+        rows = Carried(_diffuse(problem, x0, z, problem.timesteps[i]))
+    else:
+        rows = carried.rows(index)
+    return Batch(rows.x_t, condition, _noise(problem, rows.x_t, generator), rows.history)
 
 
 def _draw_index(problem: TuningProblem, generator: torch.Generator) -> Tensor:
@@ -274,12 +312,12 @@ def _draw_index(problem: TuningProblem, generator: torch.Generator) -> Tensor:
 
 def _diffuse(problem: TuningProblem, x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
     schedule = problem.noise_schedule
-    return expand_like(schedule.marginal_alpha(t), x0) * x0 + expand_like(schedule.marginal_std(t), x0) * z
+    return scaled(schedule.marginal_alpha(t), x0) + scaled(schedule.marginal_std(t), z)
 
 
 def _noise(problem: TuningProblem, x: Tensor, generator: torch.Generator) -> Tensor | None:
     """What a stochastic step adds; None for a deterministic one."""
-    if not problem.step_kwargs.get("eta"):
+    if not problem.adds_noise:
         return None
     return torch.randn(x.shape, generator=generator).to(x)
 
@@ -290,7 +328,7 @@ def _step_kwargs(problem: TuningProblem, condition: Tensor | None, noise: Tensor
     return {**problem.step_kwargs, **{name: value for name, value in given.items() if value is not None}}
 
 
-def _cat(parts: tuple[Tensor | None, ...]) -> Tensor | None:
+def _cat(parts: list[Tensor | None]) -> Tensor | None:
     tensors = [part for part in parts if part is not None]
     return torch.cat(tensors) if tensors else None
 

@@ -8,16 +8,16 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 from torch import Tensor
 
 from service.registry.jobs import add_event, finish
+from service.registry.schedules import next_version
 from service.registry.tables import Evaluation as EvaluationRow
 from service.registry.tables import JobState, Schedule, ScheduleStatus, TuningJob, TuningJobStep
 from timetuner_core import TimeTuner, evaluation, tuning
 from timetuner_core.generation import Guidance, generate
-from timetuner_core.grids import max_num_steps, uniform_timesteps
+from timetuner_core.grids import uniform_timesteps
 from timetuner_core.loading import DiffusionModel
 from timetuner_core.samplers import initial_noise
 from worker.lease import Lease
@@ -136,11 +136,10 @@ class TuningRun:
             "guidance_scale": self.guidance.scale,
             "eta": self.request["eta"],
         }
-        newest = session.scalar(select(func.max(Schedule.version)).filter_by(**key))
         return Schedule(
             **key,
             job_id=self.job.id,
-            version=(newest or 0) + 1,
+            version=next_version(session, key),
             status=ScheduleStatus.ACCEPTED if result.better else ScheduleStatus.REJECTED,
             score=result.score,
             timesteps=self.timesteps.tolist(),
@@ -203,7 +202,7 @@ class TuningRun:
 
     def _teacher_timesteps(self, num_steps: int) -> Tensor:
         """The teacher's grid; a model trained on fewer steps has no finer one than its own."""
-        limit = max_num_steps(self.model.noise_schedule)
+        limit = self.model.noise_schedule.max_num_steps
         return uniform_timesteps(self.model.noise_schedule, min(num_steps, limit or num_steps))
 
     def _seeds(self, count: int, base: int) -> list[int]:

@@ -15,7 +15,6 @@ from service.errors import ConflictError, InvalidError, NotFoundError
 from service.models.archive import LOC, unpack
 from service.registry.database import Registry
 from service.registry.tables import Model, SampleJob, Schedule, TuningJob
-from timetuner_core.grids import max_num_steps
 from timetuner_core.loading import (
     BUILTIN_FOLDERS,
     MODEL_FILES,
@@ -96,7 +95,8 @@ def describe(model: DiffusionModel) -> dict[str, Any]:
     return {
         "sample_shape": list(model.sample_shape),
         "model_type": model.model_type,
-        "num_train_timesteps": max_num_steps(model.noise_schedule),
+        "T": model.noise_schedule.T,
+        "num_train_timesteps": model.noise_schedule.max_num_steps,
         "num_classes": model.num_classes,
         "null_class_label": model.null_class_label,
         "guidance_types": list(model.guidance_types),

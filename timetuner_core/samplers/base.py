@@ -1,0 +1,258 @@
+"""What a sampler is: one update from time `t` to `s < t`, and the loop over a grid."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from timetuner_core.model_wrapper import GuidedModel, Prediction, expand_like
+from timetuner_core.noise_schedule import NoiseSchedule
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+# One step from time `t` to `s < t`, the network conditioned on `t * t_ratio`:
+# `step_fn(x, t, s, t_ratio=..., **step_kwargs) -> (x_s, x0)`, `x` of shape `(B, ...)`, times `()` or `(B,)`.
+StepFn: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
+
+
+class Past(NamedTuple):
+    """An earlier step, as multistep samplers remember it: its time, x_t, and the network's x0 there."""
+
+    t: Tensor
+    x: Tensor
+    x0: Tensor
+
+
+class Level(NamedTuple):
+    """alpha, sigma and lambda at one time, each `()` or `(B,)`, in the dtype of the time."""
+
+    alpha: Tensor
+    sigma: Tensor
+    lambda_: Tensor
+
+
+def scaled(coefficient: Tensor, x: Tensor) -> Tensor:
+    """`coefficient * x`, for a coefficient `()` or `(B,)` and x `(B, ...)`; in x's dtype."""
+    return expand_like(coefficient, x) * x
+
+
+@dataclass(frozen=True)
+class Step:
+    """All that a sampler's update from x_t at `t` to x_s at `s` may use.
+
+    Attributes:
+        predict: `(x, t) -> (x0, eps)`, guided and conditioned on `t * t_ratio`: one call of the network.
+        history: the steps before, the newest last; as many as the sampler remembers, fewer at the start.
+        draw_noise: standard normal noise like x.
+        eta: how much of the noise to add, for samplers that leave the choice.
+    """
+
+    predict: Callable[[Tensor, Tensor], Prediction]
+    noise_schedule: NoiseSchedule
+    x: Tensor
+    t: Tensor
+    s: Tensor
+    history: tuple[Past, ...]
+    draw_noise: Callable[[], Tensor]
+    eta: float
+
+    def level(self, t: Tensor) -> Level:
+        schedule = self.noise_schedule
+        return Level(schedule.marginal_alpha(t), schedule.marginal_std(t), schedule.marginal_lambda(t))
+
+    @cached_property
+    def start(self) -> Level:
+        """At t."""
+        return self.level(self.t)
+
+    @cached_property
+    def end(self) -> Level:
+        """At s."""
+        return self.level(self.s)
+
+    @cached_property
+    def h(self) -> Tensor:
+        """`lambda_s - lambda_t`."""
+        return self.end.lambda_ - self.start.lambda_
+
+    @cached_property
+    def to_clean_data(self) -> bool:
+        """Whether s is time 0, where lambda is infinite: every sampler takes a first-order step there."""
+        return bool((self.s == 0).any())
+
+    def past_eps(self, past: Past) -> Tensor:
+        """eps of an earlier step."""
+        alpha, sigma, _ = self.level(past.t)
+        return scaled(1 / sigma, past.x - scaled(alpha, past.x0))
+
+    def first_order(self, prediction: Prediction) -> Tensor:
+        """x_s if x0 and eps stayed as predicted: DDIM, which is also first-order DPM-Solver and Euler."""
+        return scaled(self.end.alpha, prediction.x0) + scaled(self.end.sigma, prediction.eps)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler by name.
+
+    Attributes:
+        update: from a `Step` to (x_s, the x0 predicted at t).
+        order: of the global error in the step size, for deterministic ones, once `history` is full.
+        calls_per_step: of the network; a step to time 0 takes one.
+        history_length: how many earlier steps it remembers.
+        stochastic: whether every step adds noise. takes_eta: whether `eta` says how much.
+    """
+
+    name: str
+    update: Callable[[Step], tuple[Tensor, Tensor]]
+    order: int
+    calls_per_step: int = 1
+    history_length: int = 0
+    stochastic: bool = False
+    takes_eta: bool = False
+
+    def network_calls(self, timesteps: Tensor) -> int:
+        """Exactly how often the network is called over a grid `(num_steps + 1,)`."""
+        saved = self.calls_per_step - 1 if float(timesteps[-1]) == 0 else 0
+        return self.calls_per_step * (len(timesteps) - 1) - saved
+
+    def step_fn(self, model_fn: GuidedModel, noise_schedule: NoiseSchedule) -> "SamplerStep":
+        return SamplerStep(self, model_fn, noise_schedule)
+
+
+@dataclass(frozen=True)
+class SamplerStep:
+    """A sampler on one model, as a `StepFn`."""
+
+    sampler: Sampler
+    model_fn: GuidedModel
+    noise_schedule: NoiseSchedule
+
+    @property
+    def history_length(self) -> int:
+        return self.sampler.history_length
+
+    def adds_noise(self, eta: float) -> bool:
+        return self.sampler.stochastic or (self.sampler.takes_eta and eta != 0)
+
+    def __call__(
+        self,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        t_ratio: Tensor | float = 1.0,
+        eta: float = 0.0,
+        noise: Tensor | None = None,
+        condition: Tensor | None = None,
+        uncond_condition: Tensor | None = None,
+        generator: Generators = None,
+        history: tuple[Past, ...] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """One step, `(x_s, x0)`; differentiable in `t_ratio`.
+
+        Args:
+            x: x_t, `(B, ...)`.
+            t, s: times of shape `()` or `(B,)`, `s < t`. t_ratio: likewise.
+            noise: what to add if noise is added, of x's shape; else drawn by `generator` (one, or one per sample).
+
+        Raises:
+            ValueError: `eta` for a sampler that has none; what `GuidedModel.predict` and `step_noise` raise.
+        """
+        if eta != 0 and not self.sampler.takes_eta:
+            raise ValueError(f"eta is {eta}; accepted: 0 for the sampler {self.sampler.name!r}")
+
+        def predict(x: Tensor, t: Tensor) -> Prediction:
+            return self.model_fn.predict(x, t, t_ratio, condition, uncond_condition)
+
+        def draw_noise() -> Tensor:
+            return step_noise(x, generator) if noise is None else noise
+
+        return self.sampler.update(Step(predict, self.noise_schedule, x, t, s, history, draw_noise, eta))
+
+
+def history_length(step_fn: StepFn) -> int:
+    """How many earlier steps a step function wants; a user's own need not know of any."""
+    return getattr(step_fn, "history_length", 0)
+
+
+def adds_noise(step_fn: StepFn, eta: float) -> bool:
+    """Whether a step function draws noise; of a user's own, `eta` tells."""
+    return step_fn.adds_noise(eta) if isinstance(step_fn, SamplerStep) else eta != 0
+
+
+def step_noise(x: Tensor, generator: Generators) -> Tensor:
+    """Standard normal noise like `x`, `(B, ...)`; from a list of generators, one sample by each.
+
+    Raises:
+        ValueError: another number of generators than samples.
+    """
+    if not isinstance(generator, list):
+        device = x.device if generator is None else generator.device
+        return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+    if len(generator) != len(x):
+        raise ValueError(f"{len(generator)} generators for {len(x)} samples; accepted: one, or one per sample")
+    rows = [torch.randn(x.shape[1:], generator=g, device=g.device, dtype=x.dtype) for g in generator]
+    return torch.stack(rows).to(x.device)
+
+
+def sample_steps(
+    step_fn: StepFn,
+    x: Tensor,
+    timesteps: Tensor,
+    t_ratios: Tensor,
+    **step_kwargs: Any,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run `step_fn` over a grid, yielding `(x_s, x0)` after each step.
+
+    Args:
+        x: x_T, `(B, ...)`.
+        timesteps: `(num_steps + 1,)`, falling. t_ratios: `(num_steps,)`.
+    """
+    history: tuple[Past, ...] = ()
+    for t, s, t_ratio in zip(timesteps[:-1], timesteps[1:], t_ratios, strict=True):
+        x_s, x0 = step_fn(x, t, s, t_ratio=t_ratio, **with_history(step_fn, history), **step_kwargs)
+        yield x_s, x0
+        history = remember(step_fn, history, Past(t, x, x0))
+        x = x_s
+
+
+def with_history(step_fn: StepFn, history: tuple[Past, ...]) -> dict[str, tuple[Past, ...]]:
+    """The `history` argument, for step functions that take it."""
+    return {"history": history} if history_length(step_fn) else {}
+
+
+def remember(step_fn: StepFn, history: tuple[Past, ...], past: Past) -> tuple[Past, ...]:
+    """The history after one more step."""
+    length = history_length(step_fn)
+    return (*history, past)[-length:] if length else ()
+
+
+def sample(
+    step_fn: StepFn,
+    x: Tensor,
+    timesteps: Tensor,
+    t_ratios: Tensor,
+    **step_kwargs: Any,
+) -> Tensor:
+    """Where `sample_steps` ends: x0, `(B, ...)`."""
+    for x_s, _ in sample_steps(step_fn, x, timesteps, t_ratios, **step_kwargs):
+        x = x_s
+    return x
+
+
+def initial_noise(shape: tuple[int, ...], seeds: list[int], std: float = 1.0) -> tuple[Tensor, list[torch.Generator]]:
+    """One normal sample of `shape` per seed, `(len(seeds), *shape)`, and the generators that go on.
+
+    Drawn on the CPU, so that a seed means the same noise on every device and in every batch. `std` is the noise
+    schedule's `prior_std`.
+
+    Raises:
+        ValueError: a seed outside 0..2**32 - 1: torch's CPU generator would use its low 32 bits only.
+    """
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed is {seed}; accepted: 0 to {2**32 - 1}")
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return std * torch.stack([torch.randn(shape, generator=g) for g in generators]), generators
