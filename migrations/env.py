@@ -19,11 +19,17 @@ def render_item(kind: str, item: Any, _context: Any) -> str | Literal[False]:
 
 registry = Registry(context.config.attributes.get("database_url") or Settings().database_url)
 with registry.engine.connect() as connection:
+    if registry.is_sqlite:
+        # A changed table is made anew there, and dropping the old one would count as deleting its rows. No
+        # transaction may have begun, hence the driver's own connection.
+        driver_connection: Any = connection.connection.driver_connection
+        driver_connection.execute("PRAGMA foreign_keys=OFF")
     context.configure(
         connection=connection,
         target_metadata=Base.metadata,
         render_item=render_item,
         compare_type=True,
+        render_as_batch=True,
     )
     with context.begin_transaction():
         context.run_migrations()

@@ -6,7 +6,7 @@ from decimal import Decimal
 from typing import Annotated, TypeVar
 
 from celery import Celery
-from fastapi import Depends, Query, Request
+from fastapi import Depends, Path, Query, Request
 from pydantic import BaseModel, Field, PlainSerializer
 from sqlalchemy import Select
 from sqlalchemy.orm import InstrumentedAttribute, Session
@@ -26,7 +26,9 @@ ExactNumber = Annotated[
 GuidanceScale = Annotated[ExactNumber, Field(ge=0, le=1000)]
 Eta = Annotated[ExactNumber, Field(ge=0, le=1)]
 NumSteps = Annotated[int, Field(ge=1, le=100_000)]
-Identifier = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.\-]+$")]
+IDENTIFIER = {"min_length": 1, "max_length": 64, "pattern": r"^[A-Za-z0-9_.\-]+$"}
+Identifier = Annotated[str, Field(**IDENTIFIER)]
+PathId = Annotated[str, Path(**IDENTIFIER)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 

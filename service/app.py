@@ -11,7 +11,7 @@ from service import health
 from service.api import AppState
 from service.artifacts import ArtifactStore
 from service.body_limit import BodyLimitMiddleware
-from service.errors import Problem, install_error_handlers
+from service.errors import Problem, install_error_handlers, problem_content
 from service.models import endpoints as models
 from service.models.schemas import BuiltinModelRequest
 from service.queue import celery_app
@@ -40,7 +40,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         state.celery.close()
         state.registry.close()
 
-    app = FastAPI(title="TimeTuner", version=version("timetuner"), description=DESCRIPTION, lifespan=lifespan)
+    app = FastAPI(
+        title="TimeTuner",
+        version=version("timetuner"),
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        responses={"default": {**problem_content(), "description": "Any other error."}},
+    )
     app.state.timetuner = state
     app.add_middleware(
         BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes, max_json_bytes=settings.max_json_bytes

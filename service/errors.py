@@ -1,15 +1,13 @@
 """The errors of the service, and their one map to RFC 9457 problem documents."""
 
+import json
 import logging
-import math
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.encoders import jsonable_encoder
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
@@ -85,52 +83,51 @@ class JobFailedError(ServiceError):
 
 def problem_response(
     status: int, detail: str, errors: list[ErrorItem] | None = None, headers: Mapping[str, str] | None = None
-) -> JSONResponse:
+) -> Response:
     problem = Problem(title=HTTPStatus(status).phrase, status=status, detail=detail, errors=errors or [])
-    return JSONResponse(jsonable_encoder(problem), status, headers=headers, media_type="application/problem+json")
+    # ASCII only: what a request had wrong may be half a surrogate pair, which UTF-8 cannot carry.
+    content = json.dumps(problem.model_dump(), allow_nan=False)
+    return Response(content, status, headers=headers, media_type="application/problem+json")
 
 
 def install_error_handlers(app: FastAPI) -> None:
     """Answer every error, the framework's own included, with a problem document."""
 
     @app.exception_handler(ServiceError)
-    def service_error(_request: Request, error: ServiceError) -> JSONResponse:
+    def service_error(_request: Request, error: ServiceError) -> Response:
         return problem_response(error.status, error.detail, error.errors, error.headers)
 
     @app.exception_handler(RequestValidationError)
-    def validation_error(_request: Request, error: RequestValidationError) -> JSONResponse:
+    def validation_error(_request: Request, error: RequestValidationError) -> Response:
         items = [ErrorItem(loc=list(e["loc"]), msg=e["msg"], input=_printable(e.get("input"))) for e in error.errors()]
         detail = "; ".join(f"{'.'.join(map(str, item.loc))}: {item.msg}" for item in items)
         return problem_response(HTTPStatus.UNPROCESSABLE_ENTITY, detail, items)
 
     @app.exception_handler(HTTPException)
-    def http_error(_request: Request, error: HTTPException) -> JSONResponse:
+    def http_error(_request: Request, error: HTTPException) -> Response:
         return problem_response(error.status_code, str(error.detail), headers=error.headers)
 
     @app.exception_handler(Exception)
-    def unexpected_error(request: Request, error: Exception) -> JSONResponse:
+    def unexpected_error(request: Request, error: Exception) -> Response:
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return problem_response(HTTPStatus.INTERNAL_SERVER_ERROR, "an unexpected error; the server's log has it")
 
 
 def error_responses(*errors: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
     """The `responses` of an endpoint that may answer with these errors, for the OpenAPI document."""
-    return {
-        int(error.status): {
-            "description": error.status.phrase,
-            "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
-        }
-        for error in errors
-    }
+    return {int(error.status): {"description": error.status.phrase, **problem_content()} for error in errors}
+
+
+def problem_content() -> dict[str, Any]:
+    """How the OpenAPI document says that a response is a problem document."""
+    return {"content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}}
 
 
 def _printable(value: Any) -> Any:
     """The offending input as JSON, or a description of what JSON cannot hold (bytes, NaN)."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
     if isinstance(value, bytes):
         return f"{len(value)} bytes"
     try:
-        return jsonable_encoder(value)
+        return json.loads(json.dumps(value, allow_nan=False))
     except (ValueError, TypeError):
-        return repr(value)[:200]
+        return str(value)[:200]

@@ -52,6 +52,7 @@ class Stack:
             "DISPATCH_INTERVAL_SECONDS": "0.1",
             "MAX_JSON_BYTES": "100000",
             "MAX_BODY_BYTES": "5000000",
+            "MAX_PIXEL_STEPS": "1000000",
             "OMP_NUM_THREADS": "1",
         }
         self.environment = {**os.environ, **environment}
@@ -75,6 +76,8 @@ class Stack:
         wait_until(self.is_ready, "readiness")
 
     def is_ready(self) -> bool:
+        for name, process in self.processes.items():
+            assert process.poll() is None, f"the {name} ended with code {process.returncode}"
         try:
             return self.client.get("/readyz").status_code == 200
         except httpx.TransportError:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from sqlalchemy import select
 from starlette.datastructures import UploadFile
 
-from service.api import JSON_TYPE, PageParams, State, newest_first
+from service.api import JSON_TYPE, PageParams, PathId, State, newest_first
 from service.errors import (
     ConflictError,
     InvalidError,
@@ -116,7 +116,7 @@ def list_models(state: State, page: PageParams) -> ModelPage:
 
 
 @router.get("/{model_id}", operation_id="get_model", responses=error_responses(NotFoundError))
-def get_model(model_id: str, state: State) -> ModelOut:
+def get_model(model_id: PathId, state: State) -> ModelOut:
     """One model."""
     with state.registry.read() as session:
         return ModelOut.model_validate(logic.get_model(session, model_id))
@@ -128,6 +128,6 @@ def get_model(model_id: str, state: State) -> ModelOut:
     operation_id="delete_model",
     responses=error_responses(NotFoundError, ConflictError),
 )
-def delete_model(model_id: str, state: State) -> None:
+def delete_model(model_id: PathId, state: State) -> None:
     """Delete a model that no schedule and no job refers to."""
     logic.delete_model(state.registry, state.artifacts, model_id)

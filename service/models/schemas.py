@@ -23,6 +23,7 @@ class ModelSpec(BaseModel):
 
     sample_shape: list[int] = Field(description="Of one sample, such as [channels, height, width].")
     model_type: ModelType = Field(description="What the network predicts.")
+    T: float = Field(description="Where sampling starts: times of schedules are in [0, T].")
     num_train_timesteps: int | None = Field(description="N, the most steps a sampler can take; null: no limit.")
     num_classes: int = Field(description="0: not class-conditional.")
     null_class_label: int | None = Field(description="The label that stands for no class.")

@@ -25,10 +25,11 @@ FINAL_STATES = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 
 
 class ScheduleStatus(StrEnum):
-    """Whether a tuned schedule beat, on held-out noise, the untuned one it would replace."""
+    """Whether a schedule beat, on held-out noise, the untuned one it would replace; imported: nobody measured."""
 
     ACCEPTED = "accepted"
     REJECTED = "rejected"
+    IMPORTED = "imported"
 
 
 class Base(DeclarativeBase):
@@ -137,7 +138,8 @@ class TuningJobEvent(Base):
 class Schedule(Base):
     """A tuned few-step schedule, its place in the registry, and its evaluation.
 
-    `score` is the tuned over the untuned distance to the teacher: below 1 is better than untuned.
+    `score` is the tuned over the untuned distance to the teacher: below 1 is better than untuned. Imported
+    schedules have neither score nor evaluation.
     """
 
     __tablename__ = "schedules"
@@ -157,14 +159,14 @@ class Schedule(Base):
     eta: Mapped[Decimal]
     version: Mapped[int]
     status: Mapped[ScheduleStatus] = mapped_column(String(16))
-    score: Mapped[float]
+    score: Mapped[float | None]
     timesteps: Mapped[list[float]]
     t_ratios: Mapped[list[float]]
     provenance: Mapped[dict[str, Any]]  # objective, optimiser, data, seed, code version
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
     job: Mapped["TuningJob | None"] = relationship(back_populates="schedule")
-    evaluation: Mapped["Evaluation"] = relationship(back_populates="schedule")
+    evaluation: Mapped["Evaluation | None"] = relationship(back_populates="schedule")
 
 
 class ScheduleAlias(Base):

@@ -10,7 +10,7 @@ import numpy as np
 from fastapi import APIRouter, Depends, Header, Response
 from fastapi.concurrency import run_in_threadpool
 
-from service.api import AppState, State, require_json
+from service.api import AppState, PathId, State, require_json
 from service.errors import (
     ConflictError,
     InvalidError,
@@ -86,7 +86,7 @@ async def sample(body: SampleRequest, state: State, accept: Accept = "*/*", pref
 
 
 @router.get("/{job_id}", operation_id="get_sample_job", responses=error_responses(NotFoundError))
-def get_sample_job(job_id: str, state: State) -> SampleJobOut:
+def get_sample_job(job_id: PathId, state: State) -> SampleJobOut:
     """The state of a sampling job."""
     with state.registry.read() as session:
         return SampleJobOut.model_validate(logic.get_job(session, job_id))
@@ -101,7 +101,7 @@ def get_sample_job(job_id: str, state: State) -> SampleJobOut:
         **error_responses(NotFoundError, NotAcceptableError, ConflictError, JobFailedError),
     },
 )
-def get_sample_content(job_id: str, state: State, accept: Accept = "*/*") -> Response:
+def get_sample_content(job_id: PathId, state: State, accept: Accept = "*/*") -> Response:
     """The images of a sampling job, in any format, as often as wanted."""
     return _content(state, job_id, accept)
 

@@ -2,19 +2,21 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Path
+from fastapi import APIRouter, Depends, Path, Response
 
-from service.api import State, newest_first, require_json
-from service.errors import InvalidError, NotFoundError, UnsupportedMediaTypeError, error_responses
+from service.api import PathId, State, newest_first, require_json
+from service.errors import ConflictError, InvalidError, NotFoundError, UnsupportedMediaTypeError, error_responses
 from service.models.logic import get_model, get_requested_model
 from service.registry.tables import Schedule
 from service.schedules import logic
 from service.schedules.schemas import (
+    AliasList,
     AliasOut,
     AliasRequest,
     Resolution,
     ResolveParams,
     ScheduleFilters,
+    ScheduleImport,
     ScheduleOut,
     SchedulePage,
 )
@@ -31,6 +33,21 @@ def list_schedules(state: State, query: ScheduleFilters) -> SchedulePage:
     with state.registry.read() as session:
         rows, cursor = newest_first(session, logic.filtered(query), Schedule.id, query)
         return SchedulePage(items=[ScheduleOut.model_validate(row) for row in rows], next_cursor=cursor)
+
+
+@router.post(
+    "/v1/schedules",
+    status_code=201,
+    operation_id="import_schedule",
+    dependencies=[Depends(require_json)],
+    responses=error_responses(InvalidError, UnsupportedMediaTypeError),
+)
+def import_schedule(body: ScheduleImport, state: State, response: Response) -> ScheduleOut:
+    """Store a schedule made elsewhere, to sample with by id or alias; `auto` goes by evaluations, so it skips it."""
+    with state.registry.write() as session:
+        schedule = ScheduleOut.model_validate(logic.import_schedule(session, body))
+    response.headers["Location"] = f"/v1/schedules/{schedule.id}"
+    return schedule
 
 
 @router.get("/v1/schedules/resolve", operation_id="resolve_schedule", responses=error_responses(InvalidError))
@@ -51,10 +68,28 @@ def resolve_schedule(state: State, query: ResolveParams) -> Resolution:
 
 
 @router.get("/v1/schedules/{schedule_id}", operation_id="get_schedule", responses=error_responses(NotFoundError))
-def get_schedule(schedule_id: str, state: State) -> ScheduleOut:
+def get_schedule(schedule_id: PathId, state: State) -> ScheduleOut:
     """One schedule, with its evaluation."""
     with state.registry.read() as session:
         return ScheduleOut.model_validate(logic.get_schedule(session, schedule_id))
+
+
+@router.delete(
+    "/v1/schedules/{schedule_id}",
+    status_code=204,
+    operation_id="delete_schedule",
+    responses=error_responses(NotFoundError, ConflictError),
+)
+def delete_schedule(schedule_id: PathId, state: State) -> None:
+    """Delete a schedule that no alias and no sampling job names."""
+    logic.delete_schedule(state.registry, schedule_id)
+
+
+@router.get("/v1/models/{model_id}/aliases", operation_id="list_aliases", responses=error_responses(NotFoundError))
+def list_aliases(model_id: PathId, state: State) -> AliasList:
+    """The names given to a model's schedules."""
+    with state.registry.read() as session:
+        return AliasList(items=[AliasOut.model_validate(alias) for alias in logic.aliases(session, model_id)])
 
 
 @router.put(
@@ -63,10 +98,22 @@ def get_schedule(schedule_id: str, state: State) -> ScheduleOut:
     dependencies=[Depends(require_json)],
     responses=error_responses(NotFoundError, InvalidError, UnsupportedMediaTypeError),
 )
-def set_alias(model_id: str, name: AliasName, body: AliasRequest, state: State) -> AliasOut:
+def set_alias(model_id: PathId, name: AliasName, body: AliasRequest, state: State) -> AliasOut:
     """Give one of a model's schedules a name, or move the name to another one."""
     if name in RESERVED_ALIASES:
         raise InvalidError(f"name is {name!r}; accepted: any but {RESERVED_ALIASES}", ("path", "name"), name)
     with state.registry.write() as session:
         get_model(session, model_id)
         return AliasOut.model_validate(logic.set_alias(session, model_id, name, body.schedule))
+
+
+@router.delete(
+    "/v1/models/{model_id}/aliases/{name}",
+    status_code=204,
+    operation_id="delete_alias",
+    responses=error_responses(NotFoundError),
+)
+def delete_alias(model_id: PathId, name: AliasName, state: State) -> None:
+    """Take a name away from its schedule."""
+    with state.registry.write() as session:
+        logic.delete_alias(session, model_id, name)

@@ -1,13 +1,20 @@
 """Finding schedules: by id, by query, by alias, and the best one for a request."""
 
+from collections.abc import Sequence
 from decimal import Decimal
+from itertools import pairwise
 
-from sqlalchemy import Select, func, select
+from sqlalchemy import Select, exists, func, select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, joinedload
 
-from service.errors import InvalidError, NotFoundError
-from service.registry.tables import Schedule, ScheduleAlias, ScheduleStatus
-from service.schedules.schemas import ScheduleQuery
+from service.errors import ConflictError, InvalidError, NotFoundError
+from service.models.logic import get_model, get_requested_model
+from service.registry.database import Registry
+from service.registry.schedules import next_version
+from service.registry.tables import SampleJob, Schedule, ScheduleAlias, ScheduleStatus
+from service.requests import check_sampling
+from service.schedules.schemas import ScheduleImport, ScheduleQuery
 
 
 def normal_guidance_scale(guidance_type: str, guidance_scale: Decimal) -> Decimal:
@@ -65,8 +72,69 @@ def resolve(
     )
     if best is not None:
         return best, f"version {best.version}: the lowest score of the accepted schedules, {best.score:.4f}"
-    rejected = session.scalar(select(func.count()).select_from(Schedule).where(*matching))
+    is_rejected = Schedule.status == ScheduleStatus.REJECTED
+    rejected = session.scalar(select(func.count()).select_from(Schedule).where(*matching, is_rejected))
     return None, f"untuned: no accepted schedule for this setting ({rejected} rejected)"
+
+
+def import_schedule(session: Session, request: ScheduleImport) -> Schedule:
+    """Store a schedule made elsewhere as the next version of its setting. Raises: InvalidError."""
+    spec = get_requested_model(session, request.model).spec
+    check_sampling(spec, request.num_steps, request.guidance_type, request.guidance_scale)
+    _check_grid(request, spec["T"])
+    key = {
+        "model_id": request.model,
+        **{name: getattr(request, name) for name in Schedule.KEY if name != "model_id"},
+    }
+    schedule = Schedule(
+        **key,
+        version=next_version(session, key),
+        status=ScheduleStatus.IMPORTED,
+        timesteps=request.timesteps,
+        t_ratios=request.t_ratios,
+        provenance=request.provenance,
+        evaluation=None,
+    )
+    session.add(schedule)
+    session.flush()
+    return schedule
+
+
+def delete_schedule(registry: Registry, schedule_id: str) -> None:
+    """Delete a schedule that no alias and no sampling job names: these say what was sampled with it.
+
+    Raises:
+        NotFoundError, ConflictError.
+    """
+    conflict = ConflictError(f"schedule {schedule_id!r} has aliases or samples; accepted: one without any")
+    try:
+        with registry.write() as session:
+            schedule = get_schedule(session, schedule_id)
+            for referrer in (ScheduleAlias, SampleJob):
+                if session.scalar(select(exists().where(referrer.schedule_id == schedule_id))):
+                    raise conflict
+            if schedule.evaluation is not None:
+                session.delete(schedule.evaluation)
+                session.flush()
+            session.delete(schedule)
+    except IntegrityError:  # named by someone in between
+        raise conflict from None
+
+
+def _check_grid(request: ScheduleImport, T: float) -> None:
+    """The conditions of `timetuner_core.grids`, refused with the field's name."""
+    timesteps, t_ratios = request.timesteps, request.t_ratios
+    for name, values, length in (
+        ("timesteps", timesteps, request.num_steps + 1),
+        ("t_ratios", t_ratios, request.num_steps),
+    ):
+        if len(values) != length:
+            raise InvalidError(f"{name} has {len(values)} values; accepted: {length}", ("body", name))
+    if not (timesteps[0] <= T and timesteps[-1] >= 0 and all(t > s for t, s in pairwise(timesteps))):
+        raise InvalidError(f"accepted as timesteps: strictly falling within [0, {T}]", ("body", "timesteps"), timesteps)
+    if not all(0 < t * t_ratio <= T * (1 + 1e-6) for t, t_ratio in zip(timesteps, t_ratios, strict=False)):
+        message = f"accepted as t_ratios: any that keep t * t_ratio within (0, {T}]"
+        raise InvalidError(message, ("body", "t_ratios"), t_ratios)
 
 
 def find_for_sampling(session: Session, model_id: str, name: str) -> Schedule:
@@ -87,3 +155,17 @@ def set_alias(session: Session, model_id: str, name: str, schedule_id: str) -> S
         accepted = "the id of a schedule of this model"
         raise InvalidError(f"no schedule {schedule_id!r}; accepted: {accepted}", ("body", "schedule"), schedule_id)
     return session.merge(ScheduleAlias(model_id=model_id, name=name, schedule_id=schedule_id))
+
+
+def aliases(session: Session, model_id: str) -> Sequence[ScheduleAlias]:
+    """A model's aliases by name. Raises: NotFoundError."""
+    get_model(session, model_id)
+    return session.scalars(select(ScheduleAlias).filter_by(model_id=model_id).order_by(ScheduleAlias.name)).all()
+
+
+def delete_alias(session: Session, model_id: str, name: str) -> None:
+    """Raises: NotFoundError."""
+    alias = session.get(ScheduleAlias, (model_id, name))
+    if alias is None:
+        raise NotFoundError(f"no alias {name!r} of model {model_id!r}")
+    session.delete(alias)

@@ -1,16 +1,25 @@
 """What the schedules endpoints accept and return."""
 
+import json
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import Query
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
 
 from service.api import Eta, ExactNumber, GuidanceScale, Identifier, NumSteps, PageQuery
 from service.registry.tables import ScheduleStatus
 from timetuner_core.model_wrapper import GuidanceType
 
 Sampler = Literal["ddim"]
+
+
+def _finite(value: Any) -> Any:
+    json.dumps(value, allow_nan=False)  # which Python reads and no database keeps
+    return value
+
+
+FiniteJson = Annotated[Any, AfterValidator(_finite)]
 
 
 class EvaluationOut(BaseModel):
@@ -45,13 +54,31 @@ class ScheduleOut(BaseModel):
     guidance_scale: ExactNumber
     eta: ExactNumber
     version: int
-    status: ScheduleStatus = Field(description="Rejected: not significantly better than untuned; `auto` skips it.")
-    score: float = Field(description="Distance to the teacher, tuned over untuned; below 1 is better.")
+    status: ScheduleStatus = Field(
+        description="Rejected: not significantly better than untuned; imported: not evaluated. `auto` skips both."
+    )
+    score: float | None = Field(description="Distance to the teacher, tuned over untuned; below 1 is better.")
     timesteps: list[float] = Field(description="num_steps + 1 falling times in [0, T].")
     t_ratios: list[float] = Field(description="One per step: the network is conditioned on t * t_ratio.")
     provenance: dict[str, Any] = Field(description="How it was tuned.")
-    evaluation: EvaluationOut
+    evaluation: EvaluationOut | None
     created_at: datetime
+
+
+class ScheduleImport(BaseModel):
+    """A schedule made elsewhere, or exported by another registry."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: Identifier
+    sampler: Sampler = "ddim"
+    num_steps: NumSteps
+    guidance_type: GuidanceType = "uncond"
+    guidance_scale: GuidanceScale = Field(1, validate_default=True)
+    eta: Eta = Field(0, validate_default=True)
+    timesteps: list[FiniteFloat] = Field(description="num_steps + 1 strictly falling times in [0, T].")
+    t_ratios: list[FiniteFloat] = Field(description="One per step; t * t_ratio stays within (0, T].")
+    provenance: dict[str, FiniteJson] = Field(default_factory=dict, description="How it was made.")
 
 
 class SchedulePage(BaseModel):
@@ -105,6 +132,10 @@ class AliasOut(BaseModel):
     model: str = Field(validation_alias="model_id")
     name: str
     schedule: str = Field(validation_alias="schedule_id")
+
+
+class AliasList(BaseModel):
+    items: list[AliasOut]
 
 
 ScheduleFilters = Annotated[ScheduleQuery, Query()]

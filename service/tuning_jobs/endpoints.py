@@ -10,7 +10,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import joinedload
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
-from service.api import JSON_TYPE, AppState, PageParams, State, newest_first, require_json
+from service.api import JSON_TYPE, AppState, PageParams, PathId, State, newest_first, require_json
 from service.errors import (
     ConflictError,
     InvalidError,
@@ -36,6 +36,7 @@ router = APIRouter(prefix="/v1/tuning-jobs", tags=["tuning jobs"])
 
 SSE_TYPE = "text/event-stream"
 EVENT_POLL_SECONDS = 0.25
+LAST_ID = 2**63 - 1
 IdempotencyKey = Annotated[
     str | None, Header(min_length=1, max_length=200, description="Repeating a request with its key makes no new job.")
 ]
@@ -74,7 +75,7 @@ def list_tuning_jobs(
 
 
 @router.get("/{job_id}", operation_id="get_tuning_job", responses=error_responses(NotFoundError))
-def get_tuning_job(job_id: str, state: State) -> TuningJobDetail:
+def get_tuning_job(job_id: PathId, state: State) -> TuningJobDetail:
     """One tuning job, with the state of each step."""
     with state.registry.read() as session:
         return TuningJobDetail.model_validate(logic.get_job(session, job_id))
@@ -85,7 +86,7 @@ def get_tuning_job(job_id: str, state: State) -> TuningJobDetail:
     operation_id="cancel_tuning_job",
     responses=error_responses(NotFoundError, ConflictError),
 )
-def cancel_tuning_job(job_id: str, state: State) -> TuningJobOut:
+def cancel_tuning_job(job_id: PathId, state: State) -> TuningJobOut:
     """Cancel: a queued job at once, a running one as soon as its worker sees it."""
     return TuningJobOut.model_validate(logic.cancel(state.registry, job_id))
 
@@ -100,15 +101,15 @@ def cancel_tuning_job(job_id: str, state: State) -> TuningJobOut:
     },
 )
 async def list_tuning_job_events(
-    job_id: str,
+    job_id: PathId,
     state: State,
     accept: Annotated[str, Header(include_in_schema=False)] = JSON_TYPE,
-    after: Annotated[int, Query(ge=0, description="Only events with a greater id.")] = 0,
+    after: Annotated[int, Query(ge=0, le=LAST_ID, description="Only events with a greater id.")] = 0,
     last_event_id: Annotated[str | None, Header(description="As `after`; what SSE clients send.")] = None,
 ) -> Response:
     """A job's events so far as JSON; or, with `Accept: text/event-stream`, also those to come until it ends."""
     if last_event_id is not None and last_event_id.isdecimal():
-        after = int(last_event_id)
+        after = min(int(last_event_id), LAST_ID)
     if SSE_TYPE in accept:
         await run_in_threadpool(_read_events, state, job_id, after)  # 404 before the stream begins
         return EventSourceResponse(_stream(state, job_id, after))

@@ -1,0 +1,18 @@
+"""The versions of schedules."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from service.registry.tables import Model, Schedule
+
+
+def next_version(session: Session, key: Mapping[str, Any]) -> int:
+    """One more than the newest version of a setting, given as the columns of `Schedule.KEY`.
+
+    The model's row stays locked until the transaction ends, so that two writers cannot get the same.
+    """
+    session.get_one(Model, key["model_id"], with_for_update={"key_share": True})
+    return (session.scalar(select(func.max(Schedule.version)).filter_by(**key)) or 0) + 1
