@@ -38,7 +38,7 @@ class ExactDecimal(TypeDecorator[Decimal]):
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """A point in time, always aware and in UTC; SQLite keeps it without a zone."""
+    """A point in time, always aware and in UTC; SQLite keeps it without a zone, PostgreSQL gives its server's."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -47,6 +47,6 @@ class UtcDateTime(TypeDecorator[datetime]):
         return None if value is None else value.astimezone(UTC)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        if value is None or value.tzinfo is not None:
-            return value
-        return value.replace(tzinfo=UTC)
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)

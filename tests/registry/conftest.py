@@ -1,0 +1,24 @@
+"""An empty, migrated registry on each engine."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from service.registry.database import Registry
+from service.registry.tables import Model
+
+
+@pytest.fixture
+def registry(database_url: str) -> Iterator[Registry]:
+    registry = Registry(database_url)
+    registry.upgrade()
+    yield registry
+    registry.close()
+
+
+@pytest.fixture
+def model_id(registry: Registry) -> str:
+    with registry.write() as session:
+        model = Model(name="ring", content_hash="0" * 64, source={"builtin": "mixture-ring"}, spec={})
+        session.add(model)
+    return model.id

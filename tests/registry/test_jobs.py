@@ -1,0 +1,240 @@
+"""The life of a job: one worker at a time, taken back from the dead, never written by them again."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from decimal import Decimal
+from threading import Barrier
+from typing import TypeVar
+
+import pytest
+from sqlalchemy import select
+
+from service.registry.database import Registry
+from service.registry.jobs import (
+    Claim,
+    LeaseLostError,
+    claim,
+    count_queued,
+    finish,
+    mark_published,
+    renew,
+    request_cancel,
+    take_back_expired,
+    unpublished,
+)
+from service.registry.schedules import next_version
+from service.registry.tables import Job, JobState, SampleJob, Schedule, ScheduleStatus, TuningJob, TuningJobEvent
+
+LEASE_SECONDS = 60.0
+EXPIRED = -1.0  # a lease that is over as soon as it is given
+MAX_ATTEMPTS = 3
+THREADS = 6
+
+Result = TypeVar("Result")
+
+
+def add_job(registry: Registry, model_id: str, job_class: type[Job] = TuningJob) -> str:
+    with registry.write() as session:
+        more = {"request_hash": ""} if job_class is TuningJob else {}
+        job = job_class(model_id=model_id, request={}, **more)
+        session.add(job)
+    return job.id
+
+
+@pytest.fixture
+def job_id(registry: Registry, model_id: str) -> str:
+    return add_job(registry, model_id)
+
+
+def take(registry: Registry, job_id: str, lease_seconds: float = LEASE_SECONDS, owner: str = "w") -> Claim | None:
+    with registry.write() as session:
+        return claim(session, TuningJob, job_id, owner, lease_seconds)
+
+
+def taken(registry: Registry, job_id: str, lease_seconds: float = LEASE_SECONDS) -> Claim:
+    claimed = take(registry, job_id, lease_seconds)
+    assert claimed is not None
+    return claimed
+
+
+def take_back(registry: Registry) -> None:
+    with registry.write() as session:
+        take_back_expired(session, TuningJob, MAX_ATTEMPTS)
+
+
+def cancel(registry: Registry, job_id: str) -> None:
+    with registry.write() as session:
+        request_cancel(session, session.get_one(TuningJob, job_id))
+
+
+def end(registry: Registry, claimed: Claim, state: JobState = JobState.SUCCEEDED) -> None:
+    with registry.write() as session:
+        finish(session, renew(session, claimed, LEASE_SECONDS), state)
+
+
+def read(registry: Registry, job_id: str) -> TuningJob:
+    with registry.read() as session:
+        return session.get_one(TuningJob, job_id)
+
+
+def events(registry: Registry, job_id: str) -> list[str]:
+    with registry.read() as session:
+        query = select(TuningJobEvent.type).where(TuningJobEvent.job_id == job_id).order_by(TuningJobEvent.id)
+        return list(session.scalars(query))
+
+
+def at_once(work: Callable[[int], Result]) -> list[Result]:
+    """The results of `work(k)` in threads that all set out together."""
+    barrier = Barrier(THREADS)
+
+    def run(k: int) -> Result:
+        barrier.wait()
+        return work(k)
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        return list(threads.map(run, range(THREADS)))
+
+
+@pytest.mark.parametrize("abandoned", [False, True])
+def test_of_many_claimers_one_gets_the_job(registry: Registry, job_id: str, abandoned: bool) -> None:
+    if abandoned:
+        taken(registry, job_id, EXPIRED)
+    claims = at_once(lambda k: take(registry, job_id, owner=f"worker {k}"))
+    winners = [k for k, claimed in enumerate(claims) if claimed]
+    assert len(winners) == 1
+    job = read(registry, job_id)
+    assert (job.lease_owner, job.attempt) == (f"worker {winners[0]}", 1 + abandoned)
+
+
+def test_a_running_job_is_left_to_its_worker(registry: Registry, job_id: str) -> None:
+    taken(registry, job_id)
+    assert take(registry, job_id) is None
+    take_back(registry)
+    assert read(registry, job_id).state == JobState.RUNNING
+
+
+def test_a_job_whose_lease_ran_out_is_queued_again_and_its_old_worker_can_write_nothing(
+    registry: Registry, job_id: str
+) -> None:
+    old = taken(registry, job_id, EXPIRED)
+    with registry.write() as session:
+        mark_published(session, TuningJob, [job_id])
+    take_back(registry)
+    job = read(registry, job_id)
+    assert (job.state, job.lease_owner, job.published_at) == (JobState.QUEUED, None, None)
+    with pytest.raises(LeaseLostError):
+        end(registry, old)
+
+    new = taken(registry, job_id)
+    with pytest.raises(LeaseLostError):
+        end(registry, old)
+    assert read(registry, job_id).state == JobState.RUNNING
+    end(registry, new)
+    assert read(registry, job_id).state == JobState.SUCCEEDED
+    assert events(registry, job_id) == ["started", "requeued", "started", "succeeded"]
+
+
+def test_what_a_fenced_worker_wrote_in_its_transaction_is_undone(registry: Registry, job_id: str) -> None:
+    old = taken(registry, job_id, EXPIRED)
+    taken(registry, job_id)
+    with pytest.raises(LeaseLostError), registry.write() as session:
+        session.add(TuningJobEvent(job_id=job_id, type="progress", data={}))
+        session.flush()
+        renew(session, old, LEASE_SECONDS)
+    assert events(registry, job_id) == ["started", "started"]
+
+
+def test_renewing_keeps_a_lease_from_running_out(registry: Registry, job_id: str) -> None:
+    claimed = taken(registry, job_id, EXPIRED)
+    with registry.write() as session:
+        renew(session, claimed, LEASE_SECONDS)
+    take_back(registry)
+    assert read(registry, job_id).state == JobState.RUNNING
+    assert take(registry, job_id) is None
+
+
+def test_a_job_that_lost_its_worker_too_often_is_parked_as_failed(registry: Registry, job_id: str) -> None:
+    for _ in range(MAX_ATTEMPTS):
+        taken(registry, job_id, EXPIRED)
+        take_back(registry)
+    job = read(registry, job_id)
+    assert (job.state, job.attempt) == (JobState.FAILED, MAX_ATTEMPTS)
+    assert "3 times" in str(job.error)
+    assert take(registry, job_id) is None
+
+
+def test_a_cancelled_queued_job_cannot_be_claimed(registry: Registry, job_id: str) -> None:
+    cancel(registry, job_id)
+    assert read(registry, job_id).state == JobState.CANCELLED
+    assert take(registry, job_id) is None
+
+
+def test_a_running_jobs_worker_is_told_of_the_cancellation_once(registry: Registry, job_id: str) -> None:
+    claimed = taken(registry, job_id)
+    cancel(registry, job_id)
+    cancel(registry, job_id)
+    with registry.write() as session:
+        job = renew(session, claimed, LEASE_SECONDS)
+        assert (job.state, job.cancel_requested) == (JobState.RUNNING, True)
+    end(registry, claimed, JobState.CANCELLED)
+    assert events(registry, job_id) == ["started", "cancel_requested", "cancelled"]
+
+
+def test_a_cancelled_job_whose_worker_died_is_not_run_again(registry: Registry, job_id: str) -> None:
+    taken(registry, job_id, EXPIRED)
+    cancel(registry, job_id)
+    take_back(registry)
+    assert read(registry, job_id).state == JobState.CANCELLED
+
+
+@pytest.mark.parametrize("state", [JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED])
+def test_what_is_over_stays_as_it_is(registry: Registry, job_id: str, state: JobState) -> None:
+    claimed = taken(registry, job_id)
+    end(registry, claimed, state)
+    cancel(registry, job_id)
+    take_back(registry)
+    assert take(registry, job_id) is None
+    with pytest.raises(LeaseLostError):
+        end(registry, claimed)
+    job = read(registry, job_id)
+    assert (job.state, job.lease_expires_at) == (state, None)
+    assert job.finished_at is not None
+
+
+@pytest.mark.parametrize("job_class", [TuningJob, SampleJob])
+def test_the_broker_is_told_of_a_job_once_and_again_when_it_may_have_forgotten(
+    registry: Registry, model_id: str, job_class: type[Job]
+) -> None:
+    first, second = (add_job(registry, model_id, job_class) for _ in range(2))
+
+    def due(published_before: timedelta) -> list[str]:
+        with registry.read() as session:
+            assert count_queued(session, job_class) == 2
+            return unpublished(session, job_class, published_before)
+
+    assert due(timedelta(days=1)) == [first, second]
+    with registry.write() as session:
+        mark_published(session, job_class, [first])
+    assert due(timedelta(days=1)) == [second]
+    assert due(timedelta(seconds=-1)) == [first, second]
+
+
+def test_schedules_stored_at_the_same_time_get_different_versions(registry: Registry, model_id: str) -> None:
+    key = {
+        "model_id": model_id,
+        "sampler": "ddim",
+        "num_steps": 1,
+        "guidance_type": "uncond",
+        "guidance_scale": Decimal(1),
+        "eta": Decimal(0),
+    }
+
+    def store(_: int) -> int:
+        with registry.write() as session:
+            version = next_version(session, key)
+            values = {"timesteps": [1.0, 0.0], "t_ratios": [1.0], "provenance": {}}
+            session.add(Schedule(**key, **values, version=version, status=ScheduleStatus.IMPORTED))
+        return version
+
+    assert sorted(at_once(store)) == list(range(1, THREADS + 1))

@@ -1,0 +1,77 @@
+"""The migrations lead to exactly the tables of the code, and back, and keep what is stored."""
+
+from collections.abc import Iterator
+from decimal import Decimal
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import inspect, text
+
+from service.registry.database import Registry, alembic_config
+from service.registry.tables import Base, Schedule, ScheduleAlias
+
+MODEL = "INSERT INTO models VALUES ('mdl_1', 'm', 'hash', '{}', '{}', '2026-01-01')"
+SCHEDULE = """INSERT INTO schedules (id, model_id, sampler, num_steps, guidance_type, guidance_scale, eta, version,
+    status, score, timesteps, t_ratios, provenance, created_at)
+    VALUES ('{id}', 'mdl_1', 'ddim', 1, 'uncond', 1000000, 0, {version}, '{status}', {score}, '[1, 0]', '[1]', '{{}}',
+    '2026-01-01')"""
+ALIAS = "INSERT INTO schedule_aliases VALUES ('mdl_1', '{name}', '{schedule}')"
+
+
+@pytest.fixture
+def empty(database_url: str) -> Iterator[Registry]:
+    registry = Registry(database_url)
+    yield registry
+    registry.close()
+
+
+def execute(registry: Registry, *statements: str) -> None:
+    with registry.write() as session:
+        for statement in statements:
+            session.execute(text(statement))
+
+
+def ids(registry: Registry) -> list[str]:
+    with registry.read() as session:
+        return list(session.scalars(text("SELECT id FROM schedules ORDER BY id")))
+
+
+def test_the_migrations_make_exactly_the_tables_of_the_code(empty: Registry) -> None:
+    empty.upgrade()
+    with empty.engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Base.metadata) == []
+
+
+def test_what_the_first_release_stored_outlives_all_migrations_and_running_them_twice(empty: Registry) -> None:
+    command.upgrade(alembic_config(empty.url.render_as_string(hide_password=False)), "0001")
+    tuned = SCHEDULE.format(id="sch_1", version=1, status="accepted", score=0.5)
+    execute(empty, MODEL, tuned, ALIAS.format(name="production", schedule="sch_1"))
+    for _ in range(2):
+        empty.upgrade()
+        with empty.read() as session:
+            schedule = session.get_one(Schedule, "sch_1")
+            assert (schedule.guidance_scale, schedule.score) == (Decimal(1), 0.5)
+            assert session.get_one(ScheduleAlias, ("mdl_1", "production")).schedule_id == "sch_1"
+
+
+def test_everything_can_be_undone(empty: Registry) -> None:
+    empty.upgrade()
+    command.downgrade(alembic_config(empty.url.render_as_string(hide_password=False)), "base")
+    assert inspect(empty.engine).get_table_names() == ["alembic_version"]
+
+
+def test_schedules_and_what_names_them_outlive_the_change_of_their_table(empty: Registry) -> None:
+    config = alembic_config(empty.url.render_as_string(hide_password=False))
+    command.upgrade(config, "0001")
+    tuned = SCHEDULE.format(id="sch_1", version=1, status="accepted", score=0.5)
+    execute(empty, MODEL, tuned, ALIAS.format(name="production", schedule="sch_1"))
+    command.upgrade(config, "0002")
+    imported = SCHEDULE.format(id="sch_2", version=2, status="imported", score="NULL")
+    execute(empty, imported, ALIAS.format(name="trial", schedule="sch_2"))
+    command.downgrade(config, "0001")
+    assert ids(empty) == ["sch_1"]
+    with empty.read() as session:
+        assert list(session.scalars(text("SELECT name FROM schedule_aliases"))) == ["production"]
