@@ -1,0 +1,357 @@
+"""Tuners: exact derivatives, independence of the steps, resuming, and ratios that serve better than ones."""
+
+import copy
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tests.core.conftest import Network, Recorded, normals, small_mixture, tiny_unet, tuner_of
+from timetuner_core import NoiseScheduleVP, TimeTuner
+from timetuner_core.evaluation import teacher_l2
+from timetuner_core.mixtures import GaussianMixture, ring_mixture
+from timetuner_core.tuning import TuningProblem, TuningState, tune_end_to_end, tune_next_eps
+
+LINEAR = NoiseScheduleVP("linear")
+LABELS, NULL = torch.tensor([0, 1, 1, 0]), torch.tensor([2])
+
+Tune = Callable[[TuningProblem, TuningState], Iterator[TuningState]]
+
+
+def parallel(problem: TuningProblem, state: TuningState) -> Iterator[TuningState]:
+    return tune_next_eps(problem, state, "parallel", lr=0.01, total_iters=6)
+
+
+def sequential(problem: TuningProblem, state: TuningState) -> Iterator[TuningState]:
+    return tune_next_eps(problem, state, "sequential", lr=0.01, total_iters=6)
+
+
+def end_to_end(problem: TuningProblem, state: TuningState) -> Iterator[TuningState]:
+    teacher_timesteps = TimeTuner(problem.model_fn, LINEAR).get_timesteps(12)
+    return tune_end_to_end(problem, state, teacher_timesteps, lr=0.01, total_iters=6)
+
+
+every_tuner = pytest.mark.parametrize("tune", [parallel, sequential, end_to_end])
+both_types = pytest.mark.parametrize("tune_type", ["parallel", "sequential"])
+
+
+def small_problem(
+    network: Network | None = None, timesteps: Tensor | None = None, seed: int = 0, **step_kwargs: Any
+) -> TuningProblem:
+    """Five steps on a mixture; its population serves as data and as initial noise alike."""
+    tuner = tuner_of(network or small_mixture(), LINEAR)
+    grid = tuner.get_timesteps(5) if timesteps is None else timesteps
+    step_fn = tuner.ddim_step_fn
+    return TuningProblem(
+        tuner.model_fn, LINEAR, step_fn, grid, normals(24, 2), batch_size=4, seed=seed, step_kwargs=step_kwargs
+    )
+
+
+def run(tuned: Iterator[TuningState]) -> TuningState:
+    *_, last = tuned
+    return last
+
+
+def loader(images: Tensor, batch_size: int = 8, labels: Tensor | None = None) -> list[Mapping[str, Tensor]]:
+    rows = range(0, len(images), batch_size)
+    if labels is None:
+        return [{"image": images[i : i + batch_size]} for i in rows]
+    return [{"image": images[i : i + batch_size], "label": labels[i : i + batch_size]} for i in rows]
+
+
+# A step's derivative
+
+
+def tiny_unet_network() -> Network:
+    unet = tiny_unet(num_class_embeds=3).double()
+
+    def network(x: Tensor, t_input: Tensor, labels: Tensor | None = None) -> Tensor:
+        labels = torch.full((len(x),), 2) if labels is None else labels
+        eps: Tensor = unet(x.reshape(-1, 1, 4, 4), 10 * t_input, class_labels=labels).sample
+        return eps.reshape(x.shape)
+
+    return network
+
+
+# A U-Net's time embedding is computed in float32, so that its differences need a wider step and bound.
+NETWORKS: dict[str, tuple[Callable[[], Network], int, float, float]] = {
+    "mixture": (small_mixture, 2, 1e-5, 1e-7),
+    "unet": (tiny_unet_network, 16, 1e-3, 1e-3),
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("guidance_type", ["uncond", "classifier", "classifier-free"])
+def test_derivative_of_a_step_in_its_ratio_is_exact(guidance_type: Any, eta: float, network: str) -> None:
+    make_network, dimension, delta, tolerance = NETWORKS[network]
+    classifier = small_mixture().log_class_posterior
+    tuner = tuner_of(
+        make_network(),
+        LINEAR,
+        guidance_type=guidance_type,
+        guidance_scale=2.0,
+        classifier_fn=lambda x, t_input, labels: classifier(x[:, :2], t_input, labels),
+    )
+    t, s = (torch.tensor(time, dtype=torch.float64) for time in (0.6, 0.4))
+    x, noise = normals(4, dimension), normals(4, dimension, seed=1)
+
+    def step(t_ratio: Tensor) -> Tensor:
+        conditions = {"condition": LABELS, "uncond_condition": NULL}
+        return torch.stack(tuner.ddim_step_fn(x, t, s, t_ratio=t_ratio, eta=eta, noise=noise, **conditions))
+
+    ratio = torch.tensor(0.95, dtype=torch.float64, requires_grad=True)
+    differences = (step(ratio + delta) - step(ratio - delta)).detach() / (2 * delta)
+    with sdpa_kernel(SDPBackend.MATH):  # torch's fused attention has no forward mode
+        _, forward = torch.func.jvp(step, (ratio.detach(),), (torch.ones_like(ratio),))
+    weights = normals(*differences.shape, seed=2)
+    (reverse,) = torch.autograd.grad((weights * step(ratio)).sum(), ratio)
+    scale = float(differences.abs().max())
+    assert scale > 1e-3
+    torch.testing.assert_close(forward, differences, atol=tolerance * scale, rtol=0)
+    torch.testing.assert_close(reverse, (weights * forward).sum(), atol=1e-5 * scale, rtol=1e-6)
+
+
+# The published objective
+
+
+def test_each_step_tuned_with_fewer_others_gets_the_same_ratio_in_parallel() -> None:
+    grid = small_problem().timesteps
+    together = run(parallel(small_problem(), TuningState.start(5))).t_ratios
+    for num_steps in range(2, 5):  # a grid's first steps, of which the last is not tuned
+        fewer = small_problem(timesteps=grid[: num_steps + 1])
+        ratios = run(parallel(fewer, TuningState.start(num_steps))).t_ratios
+        torch.testing.assert_close(ratios[:-1], together[: num_steps - 1], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@both_types
+def test_the_last_step_alone_keeps_its_ratio(tune_type: Any, eta: float) -> None:
+    problem = small_problem(eta=eta)
+    ratios = run(tune_next_eps(problem, TuningState.start(5), tune_type, lr=0.01, total_iters=3)).t_ratios
+    assert (ratios != 1.0).tolist() == [True] * 4 + [False]
+
+
+@both_types
+def test_a_single_step_has_nothing_to_tune(tune_type: Any) -> None:
+    tuner = tuner_of(Recorded(small_mixture()), LINEAR)
+    ratios = tuner.optimize_timesteps(loader(normals(4, 2)), tuner.ddim_step_fn, num_steps=1, tune_type=tune_type)
+    assert ratios.tolist() == [1.0]
+
+
+def network_rows(num_steps: int, tune_type: Any) -> int:
+    network = Recorded(small_mixture())
+    tuner = tuner_of(network, LINEAR)
+    tuner.optimize_timesteps(
+        loader(normals(24, 2)), tuner.ddim_step_fn, num_steps=num_steps, tune_type=tune_type, total_iters=6
+    )
+    return sum(network.batch_sizes)
+
+
+@both_types
+def test_cost_is_linear_in_the_number_of_steps(tune_type: Any) -> None:
+    rows = [network_rows(num_steps, tune_type) for num_steps in (3, 6, 9, 12)]
+    first, *others = [after - before for before, after in itertools.pairwise(rows)]
+    assert others == [first, first]
+
+
+def test_parallel_tuning_is_one_network_batch_for_all_steps() -> None:
+    network = Recorded(small_mixture())
+    run(parallel(small_problem(network), TuningState.start(5)))
+    assert set(network.batch_sizes) == {4 * 4}
+
+
+@both_types
+def test_tuning_lowers_the_objective_on_fresh_data(tune_type: Any) -> None:
+    mixture = small_mixture()
+    tuner = tuner_of(mixture, LINEAR)
+    x0, _ = mixture.sample(4096, torch.Generator().manual_seed(0))
+    ratios = tuner.optimize_timesteps(
+        loader(x0, 256), tuner.ddim_step_fn, num_steps=5, tune_type=tune_type, lr=0.01, total_iters=100
+    )
+    x0, _ = mixture.sample(4096, torch.Generator().manual_seed(1))
+    grid, z, total = tuner.get_timesteps(5), normals(4096, 2), torch.zeros(2)
+    x_t = LINEAR.marginal_alpha(grid[0]) * x0 + LINEAR.marginal_std(grid[0]) * z
+    for t, s, ratio in zip(grid[:-2], grid[1:-1], ratios[:-1], strict=True):
+        if tune_type == "parallel":
+            x_t = LINEAR.marginal_alpha(t) * x0 + LINEAR.marginal_std(t) * z
+        tuned, _ = tuner.ddim_step_fn(x_t, t, s, t_ratio=ratio)
+        untuned, _ = tuner.ddim_step_fn(x_t, t, s)
+        eps = tuner.model_fn(x_t, t)
+        after, before = ((eps - tuner.model_fn(x_s, s)).square().sum(dim=1).mean() for x_s in (tuned, untuned))
+        assert after < 1.01 * before  # where nothing is to be gained, Adam's noise remains
+        total += torch.stack([after, before])
+        x_t = tuned
+    assert total[0] < 0.9 * total[1]
+
+
+def test_classifier_free_tuning_runs_on_the_labels_of_the_data() -> None:
+    mixture = small_mixture()
+    x0, labels = mixture.sample(24, torch.Generator().manual_seed(0))
+
+    def tuned(labels: Tensor) -> Tensor:
+        tuner = tuner_of(mixture, LINEAR, guidance_type="classifier-free", guidance_scale=2.0)
+        return tuner.optimize_timesteps(
+            loader(x0.double(), 8, labels), tuner.ddim_step_fn, num_steps=4, total_iters=5, uncond_condition=NULL
+        )
+
+    assert bool(tuned(labels).isfinite().all())
+    assert not torch.equal(tuned(labels), tuned(1 - labels))
+
+
+# End to end
+
+
+def held_out_distance(tuner: TimeTuner, num_steps: int, t_ratios: Tensor | None, x_T: Tensor) -> float:
+    teacher = tuner.ddim_sample(x_T, 100)
+    return float(teacher_l2(tuner.ddim_sample(x_T, num_steps, t_ratios=t_ratios), teacher).mean())
+
+
+@pytest.mark.parametrize("make_mixture", [small_mixture, ring_mixture])
+def test_end_to_end_tuning_brings_held_out_samples_closer_to_the_teacher(
+    make_mixture: Callable[[], GaussianMixture],
+) -> None:
+    tuner = tuner_of(make_mixture(), LINEAR)
+    ratios = tuner.optimize_end_to_end(normals(512, 2), tuner.ddim_step_fn, 5, batch_size=128, lr=0.02)
+    held_out = normals(512, 2, seed=1)
+    assert held_out_distance(tuner, 5, ratios, held_out) < 0.9 * held_out_distance(tuner, 5, None, held_out)
+
+
+def test_end_to_end_tuning_needs_a_deterministic_sampler() -> None:
+    with pytest.raises(ValueError, match="accepted, to be tuned end to end: a deterministic one"):
+        run(end_to_end(small_problem(eta=1.0), TuningState.start(5)))
+
+
+# What holds for every tuner
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 8, 14, 20])
+@every_tuner
+def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(tune: Tune, stop_after: int) -> None:
+    unbroken = run(tune(small_problem(), TuningState.start(5)))
+    state = TuningState.start(5)
+    for _ in itertools.islice(tune(small_problem(), state), stop_after):
+        pass
+    stored = copy.deepcopy(state)
+    for _ in tune(small_problem(), stored):
+        pass
+    for field in dataclasses.fields(TuningState):
+        values = (getattr(state, field.name) for state in (stored, unbroken))
+        torch.testing.assert_close(*values, atol=0, rtol=0, equal_nan=True)
+
+
+@every_tuner
+def test_a_finished_run_is_not_run_again(tune: Tune) -> None:
+    state = run(tune(small_problem(), TuningState.start(5)))
+    assert list(tune(small_problem(), copy.deepcopy(state))) == []
+
+
+@every_tuner
+def test_the_seed_fixes_every_draw(tune: Tune) -> None:
+    first, again, other = (run(tune(small_problem(seed=seed), TuningState.start(5))).t_ratios for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@every_tuner
+def test_ratios_keep_conditioning_within_the_schedule(tune: Tune, sign: float) -> None:
+    """A network that rewards ever later, or ever earlier, conditioning, at a learning rate out of all measure."""
+
+    def network(x: Tensor, t_input: Tensor) -> Tensor:
+        return x * torch.exp(sign * 3 * t_input)[:, None]
+
+    problem = dataclasses.replace(small_problem(network), batch_size=8)
+    state = TuningState.start(5)
+    if tune is end_to_end:
+        tuned = tune_end_to_end(problem, state, problem.timesteps[[0, 2, 5]], lr=5.0, total_iters=4)
+    else:
+        tuned = tune_next_eps(problem, state, "parallel" if tune is parallel else "sequential", 5.0, 4)
+    seen = torch.stack([state.t_ratios.clone() for state in tuned])
+    conditioning = problem.timesteps[:-1] * seen
+    assert float(conditioning.min()) >= LINEAR.t_min * (1 - 1e-12)
+    assert float(conditioning.max()) <= LINEAR.T * (1 + 1e-12)
+    assert bool((conditioning == conditioning.clamp(LINEAR.t_min + 1e-9, LINEAR.T - 1e-9)).logical_not().any())
+
+
+# What a user hands in
+
+
+def tuned_on(batches: Any, network: Network | None = None, step_fn: Any = None, **options: Any) -> Tensor:
+    tuner = tuner_of(network or small_mixture(), LINEAR)
+    options = {"num_steps": 4, "total_iters": 8, "lr": 0.01} | options
+    return tuner.optimize_timesteps(batches, step_fn or tuner.ddim_step_fn, **options)
+
+
+@both_types
+def test_a_short_data_loader_does_not_end_tuning_early(tune_type: Any) -> None:
+    short, long = Recorded(small_mixture()), Recorded(small_mixture())
+    tuned_on(loader(normals(4, 2), 4), short, tune_type=tune_type)
+    tuned_on(loader(normals(64, 2), 4)[:1] * 16, long, tune_type=tune_type, population_size=4)
+    assert short.batch_sizes == long.batch_sizes
+    iterations = 8 if tune_type == "parallel" else 8 * 3
+    assert len(short.calls) >= 3 * iterations
+
+
+def test_an_endless_data_loader_is_read_up_to_the_population_size() -> None:
+    batches = loader(normals(16, 2), 8)
+    endless = tuned_on(itertools.cycle(batches), population_size=16)
+    assert torch.equal(endless, tuned_on(batches))
+
+
+def test_the_encoder_is_applied_to_the_images() -> None:
+    encoded = tuned_on(loader(normals(16, 2)))
+    assert torch.equal(tuned_on(loader(3 * normals(16, 2)), encode_fn=lambda image: image / 3), encoded)
+
+
+def test_a_users_own_step_plugs_in() -> None:
+    mixture = small_mixture()
+    tuner = tuner_of(mixture, LINEAR)
+
+    def exponential_step(x: Tensor, t: Tensor, s: Tensor, t_ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """DDIM, as DPM-Solver-1 writes it."""
+        eps = tuner.model_fn(x, t * t_ratio)
+        alpha_t, alpha_s, sigma_t, sigma_s = (
+            coefficient(time).reshape(-1, 1)
+            for coefficient in (LINEAR.marginal_alpha, LINEAR.marginal_std)
+            for time in (t, s)
+        )
+        h = (LINEAR.marginal_lambda(s) - LINEAR.marginal_lambda(t)).reshape(-1, 1)
+        return alpha_s / alpha_t * x - sigma_s * torch.expm1(h) * eps, (x - sigma_t * eps) / alpha_t
+
+    batches = loader(normals(16, 2))
+    for tune_type in ("parallel", "sequential"):
+        own = tuned_on(batches, mixture, exponential_step, tune_type=tune_type)
+        torch.testing.assert_close(own, tuned_on(batches, mixture, tune_type=tune_type), atol=1e-9, rtol=0)
+
+
+def test_arguments_of_the_step_reach_every_call() -> None:
+    ratios = [tuned_on(loader(normals(16, 2)), eta=eta) for eta in (0.0, 1.0)]
+    assert not torch.equal(*ratios)
+
+
+@pytest.mark.parametrize(
+    ("options", "accepted"),
+    [
+        ({"tune_type": "serial"}, "tune_type is 'serial'; accepted: sequential, parallel"),
+        ({"total_iters": 0}, "total_iters and batch_size must be at least 1, and lr above 0"),
+        ({"lr": 0.0}, "lr above 0"),
+        ({"num_steps": 0}, "num_steps is 0; accepted: 1 or more"),
+        ({"num_steps": None}, "give num_steps or timesteps"),
+        ({"timesteps": [0.1, 0.9], "num_steps": None}, "timesteps must fall strictly within [0, 1.0]"),
+    ],
+)
+def test_bad_tuning_arguments_are_refused_naming_what_is_accepted(options: dict[str, Any], accepted: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(accepted)):
+        tuned_on(loader(normals(16, 2)), **options)
+
+
+def test_an_empty_data_loader_is_refused() -> None:
+    with pytest.raises(ValueError, match="accepted: at least one image"):
+        tuned_on([])
