@@ -23,6 +23,8 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(15.0, gt=0)  # a worker silent for longer has lost its job
     max_attempts: int = Field(5, ge=1)
     dispatch_interval_seconds: float = Field(0.5, gt=0)
+    republish_seconds: float = Field(30.0, gt=0)  # a message to the broker this old, its queue empty, was lost
+    save_seconds: float = Field(1.0, gt=0)  # how much of a tuning job a killed worker loses at most
 
     max_body_bytes: int = Field(2 * 2**30, ge=1)  # model archives are the largest bodies
     max_json_bytes: int = Field(2**20, ge=1)

@@ -18,19 +18,19 @@ from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# A message older than this whose queue is empty was lost, or is in the hands of a worker about to claim it;
-# publishing again does no harm, as a job can be claimed only once.
-REPUBLISH_AFTER = timedelta(seconds=30)
 
+def dispatch_once(registry: Registry, app: Celery, max_attempts: int, republish_seconds: float) -> None:
+    """One round over all kinds of jobs.
 
-def dispatch_once(registry: Registry, app: Celery, max_attempts: int) -> None:
-    """One round over all kinds of jobs."""
+    A message older than `republish_seconds` whose queue is empty was lost, or is in the hands of a worker about
+    to claim it; publishing again does no harm, as a job can be claimed only once.
+    """
     for job_class in JOB_CLASSES:
         with registry.write() as session:
             take_back_expired(session, job_class, max_attempts)
         with registry.read() as session:
             never = unpublished(session, job_class, published_before=timedelta(days=36500))
-            due = unpublished(session, job_class, published_before=REPUBLISH_AFTER)
+            due = unpublished(session, job_class, published_before=timedelta(seconds=republish_seconds))
         if set(due) != set(never) and queue_length(app, TASKS[job_class][1]) > 0:
             due = never
         if due:
@@ -54,7 +54,7 @@ def main() -> None:
         signal.signal(number, lambda *_: stop.set())
     while not stop.wait(settings.dispatch_interval_seconds):
         try:
-            dispatch_once(registry, app, settings.max_attempts)
+            dispatch_once(registry, app, settings.max_attempts, settings.republish_seconds)
         except Exception:  # database or broker away: the next round may find them back
             logger.exception("a round failed")
     registry.close()
