@@ -93,13 +93,17 @@ def evaluate(
     t_ratios: Tensor,
     teacher_samples: Tensor,
     reference: Tensor | None,
+    *,
+    untuned_timesteps: Tensor | None = None,
 ) -> Evaluation:
-    """Compare `sample(timesteps, t_ratios)` with `sample(timesteps, None)`, both from the teacher's noise.
+    """Compare `sample(timesteps, t_ratios)` with `sample(untuned_timesteps, None)`, both from the teacher's noise.
 
     Args:
+        untuned_timesteps: the untuned sampler's grid; default the same.
         teacher_samples: `(B, ...)`. reference: data `(P, ...)`; None compares with the teacher's samples.
     """
-    before, after = sample(timesteps, None), sample(timesteps, t_ratios)
+    before = sample(timesteps if untuned_timesteps is None else untuned_timesteps, None)
+    after = sample(timesteps, t_ratios)
     l2_before, l2_after = teacher_l2(before, teacher_samples), teacher_l2(after, teacher_samples)
     reference = teacher_samples if reference is None else reference
     return Evaluation(

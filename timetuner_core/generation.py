@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from timetuner_core.loading import DiffusionModel
-from timetuner_core.model_wrapper import GuidanceType
+from timetuner_core.model_wrapper import GuidanceType, GuidedModel
 from timetuner_core.samplers import initial_noise
 from timetuner_core.time_tuner import TimeTuner
 
@@ -19,37 +19,47 @@ class Guidance:
 
     type: GuidanceType
     scale: float
+    rescale: float = 0.0
+    interval: tuple[float, float] | None = None
+
+    def model_fn(self, model: DiffusionModel) -> GuidedModel:
+        """The model, guided so."""
+        return model.model_fn(self.type, self.scale, self.rescale, self.interval)
 
 
 def generate(
     model: DiffusionModel,
     guidance: Guidance,
     seeds: list[int],
-    labels: Tensor | None,
+    condition: Tensor | None,
     timesteps: Tensor,
     t_ratios: Tensor | list[float] | None = None,
     eta: float = 0.0,
     *,
+    sampler: str = "ddim",
+    decode: bool = True,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
     after_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """DDIM samples from one seed each, `(len(seeds), *sample_shape)`, on `device`.
+    """Samples from one seed each, `(len(seeds), *image_shape)`, on `device`.
 
     Args:
-        labels: `(len(seeds),)`, or None for unguided sampling.
+        condition: a class label or tensor per seed, `(len(seeds), ...)`, or None for unguided sampling.
         t_ratios: one per step of `timesteps`; None is untuned.
+        decode: False leaves a latent-diffusion model's samples `(len(seeds), *sample_shape)` in latent space.
         after_step: called after each step of each batch; may raise to stop.
     """
-    tuner = TimeTuner(model.model_fn(guidance.type, guidance.scale), model.noise_schedule)
+    tuner = TimeTuner(guidance.model_fn(model), model.noise_schedule)
     parts = []
     for start in range(0, len(seeds), batch_size):
         rows = slice(start, start + batch_size)
-        x_T, generators = initial_noise(model.sample_shape, seeds[rows])
-        batch_labels = None if labels is None else labels[rows].to(device)
-        conditions: dict[str, Any] = model.conditions(guidance.type, batch_labels)
-        x0 = tuner.ddim_sample(
+        x_T, generators = initial_noise(model.sample_shape, seeds[rows], model.noise_schedule.prior_std)
+        batch_condition = None if condition is None else condition[rows].to(device)
+        conditions: dict[str, Any] = model.conditions(guidance.type, batch_condition)
+        x0 = tuner.sample(
             x_T.to(device),
+            sampler=sampler,
             timesteps=timesteps,
             t_ratios=t_ratios,
             eta=eta,
@@ -57,5 +67,5 @@ def generate(
             callback=lambda *_: after_step(),
             **conditions,
         )
-        parts.append(x0)
+        parts.append(model.decode(x0) if decode else x0)
     return torch.cat(parts)

@@ -91,6 +91,10 @@ class GuidedModel:
             return self._classifier_guided(x, t, t_input, condition, uncond_condition)
         return self._prediction(x, t, self._classifier_free(x, t, t_input, condition, uncond_condition))
 
+    def input_scale(self, t: Tensor) -> Tensor:
+        """What x_t is multiplied by before the network sees it: c_in for EDM's networks, else 1; of t's shape."""
+        return self._edm_coefficients(t)[0] if self.model_type == "edm" else torch.ones_like(t)
+
     def _input_time(self, x: Tensor, t: Tensor) -> Tensor:
         # Half precision would round time 999 to a multiple of 0.5 or worse.
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -105,7 +109,7 @@ class GuidedModel:
     def _output(self, x: Tensor, t: Tensor, t_input: Tensor, condition: Tensor | None) -> Tensor:
         """What the network itself says."""
         if self.model_type == "edm":
-            x = expand_like(self._edm_coefficients(t)[0], x) * x
+            x = expand_like(self.input_scale(t), x) * x
         args = (x, t_input) if condition is None else (x, t_input, condition)
         return self.network(*args, **self.model_kwargs)
 

@@ -7,9 +7,9 @@ import torch
 
 from service.registry.jobs import finish
 from service.registry.tables import JobState, SampleJob, Schedule
-from timetuner_core.generation import Guidance, generate
-from timetuner_core.grids import uniform_timesteps
+from timetuner_core.generation import generate
 from worker.lease import Lease
+from worker.requests import guidance_of, timesteps_of
 from worker.runtime import Runtime
 
 
@@ -21,18 +21,19 @@ def run_sample_job(runtime: Runtime, lease: Lease) -> None:
     request = job.request
     model = runtime.load_model(job.model_id)
     if schedule is None:
-        timesteps, t_ratios = uniform_timesteps(model.noise_schedule, request["num_steps"]), None
+        timesteps, t_ratios = timesteps_of(request, model.noise_schedule), None
     else:
         timesteps, t_ratios = torch.tensor(schedule.timesteps, dtype=torch.float64), schedule.t_ratios
     labels = request["class_labels"]
     images = generate(
         model,
-        Guidance(request["guidance_type"], request["guidance_scale"]),
+        guidance_of(request),
         [request["seed"] + k for k in range(request["num_images"])],
         None if labels is None else torch.tensor(labels),
         timesteps,
         t_ratios,
         request["eta"],
+        sampler=request["sampler"],
         device=runtime.device,
         after_step=lease.check,
     )

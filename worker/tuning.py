@@ -15,15 +15,15 @@ from service.registry.jobs import add_event, finish
 from service.registry.schedules import next_version
 from service.registry.tables import Evaluation as EvaluationRow
 from service.registry.tables import JobState, Schedule, ScheduleStatus, TuningJob, TuningJobStep
-from timetuner_core import TimeTuner, evaluation, tuning
-from timetuner_core.generation import Guidance, generate
+from timetuner_core import evaluation, tuning
+from timetuner_core.generation import generate
 from timetuner_core.grids import uniform_timesteps
 from timetuner_core.loading import DiffusionModel
-from timetuner_core.samplers import initial_noise
+from timetuner_core.samplers import get_sampler, initial_noise
 from worker.lease import Lease
+from worker.requests import guidance_of, timesteps_of
 from worker.runtime import Runtime
 
-SAVE_SECONDS = 1.0
 TUNING_SHARE = 0.8  # of the progress bar; evaluation has the rest
 
 # Seeds of the noise that tuning and evaluation see: two ranges that neither meet each other nor, being
@@ -41,13 +41,15 @@ class TuningRun:
             self.job = session.get_one(TuningJob, lease.claim.job_id)
             self.state = _load_state(self.job)
         self.lease = lease
+        self.save_seconds = runtime.settings.save_seconds
         self.device = runtime.device
         self.request = self.job.request
         self.tuner = self.request["tuner"]
-        self.guidance = Guidance(self.request["guidance_type"], self.request["guidance_scale"])
+        self.guidance = guidance_of(self.request)
+        self.sampler = get_sampler(self.request["sampler"])
         self.network_calls = 0
         self.model = self._counted(runtime.load_model(self.job.model_id))
-        self.timesteps = uniform_timesteps(self.model.noise_schedule, self.request["num_steps"])
+        self.timesteps = timesteps_of(self.request, self.model.noise_schedule)
         self.seconds = 0.0
 
     def run(self) -> None:
@@ -61,7 +63,7 @@ class TuningRun:
         saved = started = time.monotonic()
         for _ in states:
             self.lease.check()
-            if time.monotonic() - saved > SAVE_SECONDS:
+            if time.monotonic() - saved > self.save_seconds:
                 saved = self._save(started)
                 started = saved
         self._save(started)
@@ -70,7 +72,8 @@ class TuningRun:
         tuner = self.tuner
         if tuner["objective"] == "end_to_end":
             labels = self._labels(tuner["population_size"], TUNING_SEEDS)
-            noise, _ = initial_noise(self.model.sample_shape, self._seeds(tuner["population_size"], TUNING_SEEDS))
+            seeds = self._seeds(tuner["population_size"], TUNING_SEEDS)
+            noise, _ = initial_noise(self.model.sample_shape, seeds, self.model.noise_schedule.prior_std)
             problem = self._problem(noise, labels)
             teacher = self._teacher_timesteps(tuner["teacher_num_steps"])
             return tuning.tune_end_to_end(problem, self.state, teacher, tuner["lr"], tuner["total_iters"])
@@ -78,14 +81,14 @@ class TuningRun:
         return tuning.tune_next_eps(problem, self.state, tuner["tune_type"], tuner["lr"], tuner["total_iters"])
 
     def _problem(self, population: Tensor, labels: Tensor | None) -> tuning.TuningProblem:
-        model_fn = self.model.model_fn(self.guidance.type, self.guidance.scale)
+        model_fn = self.guidance.model_fn(self.model)
         labels = None if labels is None else labels.to(self.device)
         conditions = self.model.conditions(self.guidance.type, labels)
         step_kwargs = {"uncond_condition": conditions["uncond_condition"], "eta": self.request["eta"]}
         return tuning.TuningProblem(
             model_fn,
             self.model.noise_schedule,
-            TimeTuner(model_fn, self.model.noise_schedule).ddim_step_fn,
+            self.sampler.step_fn(model_fn, self.model.noise_schedule),
             self.timesteps,
             population.to(self.device),
             conditions["condition"],
@@ -102,7 +105,7 @@ class TuningRun:
             return x0, labels if self.guidance.type != "uncond" else None
         labels = self._labels(size, TUNING_SEEDS)
         timesteps = self._teacher_timesteps(self.tuner["teacher_num_steps"])
-        return self._generate(self._seeds(size, TUNING_SEEDS), labels, timesteps, None, 0.0), labels
+        return self._teach(self._seeds(size, TUNING_SEEDS), labels, timesteps), labels
 
     def _evaluate(self) -> evaluation.Evaluation:
         settings = self.request["evaluation"]
@@ -110,11 +113,23 @@ class TuningRun:
         labels = self._labels(settings["num_samples"], EVALUATION_SEEDS)
 
         def sample(timesteps: Tensor, t_ratios: Tensor | None) -> Tensor:
-            return self._generate(seeds, labels, timesteps, t_ratios, self.request["eta"]).cpu()
+            return self._generate(seeds, labels, self.sampler.name, timesteps, t_ratios, self.request["eta"]).cpu()
 
         teacher_timesteps = self._teacher_timesteps(settings["teacher_num_steps"])
-        teacher_samples = self._generate(seeds, labels, teacher_timesteps, None, 0.0).cpu()
-        return evaluation.evaluate(sample, self.timesteps, self.state.t_ratios, teacher_samples, self.model.reference)
+        return evaluation.evaluate(
+            sample,
+            self.timesteps,
+            self.state.t_ratios,
+            self._teach(seeds, labels, teacher_timesteps).cpu(),
+            self.model.reference,
+            # What `auto` would sample with if this schedule were not there, whatever grid it was tuned on.
+            untuned_timesteps=uniform_timesteps(self.model.noise_schedule, self.request["num_steps"]),
+        )
+
+    def _teach(self, seeds: list[int], labels: Tensor | None, timesteps: Tensor) -> Tensor:
+        """A many-step teacher's samples: the same sampler without noise, or DDIM for those that always add it."""
+        name = "ddim" if self.sampler.stochastic else self.sampler.name
+        return self._generate(seeds, labels, name, timesteps, None, 0.0)
 
     def _store(self, result: evaluation.Evaluation) -> None:
         """Schedule, evaluation and the job's end, in one transaction."""
@@ -128,13 +143,8 @@ class TuningRun:
             finish(session, job, JobState.SUCCEEDED)
 
     def _schedule_row(self, session: Session, result: evaluation.Evaluation) -> Schedule:
-        key = {
-            "model_id": self.job.model_id,
-            "sampler": self.request["sampler"],
-            "num_steps": self.request["num_steps"],
-            "guidance_type": self.guidance.type,
-            "guidance_scale": self.guidance.scale,
-            "eta": self.request["eta"],
+        key = {name: self.request[name] for name in Schedule.KEY if name != "model_id"} | {
+            "model_id": self.job.model_id
         }
         return Schedule(
             **key,
@@ -184,7 +194,13 @@ class TuningRun:
         return now
 
     def _generate(
-        self, seeds: list[int], labels: Tensor | None, timesteps: Tensor, t_ratios: Tensor | None, eta: float
+        self,
+        seeds: list[int],
+        labels: Tensor | None,
+        sampler: str,
+        timesteps: Tensor,
+        t_ratios: Tensor | None,
+        eta: float,
     ) -> Tensor:
         batch_size = self.request["evaluation"]["batch_size"]
         return generate(
@@ -195,6 +211,7 @@ class TuningRun:
             timesteps,
             t_ratios,
             eta,
+            sampler=sampler,
             batch_size=batch_size,
             device=self.device,
             after_step=self.lease.check,

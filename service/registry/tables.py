@@ -143,7 +143,17 @@ class Schedule(Base):
     """
 
     __tablename__ = "schedules"
-    KEY = ("model_id", "sampler", "num_steps", "guidance_type", "guidance_scale", "eta")
+    KEY = (
+        "model_id",
+        "sampler",
+        "num_steps",
+        "guidance_type",
+        "guidance_scale",
+        "guidance_rescale",
+        "guidance_start",
+        "guidance_end",
+        "eta",
+    )
     __table_args__ = (
         UniqueConstraint(*KEY, "version", name="uq_schedules_version"),
         Index("ix_schedules_resolve", *KEY, "status", "score", "id"),
@@ -156,6 +166,9 @@ class Schedule(Base):
     num_steps: Mapped[int]
     guidance_type: Mapped[str]
     guidance_scale: Mapped[Decimal]
+    guidance_rescale: Mapped[Decimal] = mapped_column(default=Decimal(0))
+    guidance_start: Mapped[Decimal] = mapped_column(default=Decimal(0))  # guidance at times from here ...
+    guidance_end: Mapped[Decimal] = mapped_column(default=Decimal(1000))  # ... to here
     eta: Mapped[Decimal]
     version: Mapped[int]
     status: Mapped[ScheduleStatus] = mapped_column(String(16))

@@ -18,10 +18,11 @@ from service.errors import InvalidError, NotAcceptableError, NotFoundError, TooL
 from service.models.logic import get_requested_model
 from service.registry.database import Registry
 from service.registry.tables import Model, SampleJob, Schedule
-from service.requests import check_sampling
+from service.requests import check_setting, check_timesteps
 from service.samples.schemas import SampleRequest
 from service.schedules.logic import find_for_sampling, resolve
 from service.settings import Settings
+from timetuner_core.samplers import get_sampler
 
 
 def submit(registry: Registry, settings: Settings, request: SampleRequest) -> SampleJob:
@@ -32,7 +33,8 @@ def submit(registry: Registry, settings: Settings, request: SampleRequest) -> Sa
     """
     with registry.write() as session:
         model = get_requested_model(session, request.model)
-        check_sampling(model.spec, request.num_steps, request.guidance_type, request.guidance_scale)
+        check_setting(model.spec, request)
+        check_timesteps(request.timesteps, request.num_steps, model.spec["T"])
         _check_size(request, model, settings)
         labels = _class_labels(request, model)
         schedule = _schedule(session, request)
@@ -59,7 +61,7 @@ def _check_size(request: SampleRequest, model: Model, settings: Settings) -> Non
         message = f"num_images is {request.num_images}; accepted: 1 to {settings.max_images}"
         raise InvalidError(message, ("body", "num_images"), request.num_images)
     pixels = math.prod(model.spec["sample_shape"])
-    calls = 2 if request.guidance_type == "classifier-free" else 1
+    calls = get_sampler(request.sampler).calls_per_step * (2 if request.guidance_type == "classifier-free" else 1)
     cost = pixels * request.num_steps * request.num_images * calls
     if cost > settings.max_pixel_steps:
         detail = f"values x steps x images x network calls is {cost}; accepted: up to {settings.max_pixel_steps}"
@@ -89,9 +91,11 @@ def _class_labels(request: SampleRequest, model: Model) -> list[int] | None:
 def _schedule(session: Session, request: SampleRequest) -> Schedule | None:
     if request.schedule == "none":
         return None
+    if request.timesteps != "uniform":
+        message = "timesteps is for untuned sampling; accepted: 'uniform', or schedule 'none'"
+        raise InvalidError(message, ("body", "timesteps"), request.timesteps)
     if request.schedule == "auto":
-        setting = (request.sampler, request.num_steps, request.guidance_type, request.guidance_scale, request.eta)
-        return resolve(session, request.model, *setting)[0]
+        return resolve(session, request)[0]
     schedule = find_for_sampling(session, request.model, request.schedule)
     # A schedule may be tried at another guidance than it was tuned for, but its steps are its steps.
     if (schedule.sampler, schedule.num_steps) != (request.sampler, request.num_steps):

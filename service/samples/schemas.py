@@ -4,13 +4,12 @@ from datetime import datetime
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
-from service.api import Eta, GuidanceScale, Identifier, NumSteps, Seed
+from service.api import Identifier, Seed
 from service.registry.tables import JobState
-from service.schedules.schemas import Sampler
-from timetuner_core.model_wrapper import GuidanceType
+from service.requests import Setting, Timesteps
 
 
-class SampleRequest(BaseModel):
+class SampleRequest(Setting):
     """Sample images."""
 
     model_config = ConfigDict(
@@ -28,9 +27,9 @@ class SampleRequest(BaseModel):
         },
     )
 
-    model: Identifier
-    num_steps: NumSteps
-    sampler: Sampler = "ddim"
+    timesteps: Timesteps = Field(
+        "uniform", description="The grid of untuned sampling, a name or num_steps + 1 times; a schedule has its own."
+    )
     schedule: Identifier = Field(
         "auto",
         description="`auto`: the best accepted one for this setting, else untuned; `none`: untuned; an id; an alias.",
@@ -40,9 +39,6 @@ class SampleRequest(BaseModel):
     class_labels: int | list[int] | None = Field(
         None, description="One label for all images, or one for each; with guidance only."
     )
-    guidance_type: GuidanceType = "uncond"
-    guidance_scale: GuidanceScale = Field(1, validate_default=True)
-    eta: Eta = Field(0, validate_default=True)
 
 
 class SampleJobOut(BaseModel):

@@ -54,16 +54,8 @@ def import_schedule(body: ScheduleImport, state: State, response: Response) -> S
 def resolve_schedule(state: State, query: ResolveParams) -> Resolution:
     """The schedule that sampling with `schedule: "auto"` would use, and why."""
     with state.registry.read() as session:
-        model = get_requested_model(session, query.model, where="query")
-        schedule, reason = logic.resolve(
-            session,
-            model.id,
-            query.sampler,
-            query.num_steps,
-            query.guidance_type,
-            query.guidance_scale,
-            query.eta,
-        )
+        get_requested_model(session, query.model, where="query")
+        schedule, reason = logic.resolve(session, query)
         return Resolution(schedule=schedule and ScheduleOut.model_validate(schedule), reason=reason)
 
 

@@ -1,8 +1,6 @@
 """Finding schedules: by id, by query, by alias, and the best one for a request."""
 
 from collections.abc import Sequence
-from decimal import Decimal
-from itertools import pairwise
 
 from sqlalchemy import Select, exists, func, select
 from sqlalchemy.exc import IntegrityError
@@ -13,13 +11,8 @@ from service.models.logic import get_model, get_requested_model
 from service.registry.database import Registry
 from service.registry.schedules import next_version
 from service.registry.tables import SampleJob, Schedule, ScheduleAlias, ScheduleStatus
-from service.requests import check_sampling
+from service.requests import Setting, check_setting, check_timesteps
 from service.schedules.schemas import ScheduleImport, ScheduleQuery
-
-
-def normal_guidance_scale(guidance_type: str, guidance_scale: Decimal) -> Decimal:
-    """Unconditional sampling has no scale: stored and looked up as 1, whatever was said."""
-    return Decimal(1) if guidance_type == "uncond" else guidance_scale
 
 
 def get_schedule(session: Session, schedule_id: str) -> Schedule:
@@ -32,37 +25,15 @@ def get_schedule(session: Session, schedule_id: str) -> Schedule:
 
 def filtered(query: ScheduleQuery) -> Select[Schedule]:
     """The statement for a query's filters, newest first to come."""
-    columns = {
-        Schedule.model_id: query.model,
-        Schedule.sampler: query.sampler,
-        Schedule.num_steps: query.num_steps,
-        Schedule.guidance_type: query.guidance_type,
-        Schedule.guidance_scale: query.guidance_scale,
-        Schedule.eta: query.eta,
-        Schedule.status: query.status,
-    }
-    conditions = [column == value for column, value in columns.items() if value is not None]
-    return select(Schedule).where(*conditions).options(joinedload(Schedule.evaluation))
+    given = query.model_dump(exclude={"limit", "cursor", "model"}, exclude_none=True)
+    if query.model is not None:
+        given["model_id"] = query.model
+    return select(Schedule).filter_by(**given).options(joinedload(Schedule.evaluation))
 
 
-def resolve(
-    session: Session,
-    model_id: str,
-    sampler: str,
-    num_steps: int,
-    guidance_type: str,
-    guidance_scale: Decimal,
-    eta: Decimal,
-) -> tuple[Schedule | None, str]:
+def resolve(session: Session, setting: Setting) -> tuple[Schedule | None, str]:
     """The best accepted schedule for exactly this setting, or None for untuned, and the reason."""
-    matching = (
-        Schedule.model_id == model_id,
-        Schedule.sampler == sampler,
-        Schedule.num_steps == num_steps,
-        Schedule.guidance_type == guidance_type,
-        Schedule.guidance_scale == normal_guidance_scale(guidance_type, guidance_scale),
-        Schedule.eta == eta,
-    )
+    matching = [getattr(Schedule, name) == value for name, value in setting.key().items()]
     best = session.scalar(
         select(Schedule)
         .where(*matching, Schedule.status == ScheduleStatus.ACCEPTED)
@@ -80,12 +51,9 @@ def resolve(
 def import_schedule(session: Session, request: ScheduleImport) -> Schedule:
     """Store a schedule made elsewhere as the next version of its setting. Raises: InvalidError."""
     spec = get_requested_model(session, request.model).spec
-    check_sampling(spec, request.num_steps, request.guidance_type, request.guidance_scale)
+    check_setting(spec, request)
     _check_grid(request, spec["T"])
-    key = {
-        "model_id": request.model,
-        **{name: getattr(request, name) for name in Schedule.KEY if name != "model_id"},
-    }
+    key = request.key()
     schedule = Schedule(
         **key,
         version=next_version(session, key),
@@ -124,14 +92,10 @@ def delete_schedule(registry: Registry, schedule_id: str) -> None:
 def _check_grid(request: ScheduleImport, T: float) -> None:
     """The conditions of `timetuner_core.grids`, refused with the field's name."""
     timesteps, t_ratios = request.timesteps, request.t_ratios
-    for name, values, length in (
-        ("timesteps", timesteps, request.num_steps + 1),
-        ("t_ratios", t_ratios, request.num_steps),
-    ):
-        if len(values) != length:
-            raise InvalidError(f"{name} has {len(values)} values; accepted: {length}", ("body", name))
-    if not (timesteps[0] <= T and timesteps[-1] >= 0 and all(t > s for t, s in pairwise(timesteps))):
-        raise InvalidError(f"accepted as timesteps: strictly falling within [0, {T}]", ("body", "timesteps"), timesteps)
+    check_timesteps(timesteps, request.num_steps, T)
+    if len(t_ratios) != request.num_steps:
+        message = f"t_ratios has {len(t_ratios)} values; accepted: {request.num_steps}"
+        raise InvalidError(message, ("body", "t_ratios"))
     if not all(0 < t * t_ratio <= T * (1 + 1e-6) for t, t_ratio in zip(timesteps, t_ratios, strict=False)):
         message = f"accepted as t_ratios: any that keep t * t_ratio within (0, {T}]"
         raise InvalidError(message, ("body", "t_ratios"), t_ratios)

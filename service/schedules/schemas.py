@@ -2,16 +2,15 @@
 
 import json
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import Query
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
 
 from service.api import Eta, ExactNumber, GuidanceScale, Identifier, NumSteps, PageQuery
 from service.registry.tables import ScheduleStatus
+from service.requests import GuidanceTime, Sampler, Setting
 from timetuner_core.model_wrapper import GuidanceType
-
-Sampler = Literal["ddim"]
 
 
 def _finite(value: Any) -> Any:
@@ -52,6 +51,9 @@ class ScheduleOut(BaseModel):
     num_steps: int
     guidance_type: GuidanceType
     guidance_scale: ExactNumber
+    guidance_rescale: ExactNumber
+    guidance_start: ExactNumber
+    guidance_end: ExactNumber
     eta: ExactNumber
     version: int
     status: ScheduleStatus = Field(
@@ -65,17 +67,9 @@ class ScheduleOut(BaseModel):
     created_at: datetime
 
 
-class ScheduleImport(BaseModel):
+class ScheduleImport(Setting):
     """A schedule made elsewhere, or exported by another registry."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    model: Identifier
-    sampler: Sampler = "ddim"
-    num_steps: NumSteps
-    guidance_type: GuidanceType = "uncond"
-    guidance_scale: GuidanceScale = Field(1, validate_default=True)
-    eta: Eta = Field(0, validate_default=True)
     timesteps: list[FiniteFloat] = Field(description="num_steps + 1 strictly falling times in [0, T].")
     t_ratios: list[FiniteFloat] = Field(description="One per step; t * t_ratio stays within (0, T].")
     provenance: dict[str, FiniteJson] = Field(default_factory=dict, description="How it was made.")
@@ -96,21 +90,11 @@ class ScheduleQuery(PageQuery):
     num_steps: NumSteps | None = None
     guidance_type: GuidanceType | None = None
     guidance_scale: GuidanceScale | None = None
+    guidance_rescale: Eta | None = None
+    guidance_start: GuidanceTime | None = None
+    guidance_end: GuidanceTime | None = None
     eta: Eta | None = None
     status: ScheduleStatus | None = None
-
-
-class ResolveQuery(BaseModel):
-    """What is to be sampled."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: Identifier
-    num_steps: NumSteps
-    sampler: Sampler = "ddim"
-    guidance_type: GuidanceType = "uncond"
-    guidance_scale: GuidanceScale = Field(1, validate_default=True)
-    eta: Eta = Field(0, validate_default=True)
 
 
 class Resolution(BaseModel):
@@ -139,4 +123,4 @@ class AliasList(BaseModel):
 
 
 ScheduleFilters = Annotated[ScheduleQuery, Query()]
-ResolveParams = Annotated[ResolveQuery, Query()]
+ResolveParams = Annotated[Setting, Query()]

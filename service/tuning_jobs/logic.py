@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
@@ -12,8 +13,9 @@ from service.models.logic import get_requested_model
 from service.registry.database import Registry
 from service.registry.jobs import add_event, request_cancel
 from service.registry.tables import FINAL_STATES, JobState, TuningJob, TuningJobEvent
-from service.requests import check_sampling
+from service.requests import check_setting, check_timesteps
 from service.tuning_jobs.schemas import NextEpsTuner, TuningJobRequest
+from timetuner_core.samplers import get_sampler
 
 
 def submit(registry: Registry, request: TuningJobRequest, idempotency_key: str | None) -> tuple[TuningJob, bool]:
@@ -73,13 +75,20 @@ def events_after(session: Session, job_id: str, last_id: int, limit: int = 1000)
     return session.scalars(query.order_by(TuningJobEvent.id).limit(limit)).all()
 
 
-def _check(request: TuningJobRequest, spec: dict[str, object]) -> None:
-    check_sampling(spec, request.num_steps, request.guidance_type, request.guidance_scale)
-    tuner = request.tuner
+def _check(request: TuningJobRequest, spec: dict[str, Any]) -> None:
+    check_setting(spec, request)
+    check_timesteps(request.timesteps, request.num_steps, spec["T"])
+    sampler, tuner = get_sampler(request.sampler), request.tuner
     if isinstance(tuner, NextEpsTuner):
         if tuner.data == "model" and not spec["has_data"]:
             message = "tuner.data is 'model'; accepted: 'generated' or 'auto', as no data came with this model"
             raise InvalidError(message, ("body", "tuner", "data"), tuner.data)
+        if tuner.tune_type == "parallel" and sampler.history_length:
+            message = "tuner.tune_type is 'parallel'; accepted for a multistep sampler: 'sequential'"
+            raise InvalidError(message, ("body", "tuner", "tune_type"), tuner.tune_type)
+    elif sampler.stochastic:
+        message = f"sampler is {sampler.name!r}, which adds noise; accepted: tuner.objective 'next_eps'"
+        raise InvalidError(message, ("body", "sampler"), sampler.name)
     elif request.eta != 0:
         message = f"eta is {request.eta}; accepted: 0 for the objective 'end_to_end', else choose 'next_eps'"
         raise InvalidError(message, ("body", "eta"), float(request.eta))

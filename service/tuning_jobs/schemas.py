@@ -5,10 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from service.api import Eta, GuidanceScale, Identifier, NumSteps, Seed
+from service.api import Seed
 from service.registry.tables import JobState
-from service.schedules.schemas import Sampler
-from timetuner_core.model_wrapper import GuidanceType
+from service.requests import Setting, Timesteps
 from timetuner_core.tuning import TuneType
 
 
@@ -63,7 +62,7 @@ class EvaluationRequest(BaseModel):
     batch_size: int = Field(64, ge=1, le=1024)
 
 
-class TuningJobRequest(BaseModel):
+class TuningJobRequest(Setting):
     """Tune one schedule."""
 
     model_config = ConfigDict(
@@ -78,12 +77,7 @@ class TuningJobRequest(BaseModel):
         },
     )
 
-    model: Identifier
-    num_steps: NumSteps
-    sampler: Sampler = "ddim"
-    guidance_type: GuidanceType = "uncond"
-    guidance_scale: GuidanceScale = Field(1, validate_default=True)
-    eta: Eta = Field(0, validate_default=True)
+    timesteps: Timesteps = Field("uniform", description="The grid to tune on: a name, or num_steps + 1 times.")
     tuner: AnyTuner = Field(default_factory=EndToEndTuner)
     evaluation: EvaluationRequest = Field(default_factory=EvaluationRequest)
     seed: Seed = 0

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from tests.service.problems import assert_problem
-from tests.stack import Json, Stack, wait_until
+from tests.stack import Json, Stack
 
 QUICK: Json = {"tuner": {"total_iters": 2, "population_size": 16}, "evaluation": {"num_samples": 16}}
 LONG: Json = {"tuner": {"total_iters": 10_000}}
@@ -17,17 +17,6 @@ LONG: Json = {"tuner": {"total_iters": 10_000}}
 @pytest.fixture
 def ring(stack: Stack) -> str:
     return stack.register("mixture-ring")
-
-
-def running(stack: Stack, job: Json) -> Json:
-    """The job once it has made progress."""
-
-    def read() -> Json | None:
-        current: Json = stack.client.get(f"/v1/tuning-jobs/{job['id']}").json()
-        return current if current["progress"] > 0 else None
-
-    result: Json = wait_until(read, "progress")
-    return result
 
 
 def events(stack: Stack, job: Json, after: int = 0) -> list[Json]:
@@ -112,7 +101,7 @@ def test_events_tell_the_whole_story_and_a_stream_resumes_where_it_broke(stack: 
 
 def test_cancelling_stops_a_running_job_without_a_schedule(stack: Stack, ring: str) -> None:
     job = stack.submit(ring, num_steps=4, **LONG)
-    running(stack, job)
+    stack.running(job)
     assert stack.client.post(f"/v1/tuning-jobs/{job['id']}/cancel").json()["cancel_requested"]
     done = stack.finished(job)
     assert (done["state"], done["schedule"]) == ("cancelled", None)
@@ -121,7 +110,7 @@ def test_cancelling_stops_a_running_job_without_a_schedule(stack: Stack, ring: s
 
 def test_a_queued_job_is_cancelled_at_once_and_never_starts(stack: Stack, ring: str) -> None:
     busy = stack.submit(ring, num_steps=4, **LONG)
-    running(stack, busy)
+    stack.running(busy)
     queued = stack.submit(ring, num_steps=3, **QUICK)
     assert stack.client.post(f"/v1/tuning-jobs/{queued['id']}/cancel").json()["state"] == "cancelled"
     stack.client.post(f"/v1/tuning-jobs/{busy['id']}/cancel")
@@ -176,7 +165,7 @@ BAD_REQUESTS: dict[str, tuple[Json, str, str]] = {
     "a scale without guidance": ({"guidance_scale": 2}, "guidance_scale", "1 when"),
     "guidance it cannot have": ({"guidance_type": "classifier"}, "guidance_type", "uncond, classifier-free"),
     "an unknown guidance": ({"guidance_type": "magic"}, "guidance_type", "'classifier-free'"),
-    "an unknown sampler": ({"sampler": "magic"}, "sampler", "'ddim'"),
+    "an unknown sampler": ({"sampler": "magic"}, "sampler", "ddim"),
     "eta too high": ({"eta": 1.5}, "eta", "less than or equal to 1"),
     "eta that has no end result": ({"eta": 0.5}, "eta", "next_eps"),
     "an unknown objective": ({"tuner": {"objective": "magic"}}, "tuner", "end_to_end"),

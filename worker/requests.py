@@ -1,0 +1,25 @@
+"""Reading the requests of jobs, as the service stored them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timetuner_core.generation import Guidance
+from timetuner_core.grids import make_timesteps
+from timetuner_core.noise_schedule import NoiseSchedule
+
+
+def guidance_of(request: dict[str, Any]) -> Guidance:
+    interval = (request["guidance_start"], request["guidance_end"])
+    always = interval == (0, 1000)
+    scale, rescale = request["guidance_scale"], request["guidance_rescale"]
+    return Guidance(request["guidance_type"], scale, rescale, None if always else interval)
+
+
+def timesteps_of(request: dict[str, Any], noise_schedule: NoiseSchedule) -> Tensor:
+    """The grid asked for, by name or in full: `(num_steps + 1,)`."""
+    timesteps = request["timesteps"]
+    if isinstance(timesteps, str):
+        return make_timesteps(noise_schedule, request["num_steps"], timesteps)  # type: ignore[arg-type]
+    return torch.tensor(timesteps, dtype=torch.float64)
