@@ -29,10 +29,15 @@ SCHEDULES: dict[str, NoiseSchedule] = {
 # Between these the mixture's components part: where errors arise.
 LAMBDA_START, LAMBDA_END = -1.5, 1.5
 # Steps for which the error is proportional to its leading term, and still far above float64's rounding.
-STEPS = {1: (50, 100, 200), 2: (40, 80, 160), 3: (60, 120, 240), 4: (80, 160, 320)}
+STEPS = {1: (20, 40, 80), 2: (20, 40, 80), 3: (50, 100, 200), 4: (80, 140, 240)}
 DETERMINISTIC = [name for name, sampler in SAMPLERS.items() if not sampler.stochastic]
 MULTISTEP = [name for name in DETERMINISTIC if SAMPLERS[name].history_length]
 
+MODEL_TYPES = ("x_start", "v", "score", "flow", "edm")
+SIGMA_DATA = 0.5
+NULL_LABEL = torch.tensor([2])
+
+every_sampler = pytest.mark.parametrize("name", SAMPLERS)
 every_schedule = pytest.mark.parametrize("kind", SCHEDULES)
 
 
@@ -75,7 +80,8 @@ def exact_trajectory(kind: str) -> Callable[[Tensor], Tensor]:
 
 def end_of(step_fn: SamplerStep, kind: str, grid: Tensor, warm: bool) -> Tensor:
     """Where a sampler ends; with a warm start, its first steps, whose history is not full, are exact."""
-    exact, history = exact_trajectory(kind), ()
+    exact = exact_trajectory(kind)
+    history: tuple[Past, ...] = ()
     skipped = step_fn.history_length if warm else 0
     for t in grid[:skipped]:
         x0 = step_fn.model_fn.predict(exact(t), t).x0
@@ -108,3 +114,59 @@ def test_a_sampler_with_full_history_converges_at_its_stated_order(name: str, ki
 @pytest.mark.parametrize("name", MULTISTEP)
 def test_a_sampler_that_starts_without_history_keeps_second_order(name: str) -> None:
     assert measured_order(name, "linear", warm=False) > 1.85
+
+
+def answering(mixture: GaussianMixture, model_type: str) -> Network:
+    """The mixture as a network of another type would give its answer."""
+    schedule = mixture.noise_schedule
+
+    def network(x: Tensor, t_input: Tensor, *condition: Tensor) -> Tensor:
+        t = schedule.time_of_model_input(t_input)[:, None]
+        alpha_t, sigma_t = schedule.marginal_alpha(t), schedule.marginal_std(t)
+        kappa = sigma_t / alpha_t
+        norm = torch.sqrt(kappa**2 + SIGMA_DATA**2)
+        if model_type == "edm":
+            x = alpha_t * norm * x  # such a network sees c_in x
+        eps = mixture(x, t_input, *condition)
+        x0 = (x - sigma_t * eps) / alpha_t
+        return {
+            "noise": eps,
+            "x_start": x0,
+            "v": alpha_t * eps - sigma_t * x0,
+            "score": -eps / sigma_t,
+            "flow": eps - x0,
+            "edm": (x0 - (SIGMA_DATA / norm) ** 2 * x / alpha_t) / (kappa * SIGMA_DATA / norm),
+        }[model_type]
+
+    return network
+
+
+def guided(mixture: GaussianMixture, model_type: str, guidance_type: str) -> GuidedModel:
+    """With classifier-free guidance in the middle of the grid only."""
+    schedule = mixture.noise_schedule
+    low, high = schedule.inverse_lambda(torch.tensor([0.8, -0.8], dtype=torch.float64)).tolist()
+    arguments: dict[str, dict[str, Any]] = {
+        "uncond": {},
+        "classifier": {"guidance_scale": 1.5, "classifier_fn": mixture.log_class_posterior},
+        "classifier-free": {"guidance_scale": 2.5, "guidance_interval": (low, high)},
+    }
+    kind: dict[str, Any] = {"model_type": model_type, "guidance_type": guidance_type}
+    return model_wrapper(answering(mixture, model_type), schedule, **kind, **arguments[guidance_type])
+
+
+@pytest.mark.parametrize("guidance_type", ["uncond", "classifier", "classifier-free"])
+@every_schedule
+@every_sampler
+def test_what_a_network_predicts_does_not_change_the_samples(name: str, kind: str, guidance_type: str) -> None:
+    schedule, labels = SCHEDULES[kind], torch.tensor([0, 1, 1])
+    mixture, x_t, grid = small_mixture(schedule), normals(3, 2), lambda_grid(schedule, 4)
+
+    def samples(model_type: str) -> Tensor:
+        model = guided(mixture, model_type, guidance_type)
+        step_fn, generator = SAMPLERS[name].step_fn(model, schedule), torch.Generator().manual_seed(0)
+        conditions = {"condition": labels, "uncond_condition": NULL_LABEL}
+        return sample(step_fn, x_t, grid, torch.ones(4), generator=generator, **conditions)
+
+    expected = samples("noise")
+    for model_type in MODEL_TYPES:
+        torch.testing.assert_close(samples(model_type), expected, atol=1e-8, rtol=0, msg=model_type)

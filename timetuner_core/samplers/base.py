@@ -35,8 +35,8 @@ class Level(NamedTuple):
 
 
 def scaled(coefficient: Tensor, x: Tensor) -> Tensor:
-    """`coefficient * x`, for a coefficient `()` or `(B,)` and x `(B, ...)`; in x's dtype."""
-    return expand_like(coefficient, x) * x
+    """`coefficient * x`, for a coefficient `()` or `(B,)` and x `(B, ...)`; in x's dtype and on its device."""
+    return expand_like(coefficient.to(x.device), x) * x
 
 
 @dataclass(frozen=True)
