@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeAlias
 from uuid import uuid4
@@ -15,6 +16,7 @@ import pytest
 from tests.stack import Stack
 
 MakeDatabaseUrl: TypeAlias = Callable[[str, Path], str]
+StartStack: TypeAlias = Callable[[str], Stack]
 
 ENGINES = ("sqlite", "postgresql")
 
@@ -54,17 +56,29 @@ def database_url(request: pytest.FixtureRequest, make_database_url: MakeDatabase
     return make_database_url(request.param, tmp_path)
 
 
-@pytest.fixture(scope="session", params=ENGINES)
-def stack(request: pytest.FixtureRequest, make_database_url: MakeDatabaseUrl) -> Iterator[Stack]:
-    """One deployment for each engine, shared by all tests; short paths, as a Unix socket's is bounded."""
-    with tempfile.TemporaryDirectory(prefix="timetuner-test-") as folder:
-        home = Path(folder)
-        stack = Stack(home, make_database_url(request.param, home))
-        try:
+@pytest.fixture(scope="session")
+def start_stack(make_database_url: MakeDatabaseUrl) -> Iterator[StartStack]:
+    """`start_stack(engine)`: a deployment that is starting; stopped, if it was not, when all tests are over."""
+    with ExitStack() as stopped_at_the_end:
+
+        def start(engine: str) -> Stack:
+            # A short path, as a Unix socket's is bounded.
+            home = Path(stopped_at_the_end.enter_context(tempfile.TemporaryDirectory(prefix="timetuner-test-")))
+            stack = Stack(home, make_database_url(engine, home))
+            stopped_at_the_end.callback(stack.stop)
             stack.start_all()
-            yield stack
-        finally:
-            stack.stop()
+            return stack
+
+        yield start
+
+
+@pytest.fixture(scope="session", params=ENGINES)
+def stack(request: pytest.FixtureRequest, start_stack: StartStack) -> Iterator[Stack]:
+    """One deployment for each engine, shared by all tests that break nothing."""
+    stack = start_stack(request.param)
+    stack.wait_until_ready()
+    yield stack
+    stack.stop()
 
 
 @pytest.fixture

@@ -50,6 +50,8 @@ class Stack:
             "BROKER_URL": f"redis+socket://{broker_socket}",
             "LEASE_SECONDS": str(LEASE_SECONDS),
             "DISPATCH_INTERVAL_SECONDS": "0.1",
+            "REPUBLISH_SECONDS": "1",
+            "SAVE_SECONDS": "0.1",
             "MAX_JSON_BYTES": "100000",
             "MAX_BODY_BYTES": "5000000",
             "MAX_PIXEL_STEPS": "1000000",
@@ -73,24 +75,32 @@ class Stack:
 
     def start_all(self) -> None:
         self.start(*self._commands)
+
+    def wait_until_ready(self) -> None:
         wait_until(self.is_ready, "readiness")
+
+    def readiness(self) -> tuple[int, Json]:
+        """The status and body of /readyz."""
+        response = self.client.get("/readyz")
+        return response.status_code, response.json()
 
     def is_ready(self) -> bool:
         for name, process in self.processes.items():
             assert process.poll() is None, f"the {name} ended with code {process.returncode}"
         try:
-            return self.client.get("/readyz").status_code == 200
+            return self.readiness()[0] == 200
         except httpx.TransportError:
             return False
 
-    def end(self, name: str, number: signal.Signals) -> None:
-        process = self.processes.pop(name)
-        process.send_signal(number)
-        process.wait(START_SECONDS)
+    def end(self, *names: str, number: signal.Signals = signal.SIGTERM) -> None:
+        processes = [self.processes.pop(name) for name in names]
+        for process in processes:
+            process.send_signal(number)
+        for process in processes:
+            process.wait(START_SECONDS)
 
     def stop(self) -> None:
-        for name in reversed(list(self.processes)):
-            self.end(name, signal.SIGTERM)
+        self.end(*reversed(list(self.processes)))
         self.client.close()
         self.registry.close()
 
@@ -112,6 +122,16 @@ class Stack:
         assert response.status_code == 202, response.text
         job: Json = response.json()
         return job
+
+    def running(self, job: Json) -> Json:
+        """The tuning job once it has made progress."""
+
+        def read() -> Json | None:
+            current: Json = self.client.get(f"/v1/tuning-jobs/{job['id']}").json()
+            return current if current["progress"] > 0 else None
+
+        result: Json = wait_until(read, f"progress of {job['id']}")
+        return result
 
     def finished(self, job: Json, kind: str = "tuning-jobs") -> Json:
         """The job once it is over."""
