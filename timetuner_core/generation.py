@@ -36,6 +36,7 @@ def generate(
     t_ratios: Tensor | list[float] | None = None,
     eta: float = 0.0,
     *,
+    uncond_condition: Tensor | None = None,
     sampler: str = "ddim",
     decode: bool = True,
     batch_size: int = 64,
@@ -47,6 +48,7 @@ def generate(
     Args:
         condition: a class label or tensor per seed, `(len(seeds), ...)`, or None for unguided sampling.
         t_ratios: one per step of `timesteps`; None is untuned.
+        uncond_condition: `(1, ...)`, in place of the model's own.
         decode: False leaves a latent-diffusion model's samples `(len(seeds), *sample_shape)` in latent space.
         after_step: called after each step of each batch; may raise to stop.
     """
@@ -57,6 +59,8 @@ def generate(
         x_T, generators = initial_noise(model.sample_shape, seeds[rows], model.noise_schedule.prior_std)
         batch_condition = None if condition is None else condition[rows].to(device)
         conditions: dict[str, Any] = model.conditions(guidance.type, batch_condition)
+        if uncond_condition is not None:
+            conditions["uncond_condition"] = uncond_condition.to(device)
         x0 = tuner.sample(
             x_T.to(device),
             sampler=sampler,

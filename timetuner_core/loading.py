@@ -124,8 +124,8 @@ def load_folder(
         ModelFormatError: anything missing, malformed, unsupported, or at odds with the configuration.
     """
     options = Options(dtype, channels_last, compile)
-    scheduler = read_scheduler(path)
     network = load_network(path, device, options)
+    scheduler = read_scheduler(path)
     null_class_label = read_null_class(path, network.num_embeddings)
     if network.has_null_class:
         null_class_label = network.num_embeddings - 1

@@ -1,0 +1,119 @@
+"""`DiffusionModel`: a frozen network with all that sampling and tuning need to know of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from timetuner_core.model_wrapper import GuidanceType, GuidedModel, ModelType, model_wrapper
+from timetuner_core.noise_schedule import NoiseSchedule
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True)
+class DiffusionModel:
+    """A frozen network with all that sampling and tuning need to know of it.
+
+    A condition is a class label per sample, `(B,)`, or a tensor per sample, `(B, L, D)`: a text encoder's output,
+    say.
+
+    Attributes:
+        network: `network(x, t_input, condition=None)`; `classifier(x, t_input, labels) -> log p(c | x_t)` or None.
+        sample_shape: of the network's x: the latents', if there is a VAE.
+        num_classes: 0 unless the condition is a class label.
+        null_class_label: the label that stands for "no class", which classifier-free guidance needs.
+        draw_data: `(num_samples, generator) -> (x0, conditions or None)`, x0 `(num_samples, *sample_shape)`, or
+            None if the model came without data.
+        reference: a fixed set of data `(P, *image_shape)` to measure distances to, or None.
+        image_shape: what `decode` gives; `sample_shape` if there is no VAE.
+        encode: `(B, *image_shape)`, a VAE's in -1..1, to `(B, *sample_shape)`; `decode`: back.
+        condition_shape: `(L, D)` of tensor conditions, L None if any length will do; None for classes or nothing.
+        uncond_condition: what stands for "no condition": the null class label `(1,)`, or a tensor `(1, L, D)`.
+        draw_conditions: `(num_samples, generator) -> conditions`, or None if there are none to draw: classes
+            uniformly, tensors from the data.
+        sigma_data: of EDM's preconditioning, if `model_type` is `edm`.
+    """
+
+    network: Callable[..., Tensor]
+    classifier: Callable[..., Tensor] | None
+    noise_schedule: NoiseSchedule
+    model_type: ModelType
+    sample_shape: tuple[int, ...]
+    num_classes: int
+    null_class_label: int | None
+    num_parameters: int
+    draw_data: Callable[[int, torch.Generator], tuple[Tensor, Tensor | None]] | None
+    reference: Tensor | None
+    image_shape: tuple[int, ...]
+    encode: Callable[[Tensor], Tensor] = _identity
+    decode: Callable[[Tensor], Tensor] = _identity
+    condition_shape: tuple[int | None, int] | None = None
+    uncond_condition: Tensor | None = None
+    draw_conditions: Callable[[int, torch.Generator], Tensor] | None = None
+    sigma_data: float = 0.5
+
+    @property
+    def is_conditional(self) -> bool:
+        return self.num_classes > 0 or self.condition_shape is not None
+
+    @property
+    def guidance_types(self) -> tuple[GuidanceType, ...]:
+        """The kinds of guidance this model can be sampled with."""
+        types: list[GuidanceType] = []
+        if not self.is_conditional or self.uncond_condition is not None:
+            types.append("uncond")
+        if self.classifier is not None:
+            types.append("classifier")
+        if self.is_conditional and self.uncond_condition is not None:
+            types.append("classifier-free")
+        return tuple(types)
+
+    def model_fn(
+        self,
+        guidance_type: GuidanceType,
+        guidance_scale: float,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
+    ) -> GuidedModel:
+        """The guided model; see `model_wrapper`."""
+        return model_wrapper(
+            self.network,
+            self.noise_schedule,
+            self.model_type,
+            guidance_type=guidance_type,
+            guidance_scale=guidance_scale,
+            classifier_fn=self.classifier,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
+            sigma_data=self.sigma_data,
+        )
+
+    def conditions(self, guidance_type: GuidanceType, condition: Tensor | None) -> dict[str, Tensor | None]:
+        """`condition` and `uncond_condition` for `model_fn`, from conditions `(B,)` or `(B, L, D)`."""
+        if guidance_type == "uncond":
+            return {"condition": None, "uncond_condition": None}
+        if guidance_type == "classifier" or condition is None or self.uncond_condition is None:
+            return {"condition": condition, "uncond_condition": None}
+        return {"condition": condition, "uncond_condition": self.uncond_condition.to(condition)}
+
+
+def draw_classes(num_classes: int) -> Callable[[int, torch.Generator], Tensor]:
+    """Class labels `(num_samples,)`, uniform."""
+
+    def draw(num_samples: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(num_classes, (num_samples,), generator=generator)
+
+    return draw
+
+
+def draw_rows(conditions: Tensor) -> Callable[[int, torch.Generator], Tensor]:
+    """Rows of `conditions` `(P, ...)`, with replacement."""
+
+    def draw(num_samples: int, generator: torch.Generator) -> Tensor:
+        return conditions[torch.randint(len(conditions), (num_samples,), generator=generator)]
+
+    return draw
