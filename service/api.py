@@ -28,6 +28,7 @@ Eta = Annotated[ExactNumber, Field(ge=0, le=1)]
 NumSteps = Annotated[int, Field(ge=1, le=100_000)]
 IDENTIFIER = {"min_length": 1, "max_length": 64, "pattern": r"^[A-Za-z0-9_.\-]+$"}
 Identifier = Annotated[str, Field(**IDENTIFIER)]
+PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
 PathId = Annotated[str, Path(**IDENTIFIER)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 

@@ -1,6 +1,7 @@
 """All settings, read once from the environment."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -19,6 +20,9 @@ class Settings(BaseSettings):
     artifacts_url: str = ""  # default: a folder in home
     broker_url: str = "redis://127.0.0.1:6379/0"
     device: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of networks; samples stay in float32
+    channels_last: bool = False
+    compile: bool = False  # networks, by torch.compile
 
     lease_seconds: float = Field(15.0, gt=0)  # a worker silent for longer has lost its job
     max_attempts: int = Field(5, ge=1)

@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from service.arrays import decode_array
 from timetuner_core.generation import Guidance
 from timetuner_core.grids import make_timesteps
+from timetuner_core.model_wrapper import repeat_to_batch
 from timetuner_core.noise_schedule import NoiseSchedule
 
 
@@ -15,6 +17,18 @@ def guidance_of(request: dict[str, Any]) -> Guidance:
     always = interval == (0, 1000)
     scale, rescale = request["guidance_scale"], request["guidance_rescale"]
     return Guidance(request["guidance_type"], scale, rescale, None if always else interval)
+
+
+def conditions_of(request: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """The condition of each image, `(num_images, ...)`, and what stands for none, `(1, ...)`, as far as given."""
+    condition = uncond_condition = None
+    if request["class_labels"] is not None:
+        condition = torch.tensor(request["class_labels"])
+    elif request["condition"] is not None:
+        condition = repeat_to_batch(torch.from_numpy(decode_array(request["condition"])), request["num_images"])
+    if request["uncond_condition"] is not None:
+        uncond_condition = torch.from_numpy(decode_array(request["uncond_condition"]))
+    return condition, uncond_condition
 
 
 def timesteps_of(request: dict[str, Any], noise_schedule: NoiseSchedule) -> Tensor:

@@ -61,9 +61,12 @@ class Runtime:
     def _load_uncached(self, model_id: str) -> DiffusionModel:
         with self.registry.read() as session:
             source: dict[str, Any] = session.get_one(Model, model_id).source
+        settings = self.settings
+        dtype: torch.dtype = getattr(torch, settings.dtype)
+        options: Any = {"dtype": dtype, "channels_last": settings.channels_last, "compile": settings.compile}
         if "builtin" in source:
-            return load_builtin(source["builtin"], self.device)
-        return load_folder(self.artifacts.local_folder(source["artifact"]), self.device)
+            return load_builtin(source["builtin"], self.device, **options)
+        return load_folder(self.artifacts.local_folder(source["artifact"]), self.device, **options)
 
 
 def pick_device(name: str) -> torch.device:

@@ -9,7 +9,7 @@ from service.registry.jobs import finish
 from service.registry.tables import JobState, SampleJob, Schedule
 from timetuner_core.generation import generate
 from worker.lease import Lease
-from worker.requests import guidance_of, timesteps_of
+from worker.requests import conditions_of, guidance_of, timesteps_of
 from worker.runtime import Runtime
 
 
@@ -24,15 +24,16 @@ def run_sample_job(runtime: Runtime, lease: Lease) -> None:
         timesteps, t_ratios = timesteps_of(request, model.noise_schedule), None
     else:
         timesteps, t_ratios = torch.tensor(schedule.timesteps, dtype=torch.float64), schedule.t_ratios
-    labels = request["class_labels"]
+    condition, uncond_condition = conditions_of(request)
     images = generate(
         model,
         guidance_of(request),
         [request["seed"] + k for k in range(request["num_images"])],
-        None if labels is None else torch.tensor(labels),
+        condition,
         timesteps,
         t_ratios,
         request["eta"],
+        uncond_condition=uncond_condition,
         sampler=request["sampler"],
         device=runtime.device,
         after_step=lease.check,

@@ -71,19 +71,19 @@ class TuningRun:
     def _states(self) -> Iterator[tuning.TuningState]:
         tuner = self.tuner
         if tuner["objective"] == "end_to_end":
-            labels = self._labels(tuner["population_size"], TUNING_SEEDS)
+            condition = self._conditions(tuner["population_size"], TUNING_SEEDS)
             seeds = self._seeds(tuner["population_size"], TUNING_SEEDS)
             noise, _ = initial_noise(self.model.sample_shape, seeds, self.model.noise_schedule.prior_std)
-            problem = self._problem(noise, labels)
+            problem = self._problem(noise, condition)
             teacher = self._teacher_timesteps(tuner["teacher_num_steps"])
             return tuning.tune_end_to_end(problem, self.state, teacher, tuner["lr"], tuner["total_iters"])
         problem = self._problem(*self._data())
         return tuning.tune_next_eps(problem, self.state, tuner["tune_type"], tuner["lr"], tuner["total_iters"])
 
-    def _problem(self, population: Tensor, labels: Tensor | None) -> tuning.TuningProblem:
+    def _problem(self, population: Tensor, condition: Tensor | None) -> tuning.TuningProblem:
         model_fn = self.guidance.model_fn(self.model)
-        labels = None if labels is None else labels.to(self.device)
-        conditions = self.model.conditions(self.guidance.type, labels)
+        condition = None if condition is None else condition.to(self.device)
+        conditions = self.model.conditions(self.guidance.type, condition)
         step_kwargs = {"uncond_condition": conditions["uncond_condition"], "eta": self.request["eta"]}
         return tuning.TuningProblem(
             model_fn,
@@ -98,38 +98,38 @@ class TuningRun:
         )
 
     def _data(self) -> tuple[Tensor, Tensor | None]:
-        """x0 and labels for the published objective: the model's data, or else the teacher's samples."""
+        """x0 and condition for the published objective: the model's data, or else the teacher's samples."""
         size = self.tuner["population_size"]
         if self.model.draw_data is not None and self.tuner["data"] != "generated":
-            x0, labels = self.model.draw_data(size, torch.Generator().manual_seed(self.request["seed"]))
-            return x0, labels if self.guidance.type != "uncond" else None
-        labels = self._labels(size, TUNING_SEEDS)
+            x0, condition = self.model.draw_data(size, torch.Generator().manual_seed(self.request["seed"]))
+            return x0, condition if self.guidance.type != "uncond" else None
+        condition = self._conditions(size, TUNING_SEEDS)
         timesteps = self._teacher_timesteps(self.tuner["teacher_num_steps"])
-        return self._teach(self._seeds(size, TUNING_SEEDS), labels, timesteps), labels
+        return self._teach(self._seeds(size, TUNING_SEEDS), condition, timesteps, decode=False), condition
 
     def _evaluate(self) -> evaluation.Evaluation:
         settings = self.request["evaluation"]
         seeds = self._seeds(settings["num_samples"], EVALUATION_SEEDS)
-        labels = self._labels(settings["num_samples"], EVALUATION_SEEDS)
+        condition = self._conditions(settings["num_samples"], EVALUATION_SEEDS)
 
         def sample(timesteps: Tensor, t_ratios: Tensor | None) -> Tensor:
-            return self._generate(seeds, labels, self.sampler.name, timesteps, t_ratios, self.request["eta"]).cpu()
+            return self._generate(seeds, condition, self.sampler.name, timesteps, t_ratios, self.request["eta"]).cpu()
 
         teacher_timesteps = self._teacher_timesteps(settings["teacher_num_steps"])
         return evaluation.evaluate(
             sample,
             self.timesteps,
             self.state.t_ratios,
-            self._teach(seeds, labels, teacher_timesteps).cpu(),
+            self._teach(seeds, condition, teacher_timesteps).cpu(),
             self.model.reference,
             # What `auto` would sample with if this schedule were not there, whatever grid it was tuned on.
             untuned_timesteps=uniform_timesteps(self.model.noise_schedule, self.request["num_steps"]),
         )
 
-    def _teach(self, seeds: list[int], labels: Tensor | None, timesteps: Tensor) -> Tensor:
+    def _teach(self, seeds: list[int], condition: Tensor | None, timesteps: Tensor, decode: bool = True) -> Tensor:
         """A many-step teacher's samples: the same sampler without noise, or DDIM for those that always add it."""
         name = "ddim" if self.sampler.stochastic else self.sampler.name
-        return self._generate(seeds, labels, name, timesteps, None, 0.0)
+        return self._generate(seeds, condition, name, timesteps, None, 0.0, decode)
 
     def _store(self, result: evaluation.Evaluation) -> None:
         """Schedule, evaluation and the job's end, in one transaction."""
@@ -196,22 +196,24 @@ class TuningRun:
     def _generate(
         self,
         seeds: list[int],
-        labels: Tensor | None,
+        condition: Tensor | None,
         sampler: str,
         timesteps: Tensor,
         t_ratios: Tensor | None,
         eta: float,
+        decode: bool = True,
     ) -> Tensor:
         batch_size = self.request["evaluation"]["batch_size"]
         return generate(
             self.model,
             self.guidance,
             seeds,
-            labels,
+            condition,
             timesteps,
             t_ratios,
             eta,
             sampler=sampler,
+            decode=decode,
             batch_size=batch_size,
             device=self.device,
             after_step=self.lease.check,
@@ -226,12 +228,13 @@ class TuningRun:
         start = base + self.request["seed"] % SEED_RANGE
         return list(range(start, start + count))
 
-    def _labels(self, count: int, base: int) -> Tensor | None:
-        """Classes drawn uniformly, for guided sampling."""
+    def _conditions(self, count: int, base: int) -> Tensor | None:
+        """Conditions drawn for guided sampling: classes uniformly, tensors from the model's own."""
         if self.guidance.type == "uncond":
             return None
+        assert self.model.draw_conditions is not None  # the service refuses guidance without
         generator = torch.Generator().manual_seed(base + self.request["seed"] % SEED_RANGE)
-        return torch.randint(self.model.num_classes, (count,), generator=generator)
+        return self.model.draw_conditions(count, generator)
 
     def _counted(self, model: DiffusionModel) -> DiffusionModel:
         """The model, its network counting the samples put through it."""

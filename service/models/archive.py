@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeAlias
 
 from service.errors import InvalidError, TooLargeError
-from timetuner_core.loading import MODEL_FILES, UNET_CONFIG
+from timetuner_core.loading import MODEL_FILES, TRANSFORMER_CONFIG, UNET_CONFIG
 
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 MAX_FILES = 1000
@@ -90,8 +90,9 @@ def _safe_path(name: str) -> PurePosixPath:
 
 
 def _model_root(paths: list[PurePosixPath]) -> PurePosixPath:
-    """The folder that holds `unet/config.json`: the archive's root, or one at its top."""
-    roots = {path.parent.parent for path in paths if path.parts[-2:] == PurePosixPath(UNET_CONFIG).parts}
+    """The folder that holds `unet/` or `transformer/`: the archive's root, or one at its top."""
+    networks = [PurePosixPath(name).parts for name in (UNET_CONFIG, TRANSFORMER_CONFIG)]
+    roots = {path.parent.parent for path in paths if path.parts[-2:] in networks}
     roots = {root for root in roots if len(root.parts) <= 1}
     if len(roots) != 1:
         raise InvalidError(f"the archive has {len(roots)} models; accepted: one, with a {UNET_CONFIG}", LOC)

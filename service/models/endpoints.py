@@ -1,5 +1,6 @@
 """/v1/models"""
 
+import re
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -9,7 +10,7 @@ from pydantic import ValidationError
 from sqlalchemy import select
 from starlette.datastructures import UploadFile
 
-from service.api import JSON_TYPE, PageParams, PathId, State, newest_first
+from service.api import JSON_TYPE, PRINTABLE, PageParams, PathId, State, newest_first
 from service.errors import (
     ConflictError,
     InvalidError,
@@ -72,8 +73,8 @@ async def _parse(request: Request) -> tuple[BuiltinModelRequest | None, UploadFi
     if not isinstance(archive, UploadFile):
         raise InvalidError("archive is missing; accepted: a zip, tar or tar.gz file", ("body", "archive"))
     name = name if isinstance(name, str) and name else archive.filename or "model"
-    if len(name) > 200:
-        raise InvalidError("name is too long; accepted: up to 200 characters", ("body", "name"), name[:300])
+    if len(name) > 200 or not re.match(PRINTABLE, name):
+        raise InvalidError("accepted as name: up to 200 printable characters", ("body", "name"), name[:300])
     return None, archive, name
 
 

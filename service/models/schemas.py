@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.api import PRINTABLE
 from timetuner_core.loading import BUILTINS
 from timetuner_core.model_wrapper import GuidanceType, ModelType
 
@@ -15,20 +16,27 @@ class BuiltinModelRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     builtin: Literal[BUILTINS] = Field(description="Which one.")  # type: ignore[valid-type]
-    name: str | None = Field(None, min_length=1, max_length=200, description="Default: the built-in's own name.")
+    name: str | None = Field(
+        None, min_length=1, max_length=200, pattern=PRINTABLE, description="Default: the built-in's own name."
+    )
 
 
 class ModelSpec(BaseModel):
     """What a model is, as far as requests depend on it."""
 
-    sample_shape: list[int] = Field(description="Of one sample, such as [channels, height, width].")
+    sample_shape: list[int] = Field(description="Of what the network sees, such as [channels, height, width].")
+    image_shape: list[int] = Field(description="Of one sample as it is returned; a VAE decodes to another shape.")
     model_type: ModelType = Field(description="What the network predicts.")
     T: float = Field(description="Where sampling starts: times of schedules are in [0, T].")
     num_train_timesteps: int | None = Field(description="N, the most steps a sampler can take; null: no limit.")
     num_classes: int = Field(description="0: not class-conditional.")
     null_class_label: int | None = Field(description="The label that stands for no class.")
+    condition_shape: list[int | None] | None = Field(
+        description="[L, D] of tensor conditions, such as a text encoder's output; null L: any length."
+    )
     guidance_types: list[GuidanceType]
     num_parameters: int
+    has_conditions: bool = Field(description="Whether tuning can draw conditions for guidance.")
     has_data: bool = Field(description="Whether data came with it; else tuning generates its own.")
 
 

@@ -112,7 +112,7 @@ def _submit(state: AppState, body: SampleRequest, accept: str | None) -> SampleJ
     if accept is not None:
         with state.registry.read() as session:
             model = get_requested_model(session, body.model)
-        logic.negotiate(accept, model.spec["sample_shape"])
+        logic.negotiate(accept, model.spec["image_shape"])
     job = logic.submit(state.registry, state.settings, body)
     publish(state.celery, state.registry, SampleJob, [job.id])
     return job
@@ -138,7 +138,7 @@ def _read(state: AppState, job_id: str) -> SampleJob:
 def _content(state: AppState, job_id: str, accept: str) -> Response:
     with state.registry.read() as session:
         job = logic.get_job(session, job_id)
-        shape = get_model(session, job.model_id).spec["sample_shape"]
+        shape = get_model(session, job.model_id).spec["image_shape"]
     media_type = logic.negotiate(accept, shape)
     if job.state in (JobState.QUEUED, JobState.RUNNING):
         raise ConflictError(f"sampling job {job_id!r} is {job.state}; accepted: one that has succeeded")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from sqlalchemy.orm import Session
 
+from service.arrays import decode_array
 from service.errors import InvalidError, NotAcceptableError, NotFoundError, TooLargeError
 from service.models.logic import get_requested_model
 from service.registry.database import Registry
@@ -37,6 +38,7 @@ def submit(registry: Registry, settings: Settings, request: SampleRequest) -> Sa
         check_timesteps(request.timesteps, request.num_steps, model.spec["T"])
         _check_size(request, model, settings)
         labels = _class_labels(request, model)
+        _check_conditions(request, model)
         schedule = _schedule(session, request)
         job = SampleJob(
             model_id=model.id,
@@ -75,6 +77,10 @@ def _class_labels(request: SampleRequest, model: Model) -> list[int] | None:
         if given is not None:
             raise InvalidError("class_labels needs a guidance_type other than 'uncond'", loc, given)
         return None
+    if not num_classes:
+        if given is not None:
+            raise InvalidError("class_labels is not for this model; accepted: condition", loc, given)
+        return None
     if given is None:
         raise InvalidError(f"class_labels is missing; accepted: 0 to {num_classes - 1}", loc)
     labels = [given] * request.num_images if isinstance(given, int) else given
@@ -86,6 +92,38 @@ def _class_labels(request: SampleRequest, model: Model) -> list[int] | None:
             message = f"class_labels has {label}; accepted for this model: 0 to {num_classes - 1}"
             raise InvalidError(message, loc, given)
     return labels
+
+
+def _check_conditions(request: SampleRequest, model: Model) -> None:
+    """Refuse tensor conditions that the model has no use for, or that are missing or of another shape."""
+    shape = model.spec["condition_shape"]
+    guided = request.guidance_type != "uncond" and shape is not None
+    for name, rows in (("condition", (1, request.num_images)), ("uncond_condition", (1,))):
+        text = getattr(request, name)
+        if text is None:
+            if guided and name == "condition":
+                raise InvalidError(f"condition is missing; accepted: {_describe(rows, shape)}", ("body", name))
+            continue
+        if not guided:
+            raise InvalidError(f"{name} is for guided sampling of models with tensor conditions", ("body", name))
+        _check_condition(name, text, rows, shape)
+
+
+def _check_condition(name: str, text: str, rows: tuple[int, ...], shape: list[int | None]) -> None:
+    try:
+        array = decode_array(text)
+    except ValueError as error:
+        raise InvalidError(f"{name}: {error}; accepted: {_describe(rows, shape)}", ("body", name)) from None
+    fits = array.ndim == 3 and len(array) in rows and array.shape[2] == shape[1]
+    fits = fits and array.shape[1] >= 1 and shape[0] in (None, array.shape[1])
+    if not fits or array.dtype != np.float32 or not np.isfinite(array).all():
+        given = f"{array.dtype} of shape {array.shape}"
+        raise InvalidError(f"{name} is {given}; accepted: {_describe(rows, shape)}", ("body", name))
+
+
+def _describe(rows: tuple[int, ...], shape: list[int | None]) -> str:
+    first = " or ".join(str(count) for count in sorted(set(rows)))
+    return f"a base64 .npy file of finite float32 ({first}, {shape[0] or 'L'}, {shape[1]})"
 
 
 def _schedule(session: Session, request: SampleRequest) -> Schedule | None:
@@ -108,7 +146,7 @@ Images: TypeAlias = NDArray[np.float32]
 
 
 def to_npy(images: Images) -> bytes:
-    """The raw samples, float32 `(num_images, *sample_shape)`, in numpy's own format."""
+    """The raw samples, float32 `(num_images, *image_shape)`, in numpy's own format."""
     buffer = io.BytesIO()
     np.save(buffer, images, allow_pickle=False)
     return buffer.getvalue()
@@ -156,9 +194,9 @@ FORMATS: dict[str, Callable[[Images], bytes]] = {
 ANY_TYPE = {"*/*": "image/png", "image/*": "image/png", "application/*": "application/x-npy"}
 
 
-def negotiate(accept: str, sample_shape: list[int]) -> str:
+def negotiate(accept: str, image_shape: list[int]) -> str:
     """The first acceptable format of an Accept header. Raises: NotAcceptableError."""
-    is_image = len(sample_shape) == 3 and sample_shape[0] in (1, 3)
+    is_image = len(image_shape) == 3 and image_shape[0] in (1, 3)
     formats = [name for name in FORMATS if is_image or name in ("application/x-npy", "application/json")]
     ranges = [part.partition(";") for part in accept.split(",")]
     weighted = sorted(ranges, key=lambda part: -_quality(part[2]))

@@ -36,6 +36,13 @@ class SampleRequest(Setting):
     )
     num_images: int = Field(1, ge=1, le=100_000)
     seed: Seed = Field(0, description="Image k is drawn from seed + k, whatever the number of images.")
+    condition: str | None = Field(
+        None,
+        description="For models with tensor conditions: a base64 .npy file of float32 `(1 or num_images, L, D)`.",
+    )
+    uncond_condition: str | None = Field(
+        None, description="Likewise `(1, L, D)`, what stands for no condition; default: what came with the model."
+    )
     class_labels: int | list[int] | None = Field(
         None, description="One label for all images, or one for each; with guidance only."
     )

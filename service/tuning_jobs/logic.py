@@ -78,6 +78,9 @@ def events_after(session: Session, job_id: str, last_id: int, limit: int = 1000)
 def _check(request: TuningJobRequest, spec: dict[str, Any]) -> None:
     check_setting(spec, request)
     check_timesteps(request.timesteps, request.num_steps, spec["T"])
+    if request.guidance_type != "uncond" and not spec["has_conditions"]:
+        message = "no conditions came with this model; accepted: an archive whose data.safetensors has 'conditions'"
+        raise InvalidError(message, ("body", "guidance_type"), request.guidance_type)
     sampler, tuner = get_sampler(request.sampler), request.tuner
     if isinstance(tuner, NextEpsTuner):
         if tuner.data == "model" and not spec["has_data"]:
