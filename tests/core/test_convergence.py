@@ -17,7 +17,7 @@ from timetuner_core import NoiseScheduleVP, model_wrapper
 from timetuner_core.mixtures import GaussianMixture
 from timetuner_core.model_wrapper import GuidedModel
 from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleEDM, NoiseScheduleFlow
-from timetuner_core.samplers import SAMPLERS, Past, SamplerStep, remember, sample
+from timetuner_core.samplers import SAMPLERS, Past, Sampler, SamplerStep, remember, sample
 
 SCHEDULES: dict[str, NoiseSchedule] = {
     "discrete": NoiseScheduleVP("discrete", betas=linear_betas(1000)),
@@ -93,13 +93,13 @@ def end_of(step_fn: SamplerStep, kind: str, grid: Tensor, warm: bool) -> Tensor:
     return x
 
 
-def measured_order(name: str, kind: str, warm: bool) -> float:
+def measured_order(sampler: Sampler, kind: str, warm: bool) -> float:
     """The slope of log error over log step size."""
-    schedule, sampler = SCHEDULES[kind], SAMPLERS[name]
+    schedule = SCHEDULES[kind]
     step_fn = sampler.step_fn(model_wrapper(small_mixture(schedule), schedule), schedule)
     errors = []
     for num_steps in STEPS[sampler.order]:
-        grid = grid_of(name, schedule, num_steps)
+        grid = grid_of(sampler.name, schedule, num_steps)
         error = end_of(step_fn, kind, grid, warm) - exact_trajectory(kind)(grid[-1])
         errors.append(float(error.norm(dim=1).mean()))
     return -float(np.polyfit(np.log(STEPS[sampler.order]), np.log(errors), 1)[0])
@@ -108,12 +108,12 @@ def measured_order(name: str, kind: str, warm: bool) -> float:
 @every_schedule
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_a_sampler_with_full_history_converges_at_its_stated_order(name: str, kind: str) -> None:
-    assert measured_order(name, kind, warm=True) == pytest.approx(SAMPLERS[name].order, abs=0.15)
+    assert measured_order(SAMPLERS[name], kind, warm=True) == pytest.approx(SAMPLERS[name].order, abs=0.15)
 
 
 @pytest.mark.parametrize("name", MULTISTEP)
 def test_a_sampler_that_starts_without_history_keeps_second_order(name: str) -> None:
-    assert measured_order(name, "linear", warm=False) > 1.85
+    assert measured_order(SAMPLERS[name], "linear", warm=False) > 1.85
 
 
 def answering(mixture: GaussianMixture, model_type: str) -> Network:
