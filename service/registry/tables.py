@@ -179,7 +179,7 @@ class Schedule(Base):
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
     job: Mapped["TuningJob | None"] = relationship(back_populates="schedule")
-    evaluation: Mapped["Evaluation | None"] = relationship(back_populates="schedule")
+    evaluation: Mapped["Evaluation | None"] = relationship(back_populates="schedule", cascade="all, delete-orphan")
 
 
 class ScheduleAlias(Base):

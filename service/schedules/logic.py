@@ -81,9 +81,6 @@ def delete_schedule(registry: Registry, schedule_id: str) -> None:
             for referrer in (ScheduleAlias, SampleJob):
                 if session.scalar(select(exists().where(referrer.schedule_id == schedule_id))):
                     raise conflict
-            if schedule.evaluation is not None:
-                session.delete(schedule.evaluation)
-                session.flush()
             session.delete(schedule)
     except IntegrityError:  # named by someone in between
         raise conflict from None

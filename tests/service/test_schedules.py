@@ -1,5 +1,6 @@
-"""The registry's queries over HTTP: filters, the best schedule for a request, aliases."""
+"""The registry's queries over HTTP: filters, the best schedule for a request, aliases, import and deletion."""
 
+import json
 from collections.abc import Iterator
 
 import httpx
@@ -9,9 +10,9 @@ import pytest
 from tests.service.problems import assert_problem
 from tests.stack import Json, Stack
 
-GOOD: Json = {"tuner": {"total_iters": 60}, "evaluation": {"num_samples": 128}}
+GOOD: Json = {"tuner": {"total_iters": 30, "population_size": 64}, "evaluation": {"num_samples": 64}}
 # One iteration at this rate throws every ratio to its bound: far worse than untuned.
-BAD: Json = {"tuner": {"total_iters": 1, "lr": 1.0}, "evaluation": {"num_samples": 128}}
+BAD: Json = {"tuner": {"total_iters": 1, "lr": 1.0, "population_size": 16}, "evaluation": {"num_samples": 64}}
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +145,91 @@ def test_a_bad_alias_is_refused(
 )
 def test_a_bad_query_is_refused(client: httpx.Client, path: str, query: Json, status: int, field: str | None) -> None:
     assert_problem(client.get(f"/v1/schedules{path}", params=query), status, field)
+
+
+def exported(schedule: Json, **changes: object) -> Json:
+    """What a schedule's owner takes along to another registry."""
+    not_taken = {"id", "job", "version", "status", "score", "evaluation", "created_at"}
+    return {**{name: value for name, value in schedule.items() if name not in not_taken}, **changes}
+
+
+def test_an_imported_schedule_samples_as_the_one_exported_but_auto_never_picks_it(
+    stack: Stack, model: str, good: Json
+) -> None:
+    response = stack.client.post("/v1/schedules", json=exported(good))
+    assert response.status_code == 201, response.text
+    imported = response.json()
+    assert (imported["status"], imported["score"], imported["evaluation"]) == ("imported", None, None)
+    assert exported(imported) == exported(good)
+    assert imported["version"] > good["version"]
+    assert stack.client.get(response.headers["location"]).json() == imported
+    assert imported in stack.client.get("/v1/schedules", params={"status": "imported"}).json()["items"]
+    assert resolve(stack.client, model, num_steps=4)["schedule"] == good
+
+    stack.client.put(f"/v1/models/{model}/aliases/mine", json={"schedule": imported["id"]})
+    body = {"model": model, "num_steps": 4}
+    answers = [
+        stack.client.post("/v1/samples", json={**body, "schedule": name}, headers={"Accept": "application/x-npy"})
+        for name in (good["id"], imported["id"], "mine")
+    ]
+    assert [answer.headers["timetuner-schedule"] for answer in answers] == [good["id"]] + 2 * [imported["id"]]
+    assert len({answer.content for answer in answers}) == 1
+
+
+BAD_IMPORTS: dict[str, tuple[Json, str, str]] = {
+    "an unknown model": ({"model": "mdl_nope"}, "model", "registered model"),
+    "no steps": ({"num_steps": 0, "timesteps": [1], "t_ratios": []}, "num_steps", ""),
+    "another number of steps": ({"num_steps": 5}, "timesteps", "accepted: 6"),
+    "a ratio too few": ({"t_ratios": [1, 1, 1]}, "t_ratios", "accepted: 4"),
+    "rising times": ({"timesteps": [1, 0.5, 0.6, 0.2, 0]}, "timesteps", "falling"),
+    "times beyond T": ({"timesteps": [1.5, 0.7, 0.5, 0.2, 0]}, "timesteps", "[0, 1"),
+    "negative times": ({"timesteps": [1, 0.7, 0.5, 0.2, -0.1]}, "timesteps", "[0, 1"),
+    "conditioning beyond T": ({"timesteps": [1, 0.7, 0.5, 0.2, 0], "t_ratios": [1.1, 1, 1, 1]}, "t_ratios", "(0, 1"),
+    "a ratio of zero": ({"t_ratios": [1, 1, 0, 1]}, "t_ratios", "(0, 1"),
+    "no numbers": ({"t_ratios": ["a", 1, 1, 1]}, "t_ratios", "number"),
+    "negative guidance": ({"guidance_type": "classifier-free", "guidance_scale": -1}, "guidance_scale", "0"),
+    "a figure it cannot bring": ({"score": 0.1}, "score", ""),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMPORTS)
+def test_a_schedule_that_cannot_be_sampled_with_is_not_imported(stack: Stack, good: Json, name: str) -> None:
+    changes, field, accepted = BAD_IMPORTS[name]
+    newest = stack.client.get("/v1/schedules", params={"limit": 1}).json()
+    answer = stack.client.post("/v1/schedules", json=exported(good, **changes))
+    assert_problem(answer, 422, field, accepted)
+    assert stack.client.get("/v1/schedules", params={"limit": 1}).json() == newest
+
+
+@pytest.mark.parametrize("field", ["t_ratios", "provenance"])
+def test_what_is_no_number_is_not_imported(client: httpx.Client, good: Json, field: str) -> None:
+    bad = {"t_ratios": [1, float("nan"), 1, 1], "provenance": {"loss": float("inf")}}[field]
+    body = json.dumps(exported(good, **{field: bad}))
+    answer = client.post("/v1/schedules", content=body, headers={"Content-Type": "application/json"})
+    assert_problem(answer, 422, field)
+
+
+def test_a_schedule_is_deleted_unless_something_names_it(stack: Stack, model: str, good: Json) -> None:
+    schedule_id = stack.client.post("/v1/schedules", json=exported(good)).json()["id"]
+    url, alias = f"/v1/schedules/{schedule_id}", f"/v1/models/{model}/aliases/doomed"
+    stack.client.put(alias, json={"schedule": schedule_id})
+    assert_problem(stack.client.delete(url), 409, accepted="without any")
+    named = {item["name"]: item["schedule"] for item in stack.client.get(alias.rpartition("/")[0]).json()["items"]}
+    assert named["doomed"] == schedule_id
+    assert stack.client.delete(alias).status_code == 204
+    assert_problem(stack.client.delete(alias), 404)
+    assert stack.client.delete(url).status_code == 204
+    for method in ("GET", "DELETE"):
+        assert_problem(stack.client.request(method, url), 404)
+
+    sampled_with = stack.client.post("/v1/schedules", json=exported(good)).json()["id"]
+    stack.client.post("/v1/samples", json={"model": model, "num_steps": 4, "schedule": sampled_with})
+    assert_problem(stack.client.delete(f"/v1/schedules/{sampled_with}"), 409, accepted="samples")
+
+
+def test_a_tuned_schedule_is_deleted_with_its_evaluation(stack: Stack, model: str) -> None:
+    schedule = stack.tune(model, num_steps=8, **BAD)
+    assert stack.client.delete(f"/v1/schedules/{schedule['id']}").status_code == 204
+    assert_problem(stack.client.get(f"/v1/schedules/{schedule['id']}"), 404)
+    job = stack.client.get(f"/v1/tuning-jobs/{schedule['job']}").json()
+    assert (job["state"], job["schedule"]) == ("succeeded", None)

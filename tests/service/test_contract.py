@@ -1,0 +1,161 @@
+"""What holds for the whole API: every error is a problem document, and the OpenAPI document tells the truth."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.service.problems import assert_problem
+from tests.stack import Json, Stack
+
+JSON_TYPE = {"Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nope", 404),
+        ("GET", "/v1", 404),
+        ("POST", "/v1/models/mdl_nope/nope", 404),
+        ("DELETE", "/v1/models", 405),
+        ("PUT", "/v1/tuning-jobs", 405),
+        ("PATCH", "/v1/schedules/sch_nope", 405),
+        ("GET", "/v1/tuning-jobs/job_nope/cancel", 405),
+        ("POST", "/healthz", 405),
+    ],
+)
+def test_an_unknown_route_or_method_is_a_problem(client: httpx.Client, method: str, path: str, status: int) -> None:
+    response = client.request(method, path)
+    assert_problem(response, status)
+    assert ("allow" in response.headers) == (status == 405)
+
+
+POSTS = ["/v1/models", "/v1/tuning-jobs", "/v1/schedules", "/v1/samples"]
+
+
+@pytest.mark.parametrize("path", POSTS)
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_a_body_of_another_type_is_refused(client: httpx.Client, path: str, content_type: str) -> None:
+    response = client.post(path, content=b"{}", headers={"Content-Type": content_type})
+    assert_problem(response, 415, "Content-Type", "application/json")
+
+
+def in_pieces(size: int) -> Iterator[bytes]:
+    """A body that does not say in advance how long it is."""
+    yield b'{"x": "'
+    for _ in range(size // 1000):
+        yield b"x" * 1000
+    yield b'"}'
+
+
+@pytest.mark.parametrize("path", POSTS)
+@pytest.mark.parametrize("content", [b" " * 200_000, in_pieces], ids=["declared", "streamed"])
+def test_a_body_that_is_too_large_is_refused(client: httpx.Client, path: str, content: Any) -> None:
+    body = content if isinstance(content, bytes) else content(200_000)
+    assert_problem(client.post(path, content=body, headers=JSON_TYPE), 413, accepted="up to 100000 bytes")
+
+
+@pytest.mark.parametrize("path", POSTS)
+@pytest.mark.parametrize(
+    "body",
+    [
+        "",
+        "null",
+        "[]",
+        '"text"',
+        "{",
+        '{"model": NaN, "builtin": NaN, "num_steps": Infinity}',
+        '{"model": "\\u0000", "builtin": "\\u0000", "num_steps": 5}',
+        '{"model": "\\ud800", "builtin": "\\ud800", "num_steps": 5}',
+        '{"\\ud800": 1, "x": [NaN]}',
+        '{"model": ' + "9" * 5000 + "}",
+    ],
+)
+def test_a_body_of_nonsense_is_refused(client: httpx.Client, path: str, body: str) -> None:
+    response = client.post(path, content=body.encode(), headers=JSON_TYPE)
+    assert_problem(response, 400 if response.status_code == 400 else 422)
+
+
+def test_a_name_no_database_can_keep_is_refused(client: httpx.Client) -> None:
+    named = {"builtin": "mixture-gratings", "name": "a\0b"}
+    assert_problem(client.post("/v1/models", json=named), 422, "name")
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/tuning-jobs", "/v1/schedules", "/v1/samples"])
+@pytest.mark.parametrize("identifier", ["%00", "a%20b", "%F0%9F%98%80", "x" * 100])
+def test_an_identifier_that_can_be_none_is_refused(client: httpx.Client, path: str, identifier: str) -> None:
+    response = client.get(f"{path}/{identifier}")
+    assert_problem(response, 422, "path")
+
+
+@pytest.mark.parametrize("after", ["-1", "99999999999999999999999"])
+def test_an_event_number_that_can_be_none_is_refused(stack: Stack, after: str) -> None:
+    model = stack.register("mixture-ring")
+    job = stack.submit(model, num_steps=3, tuner={"total_iters": 1}, evaluation={"num_samples": 16})
+    url = f"/v1/tuning-jobs/{job['id']}/events"
+    assert_problem(stack.client.get(url, params={"after": after}), 422, "after")
+    assert stack.client.get(url, headers={"Last-Event-ID": after}).status_code == 200
+
+
+CONTRACT = {
+    "/v1/models": {"get", "post"},
+    "/v1/models/{model_id}": {"get", "delete"},
+    "/v1/models/{model_id}/aliases": {"get"},
+    "/v1/models/{model_id}/aliases/{name}": {"put", "delete"},
+    "/v1/tuning-jobs": {"get", "post"},
+    "/v1/tuning-jobs/{job_id}": {"get"},
+    "/v1/tuning-jobs/{job_id}/cancel": {"post"},
+    "/v1/tuning-jobs/{job_id}/events": {"get"},
+    "/v1/schedules": {"get", "post"},
+    "/v1/schedules/resolve": {"get"},
+    "/v1/schedules/{schedule_id}": {"get", "delete"},
+    "/v1/samples": {"post"},
+    "/v1/samples/{job_id}": {"get"},
+    "/v1/samples/{job_id}/content": {"get"},
+    "/healthz": {"get"},
+    "/readyz": {"get"},
+}
+
+
+@pytest.fixture
+def document(client: httpx.Client) -> Json:
+    result: Json = client.get("/openapi.json").json()
+    return result
+
+
+def test_the_openapi_document_lists_the_whole_contract(document: Json) -> None:
+    paths = {path: set(operations) for path, operations in document["paths"].items()}
+    assert {path: paths.get(path) for path in CONTRACT} == CONTRACT
+
+
+def test_every_error_is_documented_as_a_problem(document: Json) -> None:
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            assert "default" in operation["responses"], (method, path)
+            for status, response in operation["responses"].items():
+                if status == "default" or (int(status) >= 400 and path != "/readyz"):
+                    assert list(response["content"]) == ["application/problem+json"], (method, path, status)
+
+
+def test_every_reference_in_the_document_leads_somewhere(document: Json) -> None:
+    def references(node: Any) -> Iterator[str]:
+        if isinstance(node, dict):
+            if isinstance(node.get("$ref"), str):
+                yield node["$ref"]
+            node = list(node.values())
+        if isinstance(node, list):
+            for child in node:
+                yield from references(child)
+
+    found = set(references(document))
+    assert "#/components/schemas/Problem" in found
+    assert {ref.removeprefix("#/components/schemas/") for ref in found} <= set(document["components"]["schemas"])
+    operation_ids = [o["operationId"] for operations in document["paths"].values() for o in operations.values()]
+    assert len(operation_ids) == len(set(operation_ids))
+
+
+def test_the_documentation_is_served(client: httpx.Client) -> None:
+    page = client.get("/", follow_redirects=True)
+    assert page.status_code == 200
+    assert "openapi.json" in page.text

@@ -1,0 +1,161 @@
+"""Every kind of model and sampler, tuned and sampled over HTTP."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from service.arrays import encode_array
+from tests.core.conftest import save_model
+from tests.core.test_model_kinds import CONDITION_DIM, condition_unet, dit, save_dit
+from tests.service.problems import assert_problem
+from tests.service.test_models import upload, zipped
+from tests.stack import Json, Stack
+from timetuner_core.samplers import SAMPLERS
+
+NPY = {"Accept": "application/x-npy"}
+QUICK: Json = {
+    "tuner": {"total_iters": 2, "population_size": 16, "batch_size": 8, "teacher_num_steps": 8},
+    "evaluation": {"num_samples": 16, "teacher_num_steps": 8},
+}
+
+
+def sample(stack: Stack, model: str, **request: Any) -> np.ndarray[Any, Any]:
+    response = stack.client.post("/v1/samples", json={"model": model, "num_steps": 4, **request}, headers=NPY)
+    assert response.status_code == 200, response.text
+    images: np.ndarray[Any, Any] = np.load(io.BytesIO(response.content))
+    return images
+
+
+@pytest.fixture
+def text_model(stack: Stack, tmp_path: Path) -> str:
+    """A U-Net conditioned on arrays, as a text encoder would give them."""
+    save_model(tmp_path, condition_unet())
+    generator = torch.Generator().manual_seed(0)
+    conditions = torch.randn((6, 2, CONDITION_DIM), generator=generator)
+    save_file({"conditions": conditions, "uncond_condition": conditions[:1] * 0}, tmp_path / "data.safetensors")
+    model_id: str = upload(stack.client, zipped(tmp_path)).json()["id"]
+    return model_id
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_samples_repeatably_from_a_seed(stack: Stack, sampler: str) -> None:
+    model = stack.register("mixture-ring")
+    both = sample(stack, model, sampler=sampler, num_images=2, seed=5)
+    assert np.isfinite(both).all()
+    assert np.array_equal(sample(stack, model, sampler=sampler, num_images=1, seed=6)[0], both[1])
+
+
+@pytest.mark.parametrize(
+    ("sampler", "tuner"),
+    [
+        ("heun", {"objective": "end_to_end"}),
+        ("unipc_2", {"objective": "end_to_end"}),
+        ("dpmpp_2m", {"objective": "next_eps", "tune_type": "sequential"}),
+        ("dpmpp_2m_sde", {"objective": "next_eps", "tune_type": "sequential"}),
+        ("ddpm", {"objective": "next_eps"}),
+    ],
+)
+def test_a_schedule_for_another_sampler_is_kept_apart_and_sampled(stack: Stack, sampler: str, tuner: Json) -> None:
+    model = stack.register("mixture-ring")
+    request = {**QUICK, "tuner": {**QUICK["tuner"], **tuner}}
+    schedule = stack.tune(model, num_steps=4, sampler=sampler, timesteps="log_snr", **request)
+    assert schedule["sampler"] == sampler
+    assert np.ptp(np.diff(schedule["timesteps"])) > 0.1  # not the uniform grid
+    assert sample(stack, model, sampler=sampler, schedule=schedule["id"]).shape == (1, 2)
+
+
+def test_schedules_are_resolved_by_guidance_interval_and_rescale(stack: Stack) -> None:
+    model = stack.register("mixture-ring")
+    guidance = {"guidance_type": "classifier-free", "guidance_scale": 2, "guidance_start": 0.2, "guidance_end": 0.8}
+    tuner = {"tuner": {"total_iters": 60}, "evaluation": {"num_samples": 256}}
+    schedule = stack.tune(model, num_steps=5, guidance_rescale=0.5, **guidance, **tuner)
+    assert schedule["status"] == "accepted"
+    query = {"model": model, "num_steps": 5, **guidance}
+    resolved = stack.client.get("/v1/schedules/resolve", params={**query, "guidance_rescale": 0.5}).json()
+    assert resolved["schedule"]["id"] == schedule["id"]
+    assert stack.client.get("/v1/schedules/resolve", params=query).json()["schedule"] is None
+    plain = sample(stack, model, num_steps=5, class_labels=0, **guidance | {"guidance_end": 1000})
+    assert not np.array_equal(sample(stack, model, num_steps=5, class_labels=0, **guidance), plain)
+
+
+def test_the_latent_model_is_tuned_in_latent_space_and_sampled_decoded(stack: Stack) -> None:
+    model = stack.register("digits32-ldm")
+    spec = stack.client.get(f"/v1/models/{model}").json()["spec"]
+    assert spec["image_shape"] == [1, 32, 32]
+    assert spec["sample_shape"] != spec["image_shape"]
+    guidance = {"guidance_type": "classifier-free", "guidance_scale": 2}
+    schedule = stack.tune(model, num_steps=4, **guidance, **QUICK)
+    assert schedule["evaluation"]["frechet_after"] > 0
+    body = {"model": model, "num_steps": 4, "num_images": 4, "class_labels": 3, "schedule": schedule["id"], **guidance}
+    response = stack.client.post("/v1/samples", json=body, headers={"Accept": "image/png"})
+    assert response.headers["timetuner-schedule"] == schedule["id"]
+    assert Image.open(io.BytesIO(response.content)).size == (130, 130)
+
+
+def test_a_text_model_is_tuned_and_sampled_with_arrays(stack: Stack, text_model: str) -> None:
+    guidance = {"guidance_type": "classifier-free", "guidance_scale": 3}
+    schedule = stack.tune(text_model, num_steps=4, **guidance, **QUICK)
+    assert len(schedule["t_ratios"]) == 4
+    prompts = np.random.default_rng(0).normal(size=(2, 5, CONDITION_DIM)).astype(np.float32)
+    arrays = {"condition": encode_array(prompts), "uncond_condition": encode_array(prompts[:1] * 0)}
+    both = sample(stack, text_model, num_images=2, **guidance, **arrays)
+    assert both.shape == (2, 1, 4, 4)
+    second = sample(stack, text_model, seed=1, **guidance, **arrays | {"condition": encode_array(prompts[1:])})
+    assert np.array_equal(both[1], second[0])
+    other = sample(stack, text_model, seed=1, **guidance, **arrays | {"condition": encode_array(prompts[:1])})
+    assert not np.array_equal(both[1], other[0])
+
+
+def test_a_transformer_is_registered_tuned_and_sampled(stack: Stack, tmp_path: Path) -> None:
+    save_dit(tmp_path, dit())
+    model = upload(stack.client, zipped(tmp_path)).json()["id"]
+    guidance = {"guidance_type": "classifier-free", "guidance_scale": 2}
+    assert len(stack.tune(model, num_steps=4, **guidance, **QUICK)["t_ratios"]) == 4
+    assert sample(stack, model, class_labels=[0, 2], num_images=2, **guidance).shape == (2, 1, 4, 4)
+
+
+WRONG_ROWS = encode_array(np.zeros((3, 2, CONDITION_DIM), np.float32))
+GUIDED = {"guidance_type": "classifier-free", "guidance_scale": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "accepted"),
+    [
+        ({}, "condition", f"(1 or 2, L, {CONDITION_DIM})"),
+        ({"condition": "not base64!"}, "condition", "base64 .npy"),
+        ({"condition": "aGVsbG8="}, "condition", "base64 .npy"),
+        ({"condition": WRONG_ROWS}, "condition", f"(1 or 2, L, {CONDITION_DIM})"),
+        ({"condition": encode_array(np.zeros((1, 2, 3), np.float32))}, "condition", f", {CONDITION_DIM})"),
+        ({"condition": encode_array(np.zeros((1, 2, CONDITION_DIM)))}, "condition", "float32"),
+        ({"condition": encode_array(np.full((1, 2, CONDITION_DIM), np.nan, np.float32))}, "condition", "finite"),
+        ({"class_labels": 1}, "class_labels", "condition"),
+    ],
+)
+def test_a_bad_condition_is_refused(stack: Stack, text_model: str, change: Json, field: str, accepted: str) -> None:
+    body = {"model": text_model, "num_steps": 4, "num_images": 2, **GUIDED, **change}
+    assert_problem(stack.client.post("/v1/samples", json=body), 422, field, accepted)
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "field"),
+    [
+        ("samples", {"timesteps": [1.0, 0.5]}, "timesteps"),
+        ("samples", {"timesteps": [1.0, 0.5, 0.6, 0.2, 0.1], "schedule": "none"}, "timesteps"),
+        ("samples", {"timesteps": "log_snr"}, "timesteps"),
+        ("samples", {"sampler": "heun", "eta": 0.5}, "eta"),
+        ("samples", {"guidance_start": 0.5, "guidance_end": 0.4, "class_labels": 0, **GUIDED}, "guidance_start"),
+        ("samples", {"guidance_rescale": 0.5}, "guidance_rescale"),
+        ("tuning-jobs", {"timesteps": [2.0, 0.5, 0.4, 0.2, 0.1]}, "timesteps"),
+        ("tuning-jobs", {"sampler": "ddpm"}, "sampler"),
+        ("tuning-jobs", {"sampler": "deis", "tuner": {"objective": "next_eps"}}, "tune_type"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused(stack: Stack, path: str, change: Json, field: str) -> None:
+    body = {"model": stack.register("mixture-ring"), "num_steps": 4, **change}
+    assert_problem(stack.client.post(f"/v1/{path}", json=body), 422, field)
