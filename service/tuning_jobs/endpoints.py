@@ -36,7 +36,7 @@ router = APIRouter(prefix="/v1/tuning-jobs", tags=["tuning jobs"])
 
 SSE_TYPE = "text/event-stream"
 EVENT_POLL_SECONDS = 0.25
-LAST_ID = 2**63 - 1
+LAST_ID = 2**31 - 1  # the column is a 32-bit integer
 IdempotencyKey = Annotated[
     str | None, Header(min_length=1, max_length=200, description="Repeating a request with its key makes no new job.")
 ]
