@@ -72,7 +72,7 @@ class Carried:
     x_t: Tensor
     history: tuple[Past, ...] = ()
 
-    def rows(self, index: Tensor | slice) -> "Carried":
+    def rows(self, index: Tensor) -> "Carried":
         return Carried(self.x_t[index], tuple(Past(p.t, p.x[index], p.x0[index]) for p in self.history))
 
 
@@ -122,6 +122,7 @@ def tune_next_eps(
         raise ValueError(f"tune_type is {tune_type!r}; accepted: {', '.join(get_args(TuneType))}")
     if tune_type == "parallel" and history_length(problem.step_fn):
         raise ValueError("tune_type is 'parallel'; accepted for a multistep sampler: 'sequential'")
+    _check_numbers(problem, lr, total_iters)
     num_tuned = problem.num_steps - 1
     if tune_type == "parallel":
         steps = list(range(num_tuned))
@@ -157,14 +158,14 @@ def tune_end_to_end(
     """
     if problem.adds_noise:
         raise ValueError("the sampler adds noise; accepted, to be tuned end to end: a deterministic one, with eta 0")
+    _check_numbers(problem, lr, total_iters)
     if bool((state.iterations >= total_iters).all()):
         return
     targets = []
-    for start in range(0, len(problem.population), problem.batch_size):
-        rows = slice(start, start + problem.batch_size)
+    for rows in _whole_batches(problem):
         targets.append(_sample(problem, rows, teacher_timesteps, torch.ones(len(teacher_timesteps) - 1)))
         yield state
-    target = torch.cat(targets)
+    target = torch.cat(targets)[: len(problem.population)]
 
     def losses(ratios: Tensor, iteration: int) -> Tensor:
         index = _draw_index(problem, _generator(problem.seed, 0, iteration))
@@ -185,6 +186,11 @@ def tune_end_to_end(
     yield from _adam(problem, state, steps, lr, total_iters, losses, decay=True)
 
 
+def _check_numbers(problem: TuningProblem, lr: float, total_iters: int) -> None:
+    if total_iters < 1 or problem.batch_size < 1 or not lr > 0:
+        raise ValueError("total_iters and batch_size must be at least 1, and lr above 0")
+
+
 def _adam(
     problem: TuningProblem,
     state: TuningState,
@@ -196,8 +202,6 @@ def _adam(
 ) -> Iterator[TuningState]:
     """Adam on the ratios of `steps` at once, from where `state` is; `losses_of(ratios, iteration)` gives one
     loss per step. Elementwise, so a step's path does not depend on which others are tuned with it."""
-    if total_iters < 1 or problem.batch_size < 1 or not lr > 0:
-        raise ValueError("total_iters and batch_size must be at least 1, and lr above 0")
     done = int(state.iterations[steps].min()) if steps else total_iters
     device = problem.population.device
     lower, upper = (bound[steps].to(device) for bound in problem.ratio_bounds())
@@ -255,26 +259,34 @@ def _next_eps_losses(
     return losses
 
 
+def _whole_batches(problem: TuningProblem) -> Iterator[Tensor]:
+    """The population's rows by batch, the last filled up from the start: a condition among `step_kwargs` may have
+    as many rows as a batch."""
+    size = len(problem.population)
+    for start in range(0, size, problem.batch_size):
+        yield (torch.arange(start, start + problem.batch_size) % size).to(problem.population.device)
+
+
 @torch.no_grad()
 def _carry_forward(problem: TuningProblem, carried: Carried, i: int, t_ratio: Tensor) -> Carried:
     """The population after step `i`, in chunks of the batch size."""
     t, s = problem.timesteps[i], problem.timesteps[i + 1]
     x_s, x0 = [], []
-    for start in range(0, len(carried.x_t), problem.batch_size):
-        rows = slice(start, start + problem.batch_size)
+    for rows in _whole_batches(problem):
         batch = carried.rows(rows)
         condition = None if problem.condition is None else problem.condition[rows]
-        noise = _noise(problem, batch.x_t, _generator(problem.seed, i + 1, -1 - start))
+        noise = _noise(problem, batch.x_t, _generator(problem.seed, i + 1, -1 - int(rows[0])))
         kwargs = _step_kwargs(problem, condition, noise) | with_history(problem.step_fn, batch.history)
         result = problem.step_fn(batch.x_t, t, s, t_ratio=t_ratio, **kwargs)
         x_s.append(result[0])
         x0.append(result[1])
-    past = Past(t, carried.x_t, torch.cat(x0))
-    return Carried(torch.cat(x_s), remember(problem.step_fn, carried.history, past))
+    size = len(carried.x_t)
+    past = Past(t, carried.x_t, torch.cat(x0)[:size])
+    return Carried(torch.cat(x_s)[:size], remember(problem.step_fn, carried.history, past))
 
 
 @torch.no_grad()
-def _sample(problem: TuningProblem, rows: slice, timesteps: Tensor, t_ratios: Tensor) -> Tensor:
+def _sample(problem: TuningProblem, rows: Tensor, timesteps: Tensor, t_ratios: Tensor) -> Tensor:
     """x0 from some rows of a population of initial noise."""
     condition = None if problem.condition is None else problem.condition[rows]
     kwargs = _step_kwargs(problem, condition, None)

@@ -341,6 +341,7 @@ def test_arguments_of_the_step_reach_every_call() -> None:
     [
         ({"tune_type": "serial"}, "tune_type is 'serial'; accepted: sequential, parallel"),
         ({"total_iters": 0}, "total_iters and batch_size must be at least 1, and lr above 0"),
+        ({"batch_size": -1}, "total_iters and batch_size must be at least 1, and lr above 0"),
         ({"lr": 0.0}, "lr above 0"),
         ({"num_steps": 0}, "num_steps is 0; accepted: 1 or more"),
         ({"num_steps": None}, "give num_steps or timesteps"),
