@@ -163,8 +163,11 @@ class GuidedModel:
         scale = self._scale(t, 0.0)
         if isinstance(scale, float | int) and scale == 0:
             return Prediction(x0, eps)
-        # torch.func.grad works inside no_grad and nests under autograd and forward mode alike.
-        gradient: Tensor = torch.func.grad(log_prob)(x)
+        # Works inside no_grad, and nests under autograd, forward mode and checkpoints (torch.func.grad: not the last).
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            x_grad = x + torch.zeros_like(x, requires_grad=True)
+            (gradient,) = torch.autograd.grad(log_prob(x_grad), x_grad, create_graph=create_graph)
         alpha_t = expand_like(self.noise_schedule.marginal_alpha(t), x)
         sigma_t = expand_like(self.noise_schedule.marginal_std(t), x)
         shift = expand_like(torch.as_tensor(scale, device=x.device), x) * sigma_t * gradient
