@@ -113,7 +113,8 @@ def test_an_uploaded_diffusers_folder_is_sampled_like_diffusers_own(
     model = response.json()
     assert model["spec"]["model_type"] == "v"
     assert model["spec"]["guidance_types"] == ["uncond"]
-    body = {"model": model["id"], "num_steps": 20, "num_images": 2, "seed": 5}
+    assert model["spec"]["num_train_timesteps"] == 20
+    body = {"model": model["id"], "num_steps": 20, "num_images": 2, "seed": 5}  # as many as it was trained on
     answer = stack.client.post("/v1/samples", json=body, headers={"Accept": "application/x-npy"})
     assert np.load(io.BytesIO(answer.content)).shape == (2, 3, 8, 8)
 
