@@ -51,7 +51,8 @@ class Options:
             _embed_time_in_float64(module)
         memory_format = torch.channels_last if self.channels_last else torch.preserve_format
         # torch's own: that of diffusers warns of any dtype.
-        return torch.nn.Module.to(module, device, self.dtype, memory_format=memory_format)
+        moved = torch.nn.Module.to(module, device, self.dtype)
+        return torch.nn.Module.to(moved, memory_format=memory_format)
 
     def inputs(self, x: Tensor) -> Tensor:
         return x.to(self.dtype, memory_format=torch.channels_last if self.channels_last else torch.preserve_format)
