@@ -1,0 +1,74 @@
+"""Time grids: the number of steps, the ends, and what is spaced evenly."""
+
+import re
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.core.conftest import linear_betas
+from timetuner_core import NoiseScheduleVP
+from timetuner_core.grids import GridName, make_timesteps
+from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleEDM, NoiseScheduleFlow
+
+SCHEDULES: dict[str, NoiseSchedule] = {
+    "discrete": NoiseScheduleVP("discrete", betas=linear_betas(60)),
+    "linear": NoiseScheduleVP("linear"),
+    "cosine": NoiseScheduleVP("cosine"),
+    "flow": NoiseScheduleFlow(shift=3.0),
+    "edm": NoiseScheduleEDM(),
+}
+
+every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+every_grid = pytest.mark.parametrize("grid", get_args(GridName))
+
+
+def spaced_evenly(schedule: NoiseSchedule, timesteps: Tensor, grid: str) -> Tensor:
+    """What a grid spaces evenly, by its definition."""
+    if grid == "log_snr":
+        return torch.log(schedule.marginal_alpha(timesteps) / schedule.marginal_std(timesteps))
+    if grid == "edm":
+        return (schedule.marginal_std(timesteps) / schedule.marginal_alpha(timesteps)) ** (1 / 7)
+    return timesteps if grid == "uniform" else timesteps.sqrt()
+
+
+@every_grid
+@every_schedule
+def test_a_grid_has_its_number_of_steps_and_falls_from_end_to_end(schedule: NoiseSchedule, grid: Any) -> None:
+    for num_steps in range(1, 61):
+        timesteps = make_timesteps(schedule, num_steps, grid)
+        assert (timesteps.shape, timesteps.dtype) == ((num_steps + 1,), torch.float64)
+        assert (timesteps[0].item(), timesteps[-1].item()) == (schedule.T, schedule.t_min)
+        assert bool((timesteps.diff() < 0).all()), num_steps
+
+
+@every_grid
+@every_schedule
+def test_a_grid_spaces_evenly_what_it_is_named_after(schedule: NoiseSchedule, grid: Any) -> None:
+    differences = spaced_evenly(schedule, make_timesteps(schedule, 17, grid), grid).diff()
+    torch.testing.assert_close(differences, differences.mean().expand(17), rtol=1e-8, atol=0)
+
+
+def test_uniform_is_the_default() -> None:
+    assert torch.equal(make_timesteps(SCHEDULES["linear"], 9), make_timesteps(SCHEDULES["linear"], 9, "uniform"))
+
+
+@every_grid
+def test_a_network_of_one_training_step_goes_to_clean_data(grid: Any) -> None:
+    schedule = NoiseScheduleVP("discrete", betas=linear_betas(1))
+    assert make_timesteps(schedule, 1, grid).tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "num_steps", "grid", "accepted"),
+    [
+        ("linear", 0, "uniform", "num_steps is 0; accepted: 1 or more"),
+        ("flow", -1, "edm", "num_steps is -1; accepted: 1 or more"),
+        ("discrete", 61, "log_snr", "num_steps is 61; accepted: 1 to 60"),
+        ("linear", 5, "karras", "grid is 'karras'; accepted: uniform, quadratic, log_snr, edm"),
+    ],
+)
+def test_a_bad_grid_is_refused_naming_what_is_accepted(schedule: str, num_steps: int, grid: Any, accepted: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(accepted)):
+        make_timesteps(SCHEDULES[schedule], num_steps, grid)
