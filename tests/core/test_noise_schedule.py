@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import quad
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tests.core.conftest import linear_betas
 from timetuner_core import NoiseScheduleVP
+from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleEDM, NoiseScheduleFlow
 
 SCHEDULES = {
     "betas": NoiseScheduleVP("discrete", betas=linear_betas(1000)),
@@ -187,3 +188,75 @@ def test_a_continuous_network_is_fed_time_itself(name: str) -> None:
 def test_a_bad_schedule_is_refused_naming_what_is_accepted(arguments: dict[str, Any], accepted: str) -> None:
     with pytest.raises(ValueError, match=re.escape(accepted)):
         NoiseScheduleVP(**arguments)
+
+
+OTHER_SCHEDULES: dict[str, NoiseSchedule] = {
+    "flow": NoiseScheduleFlow(),
+    "flow, shifted": NoiseScheduleFlow(shift=3.0),
+    "edm": NoiseScheduleEDM(),
+}
+every_other_schedule = pytest.mark.parametrize("schedule", OTHER_SCHEDULES.values(), ids=OTHER_SCHEDULES)
+
+
+def between_the_ends(schedule: NoiseSchedule) -> Tensor:
+    """Short of T, where flow matching's alpha stops falling."""
+    return torch.linspace(schedule.t_min, 0.999 * schedule.T, 5003, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_matching_mixes_data_and_noise_along_a_line_at_the_sigmas_of_diffusers(shift: float) -> None:
+    schedule, t = NoiseScheduleFlow(shift), torch.linspace(1.0, 0.1, 10, dtype=torch.float64)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=t.tolist())
+    torch.testing.assert_close(schedule.marginal_std(t), scheduler.sigmas[:-1].double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(schedule.model_input_time(t), scheduler.timesteps.double(), atol=1e-3, rtol=0)
+    total = schedule.marginal_alpha(t) + schedule.marginal_std(t)
+    torch.testing.assert_close(total, torch.ones_like(t), atol=1.1e-6, rtol=0)
+    assert bool(schedule.marginal_lambda(t).isfinite().all())
+
+
+def test_edm_adds_noise_of_standard_deviation_t_and_feeds_what_diffusers_feeds() -> None:
+    schedule = OTHER_SCHEDULES["edm"]
+    scheduler: Any = EDMEulerScheduler()
+    sigmas = scheduler.sigmas[:-1].double()
+    assert torch.equal(schedule.marginal_std(sigmas), sigmas)
+    assert torch.equal(schedule.marginal_alpha(sigmas), torch.ones_like(sigmas))
+    torch.testing.assert_close(schedule.model_input_time(sigmas), scheduler.timesteps.double(), atol=1e-6, rtol=0)
+    assert (schedule.T, schedule.t_min, schedule.prior_std) == (80.0, 0.002, 80.0)
+
+
+@every_other_schedule
+def test_every_schedule_inverts_its_lambda_and_its_input_time(schedule: NoiseSchedule) -> None:
+    t = between_the_ends(schedule)
+    lambda_t = schedule.marginal_lambda(t)
+    assert bool((lambda_t.diff() < 0).all())
+    torch.testing.assert_close(schedule.inverse_lambda(lambda_t), t, atol=0, rtol=1e-11)
+    torch.testing.assert_close(schedule.time_of_model_input(schedule.model_input_time(t)), t, atol=0, rtol=1e-11)
+
+
+@pytest.mark.parametrize("method", ["marginal_alpha", "marginal_std", "marginal_lambda", "model_input_time"])
+@every_other_schedule
+def test_every_schedule_is_differentiable_in_time(schedule: NoiseSchedule, method: str) -> None:
+    t = (schedule.T * torch.tensor([0.01, 0.3, 0.9], dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(getattr(schedule, method), t, check_forward_ad=True)
+
+
+@every_other_schedule
+def test_every_schedule_is_clean_data_at_time_zero(schedule: NoiseSchedule) -> None:
+    zero = torch.zeros((), dtype=torch.float64)
+    assert (schedule.marginal_alpha(zero).item(), schedule.marginal_std(zero).item()) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("schedule_class", "arguments", "accepted"),
+    [
+        (NoiseScheduleFlow, {"shift": 0.0}, "shift is 0.0, num_train_timesteps is 1000; accepted: above 0"),
+        (NoiseScheduleFlow, {"shift": math.nan}, "accepted: above 0"),
+        (NoiseScheduleFlow, {"num_train_timesteps": 0}, "num_train_timesteps is 0; accepted: above 0"),
+        (NoiseScheduleEDM, {"sigma_min": 0.0}, "accepted: 0 < sigma_min < sigma_max"),
+        (NoiseScheduleEDM, {"sigma_min": 2.0, "sigma_max": 1.0}, "sigma_min is 2.0, sigma_max is 1.0; accepted: 0 <"),
+    ],
+)
+def test_a_bad_flow_or_edm_schedule_is_refused(schedule_class: Any, arguments: dict[str, Any], accepted: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(accepted)):
+        schedule_class(**arguments)
