@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -195,8 +196,7 @@ def test_forward_mode_works_in_single_precision(kind: str, tmp_path: Path) -> No
     tangents = []
     for dtype in (torch.float32, torch.float64):
         network = load_folder(tmp_path, dtype=dtype).network
-        _, tangent = torch.func.jvp(lambda t, network=network: network(x, t), (t_input,), (torch.ones_like(t_input),))
-        tangents.append(tangent)
+        tangents.append(torch.func.jvp(partial(network, x), (t_input,), (torch.ones_like(t_input),))[1])
     torch.testing.assert_close(*tangents, rtol=1e-3, atol=1e-5)
 
 
@@ -221,6 +221,19 @@ def test_options_change_the_speed_and_not_the_answer(
     assert output.dtype == torch.float32
     assert output.is_contiguous()
     assert torch.linalg.vector_norm(output - expected) < tolerance * torch.linalg.vector_norm(expected)
+
+
+def test_a_compiled_network_gives_the_same_and_still_differentiates_in_forward_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The default backend wants a C++ compiler and a minute.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    save_kind(tmp_path, "unet")
+    plain, compiled = (load_folder(tmp_path, compile=compile).network for compile in (False, True))
+    x, t_input = inputs()
+    torch.testing.assert_close(compiled(x, t_input), plain(x, t_input))
+    tangents = [torch.func.jvp(partial(f, x), (t_input,), (torch.ones_like(t_input),))[1] for f in (plain, compiled)]
+    torch.testing.assert_close(*tangents)
 
 
 def test_guided_samples_are_the_same_in_any_batch(kind: str, tmp_path: Path) -> None:
