@@ -2,11 +2,12 @@
 
 Starts `timetuner up`, registers the bundled digits model, tunes 5- and 10-step DDIM with and without
 classifier-free guidance, samples before and after from the same noise, prints what tuning brought and
-writes `demo.png`. Everything it started is stopped at the end.
+writes `demo.png`. Everything it started is stopped at the end, however it ends.
 """
 
 import argparse
 import io
+import os
 import signal
 import socket
 import subprocess
@@ -21,20 +22,29 @@ from typing import Any
 import httpx
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 Json = dict[str, Any]
-GUIDANCES: list[Json] = [
-    {"guidance_type": "uncond"},
-    {"guidance_type": "classifier-free", "guidance_scale": 2.0},
+# The longest job first, so that two workers finish at about the same time.
+SETTINGS: list[Json] = [
+    {"guidance_type": "classifier-free", "guidance_scale": 2.0, "num_steps": 10},
+    {"guidance_type": "classifier-free", "guidance_scale": 2.0, "num_steps": 5},
+    {"guidance_type": "uncond", "num_steps": 10},
+    {"guidance_type": "uncond", "num_steps": 5},
 ]
-NUM_STEPS = (5, 10)
 TEACHER_NUM_STEPS = 100
+# Half of the service's defaults: two cores need two minutes.
+EFFORT: Json = {
+    "tuner": {"objective": "end_to_end", "total_iters": 60, "population_size": 128},
+    "evaluation": {"num_samples": 256, "teacher_num_steps": TEACHER_NUM_STEPS},
+}
 IMAGES_PER_ROW = 10
+STOP_SECONDS = 60
 
-console = Console()
+console = Console(width=max(80, Console().width))  # the table needs 80 columns, whatever a log says it has
 
 
 @contextmanager
@@ -44,7 +54,10 @@ def running_service(home: str) -> Iterator[httpx.Client]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "service", "up", "--port", str(port), "--home", home]
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    # 8x8 images are too small to share among threads, which on a busy machine would wait for each other.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    # A session of its own: a terminal's Ctrl-C reaches only us, and we stop it in order.
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         if "ready" not in process.stdout.readline():
@@ -52,26 +65,33 @@ def running_service(home: str) -> Iterator[httpx.Client]:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=150) as client:
             yield client
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()  # its children die with it
+            process.wait()
 
 
 def call(client: httpx.Client, method: str, path: str, **kwargs: Any) -> httpx.Response:
     """A request whose refusal is an error that says why."""
-    response = client.request(method, path, **kwargs)
+    try:
+        response = client.request(method, path, **kwargs)
+    except httpx.HTTPError as error:
+        raise SystemExit(f"{method} {path}: {error!r}; the service's messages are above") from None
     if response.is_error:
         raise SystemExit(f"{method} {path}: {response.status_code} {response.text}")
     return response
 
 
 def tune(client: httpx.Client, model: str) -> list[Json]:
-    """Submit one job per guidance and step count, show their progress, and return them once over."""
+    """Submit one job per setting, show their progress, and return them once over."""
     jobs = [
-        call(client, "POST", "/v1/tuning-jobs", json={"model": model, "num_steps": num_steps, **guidance}).json()
-        for guidance in GUIDANCES
-        for num_steps in NUM_STEPS
+        call(client, "POST", "/v1/tuning-jobs", json={"model": model, **setting, **EFFORT}).json()
+        for setting in SETTINGS
     ]
-    columns = (TextColumn("{task.description:34}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
+    console.print(f"Tuning {len(jobs)} schedules, two at a time")
+    columns = (TextColumn("{task.description:30}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         bars = [progress.add_task(describe(job["request"]), total=1.0, start=False) for job in jobs]
         while True:
@@ -80,16 +100,26 @@ def tune(client: httpx.Client, model: str) -> list[Json]:
                 if job["state"] != "queued":
                     progress.start_task(bar)
                     progress.update(bar, completed=job["progress"])
-                if job["finished_at"]:
+                if job["finished_at"] and not progress.tasks[bar].stop_time:
                     progress.stop_task(bar)
+                    if not console.is_terminal:  # a log shows bars only once all is over
+                        console.print(f"{describe(job['request'])}: {job['state']}")
             if all(job["finished_at"] for job in jobs):
                 return jobs
             time.sleep(0.5)
 
 
 def describe(request: Json) -> str:
-    scale = f" x{request['guidance_scale']:g}" if request["guidance_type"] != "uncond" else ""
-    return f"DDIM {request['num_steps']:>2} steps, {request['guidance_type']}{scale}"
+    return f"{request['num_steps']} steps, {guidance(request)}"
+
+
+def guidance(request: Json) -> str:
+    scale = f" ×{request['guidance_scale']:g}" if request["guidance_type"] != "uncond" else ""
+    return request["guidance_type"] + scale
+
+
+def before_after(schedule: Json, figure: str) -> str:
+    return f"{schedule['evaluation'][f'{figure}_before']:.3f} → {schedule['evaluation'][f'{figure}_after']:.3f}"
 
 
 def sample(client: httpx.Client, model: str, request: Json, num_steps: int, schedule: str) -> np.ndarray:
@@ -103,47 +133,61 @@ def sample(client: httpx.Client, model: str, request: Json, num_steps: int, sche
 
 
 def print_table(schedules: list[Json]) -> None:
-    table = Table(title="Untuned → tuned, from the same held-out noise")
-    for name in ("schedule", "teacher L2", "Fréchet", "tuning", "verdict"):
-        table.add_column(name, no_wrap=True)
+    """What tuning brought, in 80 columns."""
+    first = schedules[0]["evaluation"]
+    title = f"DDIM on {first['num_samples']} held-out noises, untuned → tuned"
+    table = Table(title=title, box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("guidance", overflow="fold")  # the one that may wrap, so that no figure is cut
+    for name, justify in (("steps", "right"), ("teacher L2", "left"), ("Fréchet", "left")):
+        table.add_column(name, justify=justify, no_wrap=True)
+    table.add_column("tuning", justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
     for schedule in schedules:
-        e = schedule["evaluation"]
         table.add_row(
-            describe(schedule),
-            f"{e['teacher_l2_before']:.3f} → {e['teacher_l2_after']:.3f}",
-            f"{e['frechet_before']:.3f} → {e['frechet_after']:.3f}",
-            f"{e['wall_time_seconds']:.0f} s",
-            "accepted" if schedule["status"] == "accepted" else "rejected",
+            guidance(schedule),
+            str(schedule["num_steps"]),
+            before_after(schedule, "teacher_l2"),
+            before_after(schedule, "frechet"),
+            f"{schedule['evaluation']['wall_time_seconds']:.0f} s",
+            schedule["status"],
         )
     console.print(table)
-    console.print("teacher L2: mean distance to the 100-step teacher's samples from the same noise; Fréchet: distance")
-    console.print("to the data, in pixel space; rejected: not significantly better, so `auto` samples untuned.")
+    console.print(f"teacher L2: mean distance to the {first['teacher_num_steps']}-step sampler's images, same noise")
+    console.print("Fréchet: distance to the data, in pixels; tuning: wall time, evaluation apart")
+    console.print("accepted: the 95 % interval of the change in teacher L2 lies below zero")
+    for schedule in schedules:
+        if schedule["status"] == "rejected":
+            e = schedule["evaluation"]
+            interval = f"{e['teacher_l2_change_low']:+.3f} to {e['teacher_l2_change_high']:+.3f}"
+            console.print(f"{describe(schedule)}: rejected (change {interval}), `auto` falls back to untuned")
 
 
 def write_picture(path: Path, blocks: list[tuple[str, list[tuple[str, np.ndarray]]]]) -> None:
     """One block per schedule: rows of images from the same noise, one row per way of sampling."""
-    tile, gap, margin, title = 48, 6, 110, 26
-    row_height = tile + gap
-    block_height = title + sum(row_height for _ in blocks[0][1]) + 10
-    sheet = Image.new("L", (margin + IMAGES_PER_ROW * (tile + gap) + 10, block_height * len(blocks)), 255)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    tile, gap, margin, left, title, below = 64, 6, 16, 104, 34, 18
+    block_height = title + len(blocks[0][1]) * (tile + gap) + below
+    width = left + IMAGES_PER_ROW * (tile + gap) - gap + margin
+    sheet = Image.new("L", (width, margin // 2 + block_height * len(blocks)), 255)
+    draw, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(18), ImageFont.load_default(15)
     for b, (heading, rows) in enumerate(blocks):
-        top = b * block_height
-        draw.text((10, top + 6), heading, 0, font)
+        top = margin // 2 + b * block_height
+        draw.text((margin, top + title // 2), heading, 0, font, anchor="lm")
         for r, (name, images) in enumerate(rows):
-            y = top + title + r * row_height
-            draw.text((10, y + tile // 2 - 8), name, 60, font)
+            y = top + title + r * (tile + gap)
+            draw.text((margin, y + tile // 2), name, 70, small, anchor="lm")
             pixels = np.round((np.clip(images[:, 0], -1, 1) + 1) * 127.5).astype(np.uint8)
             for k, image in enumerate(pixels):
-                enlarged = Image.fromarray(image).resize((tile, tile), Image.Resampling.NEAREST)
-                sheet.paste(enlarged, (margin + k * (tile + gap), y))
-    sheet.save(path)
+                enlarged = Image.fromarray(image).resize((tile, tile), Image.Resampling.BICUBIC)
+                sheet.paste(enlarged, (left + k * (tile + gap), y))
+    sheet.save(path, optimize=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--picture", type=Path, default=Path("demo.png"))
     args = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # unwind, and so stop the service
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="timetuner-demo-") as home:
         console.print("Starting the service: API, dispatcher, workers, Valkey, SQLite")
@@ -152,22 +196,29 @@ def main() -> None:
             jobs = tune(client, model)
             if failed := [job for job in jobs if job["state"] != "succeeded"]:
                 raise SystemExit(f"{failed[0]['id']} {failed[0]['state']}: {failed[0]['error']}")
-            schedules = call(client, "GET", f"/v1/schedules?model={model}").json()["items"][::-1]
+            schedules = call(client, "GET", f"/v1/schedules?model={model}").json()["items"]
+            schedules.sort(key=lambda schedule: (schedule["guidance_type"], schedule["num_steps"]))
             print_table(schedules)
-            blocks = []
-            for schedule in schedules:
-                request = {name: schedule[name] for name in ("guidance_type", "guidance_scale")}
-                # What `auto` gives: the tuned schedule, or, if that was rejected, the untuned one.
-                tuned = "tuned" if schedule["status"] == "accepted" else "auto: untuned"
-                rows = [
-                    (f"{TEACHER_NUM_STEPS} steps", sample(client, model, request, TEACHER_NUM_STEPS, "none")),
-                    ("untuned", sample(client, model, request, schedule["num_steps"], "none")),
-                    (tuned, sample(client, model, request, schedule["num_steps"], "auto")),
-                ]
-                blocks.append((describe(schedule), rows))
-            write_picture(args.picture, blocks)
-            console.print(f"Wrote {args.picture}: each row from the same noise.")
+            write_picture(args.picture, [picture_block(client, model, schedule) for schedule in schedules])
+            console.print(f"Wrote {args.picture}: each block's rows from the same noise.")
     console.print(f"All stopped. {time.monotonic() - started:.0f} s in all.")
+
+
+def picture_block(client: httpx.Client, model: str, schedule: Json) -> tuple[str, list[tuple[str, np.ndarray]]]:
+    """A heading, and the teacher's, the untuned and the tuned row."""
+    num_steps = schedule["num_steps"]
+    # What `auto` gives: the tuned schedule, or, if that was rejected, the untuned one.
+    tuned = "tuned" if schedule["status"] == "accepted" else "auto: untuned"
+    rows = [
+        (f"{TEACHER_NUM_STEPS} steps", sample(client, model, schedule, TEACHER_NUM_STEPS, "none")),
+        (f"{num_steps}, untuned", sample(client, model, schedule, num_steps, "none")),
+        (f"{num_steps}, {tuned}", sample(client, model, schedule, num_steps, "auto")),
+    ]
+    before, after = (schedule["evaluation"][f"teacher_l2_{when}"] for when in ("before", "after"))
+    heading = (
+        f"DDIM, {describe(schedule)}: distance to {TEACHER_NUM_STEPS} steps {before:.3f} untuned, {after:.3f} tuned"
+    )
+    return heading.replace("×", "x"), rows  # the picture's font has no ×
 
 
 if __name__ == "__main__":
