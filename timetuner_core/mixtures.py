@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from timetuner_core.model_wrapper import expand_like
-from timetuner_core.noise_schedule import NoiseScheduleVP
+from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleVP
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class GaussianMixture:
     condition at all, mean the whole mixture. Shapes: `means` `(K, *sample_shape)`, the rest `(K,)`.
     """
 
-    noise_schedule: NoiseScheduleVP
+    noise_schedule: NoiseSchedule
     means: Tensor
     stds: Tensor
     weights: Tensor

@@ -12,6 +12,7 @@ from torch import Tensor
 from timetuner_core import NoiseScheduleVP, TimeTuner, model_wrapper
 from timetuner_core.loading import UNET_CONFIG, UNET_WEIGHTS
 from timetuner_core.mixtures import GaussianMixture
+from timetuner_core.noise_schedule import NoiseSchedule
 
 torch.set_num_threads(1)
 
@@ -57,7 +58,7 @@ def linear_betas(num_steps: int) -> Tensor:
     return torch.linspace(0.1, 20.0, num_steps, dtype=torch.float64).clamp(max=0.9 * num_steps) / num_steps
 
 
-def small_mixture(noise_schedule: NoiseScheduleVP | None = None) -> GaussianMixture:
+def small_mixture(noise_schedule: NoiseSchedule | None = None) -> GaussianMixture:
     """Three unequal 2-d Gaussians in two classes, in float64."""
     return GaussianMixture(
         noise_schedule or NoiseScheduleVP("linear"),
@@ -68,7 +69,7 @@ def small_mixture(noise_schedule: NoiseScheduleVP | None = None) -> GaussianMixt
     )
 
 
-def predicting(network: Network, noise_schedule: NoiseScheduleVP, model_type: str) -> Network:
+def predicting(network: Network, noise_schedule: NoiseSchedule, model_type: str) -> Network:
     """The answer of an eps-predicting network as a network of another type would give it."""
 
     def converted(x: Tensor, t_input: Tensor, *condition: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ def predicting(network: Network, noise_schedule: NoiseScheduleVP, model_type: st
     return converted
 
 
-def tuner_of(network: Network, noise_schedule: NoiseScheduleVP, **wrapper_kwargs: Any) -> TimeTuner:
+def tuner_of(network: Network, noise_schedule: NoiseSchedule, **wrapper_kwargs: Any) -> TimeTuner:
     return TimeTuner(model_wrapper(network, noise_schedule, **wrapper_kwargs), noise_schedule)
 
 
