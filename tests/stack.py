@@ -14,6 +14,7 @@ import httpx
 
 from service.registry.database import Registry
 from service.supervisor import valkey_command
+from tests.packages import MIDPOINT, install
 
 Json = dict[str, Any]
 START_SECONDS = 120.0
@@ -57,7 +58,10 @@ class Stack:
             "MAX_PIXEL_STEPS": "1000000",
             "OMP_NUM_THREADS": "1",
         }
-        self.environment = {**os.environ, **environment}
+        packages = home / "packages"
+        packages.mkdir()
+        install(packages, "own_midpoint", MIDPOINT)
+        self.environment = {**os.environ, **environment, "PYTHONPATH": str(packages)}
         self.registry = Registry(database_url)
         self.registry.upgrade()
         port = free_port()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.core.conftest import DEVICES, Recorded, linear_betas, normals, small_mixture, tuner_of
+from tests.packages import MIDPOINT, install
 from timetuner_core import NoiseScheduleVP, model_wrapper
 from timetuner_core.grids import make_timesteps
 from timetuner_core.mixtures import GaussianMixture
@@ -139,35 +140,9 @@ def test_an_unknown_sampler_is_refused_naming_all_that_are_known() -> None:
         get_sampler("plms")
 
 
-def install(folder: Path, module: str, source: str) -> None:
-    """A package as pip leaves it: a module, and the metadata that names its entry points."""
-    (folder / f"{module}.py").write_text(source)
-    metadata = folder / f"{module}-1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text(f"[timetuner.samplers]\n{module} = {module}:SAMPLER\n")
-
-
 def test_an_installed_package_adds_a_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own midpoint rule: DPM-Solver-2 by another name."""
-    source = """
-from timetuner_core.samplers import Sampler, scaled
-import torch
-
-def midpoint(step):
-    x0, eps = step.predict(step.x, step.t)
-    middle = step.noise_schedule.inverse_lambda(step.start.lambda_ + step.h / 2)
-
-    def move(s, eps):
-        level = step.level(s)
-        shrunk = scaled(level.alpha / step.start.alpha, step.x)
-        return shrunk - scaled(level.sigma * torch.expm1(level.lambda_ - step.start.lambda_), eps)
-
-    return move(step.s, step.predict(move(middle, eps), middle).eps), x0
-
-SAMPLER = Sampler("own_midpoint", midpoint, order=2, calls_per_step=2)
-"""
-    install(tmp_path, "own_midpoint", source)
+    install(tmp_path, "own_midpoint", MIDPOINT)
     monkeypatch.syspath_prepend(tmp_path)
     tuner, x_T = tuner_of(small_mixture(), NoiseScheduleVP("linear")), normals(3, 2)
     own = tuner.sample(x_T, 6, sampler="own_midpoint", t_ratios=[0.99] * 6)

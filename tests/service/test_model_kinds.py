@@ -43,7 +43,7 @@ def text_model(stack: Stack, tmp_path: Path) -> str:
     return model_id
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", [*SAMPLERS, "own_midpoint"])
 def test_every_sampler_samples_repeatably_from_a_seed(stack: Stack, sampler: str) -> None:
     model = stack.register("mixture-ring")
     both = sample(stack, model, sampler=sampler, num_images=2, seed=5)
@@ -55,6 +55,7 @@ def test_every_sampler_samples_repeatably_from_a_seed(stack: Stack, sampler: str
     ("sampler", "tuner"),
     [
         ("heun", {"objective": "end_to_end"}),
+        ("own_midpoint", {"objective": "end_to_end"}),  # from another installed package
         ("unipc_2", {"objective": "end_to_end"}),
         ("dpmpp_2m", {"objective": "next_eps", "tune_type": "sequential"}),
         ("dpmpp_2m_sde", {"objective": "next_eps", "tune_type": "sequential"}),
@@ -72,14 +73,19 @@ def test_a_schedule_for_another_sampler_is_kept_apart_and_sampled(stack: Stack, 
 
 def test_schedules_are_resolved_by_guidance_interval_and_rescale(stack: Stack) -> None:
     model = stack.register("mixture-ring")
-    guidance = {"guidance_type": "classifier-free", "guidance_scale": 2, "guidance_start": 0.2, "guidance_end": 0.8}
+    guidance = {"guidance_type": "classifier-free", "guidance_scale": 2, "guidance_end": 0.9}
+    setting = {"guidance_rescale": 0.05, **guidance}
     tuner = {"tuner": {"total_iters": 60}, "evaluation": {"num_samples": 256}}
-    schedule = stack.tune(model, num_steps=5, guidance_rescale=0.5, **guidance, **tuner)
+    schedule = stack.tune(model, num_steps=5, **setting, **tuner)
     assert schedule["status"] == "accepted"
-    query = {"model": model, "num_steps": 5, **guidance}
-    resolved = stack.client.get("/v1/schedules/resolve", params={**query, "guidance_rescale": 0.5}).json()
-    assert resolved["schedule"]["id"] == schedule["id"]
-    assert stack.client.get("/v1/schedules/resolve", params=query).json()["schedule"] is None
+
+    def resolve(**change: Any) -> Json | None:
+        query = {"model": model, "num_steps": 5, **setting, **change}
+        schedule: Json | None = stack.client.get("/v1/schedules/resolve", params=query).json()["schedule"]
+        return schedule
+
+    assert resolve() == schedule
+    assert resolve(guidance_rescale=0) is resolve(guidance_end=1000) is resolve(guidance_start=0.01) is None
     plain = sample(stack, model, num_steps=5, class_labels=0, **guidance | {"guidance_end": 1000})
     assert not np.array_equal(sample(stack, model, num_steps=5, class_labels=0, **guidance), plain)
 
@@ -102,14 +108,14 @@ def test_a_text_model_is_tuned_and_sampled_with_arrays(stack: Stack, text_model:
     guidance = {"guidance_type": "classifier-free", "guidance_scale": 3}
     schedule = stack.tune(text_model, num_steps=4, **guidance, **QUICK)
     assert len(schedule["t_ratios"]) == 4
-    prompts = np.random.default_rng(0).normal(size=(2, 5, CONDITION_DIM)).astype(np.float32)
+    prompts = np.random.default_rng(0).normal(size=(2, 2, CONDITION_DIM)).astype(np.float32)
     arrays = {"condition": encode_array(prompts), "uncond_condition": encode_array(prompts[:1] * 0)}
     both = sample(stack, text_model, num_images=2, **guidance, **arrays)
     assert both.shape == (2, 1, 4, 4)
     second = sample(stack, text_model, seed=1, **guidance, **arrays | {"condition": encode_array(prompts[1:])})
-    assert np.array_equal(both[1], second[0])
+    np.testing.assert_allclose(both[1], second[0], rtol=1e-3)  # kernels round by batch size
     other = sample(stack, text_model, seed=1, **guidance, **arrays | {"condition": encode_array(prompts[:1])})
-    assert not np.array_equal(both[1], other[0])
+    assert not np.allclose(both[1], other[0], rtol=1e-2)
 
 
 def test_a_transformer_is_registered_tuned_and_sampled(stack: Stack, tmp_path: Path) -> None:
@@ -127,10 +133,10 @@ GUIDED = {"guidance_type": "classifier-free", "guidance_scale": 2}
 @pytest.mark.parametrize(
     ("change", "field", "accepted"),
     [
-        ({}, "condition", f"(1 or 2, L, {CONDITION_DIM})"),
+        ({}, "condition", f"(1 or 2, 2, {CONDITION_DIM})"),
         ({"condition": "not base64!"}, "condition", "base64 .npy"),
         ({"condition": "aGVsbG8="}, "condition", "base64 .npy"),
-        ({"condition": WRONG_ROWS}, "condition", f"(1 or 2, L, {CONDITION_DIM})"),
+        ({"condition": WRONG_ROWS}, "condition", f"(1 or 2, 2, {CONDITION_DIM})"),
         ({"condition": encode_array(np.zeros((1, 2, 3), np.float32))}, "condition", f", {CONDITION_DIM})"),
         ({"condition": encode_array(np.zeros((1, 2, CONDITION_DIM)))}, "condition", "float32"),
         ({"condition": encode_array(np.full((1, 2, CONDITION_DIM), np.nan, np.float32))}, "condition", "finite"),
