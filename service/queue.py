@@ -21,6 +21,7 @@ def celery_app(broker_url: str) -> Celery:
         task_ignore_result=True,
         accept_content=["json"],
         worker_prefetch_multiplier=1,
+        worker_disable_prefetch=True,  # a busy worker must not hold a job that an idle one could run
         broker_connection_retry_on_startup=True,
         # Sending must fail soon when the broker is away; the dispatcher sends again.
         broker_transport_options={"socket_connect_timeout": 2, "socket_timeout": 5, "max_retries": 1},
