@@ -10,7 +10,7 @@ up: $(INSTALLED)  ## serve on http://127.0.0.1:8000 until Ctrl-C
 	$(BIN)/timetuner up
 
 test: $(INSTALLED)
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check

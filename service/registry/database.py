@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from alembic import command
-from alembic.config import Config
 from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.orm import Session
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 
 class Registry:
@@ -40,14 +41,18 @@ class Registry:
         """Bring the database to the newest migration, creating it if need be."""
         if self.is_sqlite and self.url.database:
             Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
+        from alembic import command  # here, as no other process need load it
+
         command.upgrade(alembic_config(self.url.render_as_string(hide_password=False)), "head")
 
     def close(self) -> None:
         self.engine.dispose()
 
 
-def alembic_config(database_url: str) -> Config:
+def alembic_config(database_url: str) -> "Config":
     """Alembic's configuration: the scripts of the `migrations` package on this database."""
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", "migrations:")
     config.attributes["database_url"] = database_url

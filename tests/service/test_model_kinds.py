@@ -74,20 +74,21 @@ def test_a_schedule_for_another_sampler_is_kept_apart_and_sampled(stack: Stack, 
 def test_schedules_are_resolved_by_guidance_interval_and_rescale(stack: Stack) -> None:
     model = stack.register("mixture-ring")
     guidance = {"guidance_type": "classifier-free", "guidance_scale": 2, "guidance_end": 0.9}
-    setting = {"guidance_rescale": 0.05, **guidance}
     tuner = {"tuner": {"total_iters": 60}, "evaluation": {"num_samples": 256}}
-    schedule = stack.tune(model, num_steps=5, **setting, **tuner)
+    schedule = stack.tune(model, num_steps=5, **guidance, **tuner)
     assert schedule["status"] == "accepted"
 
     def resolve(**change: Any) -> Json | None:
-        query = {"model": model, "num_steps": 5, **setting, **change}
+        query = {"model": model, "num_steps": 5, **guidance, **change}
         schedule: Json | None = stack.client.get("/v1/schedules/resolve", params=query).json()["schedule"]
         return schedule
 
     assert resolve() == schedule
-    assert resolve(guidance_rescale=0) is resolve(guidance_end=1000) is resolve(guidance_start=0.01) is None
-    plain = sample(stack, model, num_steps=5, class_labels=0, **guidance | {"guidance_end": 1000})
-    assert not np.array_equal(sample(stack, model, num_steps=5, class_labels=0, **guidance), plain)
+    assert resolve(guidance_rescale=0.1) is resolve(guidance_end=1000) is resolve(guidance_start=0.01) is None
+    body = {"num_steps": 5, "class_labels": 0, "schedule": "none", **guidance}
+    plain = sample(stack, model, **body)
+    for change in ({"guidance_end": 1000}, {"guidance_start": 0.5}, {"guidance_rescale": 0.1}):
+        assert not np.array_equal(sample(stack, model, **body | change), plain)
 
 
 def test_the_latent_model_is_tuned_in_latent_space_and_sampled_decoded(stack: Stack) -> None:
