@@ -53,7 +53,7 @@ BUILTIN_MIXTURES: dict[str, Callable[[], GaussianMixture]] = {
     "mixture-ring": ring_mixture,
     "mixture-gratings": gratings_mixture,
 }
-BUILTIN_FOLDERS = {name: BUNDLED / name for name in ("digits8",)}
+BUILTIN_FOLDERS = {name: BUNDLED / name for name in ("digits8", "digits32-ldm")}
 BUILTINS = (*BUILTIN_FOLDERS, *BUILTIN_MIXTURES)
 
 

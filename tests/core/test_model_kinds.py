@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.core.conftest import normals, save_model, tiny_unet
 from timetuner_core.generation import Guidance, generate
 from timetuner_core.grids import uniform_timesteps
-from timetuner_core.loading import ModelFormatError, load_folder
+from timetuner_core.loading import ModelFormatError, load_builtin, load_folder
 from timetuner_core.model_wrapper import GuidanceType
 from timetuner_core.noise_schedule import NoiseScheduleEDM, NoiseScheduleFlow
 
@@ -305,6 +305,17 @@ def test_a_latent_model_is_tuned_in_latents_and_sampled_in_pixels(tmp_path: Path
     latents, decoded = (generate(*arguments, batch_size=2, decode=decode) for decode in (False, True))
     assert latents.shape == (3, 1, 4, 4)
     torch.testing.assert_close(decoded, model.decode(latents))
+
+
+def test_the_bundled_latent_model_gives_its_own_data_back() -> None:
+    model = load_builtin("digits32-ldm")
+    assert (model.sample_shape, model.image_shape, model.model_type) == ((2, 8, 8), (1, 32, 32), "v")
+    assert model.reference is not None
+    images = model.reference[:64]
+    latents = model.encode(images)
+    assert latents.square().mean() == pytest.approx(1, abs=0.1)
+    # A peak signal to noise ratio above 38 dB.
+    assert (model.decode(latents) - images).square().mean() < 4 * 10**-3.8
 
 
 def scheduler_folder(folder: Path, class_name: str, **config: Any) -> Path:
