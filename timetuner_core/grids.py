@@ -7,15 +7,16 @@ from torch import Tensor
 
 from timetuner_core.noise_schedule import NoiseSchedule
 
-GridName = Literal["uniform", "quadratic", "log_snr", "edm"]
+GridName = Literal["default", "uniform", "quadratic", "log_snr", "edm"]
 Timesteps: TypeAlias = Tensor | list[float]
 
 EDM_RHO = 7.0
 
 
-def make_timesteps(noise_schedule: NoiseSchedule, num_steps: int, grid: GridName = "uniform") -> Tensor:
+def make_timesteps(noise_schedule: NoiseSchedule, num_steps: int, grid: GridName = "default") -> Tensor:
     """Exactly `num_steps` steps from `T` to the schedule's `t_min`.
 
+    - `default`: the schedule's own, `edm` for EDM, whose t is sigma, else `uniform`.
     - `uniform`: in t.
     - `quadratic`: in the square root of t (DDIM, Song et al. 2021, appendix D.2).
     - `log_snr`: in lambda_t (DPM-Solver, Lu et al. 2022).
@@ -32,6 +33,8 @@ def make_timesteps(noise_schedule: NoiseSchedule, num_steps: int, grid: GridName
         raise ValueError(f"num_steps is {num_steps}; accepted: {accepted}")
     if limit == 1:  # N = 1: T and t_min coincide, and the only step goes to clean data
         return torch.tensor([noise_schedule.T, 0.0], dtype=torch.float64)
+    if grid == "default":
+        grid = noise_schedule.default_grid
     ends = torch.tensor([noise_schedule.T, noise_schedule.t_min], dtype=torch.float64)
     if grid == "uniform":
         return _evenly(ends, num_steps)
@@ -48,8 +51,13 @@ def make_timesteps(noise_schedule: NoiseSchedule, num_steps: int, grid: GridName
 
 
 def uniform_timesteps(noise_schedule: NoiseSchedule, num_steps: int) -> Tensor:
-    """`make_timesteps` with the default grid."""
-    return make_timesteps(noise_schedule, num_steps)
+    """`make_timesteps` with the grid `uniform`."""
+    return make_timesteps(noise_schedule, num_steps, "uniform")
+
+
+def teacher_timesteps(noise_schedule: NoiseSchedule, num_steps: int) -> Tensor:
+    """A teacher's default grid; a network trained on fewer steps has none finer than its own."""
+    return make_timesteps(noise_schedule, min(num_steps, noise_schedule.max_num_steps or num_steps))
 
 
 def _evenly(ends: Tensor, num_steps: int) -> Tensor:

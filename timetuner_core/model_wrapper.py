@@ -148,7 +148,8 @@ class GuidedModel:
         inside = (t >= low) & (t <= high)
         if not bool(inside.any()):
             return unguided
-        return torch.where(inside, torch.as_tensor(self.guidance_scale, device=t.device), unguided)
+        scale = torch.as_tensor(self.guidance_scale, dtype=t.dtype, device=t.device)
+        return torch.where(inside, scale, unguided)
 
     def _classifier_guided(
         self, x: Tensor, t: Tensor, t_input: Tensor, condition: Tensor, uncond_condition: Tensor | None
@@ -170,7 +171,7 @@ class GuidedModel:
             (gradient,) = torch.autograd.grad(log_prob(x_grad), x_grad, create_graph=create_graph)
         alpha_t = expand_like(self.noise_schedule.marginal_alpha(t), x)
         sigma_t = expand_like(self.noise_schedule.marginal_std(t), x)
-        shift = expand_like(torch.as_tensor(scale, device=x.device), x) * sigma_t * gradient
+        shift = expand_like(torch.as_tensor(scale, dtype=x.dtype, device=x.device), x) * sigma_t * gradient
         return Prediction(x0 + sigma_t / alpha_t * shift, eps - shift)
 
     def _classifier_free(
@@ -183,7 +184,7 @@ class GuidedModel:
             raise ValueError(f"classifier-free guidance at scale {self.guidance_scale} needs an uncond_condition")
         both = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([t_input, t_input]))
         uncond, cond = self._output(*both, torch.cat([uncond_condition, condition])).chunk(2)
-        guided = uncond + expand_like(torch.as_tensor(scale, device=x.device), x) * (cond - uncond)
+        guided = uncond + expand_like(torch.as_tensor(scale, dtype=x.dtype, device=x.device), x) * (cond - uncond)
         if self.guidance_rescale == 0:
             return guided
         axes = tuple(range(1, x.ndim))
@@ -244,6 +245,8 @@ def model_wrapper(
         raise ValueError(f"guidance_rescale is {guidance_rescale}; accepted: 0 to 1")
     if guidance_rescale and guidance_type != "classifier-free":
         raise ValueError(f"guidance_rescale is for guidance_type 'classifier-free', not {guidance_type!r}")
+    if guidance_interval is not None and guidance_type == "uncond":
+        raise ValueError("guidance_interval is for a guidance_type other than 'uncond'")
     if guidance_interval is not None and not guidance_interval[0] < guidance_interval[1]:
         raise ValueError(f"guidance_interval is {guidance_interval}; accepted: (low, high), low below high")
     return GuidedModel(

@@ -18,10 +18,12 @@ class NoiseSchedule(ABC):
 
     Attributes:
         T: the start of sampling, all noise. prior_std: the standard deviation of x_T.
+        default_grid: which of `grids.make_timesteps` suits its time.
     """
 
     T: float = 1.0
     prior_std: float = 1.0
+    default_grid: Literal["uniform", "edm"] = "uniform"
 
     @property
     @abstractmethod
@@ -56,6 +58,11 @@ class NoiseSchedule(ABC):
     def marginal_alpha(self, t: Tensor) -> Tensor:
         """`alpha_t`."""
         return torch.exp(self.marginal_log_mean_coeff(t))
+
+    @property
+    def starts_without_signal(self) -> bool:
+        """Whether alpha at `T` is (nearly) 0, as in flow matching and after zero-SNR rescaling."""
+        return float(self.marginal_alpha(torch.tensor(self.T, dtype=torch.float64))) < 1e-4
 
     def marginal_lambda(self, t: Tensor) -> Tensor:
         """Half the log signal-to-noise ratio, `lambda_t = log(alpha_t / sigma_t)`."""
@@ -207,6 +214,8 @@ class NoiseScheduleEDM(NoiseSchedule):
     Raises:
         ValueError: not `0 < sigma_min < sigma_max`.
     """
+
+    default_grid = "edm"
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0) -> None:
         if not 0 < sigma_min < sigma_max:

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from timetuner_core import tuning
-from timetuner_core.grids import GridName, Timesteps, check_t_ratios, check_timesteps, make_timesteps
+from timetuner_core.grids import GridName, Timesteps, check_t_ratios, check_timesteps, make_timesteps, teacher_timesteps
 from timetuner_core.model_wrapper import GuidedModel
 from timetuner_core.noise_schedule import NoiseSchedule
 from timetuner_core.samplers import Generators, SamplerStep, StepFn, get_sampler, sample_steps
@@ -46,7 +46,7 @@ class TimeTuner:
         return get_sampler(sampler).step_fn(self.model_fn, self.noise_schedule)
 
     def get_timesteps(self, num_steps: int | None = None, timesteps: Timesteps | GridName | None = None) -> Tensor:
-        """A grid by name (see `grids.make_timesteps`; default uniform), or the given one, checked.
+        """A grid by name (see `grids.make_timesteps`), or the given one, checked.
 
         Returns:
             `(num_steps + 1,)`, float64, falling.
@@ -62,7 +62,7 @@ class TimeTuner:
             return grid
         if num_steps is None:
             raise ValueError("give num_steps or timesteps")
-        return make_timesteps(self.noise_schedule, num_steps, timesteps or "uniform")
+        return make_timesteps(self.noise_schedule, num_steps, timesteps or "default")
 
     def ddim_sample(
         self,
@@ -114,7 +114,7 @@ class TimeTuner:
         """Sampling from `x` = x_T, `(B, ...)`, to x0.
 
         Args:
-            timesteps: a grid of `num_steps + 1` falling times, or a grid's name; default uniform.
+            timesteps: a grid of `num_steps + 1` falling times, or a grid's name.
             t_ratios: one per step, `(num_steps,)`; default ones, which is the plain sampler. A step that calls
                 the network more than once applies its ratio to each call.
             eta: 0 is deterministic, 1 ancestral; for DDIM only.
@@ -196,7 +196,7 @@ class TimeTuner:
             grid,
             x0,
             condition,
-            batch_size=batch_size or loader_batch,
+            batch_size=loader_batch if batch_size is None else batch_size,
             seed=seed,
             step_kwargs=step_kwargs,
         )
@@ -225,7 +225,7 @@ class TimeTuner:
 
         Args:
             x: initial noise x_T to tune on, `(P, ...)`; condition: `(P, ...)` or None.
-            teacher_num_steps: steps of the teacher, the same sampler on a uniform grid, untuned.
+            teacher_num_steps: steps of the teacher, the same sampler on its default grid, untuned.
 
         Returns:
             t_ratios, `(num_steps,)`, float64 on the CPU.
@@ -239,14 +239,14 @@ class TimeTuner:
             step_fn,
             self.get_timesteps(num_steps, timesteps),
             x,
-            condition,
+            None if condition is None else condition.to(x.device),
             batch_size=batch_size,
             seed=seed,
             step_kwargs=step_kwargs,
         )
         state = tuning.TuningState.start(problem.num_steps)
-        teacher_timesteps = self.get_timesteps(teacher_num_steps)
-        tuned = tuning.tune_end_to_end(problem, state, teacher_timesteps, lr, total_iters)
+        teacher = teacher_timesteps(self.noise_schedule, teacher_num_steps)
+        tuned = tuning.tune_end_to_end(problem, state, teacher, lr, total_iters)
         return _last_ratios(tuned, state, total_iters + math.ceil(len(x) / batch_size), verbose)
 
 
@@ -273,7 +273,7 @@ def _population(
         image = batch["image"].to(device)
         images.append(image if encode_fn is None else encode_fn(image))
         if batch.get("label") is not None:
-            labels.append(torch.as_tensor(batch["label"]).to(image.device))
+            labels.append(torch.as_tensor(batch["label"]).to(images[-1].device))
         count += len(image)
         if count >= population_size:
             break

@@ -17,6 +17,7 @@ from timetuner_core.model_wrapper import GuidedModel
 from timetuner_core.noise_schedule import NoiseSchedule
 from timetuner_core.samplers import (
     Past,
+    SamplerStep,
     StepFn,
     adds_noise,
     history_length,
@@ -59,10 +60,13 @@ class TuningProblem:
         return adds_noise(self.step_fn, self.step_kwargs.get("eta", 0))
 
     def ratio_bounds(self) -> tuple[Tensor, Tensor]:
-        """Per step, the least and greatest ratio that keep conditioning within `[t_min, T]`."""
-        t = self.timesteps[:-1]
-        floor = torch.minimum(t, t.new_tensor(self.noise_schedule.t_min))
-        return floor / t, self.noise_schedule.T / t
+        """Per step, the least and greatest ratio that keep conditioning within `[t_min, T]`, wherever from t to s
+        the step calls the network."""
+        t, s = self.timesteps[:-1], self.timesteps[1:]
+        calls_on_the_way = isinstance(self.step_fn, SamplerStep) and self.step_fn.sampler.calls_per_step > 1
+        lowest = torch.where(s > 0, s, t) if calls_on_the_way else t
+        floor = lowest.clamp(max=self.noise_schedule.t_min)
+        return floor / lowest, self.noise_schedule.T / t
 
 
 @dataclass(frozen=True)
@@ -172,13 +176,7 @@ def tune_end_to_end(
         condition = None if problem.condition is None else problem.condition[index]
         kwargs = _step_kwargs(problem, condition, None)
 
-        def recomputed_step(*args: Tensor, t_ratio: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            result: tuple[Tensor, Tensor] = checkpoint(
-                problem.step_fn, *args, t_ratio=t_ratio, use_reentrant=False, preserve_rng_state=False, **kwargs
-            )
-            return result
-
-        x0 = sample(recomputed_step, problem.population[index], problem.timesteps, ratios, **kwargs)
+        x0 = sample(RecomputedStep(problem.step_fn), problem.population[index], problem.timesteps, ratios, **kwargs)
         loss: Tensor = torch.linalg.vector_norm((x0 - target[index]).flatten(1), dim=1).mean()
         return loss.expand(problem.num_steps) / problem.num_steps
 
@@ -186,9 +184,29 @@ def tune_end_to_end(
     yield from _adam(problem, state, steps, lr, total_iters, losses, decay=True)
 
 
+@dataclass(frozen=True)
+class RecomputedStep:
+    """A step function whose backward pass computes the step again instead of remembering it."""
+
+    step_fn: StepFn
+
+    @property
+    def history_length(self) -> int:
+        return history_length(self.step_fn)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = checkpoint(
+            self.step_fn, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+        )
+        return result
+
+
 def _check_numbers(problem: TuningProblem, lr: float, total_iters: int) -> None:
-    if total_iters < 1 or problem.batch_size < 1 or not lr > 0:
-        raise ValueError("total_iters and batch_size must be at least 1, and lr above 0")
+    for name, value in (("batch_size", problem.batch_size), ("total_iters", total_iters)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; accepted: 1 or more")
+    if not lr > 0:
+        raise ValueError(f"lr is {lr}; accepted: above 0")
 
 
 def _adam(
@@ -216,8 +234,7 @@ def _adam(
     for iteration in range(done, total_iters):
         optimizer.param_groups[0]["lr"] = lr * (1 - iteration / total_iters) if decay else lr
         losses = losses_of(ratios, iteration)
-        optimizer.zero_grad()
-        losses.sum().backward()  # type: ignore[no-untyped-call]
+        (ratios.grad,) = torch.autograd.grad(losses.sum(), ratios)  # of nothing else: the network is not ours
         optimizer.step()
         with torch.no_grad():
             ratios.copy_(ratios.clamp(lower, upper))

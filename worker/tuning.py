@@ -17,7 +17,7 @@ from service.registry.tables import Evaluation as EvaluationRow
 from service.registry.tables import JobState, Schedule, ScheduleStatus, TuningJob, TuningJobStep
 from timetuner_core import evaluation, tuning
 from timetuner_core.generation import generate
-from timetuner_core.grids import uniform_timesteps
+from timetuner_core.grids import make_timesteps, teacher_timesteps
 from timetuner_core.loading import DiffusionModel
 from timetuner_core.samplers import get_sampler, initial_noise
 from worker.lease import Lease
@@ -123,7 +123,7 @@ class TuningRun:
             self._teach(seeds, condition, teacher_timesteps).cpu(),
             self.model.reference,
             # What `auto` would sample with if this schedule were not there, whatever grid it was tuned on.
-            untuned_timesteps=uniform_timesteps(self.model.noise_schedule, self.request["num_steps"]),
+            untuned_timesteps=make_timesteps(self.model.noise_schedule, self.request["num_steps"]),
         )
 
     def _teach(self, seeds: list[int], condition: Tensor | None, timesteps: Tensor, decode: bool = True) -> Tensor:
@@ -220,9 +220,7 @@ class TuningRun:
         )
 
     def _teacher_timesteps(self, num_steps: int) -> Tensor:
-        """The teacher's grid; a model trained on fewer steps has no finer one than its own."""
-        limit = self.model.noise_schedule.max_num_steps
-        return uniform_timesteps(self.model.noise_schedule, min(num_steps, limit or num_steps))
+        return teacher_timesteps(self.model.noise_schedule, num_steps)
 
     def _seeds(self, count: int, base: int) -> list[int]:
         start = base + self.request["seed"] % SEED_RANGE

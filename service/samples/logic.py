@@ -129,8 +129,8 @@ def _describe(rows: tuple[int, ...], shape: list[int | None]) -> str:
 def _schedule(session: Session, request: SampleRequest) -> Schedule | None:
     if request.schedule == "none":
         return None
-    if request.timesteps != "uniform":
-        message = "timesteps is for untuned sampling; accepted: 'uniform', or schedule 'none'"
+    if request.timesteps != "default":
+        message = "timesteps is for untuned sampling; accepted: 'default', or schedule 'none'"
         raise InvalidError(message, ("body", "timesteps"), request.timesteps)
     if request.schedule == "auto":
         return resolve(session, request)[0]

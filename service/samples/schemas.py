@@ -28,7 +28,7 @@ class SampleRequest(Setting):
     )
 
     timesteps: Timesteps = Field(
-        "uniform", description="The grid of untuned sampling, a name or num_steps + 1 times; a schedule has its own."
+        "default", description="The grid of untuned sampling, a name or num_steps + 1 times; a schedule has its own."
     )
     schedule: Identifier = Field(
         "auto",

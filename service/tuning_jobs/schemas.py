@@ -77,7 +77,7 @@ class TuningJobRequest(Setting):
         },
     )
 
-    timesteps: Timesteps = Field("uniform", description="The grid to tune on: a name, or num_steps + 1 times.")
+    timesteps: Timesteps = Field("default", description="The grid to tune on: a name, or num_steps + 1 times.")
     tuner: AnyTuner = Field(default_factory=EndToEndTuner)
     evaluation: EvaluationRequest = Field(default_factory=EvaluationRequest)
     seed: Seed = 0

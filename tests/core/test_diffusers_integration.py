@@ -92,6 +92,22 @@ def test_noise_is_added_as_at_the_step_whose_input_is_named() -> None:
     torch.testing.assert_close(x_t, alpha_t * x0 + sigma_t * eps)
 
 
+def test_a_scheduler_makes_way_for_another_of_the_same_pipeline() -> None:
+    first = TimeTunerScheduler.from_schedule(DDPMScheduler(beta_end=0.03), SCHEDULE)
+    second = TimeTunerScheduler.from_schedule(first, {**SCHEDULE, "t_ratios": [1.0] * 5})
+    assert second.config["base_scheduler"] == first.config["base_scheduler"]
+    again = TimeTunerScheduler({**second.config, "_class_name": "TimeTunerScheduler"}, GRID)
+    assert torch.equal(again.timesteps, second.timesteps)
+
+
+def test_noise_for_a_timestep_that_is_no_step_is_refused() -> None:
+    scheduler = TimeTunerScheduler.from_schedule(DDPMScheduler(), SCHEDULE)
+    scheduler.set_begin_index(2)
+    x0 = torch.zeros(1, 1, 2, 2)
+    with pytest.raises(ValueError, match="accepted: "):
+        scheduler.add_noise(x0, x0, scheduler.timesteps[[0]])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests.core.conftest import Network, Recorded, normals, small_mixture, tiny_unet, tuner_of
+from tests.core.conftest import Network, Recorded, linear_betas, normals, small_mixture, tiny_unet, tuner_of
 from timetuner_core import NoiseScheduleVP, TimeTuner
 from timetuner_core.evaluation import teacher_l2
 from timetuner_core.mixtures import GaussianMixture, ring_mixture
+from timetuner_core.samplers import SAMPLERS
 from timetuner_core.tuning import TuningProblem, TuningState, tune_end_to_end, tune_next_eps
 
 LINEAR = NoiseScheduleVP("linear")
@@ -223,6 +224,46 @@ def test_end_to_end_tuning_brings_held_out_samples_closer_to_the_teacher(
     assert held_out_distance(tuner, 5, ratios, held_out) < 0.9 * held_out_distance(tuner, 5, None, held_out)
 
 
+@pytest.mark.parametrize("name", [name for name, sampler in SAMPLERS.items() if not sampler.stochastic])
+def test_end_to_end_tuning_starts_from_the_distance_that_the_sampler_has(name: str) -> None:
+    """Multistep samplers with their history, too."""
+    tuner = tuner_of(small_mixture(), LINEAR)
+    x_T = normals(1, 2).repeat(4, 1)
+    problem = TuningProblem(tuner.model_fn, LINEAR, tuner.step_fn(name), tuner.get_timesteps(6), x_T, batch_size=4)
+    state = next(s for s in end_to_end(problem, TuningState.start(6)) if s.iterations[0] == 1)
+    few, many = (tuner.sample(x_T, num_steps, sampler=name) for num_steps in (6, 12))
+    assert state.initial_loss.sum().item() == pytest.approx(teacher_l2(few, many).mean().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["heun", "dpm_3", "dpmpp_2m"])
+def test_ratios_keep_every_call_of_a_step_within_the_times_of_training(name: str) -> None:
+    network = Recorded(small_mixture())
+    tuner = tuner_of(network, LINEAR)
+    step_fn, grid = tuner.step_fn(name), tuner.get_timesteps(4)
+    lower, upper = TuningProblem(tuner.model_fn, LINEAR, step_fn, grid, normals(1, 2)).ratio_bounds()
+    for bound in (lower, upper):
+        tuner.sample(normals(1, 2), timesteps=grid, t_ratios=bound, sampler=name)
+    assert LINEAR.t_min * (1 - 1e-6) <= min(network.times)
+    assert max(network.times) <= LINEAR.T * (1 + 1e-6)
+
+
+def test_tuning_leaves_no_gradients_in_a_network_that_was_not_frozen() -> None:
+    network = tiny_unet().requires_grad_(True)
+    schedule = NoiseScheduleVP("linear")
+    tuner = tuner_of(lambda x, t: network(x, t).sample, schedule)
+    x_T = torch.randn((2, 1, 4, 4), generator=torch.Generator().manual_seed(0))
+    tuner.optimize_end_to_end(x_T, tuner.ddim_step_fn, 2, teacher_num_steps=4, total_iters=1, batch_size=2)
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_the_teacher_of_a_network_of_few_training_steps_takes_them_all() -> None:
+    schedule = NoiseScheduleVP("discrete", betas=linear_betas(8))
+    network = Recorded(small_mixture(schedule))
+    tuner = tuner_of(network, schedule)
+    tuner.optimize_end_to_end(normals(4, 2), tuner.ddim_step_fn, 2, total_iters=1, batch_size=4)
+    assert len(network.calls) == 8 + 2 * 2  # the teacher's, and the step's twice, as they are recomputed
+
+
 def test_end_to_end_tuning_needs_a_deterministic_sampler() -> None:
     with pytest.raises(ValueError, match="accepted, to be tuned end to end: a deterministic one"):
         run(end_to_end(small_problem(eta=1.0), TuningState.start(5)))
@@ -340,9 +381,10 @@ def test_arguments_of_the_step_reach_every_call() -> None:
     ("options", "accepted"),
     [
         ({"tune_type": "serial"}, "tune_type is 'serial'; accepted: sequential, parallel"),
-        ({"total_iters": 0}, "total_iters and batch_size must be at least 1, and lr above 0"),
-        ({"batch_size": -1}, "total_iters and batch_size must be at least 1, and lr above 0"),
-        ({"lr": 0.0}, "lr above 0"),
+        ({"total_iters": 0}, "total_iters is 0; accepted: 1 or more"),
+        ({"batch_size": -1}, "batch_size is -1; accepted: 1 or more"),
+        ({"batch_size": 0}, "batch_size is 0; accepted: 1 or more"),
+        ({"lr": 0.0}, "lr is 0.0; accepted: above 0"),
         ({"num_steps": 0}, "num_steps is 0; accepted: 1 or more"),
         ({"num_steps": None}, "give num_steps or timesteps"),
         ({"timesteps": [0.1, 0.9], "num_steps": None}, "timesteps must fall strictly within [0, 1.0]"),

@@ -72,6 +72,8 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """From the scheduler a pipeline has, and a schedule as the service's API gives it."""
         names = ("timesteps", "t_ratios", "sampler", "eta")
         config = {"_class_name": type(base_scheduler).__name__, **base_scheduler.config}
+        if isinstance(base_scheduler, cls):  # another schedule takes its place
+            config = config["base_scheduler"]
         scheduler: TimeTunerScheduler = cls(config, **{name: schedule[name] for name in names if name in schedule})
         return scheduler
 
@@ -122,8 +124,16 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return TimeTunerSchedulerOutput(x_s, x0) if return_dict else (x_s, x0)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t from x0 `(B, ...)` and noise, at entries of `timesteps`, `(B,)`."""
-        index = (self.timesteps[:, None] == timesteps.to(self.timesteps)).int().argmax(dim=0).cpu()
+        """x_t from x0 `(B, ...)` and noise, at entries of `timesteps`, `(B,)`, not before the step that is next.
+
+        Raises:
+            ValueError: a timestep that is none of them.
+        """
+        found = self.timesteps[self._step_index :, None] == timesteps.to(self.timesteps)
+        if not bool(found.any(dim=0).all()):
+            accepted = self.timesteps[self._step_index :].tolist()
+            raise ValueError(f"timesteps is {timesteps.tolist()}; accepted: {accepted}")
+        index = self._step_index + found.int().argmax(dim=0).cpu()
         t = self._grid[index].to(original_samples.device)
         alpha_t, sigma_t = self.noise_schedule.marginal_alpha(t), self.noise_schedule.marginal_std(t)
         return scaled(alpha_t, original_samples) + scaled(sigma_t, noise)

@@ -69,6 +69,8 @@ def read_scheduler_config(config: Mapping[str, Any]) -> SchedulerSpec:
         ModelFormatError: a scheduler that is not known, or values that give no noise schedule.
     """
     name = config.get("_class_name", "DDPMScheduler")
+    if name == "TimeTunerScheduler" and isinstance(config.get("base_scheduler"), Mapping):
+        return read_scheduler_config(config["base_scheduler"])  # of a pipeline that was tuned before
     if name in FLOW_SCHEDULERS or (name in VP_SCHEDULERS and config.get("use_flow_sigmas")):
         return _flow(config)
     if name in EDM_SCHEDULERS:

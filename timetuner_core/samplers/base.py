@@ -80,7 +80,7 @@ class Step:
 
     @cached_property
     def to_clean_data(self) -> bool:
-        """Whether s is time 0, where lambda is infinite: every sampler takes a first-order step there."""
+        """Whether s is time 0, where lambda is infinite: samplers that work in lambda take a first-order step."""
         return bool((self.s == 0).any())
 
     def past_eps(self, past: Past) -> Tensor:
@@ -160,6 +160,8 @@ class SamplerStep:
         Raises:
             ValueError: `eta` for a sampler that has none; what `GuidedModel.predict` and `step_noise` raise.
         """
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta is {eta}; accepted: 0 to 1")
         if eta != 0 and not self.sampler.takes_eta:
             raise ValueError(f"eta is {eta}; accepted: 0 for the sampler {self.sampler.name!r}")
 

@@ -1,6 +1,7 @@
 """Samplers that remember earlier steps: DPM-Solver++ 2M and 3M, its SDE form, UniPC, iPNDM and DEIS.
 
-The first steps, whose history is short, are of lower order; so is a step to time 0, where lambda is infinite.
+The first steps, whose history is short, are of lower order; so is a step to time 0, where lambda is infinite (but for
+iPNDM, which does not work in lambda).
 """
 
 from functools import partial
@@ -71,9 +72,9 @@ def unipc(step: Step, order: int) -> tuple[Tensor, Tensor]:
     """UniPC with B(h) = e^h - 1 on x0 (Zhao et al. 2023, algorithms 5 to 8): corrects x_t by what the network says
     there, then predicts x_s; one call of the network for both."""
     x0 = step.predict(step.x, step.t).x0
-    x = _unipc_corrected(step, x0, order) if step.history else step.x
     if step.to_clean_data:
         return scaled(step.end.alpha, x0), x0
+    x = _unipc_corrected(step, x0, order) if step.history else step.x
     past = [(step.start.lambda_, x0)] + [
         (_lambda(step, k), step.history[-k].x0) for k in range(1, _remembered(step, order))
     ]
@@ -140,7 +141,9 @@ def ipndm(step: Step) -> tuple[Tensor, Tensor]:
 
     The coefficients are those of equal steps, whatever the grid.
     """
-    x0, eps = step.predict(step.x, step.t)
+    x0, eps = prediction = step.predict(step.x, step.t)
+    if not step.history:
+        return step.first_order(prediction), x0
     all_eps = [eps] + [step.past_eps(past) for past in reversed(step.history)]
     mean = torch.stack([c * e for c, e in zip(ADAMS_BASHFORTH[len(step.history)], all_eps, strict=True)]).sum(dim=0)
     x0_mean = scaled(1 / step.start.alpha, step.x - scaled(step.start.sigma, mean))

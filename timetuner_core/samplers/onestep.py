@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from timetuner_core.model_wrapper import Prediction
-from timetuner_core.noise_schedule import NoiseScheduleFlow
 from timetuner_core.samplers.base import Level, Sampler, Step, scaled
 
 
@@ -45,10 +44,10 @@ def heun(step: Step) -> tuple[Tensor, Tensor]:
 def _ode(step: Step, corrected: bool) -> tuple[Tensor, Tensor]:
     """dz / dtau = direction, where `z = x / norm`, `tau = sigma / norm`.
 
-    `norm` is alpha, so that the direction is eps (Karras et al. 2022, eq. 4); for flow matching, where alpha
-    falls to 0, it is `alpha + sigma = 1`, and the direction `eps - x0`.
+    `norm` is alpha, so that the direction is eps (Karras et al. 2022, eq. 4); where alpha falls to 0, as in flow
+    matching, it is `alpha + sigma`, and the direction `eps - x0`.
     """
-    flow = isinstance(step.noise_schedule, NoiseScheduleFlow)
+    flow = step.noise_schedule.starts_without_signal
 
     def norm(level: Level) -> Tensor:
         return level.alpha + level.sigma if flow else level.alpha
@@ -69,6 +68,7 @@ def _ode(step: Step, corrected: bool) -> tuple[Tensor, Tensor]:
 
 def dpm_2(step: Step) -> tuple[Tensor, Tensor]:
     """Singlestep DPM-Solver-2 (Lu et al. 2022, algorithm 1), r1 = 1/2."""
+    _check_signal(step, "dpmpp_2s")
     x0, eps = prediction = step.predict(step.x, step.t)
     if step.to_clean_data:
         return step.first_order(prediction), x0
@@ -80,6 +80,7 @@ def dpm_2(step: Step) -> tuple[Tensor, Tensor]:
 
 def dpm_3(step: Step) -> tuple[Tensor, Tensor]:
     """Singlestep DPM-Solver-3 (Lu et al. 2022, algorithm 2), r1 = 1/3, r2 = 2/3."""
+    _check_signal(step, "dpmpp_3m")
     x0, eps = prediction = step.predict(step.x, step.t)
     if step.to_clean_data:
         return step.first_order(prediction), x0
@@ -100,6 +101,13 @@ def dpmpp_2s(step: Step) -> tuple[Tensor, Tensor]:
     t1 = _between(step, 0.5)
     x0_1 = step.predict(_x0_step(step, t1, x0), t1).x0
     return _x0_step(step, step.s, x0_1), x0
+
+
+def _check_signal(step: Step, instead: str) -> None:
+    """A step multiplies the rounding of eps by up to alpha_s / alpha_t: from no signal at all, nothing is left."""
+    if step.x.dtype != torch.float64 and bool((step.start.alpha < 1e-4).any()):
+        message = "alpha_t is 0 where sampling starts; accepted, below float64: a grid from a lower time"
+        raise ValueError(f"{message}, or a sampler in x0 such as {instead}")
 
 
 def _between(step: Step, r: float) -> Tensor:
