@@ -1,6 +1,7 @@
 """Where model folders and sample arrays are kept: a local folder, or any store fsspec knows (S3, ...)."""
 
 import hashlib
+import shutil
 import tempfile
 from pathlib import Path
 from uuid import uuid4
@@ -47,7 +48,12 @@ class ArtifactStore:
         if not cache.exists():
             partial = cache.with_name(f"{cache.name}.{uuid4().hex}")
             self.fs.get(f"{self._path(key)}/", f"{partial}/", recursive=True)
-            partial.replace(cache)
+            try:
+                partial.replace(cache)
+            except OSError:  # another worker was first: its copy is as good
+                shutil.rmtree(partial)
+                if not cache.exists():
+                    raise
         return cache
 
     def remove(self, key: str) -> None:

@@ -8,9 +8,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import problem_response
 
+UPLOAD_PATH = "/v1/models"
+
 
 class BodyLimitMiddleware:
-    """413 for multipart bodies over `max_body_bytes` and any other over `max_json_bytes`."""
+    """413 for bodies over `max_json_bytes`; for multipart bodies of `UPLOAD_PATH`, over `max_body_bytes`."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, max_json_bytes: int) -> None:
         self.app = app
@@ -23,7 +25,8 @@ class BodyLimitMiddleware:
             return
         headers = Headers(scope=scope)
         multipart = headers.get("content-type", "").lower().startswith("multipart/form-data")
-        limit = self.max_body_bytes if multipart else self.max_json_bytes
+        upload = multipart and scope["path"] == UPLOAD_PATH
+        limit = self.max_body_bytes if upload else self.max_json_bytes
         detail = f"the body is too large; accepted: up to {limit} bytes"
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > limit:

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
+from sqlalchemy.exc import IntegrityError
 from starlette.exceptions import HTTPException
 
 logger = logging.getLogger(__name__)
@@ -106,6 +107,11 @@ def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     def http_error(_request: Request, error: HTTPException) -> Response:
         return problem_response(error.status_code, str(error.detail), headers=error.headers)
+
+    @app.exception_handler(IntegrityError)
+    def changed_meanwhile(_request: Request, _error: IntegrityError) -> Response:
+        detail = "what this request refers to was changed or deleted by another at the same time; accepted: a new try"
+        return problem_response(HTTPStatus.CONFLICT, detail)
 
     @app.exception_handler(Exception)
     def unexpected_error(request: Request, error: Exception) -> Response:

@@ -16,7 +16,11 @@ from timetuner_core.samplers import get_sampler, sampler_names
 
 
 def _known_sampler(name: str) -> str:
-    return get_sampler(name).name
+    try:
+        get_sampler(name)
+    except (ImportError, AttributeError, TypeError) as error:  # a package that does not deliver
+        raise ValueError(f"the sampler {name!r} cannot be loaded ({error})") from None
+    return name
 
 
 Sampler = Annotated[str, AfterValidator(_known_sampler), WithJsonSchema({"type": "string", "enum": sampler_names()})]
@@ -49,23 +53,29 @@ class Setting(BaseModel):
         return {"model_id": self.model, **{name: getattr(self, name) for name in names}, **guidance}
 
 
-def check_setting(spec: dict[str, Any], setting: Setting) -> None:
+def check_setting(spec: dict[str, Any], setting: Setting, where: str = "body") -> None:
     """Refuse what the model or the sampler does not have. Raises: InvalidError."""
+
+    def refuse(name: str, accepted: str) -> None:
+        value = setting.model_dump(mode="json")[name]
+        shown = f"{value:g}" if isinstance(value, float) else repr(value)
+        raise InvalidError(f"{name} is {shown}; accepted: {accepted}", (where, name), value)
+
     limit = spec["num_train_timesteps"]
     if limit is not None and setting.num_steps > limit:
-        _refuse(setting, "num_steps", f"1 to {limit}, the steps this model was trained on")
+        refuse("num_steps", f"1 to {limit}, the steps this model was trained on")
     if setting.guidance_type not in spec["guidance_types"]:
-        _refuse(setting, "guidance_type", f"for this model {', '.join(spec['guidance_types']) or 'none'}")
+        refuse("guidance_type", f"for this model {', '.join(spec['guidance_types']) or 'none'}")
     if setting.guidance_type == "uncond":
         for name, value in ALWAYS.items():
             if getattr(setting, name) != value:
-                _refuse(setting, name, f"{value} when guidance_type is 'uncond'")
+                refuse(name, f"{value} when guidance_type is 'uncond'")
     if setting.guidance_rescale != 0 and setting.guidance_type != "classifier-free":
-        _refuse(setting, "guidance_rescale", "0 unless guidance_type is 'classifier-free'")
+        refuse("guidance_rescale", "0 unless guidance_type is 'classifier-free'")
     if setting.guidance_start >= setting.guidance_end:
-        _refuse(setting, "guidance_start", f"below guidance_end, which is {setting.guidance_end:f}")
+        refuse("guidance_start", f"below guidance_end, which is {setting.guidance_end:f}")
     if setting.eta != 0 and not get_sampler(setting.sampler).takes_eta:
-        _refuse(setting, "eta", f"0 for the sampler {setting.sampler!r}")
+        refuse("eta", f"0 for the sampler {setting.sampler!r}")
 
 
 def check_timesteps(timesteps: Timesteps, num_steps: int, T: float) -> None:
@@ -85,9 +95,3 @@ def check_room(registry: Registry, job_class: type[Job], max_queued_jobs: int) -
         queued = count_queued(session, job_class)
     if queued >= max_queued_jobs:
         raise TooManyRequestsError(f"{queued} jobs are queued; accepted: fewer than {max_queued_jobs}")
-
-
-def _refuse(setting: Setting, name: str, accepted: str) -> None:
-    value = setting.model_dump(mode="json")[name]
-    shown = f"{value:g}" if isinstance(value, float) else repr(value)
-    raise InvalidError(f"{name} is {shown}; accepted: {accepted}", ("body", name), value)

@@ -34,6 +34,8 @@ class Settings(BaseSettings):
     max_json_bytes: int = Field(2**20, ge=1)
     max_images: int = Field(256, ge=1)  # per sampling request
     max_pixel_steps: int = Field(2**28, ge=1)  # values x steps x images x network calls per step
+    max_tuning_batch_values: int = Field(2**26, ge=1)  # values of one iteration's network batch
+    max_tuning_calls: int = Field(2**31 - 1, ge=1)  # samples put through the network by one job
     max_queued_jobs: int = Field(1000, ge=1)
     max_wait_seconds: float = Field(120.0, gt=0)  # a synchronous sampling request
 

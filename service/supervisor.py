@@ -96,7 +96,7 @@ class Supervisor:
         while time.monotonic() < deadline:
             self._raise_if_ended()
             try:
-                if httpx.get(f"http://{self.host}:{self.port}/readyz", timeout=5).status_code == 200:
+                if httpx.get(f"http://{self.host}:{self.port}/readyz", timeout=5, trust_env=False).status_code == 200:
                     return
             except httpx.HTTPError:
                 pass

@@ -53,10 +53,11 @@ def generate(
         after_step: called after each step of each batch; may raise to stop.
     """
     tuner = TimeTuner(guidance.model_fn(model), model.noise_schedule)
+    starting_std = model.noise_schedule.starting_std(timesteps[0])
     parts = []
     for start in range(0, len(seeds), batch_size):
         rows = slice(start, start + batch_size)
-        x_T, generators = initial_noise(model.sample_shape, seeds[rows], model.noise_schedule.prior_std)
+        x_T, generators = initial_noise(model.sample_shape, seeds[rows], starting_std)
         batch_condition = None if condition is None else condition[rows].to(device)
         conditions: dict[str, Any] = model.conditions(guidance.type, batch_condition)
         if uncond_condition is not None:

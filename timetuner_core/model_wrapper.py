@@ -142,7 +142,8 @@ class GuidedModel:
 
     def _scale(self, t: Tensor, unguided: float) -> float | Tensor:
         """The guidance scale at `t` `(B,)`: `unguided` outside the interval."""
-        if self.guidance_interval is None:
+        constant = isinstance(self.guidance_scale, float | int) and self.guidance_scale == unguided
+        if self.guidance_interval is None or constant:
             return self.guidance_scale
         low, high = self.guidance_interval
         inside = (t >= low) & (t <= high)

@@ -59,6 +59,11 @@ class NoiseSchedule(ABC):
         """`alpha_t`."""
         return torch.exp(self.marginal_log_mean_coeff(t))
 
+    def starting_std(self, t: Tensor) -> float:
+        """The standard deviation of the noise to start from at `t`: `prior_std` at `T`."""
+        T = torch.tensor(self.T, dtype=t.dtype)
+        return self.prior_std * float(self.marginal_std(t) / self.marginal_std(T))
+
     @property
     def starts_without_signal(self) -> bool:
         """Whether alpha at `T` is (nearly) 0, as in flow matching and after zero-SNR rescaling."""

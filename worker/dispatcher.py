@@ -23,16 +23,17 @@ def dispatch_once(registry: Registry, app: Celery, max_attempts: int, republish_
     """One round over all kinds of jobs.
 
     A message older than `republish_seconds` whose queue is empty was lost, or is in the hands of a worker about
-    to claim it; publishing again does no harm, as a job can be claimed only once.
+    to claim it; so may be one ten times as old, whatever is in the queue. Publishing again does no harm, as a job
+    can be claimed only once.
     """
     for job_class in JOB_CLASSES:
         with registry.write() as session:
             take_back_expired(session, job_class, max_attempts)
         with registry.read() as session:
-            never = unpublished(session, job_class, published_before=timedelta(days=36500))
+            surely = unpublished(session, job_class, published_before=timedelta(seconds=10 * republish_seconds))
             due = unpublished(session, job_class, published_before=timedelta(seconds=republish_seconds))
-        if set(due) != set(never) and queue_length(app, TASKS[job_class][1]) > 0:
-            due = never
+        if set(due) != set(surely) and queue_length(app, TASKS[job_class][1]) > 0:
+            due = surely
         if due:
             publish(app, registry, job_class, due)
 

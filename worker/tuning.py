@@ -73,7 +73,9 @@ class TuningRun:
         if tuner["objective"] == "end_to_end":
             condition = self._conditions(tuner["population_size"], TUNING_SEEDS)
             seeds = self._seeds(tuner["population_size"], TUNING_SEEDS)
-            noise, _ = initial_noise(self.model.sample_shape, seeds, self.model.noise_schedule.prior_std)
+            noise, _ = initial_noise(
+                self.model.sample_shape, seeds, self.model.noise_schedule.starting_std(self.timesteps[0])
+            )
             problem = self._problem(noise, condition)
             teacher = self._teacher_timesteps(tuner["teacher_num_steps"])
             return tuning.tune_end_to_end(problem, self.state, teacher, tuner["lr"], tuner["total_iters"])

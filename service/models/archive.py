@@ -30,8 +30,10 @@ def unpack(file: IO[bytes], destination: Path, max_bytes: int) -> None:
         else:
             file.seek(0)
             with tarfile.open(fileobj=file) as archive:
-                _extract(list(_tar_members(archive)), destination, max_bytes)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+                _extract(list(_tar_members(archive, max_bytes)), destination, max_bytes)
+    except (InvalidError, TooLargeError):
+        raise
+    except Exception as error:  # whatever the formats and their compressions raise
         raise InvalidError(f"the archive cannot be read ({error}); accepted: a whole zip, tar or tar.gz", LOC) from None
 
 
@@ -46,8 +48,12 @@ def _zip_members(archive: zipfile.ZipFile) -> Iterator[Member]:
             yield info.filename, info.file_size, lambda info=info: archive.open(info)
 
 
-def _tar_members(archive: tarfile.TarFile) -> Iterator[Member]:
+def _tar_members(archive: tarfile.TarFile, max_bytes: int) -> Iterator[Member]:
+    total = 0
     for count, info in enumerate(archive):
+        total += info.size  # reading on inflates what is skipped, too
+        if total > 2 * max_bytes:
+            raise TooLargeError(f"the archive unpacks to over {2 * max_bytes} bytes", LOC)
         if count > 2 * MAX_FILES:
             raise TooLargeError(f"the archive has over {MAX_FILES} files", LOC)
         if not (info.isfile() or info.isdir()):

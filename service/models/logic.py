@@ -50,6 +50,8 @@ def register_archive(
         except ModelFormatError as error:
             raise InvalidError(str(error), (*LOC, error.field)) from None
         content_hash = folder_hash(staging)
+        if found := _find(registry, content_hash):
+            return found, False
         key = f"models/{content_hash}"
         artifacts.put_folder(key, staging)
     finally:
@@ -103,6 +105,7 @@ def describe(model: DiffusionModel) -> dict[str, Any]:
         "condition_shape": None if model.condition_shape is None else list(model.condition_shape),
         "guidance_types": list(model.guidance_types),
         "num_parameters": model.num_parameters,
+        "has_uncond_condition": model.uncond_condition is not None,
         "has_conditions": model.draw_conditions is not None,
         "has_data": model.draw_data is not None,
     }
@@ -119,17 +122,18 @@ def folder_hash(folder: Path) -> str:
 
 
 def _insert(registry: Registry, model: Model) -> tuple[Model, bool]:
-    def existing() -> Model | None:
-        with registry.read() as session:
-            return session.scalar(select(Model).where(Model.content_hash == model.content_hash))
-
-    if found := existing():
+    if found := _find(registry, model.content_hash):
         return found, False
     try:
         with registry.write() as session:
             session.add(model)
     except IntegrityError:  # registered by someone else in between
-        if found := existing():
+        if found := _find(registry, model.content_hash):
             return found, False
         raise
     return model, True
+
+
+def _find(registry: Registry, content_hash: str) -> Model | None:
+    with registry.read() as session:
+        return session.scalar(select(Model).where(Model.content_hash == content_hash))

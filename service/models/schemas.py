@@ -36,6 +36,7 @@ class ModelSpec(BaseModel):
     )
     guidance_types: list[GuidanceType]
     num_parameters: int
+    has_uncond_condition: bool = Field(description="Whether it knows what stands for no condition.")
     has_conditions: bool = Field(description="Whether tuning can draw conditions for guidance.")
     has_data: bool = Field(description="Whether data came with it; else tuning generates its own.")
 

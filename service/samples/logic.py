@@ -39,6 +39,7 @@ def submit(registry: Registry, settings: Settings, request: SampleRequest) -> Sa
         _check_size(request, model, settings)
         labels = _class_labels(request, model)
         _check_conditions(request, model)
+        _check_uncond(request, model)
         schedule = _schedule(session, request)
         job = SampleJob(
             model_id=model.id,
@@ -62,7 +63,7 @@ def _check_size(request: SampleRequest, model: Model, settings: Settings) -> Non
     if request.num_images > settings.max_images:
         message = f"num_images is {request.num_images}; accepted: 1 to {settings.max_images}"
         raise InvalidError(message, ("body", "num_images"), request.num_images)
-    pixels = math.prod(model.spec["sample_shape"])
+    pixels = max(math.prod(model.spec["sample_shape"]), math.prod(model.spec["image_shape"]))
     calls = get_sampler(request.sampler).calls_per_step * (2 if request.guidance_type == "classifier-free" else 1)
     cost = pixels * request.num_steps * request.num_images * calls
     if cost > settings.max_pixel_steps:
@@ -107,6 +108,15 @@ def _check_conditions(request: SampleRequest, model: Model) -> None:
         if not guided:
             raise InvalidError(f"{name} is for guided sampling of models with tensor conditions", ("body", name))
         _check_condition(name, text, rows, shape)
+
+
+def _check_uncond(request: SampleRequest, model: Model) -> None:
+    """Refuse classifier-free guidance by more than the condition where nothing stands for "no condition"."""
+    needs_uncond = request.guidance_type == "classifier-free" and request.guidance_scale != 1
+    if needs_uncond and request.uncond_condition is None and not model.spec["has_uncond_condition"]:
+        accepted = "uncond_condition" if model.spec["condition_shape"] is not None else "guidance_scale 1"
+        message = f"no condition that stands for none came with this model; accepted: {accepted}"
+        raise InvalidError(message, ("body", "guidance_scale"), float(request.guidance_scale))
 
 
 def _check_condition(name: str, text: str, rows: tuple[int, ...], shape: list[int | None]) -> None:
@@ -179,7 +189,7 @@ def to_png_zip(images: Images) -> bytes:
 
 def to_json(images: Images) -> bytes:
     """`{"images": [base64 PNG, ...]}`; samples that are no images come as numbers, `{"samples": [...]}`."""
-    if images.ndim != 4:
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
         return json.dumps({"samples": images.tolist()}).encode()
     encoded = [base64.b64encode(_png(_image(image))).decode() for image in _pixels(images)]
     return json.dumps({"images": encoded}).encode()
@@ -217,9 +227,10 @@ def _quality(parameters: str) -> Decimal:
         name, _, value = parameter.partition("=")
         if name.strip() == "q":
             try:
-                return Decimal(value.strip())
+                quality = Decimal(value.strip())
             except ArithmeticError:
                 return Decimal(0)
+            return quality if quality.is_finite() else Decimal(0)
     return Decimal(1)
 
 

@@ -8,6 +8,7 @@ from service.api import PathId, State, newest_first, require_json
 from service.errors import ConflictError, InvalidError, NotFoundError, UnsupportedMediaTypeError, error_responses
 from service.models.logic import get_model, get_requested_model
 from service.registry.tables import Schedule
+from service.requests import check_setting
 from service.schedules import logic
 from service.schedules.schemas import (
     AliasList,
@@ -54,7 +55,7 @@ def import_schedule(body: ScheduleImport, state: State, response: Response) -> S
 def resolve_schedule(state: State, query: ResolveParams) -> Resolution:
     """The schedule that sampling with `schedule: "auto"` would use, and why."""
     with state.registry.read() as session:
-        get_requested_model(session, query.model, where="query")
+        check_setting(get_requested_model(session, query.model, where="query").spec, query, where="query")
         schedule, reason = logic.resolve(session, query)
         return Resolution(schedule=schedule and ScheduleOut.model_validate(schedule), reason=reason)
 

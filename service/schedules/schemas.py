@@ -12,10 +12,20 @@ from service.registry.tables import ScheduleStatus
 from service.requests import GuidanceTime, Sampler, Setting
 from timetuner_core.model_wrapper import GuidanceType
 
+MAX_DEPTH = 20
+
 
 def _finite(value: Any) -> Any:
-    json.dumps(value, allow_nan=False)  # which Python reads and no database keeps
+    """Refuse what Python reads but no database keeps or UTF-8 writes: NaN, half surrogate pairs, endless nesting."""
+    if _deeper_than(value, MAX_DEPTH):
+        raise ValueError(f"accepted: up to {MAX_DEPTH} levels of nesting")
+    json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
     return value
+
+
+def _deeper_than(value: Any, levels: int) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels == 0 or any(_deeper_than(part, levels - 1) for part in parts)
 
 
 FiniteJson = Annotated[Any, AfterValidator(_finite)]
@@ -47,7 +57,7 @@ class ScheduleOut(BaseModel):
     id: str
     job: str | None = Field(validation_alias="job_id")
     model: str = Field(validation_alias="model_id")
-    sampler: Sampler
+    sampler: str
     num_steps: int
     guidance_type: GuidanceType
     guidance_scale: ExactNumber

@@ -15,13 +15,13 @@ from service.errors import (
     ConflictError,
     InvalidError,
     NotFoundError,
+    TooLargeError,
     TooManyRequestsError,
     UnsupportedMediaTypeError,
     error_responses,
 )
 from service.queue import publish
 from service.registry.tables import FINAL_STATES, JobState, TuningJob
-from service.requests import check_room
 from service.tuning_jobs import logic
 from service.tuning_jobs.schemas import (
     EventOut,
@@ -47,14 +47,15 @@ IdempotencyKey = Annotated[
     status_code=202,
     operation_id="submit_tuning_job",
     dependencies=[Depends(require_json)],
-    responses=error_responses(ConflictError, UnsupportedMediaTypeError, InvalidError, TooManyRequestsError),
+    responses=error_responses(
+        ConflictError, TooLargeError, UnsupportedMediaTypeError, InvalidError, TooManyRequestsError
+    ),
 )
 def submit_tuning_job(
     body: TuningJobRequest, state: State, response: Response, idempotency_key: IdempotencyKey = None
 ) -> TuningJobOut:
     """Queue a tuning job; follow it at its `Location`."""
-    check_room(state.registry, TuningJob, state.settings.max_queued_jobs)
-    job, created = logic.submit(state.registry, body, idempotency_key)
+    job, created = logic.submit(state.registry, state.settings, body, idempotency_key)
     if created:
         publish(state.celery, state.registry, TuningJob, [job.id])
     response.headers["Location"] = f"/v1/tuning-jobs/{job.id}"
@@ -109,7 +110,7 @@ async def list_tuning_job_events(
 ) -> Response:
     """A job's events so far as JSON; or, with `Accept: text/event-stream`, also those to come until it ends."""
     if last_event_id is not None and last_event_id.isdecimal():
-        after = min(int(last_event_id), LAST_ID)
+        after = min(int(last_event_id[:20]), LAST_ID)
     if SSE_TYPE in accept:
         await run_in_threadpool(_read_events, state, job_id, after)  # 404 before the stream begins
         return EventSourceResponse(_stream(state, job_id, after))

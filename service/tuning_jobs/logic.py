@@ -1,6 +1,7 @@
 """Submitting, reading and cancelling tuning jobs."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,31 +9,37 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, joinedload, selectinload
 
-from service.errors import ConflictError, InvalidError, NotFoundError
+from service.errors import ConflictError, InvalidError, NotFoundError, TooLargeError
 from service.models.logic import get_requested_model
 from service.registry.database import Registry
 from service.registry.jobs import add_event, request_cancel
 from service.registry.tables import FINAL_STATES, JobState, TuningJob, TuningJobEvent
-from service.requests import check_setting, check_timesteps
+from service.requests import check_room, check_setting, check_timesteps
+from service.settings import Settings
 from service.tuning_jobs.schemas import NextEpsTuner, TuningJobRequest
 from timetuner_core.samplers import get_sampler
 
 
-def submit(registry: Registry, request: TuningJobRequest, idempotency_key: str | None) -> tuple[TuningJob, bool]:
+def submit(
+    registry: Registry, settings: Settings, request: TuningJobRequest, idempotency_key: str | None
+) -> tuple[TuningJob, bool]:
     """Make a job, or find the one made before with this key; and whether it was made now.
 
     Raises:
-        InvalidError: the request does not fit the model.
+        InvalidError, TooLargeError: the request does not fit the model, or is too much work.
+        TooManyRequestsError: too many jobs are waiting.
         ConflictError: the key was used with another request.
     """
     text = request.model_dump_json()
     request_hash = hashlib.sha256(text.encode()).hexdigest()
     if idempotency_key and (job := _submitted_before(registry, idempotency_key, request_hash)):
         return job, False
+    check_room(registry, TuningJob, settings.max_queued_jobs)
     try:
         with registry.write() as session:
             model = get_requested_model(session, request.model)
             _check(request, model.spec)
+            _check_size(request, model.spec, settings)
             job = TuningJob(
                 model_id=model.id,
                 request=request.model_dump(mode="json"),
@@ -81,6 +88,9 @@ def _check(request: TuningJobRequest, spec: dict[str, Any]) -> None:
     if request.guidance_type != "uncond" and not spec["has_conditions"]:
         message = "no conditions came with this model; accepted: an archive whose data.safetensors has 'conditions'"
         raise InvalidError(message, ("body", "guidance_type"), request.guidance_type)
+    if request.guidance_scale != 1 and request.guidance_type == "classifier-free" and not spec["has_uncond_condition"]:
+        message = "no condition that stands for none came with this model; accepted: guidance_scale 1"
+        raise InvalidError(message, ("body", "guidance_scale"), float(request.guidance_scale))
     sampler, tuner = get_sampler(request.sampler), request.tuner
     if isinstance(tuner, NextEpsTuner):
         if tuner.data == "model" and not spec["has_data"]:
@@ -101,6 +111,26 @@ def _check(request: TuningJobRequest, spec: dict[str, Any]) -> None:
         if teacher_num_steps <= request.num_steps and request.num_steps != most:
             message = f"{part}.teacher_num_steps is {teacher_num_steps}; accepted: more than num_steps"
             raise InvalidError(message, ("body", part, "teacher_num_steps"), teacher_num_steps)
+
+
+def _check_size(request: TuningJobRequest, spec: dict[str, Any], settings: Settings) -> None:
+    """Refuse more memory or work than is allowed. Raises: TooLargeError."""
+    tuner, evaluation = request.tuner, request.evaluation
+    guided = 2 if request.guidance_type == "classifier-free" else 1
+    in_parallel = isinstance(tuner, NextEpsTuner) and tuner.tune_type == "parallel"
+    steps_at_once = request.num_steps if in_parallel else 1
+    values = math.prod(spec["sample_shape"]) * tuner.batch_size * steps_at_once * guided
+    if values > settings.max_tuning_batch_values:
+        detail = f"an iteration's network batch has {values} values; accepted: {settings.max_tuning_batch_values}"
+        raise TooLargeError(detail, ("body", "tuner", "batch_size"), tuner.batch_size)
+    calls_per_step = get_sampler(request.sampler).calls_per_step * guided
+    tuning = 2 * tuner.batch_size * tuner.total_iters * request.num_steps
+    teaching = tuner.population_size * tuner.teacher_num_steps
+    evaluating = evaluation.num_samples * (evaluation.teacher_num_steps + 2 * request.num_steps)
+    calls = calls_per_step * (tuning + teaching + evaluating)
+    if calls > settings.max_tuning_calls:
+        detail = f"the job puts {calls} samples through the network; accepted: {settings.max_tuning_calls}"
+        raise TooLargeError(detail, ("body", "tuner", "total_iters"), tuner.total_iters)
 
 
 def _submitted_before(registry: Registry, idempotency_key: str, request_hash: str) -> TuningJob | None:

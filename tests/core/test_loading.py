@@ -113,7 +113,7 @@ def test_data_and_metadata_are_optional(tmp_path: Path, classes: int | None) -> 
     model = load_folder(save_model(tmp_path, tiny_unet(num_class_embeds=classes)))
     assert (model.num_classes, model.null_class_label) == (classes or 0, None)
     assert (model.draw_data, model.reference) == (None, None)
-    assert set(model.guidance_types) == ({"uncond"} if classes is None else set())
+    assert set(model.guidance_types) == ({"uncond"} if classes is None else {"classifier-free"})
 
 
 # What is refused

@@ -519,7 +519,7 @@ def test_conditions_that_do_not_fit_are_refused(tensors: dict[str, Tensor], word
 def test_a_tensor_conditioned_network_without_uncond_condition_offers_no_guidance(tmp_path: Path) -> None:
     save_model(tmp_path, condition_unet())
     model = load_folder(tmp_path)
-    assert model.guidance_types == ()
+    assert model.guidance_types == ("classifier-free",)
     assert model.condition_shape == (None, CONDITION_DIM)
     with pytest.raises(ValueError, match="needs a condition"):
         model.network(*inputs())

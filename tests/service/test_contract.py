@@ -89,7 +89,30 @@ def test_an_identifier_that_can_be_none_is_refused(client: httpx.Client, path: s
     assert_problem(response, 422, "path")
 
 
-@pytest.mark.parametrize("after", ["-1", "99999999999999999999999"])
+@pytest.mark.parametrize(
+    "provenance", ['{"a": "\\ud800"}', '{"a": ' * 600 + "1" + "}" * 600, '{"a": ' + "[" * 50 + "]" * 50 + "}"]
+)
+def test_provenance_that_cannot_be_read_back_is_refused(stack: Stack, provenance: str) -> None:
+    model = stack.register("mixture-ring")
+    grid = '"num_steps": 1, "timesteps": [1, 0.001], "t_ratios": [1]'
+    body = f'{{"model": "{model}", {grid}, "provenance": {provenance}}}'
+    answer = stack.client.post("/v1/schedules", content=body.encode(), headers=JSON_TYPE)
+    assert_problem(answer, 422, "provenance")
+    assert stack.client.get("/v1/schedules").status_code == 200
+
+
+def test_only_model_archives_may_be_large(client: httpx.Client) -> None:
+    answer = client.post("/v1/samples", files={"archive": b"x" * 200_000})
+    assert_problem(answer, 413, accepted="up to 100000 bytes")
+
+
+@pytest.mark.parametrize("accept", ["image/png;q=nan", "image/png;q=inf, text/html"])
+def test_a_nonsense_quality_accepts_nothing(stack: Stack, accept: str) -> None:
+    body = {"model": stack.register("mixture-gratings"), "num_steps": 2}
+    assert_problem(stack.client.post("/v1/samples", json=body, headers={"Accept": accept}), 406, "Accept")
+
+
+@pytest.mark.parametrize("after", ["-1", "9" * 5000])
 def test_an_event_number_that_can_be_none_is_refused(stack: Stack, after: str) -> None:
     model = stack.register("mixture-ring")
     job = stack.submit(model, num_steps=3, tuner={"total_iters": 1}, evaluation={"num_samples": 16})

@@ -1,5 +1,6 @@
 """Every kind of model and sampler, tuned and sampled over HTTP."""
 
+import base64
 import io
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,9 @@ def test_a_transformer_is_registered_tuned_and_sampled(stack: Stack, tmp_path: P
 
 
 WRONG_ROWS = encode_array(np.zeros((3, 2, CONDITION_DIM), np.float32))
+HUGE = base64.b64encode(
+    b"\x93NUMPY\x01\x00F\x00" + b"{'descr': '<f4', 'fortran_order': False, 'shape': (9999999999999,)}".ljust(69) + b"\n"
+).decode()
 GUIDED = {"guidance_type": "classifier-free", "guidance_scale": 2}
 
 
@@ -137,6 +141,8 @@ GUIDED = {"guidance_type": "classifier-free", "guidance_scale": 2}
         ({}, "condition", f"(1 or 2, 2, {CONDITION_DIM})"),
         ({"condition": "not base64!"}, "condition", "base64 .npy"),
         ({"condition": "aGVsbG8="}, "condition", "base64 .npy"),
+        ({"condition": "UEsDBBQAAAAIAA=="}, "condition", "base64 .npy"),
+        ({"condition": HUGE}, "condition", "base64 .npy"),
         ({"condition": WRONG_ROWS}, "condition", f"(1 or 2, 2, {CONDITION_DIM})"),
         ({"condition": encode_array(np.zeros((1, 2, 3), np.float32))}, "condition", f", {CONDITION_DIM})"),
         ({"condition": encode_array(np.zeros((1, 2, CONDITION_DIM)))}, "condition", "float32"),
@@ -147,6 +153,30 @@ GUIDED = {"guidance_type": "classifier-free", "guidance_scale": 2}
 def test_a_bad_condition_is_refused(stack: Stack, text_model: str, change: Json, field: str, accepted: str) -> None:
     body = {"model": text_model, "num_steps": 4, "num_images": 2, **GUIDED, **change}
     assert_problem(stack.client.post("/v1/samples", json=body), 422, field, accepted)
+
+
+def test_a_model_without_an_unconditional_condition_is_guided_by_one_that_is_sent(stack: Stack, tmp_path: Path) -> None:
+    save_model(tmp_path, condition_unet())
+    model = upload(stack.client, zipped(tmp_path)).json()["id"]
+    prompt = encode_array(np.ones((1, 3, CONDITION_DIM), np.float32))
+    body = {"model": model, "num_steps": 4, **GUIDED, "condition": prompt}
+    assert_problem(stack.client.post("/v1/samples", json=body), 422, "guidance_scale", "uncond_condition")
+    alone = sample(stack, model, **GUIDED | {"guidance_scale": 1}, condition=prompt)
+    guided = sample(stack, model, **GUIDED, condition=prompt, uncond_condition=prompt)
+    np.testing.assert_allclose(alone, guided, rtol=1e-3)
+    assert_problem(stack.client.post("/v1/tuning-jobs", json={"model": model, "num_steps": 4, **GUIDED}), 422)
+
+
+TOO_MUCH: list[Json] = [
+    {"num_steps": 999, "tuner": {"objective": "next_eps", "batch_size": 1024, "teacher_num_steps": 1000}},
+    {"num_steps": 99, "tuner": {"total_iters": 10_000, "batch_size": 1024, "teacher_num_steps": 100}},
+]
+
+
+@pytest.mark.parametrize("request_", TOO_MUCH)
+def test_a_tuning_job_of_too_much_work_is_refused(stack: Stack, request_: Json) -> None:
+    body = {"model": stack.register("digits8"), "evaluation": {"teacher_num_steps": 1000}, **GUIDED, **request_}
+    assert_problem(stack.client.post("/v1/tuning-jobs", json=body), 413, "tuner", "accepted: ")
 
 
 @pytest.mark.parametrize(

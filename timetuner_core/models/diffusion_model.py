@@ -62,13 +62,14 @@ class DiffusionModel:
 
     @property
     def guidance_types(self) -> tuple[GuidanceType, ...]:
-        """The kinds of guidance this model can be sampled with."""
+        """The kinds of guidance this model can be sampled with; without an `uncond_condition`, classifier-free is
+        for scale 1 only, or with one that the caller brings."""
         types: list[GuidanceType] = []
         if not self.is_conditional or self.uncond_condition is not None:
             types.append("uncond")
         if self.classifier is not None:
             types.append("classifier")
-        if self.is_conditional and self.uncond_condition is not None:
+        if self.is_conditional:
             types.append("classifier-free")
         return tuple(types)
 
