@@ -78,6 +78,17 @@ def check_setting(spec: dict[str, Any], setting: Setting, where: str = "body") -
         refuse("eta", f"0 for the sampler {setting.sampler!r}")
 
 
+def check_uncond(spec: dict[str, Any], setting: Setting, accepted: str) -> None:
+    """Refuse classifier-free guidance by more than the condition where nothing stands for "no condition".
+
+    Raises: InvalidError.
+    """
+    needed = setting.guidance_type == "classifier-free" and setting.guidance_scale != 1
+    if needed and not spec["has_uncond_condition"]:
+        message = f"no condition that stands for none came with this model; accepted: {accepted}"
+        raise InvalidError(message, ("body", "guidance_scale"), float(setting.guidance_scale))
+
+
 def check_timesteps(timesteps: Timesteps, num_steps: int, T: float) -> None:
     """Refuse an explicit grid that does not fall within `[0, T]` in `num_steps` steps. Raises: InvalidError."""
     if isinstance(timesteps, str):

@@ -19,7 +19,7 @@ from service.errors import InvalidError, NotAcceptableError, NotFoundError, TooL
 from service.models.logic import get_requested_model
 from service.registry.database import Registry
 from service.registry.tables import Model, SampleJob, Schedule
-from service.requests import check_setting, check_timesteps
+from service.requests import check_setting, check_timesteps, check_uncond
 from service.samples.schemas import SampleRequest
 from service.schedules.logic import find_for_sampling, resolve
 from service.settings import Settings
@@ -39,7 +39,9 @@ def submit(registry: Registry, settings: Settings, request: SampleRequest) -> Sa
         _check_size(request, model, settings)
         labels = _class_labels(request, model)
         _check_conditions(request, model)
-        _check_uncond(request, model)
+        if request.uncond_condition is None:
+            takes_arrays = model.spec["condition_shape"] is not None
+            check_uncond(model.spec, request, "uncond_condition" if takes_arrays else "guidance_scale 1")
         schedule = _schedule(session, request)
         job = SampleJob(
             model_id=model.id,
@@ -108,15 +110,6 @@ def _check_conditions(request: SampleRequest, model: Model) -> None:
         if not guided:
             raise InvalidError(f"{name} is for guided sampling of models with tensor conditions", ("body", name))
         _check_condition(name, text, rows, shape)
-
-
-def _check_uncond(request: SampleRequest, model: Model) -> None:
-    """Refuse classifier-free guidance by more than the condition where nothing stands for "no condition"."""
-    needs_uncond = request.guidance_type == "classifier-free" and request.guidance_scale != 1
-    if needs_uncond and request.uncond_condition is None and not model.spec["has_uncond_condition"]:
-        accepted = "uncond_condition" if model.spec["condition_shape"] is not None else "guidance_scale 1"
-        message = f"no condition that stands for none came with this model; accepted: {accepted}"
-        raise InvalidError(message, ("body", "guidance_scale"), float(request.guidance_scale))
 
 
 def _check_condition(name: str, text: str, rows: tuple[int, ...], shape: list[int | None]) -> None:

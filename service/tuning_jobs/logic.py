@@ -14,7 +14,7 @@ from service.models.logic import get_requested_model
 from service.registry.database import Registry
 from service.registry.jobs import add_event, request_cancel
 from service.registry.tables import FINAL_STATES, JobState, TuningJob, TuningJobEvent
-from service.requests import check_room, check_setting, check_timesteps
+from service.requests import check_room, check_setting, check_timesteps, check_uncond
 from service.settings import Settings
 from service.tuning_jobs.schemas import NextEpsTuner, TuningJobRequest
 from timetuner_core.samplers import get_sampler
@@ -88,9 +88,7 @@ def _check(request: TuningJobRequest, spec: dict[str, Any]) -> None:
     if request.guidance_type != "uncond" and not spec["has_conditions"]:
         message = "no conditions came with this model; accepted: an archive whose data.safetensors has 'conditions'"
         raise InvalidError(message, ("body", "guidance_type"), request.guidance_type)
-    if request.guidance_scale != 1 and request.guidance_type == "classifier-free" and not spec["has_uncond_condition"]:
-        message = "no condition that stands for none came with this model; accepted: guidance_scale 1"
-        raise InvalidError(message, ("body", "guidance_scale"), float(request.guidance_scale))
+    check_uncond(spec, request, "guidance_scale 1")
     sampler, tuner = get_sampler(request.sampler), request.tuner
     if isinstance(tuner, NextEpsTuner):
         if tuner.data == "model" and not spec["has_data"]:
