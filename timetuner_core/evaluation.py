@@ -1,13 +1,40 @@
-"""How good a few-step sampler is: distance to a many-step teacher and to the data."""
+"""How good a few-step sampler is: distance to a many-step teacher, to the data, and to a mixture's exact density.
+
+Every figure comes with each sample's influence on it, so that one paired bootstrap gives the interval of any
+figure's change: rows are drawn again, the same before and after, and the figure is moved by the mean of their
+influences (its linearisation, Hampel 1974). For a mean that is the ordinary bootstrap. For Fréchet and Wasserstein
+distances, which are biased upwards at finite size, computing them anew on drawn-again rows would add that bias a
+second time, and the interval would miss the very change it is for; linearised, it covers the change to be expected
+at this number of samples, bias included.
+"""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from torch import Tensor
 
+from timetuner_core.mixtures import GaussianMixture
+
 MAX_FRECHET_DIMENSION = 4096
+MAX_WASSERSTEIN_SAMPLES = 1000  # the assignment's cost grows with their cube
+NUM_PROJECTIONS = 128
+NUM_RESAMPLES = 1000
+
+
+class Estimate(NamedTuple):
+    """A figure of a set of samples `(B, ...)`, and how much each sample adds to it, `(B,)`, of mean 0: over samples
+    drawn again, the figure is `value + influence.mean()` to first order."""
+
+    value: float
+    influence: Tensor
+
+
+Measure = Callable[[Tensor], Estimate]
 
 
 def teacher_l2(samples: Tensor, teacher_samples: Tensor) -> Tensor:
@@ -16,22 +43,167 @@ def teacher_l2(samples: Tensor, teacher_samples: Tensor) -> Tensor:
     return distance
 
 
-def frechet_distance(samples: Tensor, reference: Tensor) -> float | None:
-    """The Fréchet distance of Gaussians fitted to two sets `(B, ...)`, in their own (pixel) space.
+def mean_estimate(terms: Tensor) -> Estimate:
+    """The mean of `(B,)`."""
+    mean = terms.double().mean()
+    return Estimate(float(mean), terms.double() - mean)
+
+
+@dataclass(frozen=True)
+class Frechet:
+    """The Fréchet distance of Gaussians fitted to samples and to a reference, in their own space.
 
     `|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))` (Dowson & Landau 1982; Heusel et al. 2017, eq. 6).
-    None for samples of more than `MAX_FRECHET_DIMENSION` values, whose covariance is out of reach.
+
+    Attributes:
+        mean `(D,)`, root `(D, D)`: of the reference: m2 and C2^(1/2).
     """
-    a, b = samples.flatten(1).double(), reference.flatten(1).double()
-    if a.shape[1] > MAX_FRECHET_DIMENSION:
+
+    mean: Tensor
+    root: Tensor
+
+    @classmethod
+    def to(cls, reference: Tensor) -> "Frechet":
+        """To a reference `(P, ...)`."""
+        x = reference.flatten(1).double()
+        values, vectors = torch.linalg.eigh(x.T.cov().reshape(x.shape[1], x.shape[1]))
+        return cls(x.mean(dim=0), vectors * values.clamp(min=0).sqrt() @ vectors.T)
+
+    def __call__(self, samples: Tensor) -> Estimate:
+        x = samples.flatten(1).double()
+        shift, centred = x.mean(dim=0) - self.mean, x - x.mean(dim=0)
+        # tr (C1 C2)^(1/2) is the sum of the singular values of this, and its rows' share in them the derivative
+        # by C1: no power of a singular covariance to take.
+        left, singular, _ = torch.linalg.svd(centred @ self.root / math.sqrt(len(x) - 1), full_matrices=False)
+        own_trace = centred.square().sum() / (len(x) - 1)
+        value = shift.square().sum() + own_trace + self.root.square().sum() - 2 * singular.sum()
+        share = (len(x) - 1) * left.square() @ singular
+        influence = 2 * centred @ shift + centred.square().sum(dim=1) - share
+        return Estimate(float(value), influence - influence.mean())
+
+
+def frechet_distance(samples: Tensor, reference: Tensor) -> float | None:
+    """See `Frechet`; None for samples of more than `MAX_FRECHET_DIMENSION` values, whose covariance is out of
+    reach. Shapes: `(B, ...)` and `(P, ...)`."""
+    if samples[0].numel() > MAX_FRECHET_DIMENSION:
         return None
-    mean_a, mean_b = a.mean(dim=0), b.mean(dim=0)
-    cov_a, cov_b = (x.T.cov().reshape(x.shape[1], x.shape[1]) for x in (a, b))
-    values, vectors = torch.linalg.eigh(cov_a)
-    root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    # tr (A B)^(1/2) = tr (A^(1/2) B A^(1/2))^(1/2), and the latter is symmetric.
-    cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
-    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+    return Frechet.to(reference)(samples).value
+
+
+@dataclass(frozen=True)
+class SlicedWasserstein:
+    """The sliced 2-Wasserstein distance to a reference (Bonneel et al. 2015): the root mean square, over fixed
+    random directions, of the distance between the two sets' projections.
+
+    Attributes:
+        directions: `(D, S)`, unit columns. quantiles: `(P, S)`, the reference's projections, each sorted.
+    """
+
+    directions: Tensor
+    quantiles: Tensor
+
+    @classmethod
+    def to(cls, reference: Tensor, num_projections: int = NUM_PROJECTIONS, seed: int = 0) -> "SlicedWasserstein":
+        """To a reference `(P, ...)`."""
+        x = reference.flatten(1).double()
+        shape = (x.shape[1], num_projections)
+        normal = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        directions = (normal / normal.norm(dim=0)).to(x.device)
+        return cls(directions, (x @ directions).sort(dim=0).values)
+
+    def __call__(self, samples: Tensor) -> Estimate:
+        projected, order = (samples.flatten(1).double() @ self.directions).sort(dim=0)
+        displacement = projected - self._at_levels(len(samples))
+        squared = displacement.square().mean()
+        # In one dimension the potential's slope is twice the displacement; it is what mass at a point costs.
+        trapezoids = (displacement[1:] + displacement[:-1]) * projected.diff(dim=0)
+        potential = torch.cat([torch.zeros_like(projected[:1]), trapezoids.cumsum(dim=0)])
+        influence = torch.empty_like(potential).scatter_(0, order, potential).mean(dim=1)
+        return _root(squared, influence)
+
+    def _at_levels(self, num_samples: int) -> Tensor:
+        """The reference's quantiles at `(i + 1/2) / num_samples`, between its own by linear interpolation."""
+        levels = (torch.arange(num_samples, dtype=torch.float64, device=self.quantiles.device) + 0.5) / num_samples
+        last = len(self.quantiles) - 1
+        position = (levels * len(self.quantiles) - 0.5).clamp(0, last)
+        below = position.floor().long()
+        above = (below + 1).clamp(max=last)
+        return torch.lerp(self.quantiles[below], self.quantiles[above], (position - below)[:, None])
+
+
+def sliced_wasserstein(samples: Tensor, reference: Tensor) -> float:
+    """See `SlicedWasserstein`. Shapes: `(B, ...)` and `(P, ...)`."""
+    return SlicedWasserstein.to(reference)(samples).value
+
+
+def wasserstein_estimate(draws: Tensor, samples: Tensor) -> Estimate:
+    """The 2-Wasserstein distance between two sets, exactly, by optimal assignment; of the first
+    `MAX_WASSERSTEIN_SAMPLES`, or as many as both have. Shapes: `(P, ...)` and `(B, ...)`.
+
+    The sets stand for two distributions: that their distance is more than 0 even if those are the same is Monte
+    Carlo's part, and larger in higher dimension.
+    """
+    size = min(len(samples), len(draws), MAX_WASSERSTEIN_SAMPLES)
+    cost = torch.cdist(samples[:size].flatten(1).double(), draws[:size].to(samples.device).flatten(1).double()).square()
+    _, columns = linear_sum_assignment(cost.cpu().numpy())
+    cost = cost[:, torch.from_numpy(columns).to(cost.device)]  # now row i belongs to column i
+    matched = cost.diagonal()
+    return _root(matched.mean(), matched - _column_potential(cost - matched[:, None]))
+
+
+def wasserstein(samples: Tensor, draws: Tensor) -> float:
+    """See `wasserstein_estimate`. Shapes: `(B, ...)` and `(P, ...)`."""
+    return wasserstein_estimate(draws, samples).value
+
+
+def _column_potential(excess: Tensor) -> Tensor:
+    """The dual `v` of an optimal assignment along the diagonal: the largest `v <= 0` with
+    `v_j <= excess_ij + v_i`, as shortest paths (Bellman & Ford); `(B, B)` to `(B,)`."""
+    v = torch.zeros_like(excess[0])
+    for _ in range(len(v)):
+        shorter = (excess + v[:, None]).amin(dim=0)
+        if bool((shorter >= v - 1e-12).all()):
+            break
+        v = torch.minimum(v, shorter)
+    return v
+
+
+def _root(squared: Tensor, influence: Tensor) -> Estimate:
+    """The root of a squared distance, from that and its influence."""
+    value = float(squared.clamp(min=0).sqrt())
+    centred = influence - influence.mean()
+    return Estimate(value, centred / (2 * value) if value > 0 else torch.zeros_like(centred))
+
+
+def sampler_kl(
+    run: Callable[[Tensor], Tensor],
+    x_T: Tensor,
+    mixture: GaussianMixture,
+    *,
+    std: float = 1.0,
+    condition: Tensor | None = None,
+) -> Tensor:
+    """`log q(x0) - log p(x0)` at each sample of a deterministic sampler, `(B,)`; their mean is KL(q | p).
+
+    Both densities are exact, and only the mean over x_T is Monte Carlo: p is the mixture's, and q that of `run`'s
+    output by change of variables, `log N(x_T; 0, std^2 I) - log |det dx0 / dx_T|`. That takes `run` to be one to
+    one. Where long steps fold space over, q has further parts that this leaves out, and the figure is too low.
+
+    Args:
+        run: `x_T -> x0`, each row by itself, without noise, in float64, differentiable in forward mode.
+        x_T: `(B, *sample_shape)`, normal with standard deviation `std`.
+        condition: labels `(B,)` that p is conditioned on; `run` has its own.
+    """
+    x_T = x_T.double()
+    dimension = x_T[0].numel()
+    columns = []
+    for unit in torch.eye(dimension, dtype=x_T.dtype, device=x_T.device):
+        tangent = unit.reshape(x_T.shape[1:]).expand_as(x_T)
+        x0, column = torch.func.jvp(run, (x_T,), (tangent,))
+        columns.append(column.flatten(1))
+    log_det = torch.linalg.slogdet(torch.stack(columns, dim=2)).logabsdet
+    normal = torch.distributions.Normal(0.0, std)
+    return normal.log_prob(x_T).flatten(1).sum(dim=1) - log_det - mixture.log_density(x0, condition)
 
 
 @dataclass(frozen=True)
@@ -46,19 +218,52 @@ class PairedComparison:
     def significantly_lower(self) -> bool:
         return self.high < 0
 
+    @property
+    def significantly_higher(self) -> bool:
+        return self.low > 0
+
 
 def paired_comparison(before: Tensor, after: Tensor) -> PairedComparison:
-    """Compare two errors of the same samples, each `(B,)`, by the normal interval of their differences.
+    """Compare two errors of the same samples, each `(B,)`. Raises: see `bootstrap`."""
+    return bootstrap(mean_estimate(before), mean_estimate(after))
+
+
+def bootstrap(before: Estimate, after: Estimate, *, num_resamples: int = NUM_RESAMPLES) -> PairedComparison:
+    """The change of a figure, and the percentile interval of its paired bootstrap (Efron & Tibshirani 1993, ch. 13);
+    seeded. Figures that are not finite have an interval without width.
 
     Raises:
         ValueError: fewer than two samples.
     """
-    if len(before) < 2:
-        raise ValueError(f"{len(before)} sample; accepted: 2 or more")
-    difference = (after - before).double()
-    mean = float(difference.mean())
-    half = 1.96 * float(difference.std()) / math.sqrt(len(difference))
-    return PairedComparison(mean, mean - half, mean + half)
+    difference = after.influence - before.influence
+    num_samples, change = len(difference), after.value - before.value
+    if num_samples < 2:
+        raise ValueError(f"{num_samples} sample; accepted: 2 or more")
+    if not math.isfinite(change):
+        return PairedComparison(change, change, change)
+    generator = torch.Generator().manual_seed(0)
+    difference = difference.cpu()
+    rows = [
+        difference[torch.randint(num_samples, (100, num_samples), generator=generator)].mean(dim=1)
+        for _ in range(num_resamples // 100)
+    ]
+    tails = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = (change + torch.quantile(torch.cat(rows), tails)).tolist()
+    return PairedComparison(change, low, high)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure that is the better the lower, of the untuned and of the tuned sampler."""
+
+    name: str
+    before: float
+    after: float
+    change: PairedComparison
+
+    def __str__(self) -> str:
+        interval = f"95 % interval of the change {self.change.low:.3g} to {self.change.high:.3g}"
+        return f"{self.name} {self.before:.4g} before, {self.after:.4g} after ({interval})"
 
 
 @dataclass(frozen=True)
@@ -66,25 +271,136 @@ class Evaluation:
     """A tuned schedule against its untuned twin, from the same noise.
 
     Attributes:
-        teacher_l2_before, teacher_l2_after: mean `teacher_l2`, untuned and tuned; change: paired.
-        frechet_before, frechet_after: `frechet_distance` to the reference, untuned and tuned.
+        metrics: by name: `teacher_l2`, `sliced_wasserstein`, and, where they could be measured, `frechet`,
+            `frechet_features`, `wasserstein`, `kl`.
+        adds_noise: whether the sampler does. Then no sample of it is meant to be the teacher's, and the distance
+            of distributions decides: the first of `frechet`, `frechet_features` and `sliced_wasserstein`.
     """
 
-    teacher_l2_before: float
-    teacher_l2_after: float
-    change: PairedComparison
-    frechet_before: float | None
-    frechet_after: float | None
+    metrics: Mapping[str, Metric]
+    adds_noise: bool = False
 
     @property
-    def better(self) -> bool:
-        """Whether tuning brought the samples significantly closer to the teacher's."""
-        return self.change.significantly_lower
+    def teacher_l2_before(self) -> float:
+        return self.metrics["teacher_l2"].before
+
+    @property
+    def teacher_l2_after(self) -> float:
+        return self.metrics["teacher_l2"].after
+
+    @property
+    def change(self) -> PairedComparison:
+        """Of teacher L2."""
+        return self.metrics["teacher_l2"].change
+
+    @property
+    def frechet_before(self) -> float | None:
+        return self.metrics["frechet"].before if "frechet" in self.metrics else None
+
+    @property
+    def frechet_after(self) -> float | None:
+        return self.metrics["frechet"].after if "frechet" in self.metrics else None
+
+    @property
+    def deciding(self) -> Metric:
+        """The metric that has to fall."""
+        names = ("frechet", "frechet_features", "sliced_wasserstein") if self.adds_noise else ("teacher_l2",)
+        return next(self.metrics[name] for name in names if name in self.metrics)
 
     @property
     def score(self) -> float:
-        """Distance to the teacher, tuned over untuned."""
-        return self.teacher_l2_after / self.teacher_l2_before if self.teacher_l2_before > 0 else 1.0
+        """The deciding metric, tuned over untuned."""
+        return self.deciding.after / self.deciding.before if self.deciding.before > 0 else 1.0
+
+    @property
+    def better(self) -> bool:
+        """Whether tuning helped beyond chance, and harmed nothing: the deciding metric's interval is below 0, the
+        Fréchet distance is not up at all, and no other metric's interval is above 0."""
+        return self._objection is None
+
+    @property
+    def reason(self) -> str:
+        """Why it is better, or is not: the metric that says so, and its figures."""
+        return f"fell: {self.deciding}" if self._objection is None else self._objection
+
+    @property
+    def _objection(self) -> str | None:
+        deciding = self.deciding
+        if not deciding.change.significantly_lower:
+            return f"did not fall beyond chance: {deciding}"
+        for metric in self.metrics.values():
+            if metric.name == "teacher_l2" and self.adds_noise:
+                continue
+            if metric.change.significantly_higher or (metric.name == "frechet" and metric.change.mean > 0):
+                return f"rose: {metric}"
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it; figures that are not finite are None."""
+        metrics = {name: _finite(asdict(metric)) for name, metric in self.metrics.items()}
+        verdict = {"better": self.better, "reason": self.reason, "score": self.score, "adds_noise": self.adds_noise}
+        return _finite(verdict) | {"metrics": metrics}
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _finite(value)
+        if isinstance(value, dict)
+        else None
+        if isinstance(value, float) and not math.isfinite(value)
+        else value
+        for key, value in values.items()
+    }
+
+
+def data_measures(
+    reference: Tensor, features: Callable[[Tensor], Tensor] | None = None, mixture: GaussianMixture | None = None
+) -> dict[str, Measure]:
+    """Distances to a reference `(P, ...)`, by name; what only depends on the reference is computed here, once.
+
+    Args:
+        features: `(B, ...) -> (B, F)`, for a Fréchet distance in their space.
+        mixture: what the samples should be drawn from, for the exact Wasserstein distance to draws from it.
+    """
+    measures: dict[str, Measure] = {}
+    if reference[0].numel() <= MAX_FRECHET_DIMENSION:
+        measures["frechet"] = Frechet.to(reference)
+    if features is not None:
+        measures["frechet_features"] = _in_space(features, Frechet.to(features(reference)))
+    measures["sliced_wasserstein"] = SlicedWasserstein.to(reference)
+    if mixture is not None:
+        draws, _ = mixture.sample(MAX_WASSERSTEIN_SAMPLES, torch.Generator().manual_seed(1))
+        measures["wasserstein"] = partial(wasserstein_estimate, draws)
+    return measures
+
+
+def _in_space(features: Callable[[Tensor], Tensor], measure: Measure) -> Measure:
+    return lambda samples: measure(features(samples))
+
+
+def measure(
+    samples: Tensor,
+    teacher_samples: Tensor,
+    measures: Mapping[str, Measure],
+    kl_terms: Tensor | None = None,
+) -> dict[str, Estimate]:
+    """All figures of samples `(B, ...)`: `teacher_l2`, those of `data_measures`, and `kl` of `sampler_kl`'s terms.
+    Infinite where a sample is not finite."""
+    if not bool(torch.isfinite(samples).all()):
+        names = ["teacher_l2", *measures, *([] if kl_terms is None else ["kl"])]
+        return dict.fromkeys(names, Estimate(math.inf, torch.zeros(len(samples), dtype=torch.float64)))
+    estimates = {"teacher_l2": mean_estimate(teacher_l2(samples, teacher_samples))}
+    estimates |= {name: distance(samples) for name, distance in measures.items()}
+    return estimates if kl_terms is None else estimates | {"kl": mean_estimate(kl_terms)}
+
+
+def compare(before: Mapping[str, Estimate], after: Mapping[str, Estimate], *, adds_noise: bool = False) -> Evaluation:
+    """Two samplers' figures, by `measure`, from the same noise in the same order. Raises: see `bootstrap`."""
+    metrics = {
+        name: Metric(name, before[name].value, after[name].value, bootstrap(before[name], after[name]))
+        for name in before
+    }
+    return Evaluation(metrics, adds_noise)
 
 
 def evaluate(
@@ -95,21 +411,26 @@ def evaluate(
     reference: Tensor | None,
     *,
     untuned_timesteps: Tensor | None = None,
+    features: Callable[[Tensor], Tensor] | None = None,
+    mixture: GaussianMixture | None = None,
+    kl: Callable[[Tensor, Tensor | None], Tensor] | None = None,
+    adds_noise: bool = False,
 ) -> Evaluation:
     """Compare `sample(timesteps, t_ratios)` with `sample(untuned_timesteps, None)`, both from the teacher's noise.
 
     Args:
         untuned_timesteps: the untuned sampler's grid; default the same.
         teacher_samples: `(B, ...)`. reference: data `(P, ...)`; None compares with the teacher's samples.
+        features, mixture: see `data_measures`; a mixture only if its samples are what is asked for, without
+            guidance.
+        kl: like `sample`, but gives `sampler_kl` of that schedule.
+        adds_noise: see `Evaluation`.
     """
-    before = sample(timesteps if untuned_timesteps is None else untuned_timesteps, None)
-    after = sample(timesteps, t_ratios)
-    l2_before, l2_after = teacher_l2(before, teacher_samples), teacher_l2(after, teacher_samples)
-    reference = teacher_samples if reference is None else reference
-    return Evaluation(
-        teacher_l2_before=float(l2_before.mean()),
-        teacher_l2_after=float(l2_after.mean()),
-        change=paired_comparison(l2_before, l2_after),
-        frechet_before=frechet_distance(before, reference),
-        frechet_after=frechet_distance(after, reference),
-    )
+    untuned = timesteps if untuned_timesteps is None else untuned_timesteps
+    measures = data_measures(teacher_samples if reference is None else reference, features, mixture)
+
+    def figures(timesteps: Tensor, t_ratios: Tensor | None) -> dict[str, Estimate]:
+        kl_terms = None if kl is None else kl(timesteps, t_ratios)
+        return measure(sample(timesteps, t_ratios), teacher_samples, measures, kl_terms)
+
+    return compare(figures(untuned, None), figures(timesteps, t_ratios), adds_noise=adds_noise)

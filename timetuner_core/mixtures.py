@@ -58,6 +58,15 @@ class GaussianMixture:
         t = self.noise_schedule.time_of_model_input(t_input)
         return torch.logsumexp(self._log_joint(x, t, condition), 1) - torch.logsumexp(self._log_joint(x, t, None), 1)
 
+    def log_density(self, x0: Tensor, condition: Tensor | None = None) -> Tensor:
+        """log p(x0), or log p(x0 | c) for labels `(B,)`, at clean samples `(B, *sample_shape)`; `(B,)`."""
+        variances = (self.stds.to(x0.dtype) ** 2).expand(len(x0), -1)
+        log_joint = self._log_normals(x0, torch.ones_like(variances[:, :1]), variances)
+        log_weights = self.weights.to(x0.dtype).log().expand(len(x0), -1)
+        log_prior = self._of_class(log_weights, condition)
+        constant = 0.5 * math.prod(self.sample_shape) * math.log(2 * math.pi)
+        return torch.logsumexp(log_joint + log_prior, 1) - torch.logsumexp(log_prior, 1) - constant
+
     def sample(self, num_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Exact samples of x0 `(num_samples, *sample_shape)` and their class labels `(num_samples,)`."""
         k = torch.multinomial(self.weights.cpu(), num_samples, replacement=True, generator=generator)
@@ -71,11 +80,17 @@ class GaussianMixture:
 
     def _log_joint(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         """log weights_k N(x_t; ...) up to a constant shared by all components, `(B, K)`."""
-        variances = self._variances(t)
-        centres = self.noise_schedule.marginal_alpha(t)[:, None, None] * self.means.to(x.dtype).flatten(1)
+        log_normals = self._log_normals(x, self.noise_schedule.marginal_alpha(t)[:, None], self._variances(t))
+        return self._of_class(self.weights.to(x.dtype).log() + log_normals, condition)
+
+    def _log_normals(self, x: Tensor, alpha: Tensor, variances: Tensor) -> Tensor:
+        """log N(x; alpha means_k, variances_k) without its constant, `(B, K)`, for `alpha` `(B, 1)`."""
+        centres = alpha[..., None] * self.means.to(x.dtype).flatten(1)
         distances = (x.flatten(1)[:, None] - centres).square().sum(dim=2)
-        dimension = math.prod(self.sample_shape)
-        log_joint = self.weights.to(x.dtype).log() - 0.5 * (distances / variances + dimension * variances.log())
+        return -0.5 * (distances / variances + math.prod(self.sample_shape) * variances.log())
+
+    def _of_class(self, log_joint: Tensor, condition: Tensor | None) -> Tensor:
+        """`(B, K)` with -inf for the components of other classes than asked for."""
         if condition is None:
             return log_joint
         other_class = (self.classes != condition[:, None]) & (condition[:, None] != self.null_class_label)

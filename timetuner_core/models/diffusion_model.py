@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from timetuner_core.mixtures import GaussianMixture
 from timetuner_core.model_wrapper import GuidanceType, GuidedModel, ModelType, model_wrapper
 from timetuner_core.noise_schedule import NoiseSchedule
 
@@ -36,6 +37,8 @@ class DiffusionModel:
         draw_conditions: `(num_samples, generator) -> conditions`, or None if there are none to draw: classes
             uniformly, tensors from the data.
         sigma_data: of EDM's preconditioning, if `model_type` is `edm`.
+        features: `(B, *image_shape) -> (B, F)`, a space that suits its images, to measure distances in; or None.
+        mixture: the exact distribution of its data, where that is known.
     """
 
     network: Callable[..., Tensor]
@@ -55,6 +58,8 @@ class DiffusionModel:
     uncond_condition: Tensor | None = None
     draw_conditions: Callable[[int, torch.Generator], Tensor] | None = None
     sigma_data: float = 0.5
+    features: Callable[[Tensor], Tensor] | None = None
+    mixture: GaussianMixture | None = None
 
     @property
     def is_conditional(self) -> bool:
