@@ -1,12 +1,15 @@
 """Loading models: diffusers-format folders (JSON configs and safetensors, never a pickle) and built-ins."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from timetuner_core.features import digit_features
 from timetuner_core.mixtures import GaussianMixture, gratings_mixture, ring_mixture
 from timetuner_core.models.data import ModelData, read_data, read_null_class
 from timetuner_core.models.diffusion_model import DiffusionModel, draw_classes, draw_rows
@@ -72,7 +75,8 @@ def load_builtin(
         ModelFormatError: unknown name.
     """
     if name in BUILTIN_FOLDERS:
-        return load_folder(BUILTIN_FOLDERS[name], device, dtype=dtype, channels_last=channels_last, compile=compile)
+        model = load_folder(BUILTIN_FOLDERS[name], device, dtype=dtype, channels_last=channels_last, compile=compile)
+        return replace(model, features=digit_features())
     if name not in BUILTIN_MIXTURES:
         raise ModelFormatError("builtin", f"{name!r} is unknown; accepted: {', '.join(BUILTINS)}")
     mixture = BUILTIN_MIXTURES[name]()
@@ -91,6 +95,7 @@ def load_builtin(
         image_shape=mixture.sample_shape,
         uncond_condition=torch.tensor([mixture.null_class_label]),
         draw_conditions=draw_classes(mixture.num_classes),
+        mixture=on_device,
     )
 
 
@@ -135,7 +140,7 @@ def load_folder(
     data = read_data(path, image_shape, num_classes, network.condition_dim)
     null_class = None if null_class_label is None else torch.tensor([null_class_label])
     uncond_condition = data.uncond_condition if null_class is None else null_class
-    codec = {} if vae is None else {"encode": vae.encode, "decode": vae.decode}
+    codec: dict[str, Any] = {} if vae is None else {"encode": vae.encode, "decode": vae.decode}
     return DiffusionModel(
         network=_network(network, uncond_condition, device),
         classifier=None,

@@ -1,7 +1,11 @@
 """Measures of a sampler against closed forms, scipy and simulation."""
 
 import dataclasses
+import itertools
+import json
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,15 +13,34 @@ import torch
 from scipy.linalg import sqrtm
 from scipy.stats import bootstrap as scipy_bootstrap
 from torch import Tensor
+from torch.distributions import MultivariateNormal, kl_divergence
 
-from tests.core.conftest import normals
+from tests.core.conftest import normals, small_mixture
+from timetuner_core import NoiseScheduleVP, model_wrapper
 from timetuner_core.evaluation import (
     MAX_FRECHET_DIMENSION,
+    Evaluation,
+    Frechet,
+    Measure,
+    Metric,
+    PairedComparison,
+    SlicedWasserstein,
+    bootstrap,
     evaluate,
     frechet_distance,
     paired_comparison,
+    sampler_kl,
+    sliced_wasserstein,
     teacher_l2,
+    wasserstein,
+    wasserstein_estimate,
 )
+from timetuner_core.grids import make_timesteps
+from timetuner_core.mixtures import GaussianMixture
+from timetuner_core.samplers import get_sampler
+from timetuner_core.samplers import sample as sampled
+
+ALL_METRICS = ("teacher_l2", "frechet", "frechet_features", "sliced_wasserstein", "wasserstein", "kl")
 
 
 def standardised(*shape: int, seed: int) -> Tensor:
@@ -82,10 +105,10 @@ def test_paired_comparison_is_the_interval_of_the_differences() -> None:
 
 
 def test_the_interval_covers_the_true_change_nineteen_times_in_twenty() -> None:
-    differences = normals(1000, 100) - 0.3
+    differences = normals(300, 100) - 0.3
     intervals = [paired_comparison(torch.zeros(100), row) for row in differences]
-    covered = sum(interval.low < -0.3 < interval.high for interval in intervals) / 1000
-    assert covered == pytest.approx(0.95, abs=3 * math.sqrt(0.95 * 0.05 / 1000))
+    covered = sum(interval.low < -0.3 < interval.high for interval in intervals) / 300
+    assert covered == pytest.approx(0.95, abs=0.04)
 
 
 @pytest.mark.parametrize(("change", "lower"), [(-0.5, True), (0.0, False), (0.5, False)])
@@ -117,9 +140,181 @@ def test_evaluation_compares_tuned_with_untuned_from_the_same_noise() -> None:
     assert (worse.score, worse.frechet_after) == pytest.approx((2.0, 4.0))
 
 
+def test_evaluation_measures_features_and_mixtures_if_told_of_them() -> None:
+    mixture = small_mixture()
+    teacher, _ = mixture.sample(60, torch.Generator().manual_seed(0))
+
+    def sample(timesteps: Tensor, t_ratios: Tensor | None) -> Tensor:
+        return teacher * (0.5 if t_ratios is None else 0.9)
+
+    evaluation = evaluate(
+        sample,
+        torch.tensor([1.0, 0.1]),
+        torch.tensor([0.9]),
+        teacher,
+        teacher,
+        features=lambda x: x[:, :1],
+        mixture=mixture,
+        kl=lambda _, t_ratios: torch.full((60,), 2.0 if t_ratios is None else 1.0),
+    )
+    assert set(evaluation.metrics) == {*ALL_METRICS}
+    assert all(metric.change.significantly_lower for metric in evaluation.metrics.values())
+    assert (evaluation.metrics["kl"].before, evaluation.metrics["kl"].after) == (2.0, 1.0)
+    assert evaluation.metrics["frechet_features"].before == pytest.approx(
+        frechet_distance(0.5 * teacher[:, :1], teacher[:, :1])
+    )
+
+
 def test_a_sampler_already_at_the_teacher_scores_one() -> None:
     teacher = normals(8, 2)
     evaluation = evaluate(lambda *_: teacher, torch.tensor([1.0, 0.1]), torch.tensor([1.0]), teacher, None)
     assert evaluation.score == 1.0
     assert not evaluation.better
     assert all(math.isfinite(value) for value in dataclasses.astuple(evaluation.change))
+
+
+FELL, FELL_PERHAPS, ROSE_PERHAPS, ROSE = (-0.3, -0.1), (-0.3, 0.1), (-0.1, 0.3), (0.1, 0.3)
+
+
+def evaluation_of(adds_noise: bool, **intervals: tuple[float, float]) -> Evaluation:
+    metrics = {}
+    for name, (low, high) in intervals.items():
+        change = PairedComparison((low + high) / 2, low, high)
+        metrics[name] = Metric(name, 1.0, 1.0 + change.mean, change)
+    return Evaluation(metrics, adds_noise)
+
+
+@pytest.mark.parametrize(
+    ("adds_noise", "intervals", "better", "reason"),
+    [
+        (False, {"teacher_l2": FELL, "frechet": FELL_PERHAPS}, True, "fell: teacher_l2"),
+        (False, {"teacher_l2": FELL}, True, "fell: teacher_l2"),
+        (False, {"teacher_l2": FELL_PERHAPS, "frechet": FELL}, False, "did not fall beyond chance: teacher_l2"),
+        (False, {"teacher_l2": (0.0, 0.0), "frechet": (0.0, 0.0)}, False, "did not fall beyond chance: teacher_l2"),
+        (False, {"teacher_l2": FELL, "frechet": ROSE_PERHAPS}, False, "rose: frechet"),
+        (False, {"teacher_l2": FELL, "frechet": FELL, "frechet_features": ROSE_PERHAPS}, True, "fell: teacher_l2"),
+        (False, {"teacher_l2": FELL, "frechet": FELL, "frechet_features": ROSE}, False, "rose: frechet_features"),
+        (False, {"teacher_l2": FELL, "frechet": FELL, "kl": ROSE}, False, "rose: kl"),
+        (True, {"teacher_l2": ROSE, "frechet": FELL}, True, "fell: frechet"),
+        (True, {"teacher_l2": FELL, "frechet": FELL_PERHAPS}, False, "did not fall beyond chance: frechet"),
+        (True, {"teacher_l2": FELL, "frechet": FELL, "sliced_wasserstein": ROSE}, False, "rose: sliced_wasserstein"),
+        (True, {"teacher_l2": ROSE, "sliced_wasserstein": FELL}, True, "fell: sliced_wasserstein"),
+    ],
+)
+def test_a_schedule_is_better_if_what_decides_fell_and_nothing_rose(
+    adds_noise: bool, intervals: dict[str, tuple[float, float]], better: bool, reason: str
+) -> None:
+    evaluation = evaluation_of(adds_noise, **intervals)
+    assert evaluation.better is better
+    assert evaluation.reason.startswith(reason + " 1 before")
+
+
+def test_samples_that_are_not_finite_are_worse_and_still_go_into_json() -> None:
+    teacher = normals(16, 2)
+
+    def sample(timesteps: Tensor, t_ratios: Tensor | None) -> Tensor:
+        return teacher + (1.0 if t_ratios is None else math.nan)
+
+    evaluation = evaluate(sample, torch.tensor([1.0, 0.1]), torch.tensor([0.9]), teacher, None)
+    assert not evaluation.better
+    figures = json.loads(json.dumps(evaluation.to_dict(), allow_nan=False))
+    assert (figures["better"], figures["score"]) == (False, None)
+    assert figures["metrics"]["teacher_l2"]["before"] == pytest.approx(math.sqrt(2))
+    assert figures["metrics"]["teacher_l2"]["after"] is None
+
+
+# The reference and the two samplers of it that the intervals below are of: one too narrow, one less so.
+REFERENCE = normals(400, 3, seed=99)
+MEASURES: dict[str, Measure] = {
+    "frechet": Frechet.to(REFERENCE),
+    "sliced_wasserstein": SlicedWasserstein.to(REFERENCE, num_projections=16),
+    "wasserstein": partial(wasserstein_estimate, REFERENCE),
+}
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_distances_interval_covers_the_change_to_be_expected(name: str) -> None:
+    x = normals(120, 100, 3)
+    changes = [bootstrap(MEASURES[name](0.6 * z), MEASURES[name](0.8 * z + 0.1)) for z in x]
+    expected = sum(change.mean for change in changes) / len(changes)
+    covered = sum(change.low < expected < change.high for change in changes) / len(changes)
+    assert expected < 0
+    assert 0.88 <= covered < 1.0
+
+
+@pytest.mark.parametrize("name", ["frechet", "sliced_wasserstein"])
+def test_a_samples_influence_is_what_leaving_it_out_changes(name: str) -> None:
+    x = 0.8 * normals(200, 3) + 0.1
+    measure = MEASURES[name]
+    value, influence = measure(x)
+    left_out = torch.tensor([measure(torch.cat([x[:i], x[i + 1 :]])).value for i in range(200)])
+    jackknife = 199 * (left_out.mean() - left_out)
+    assert value == pytest.approx(float(left_out.mean()), rel=0.01)
+    assert float((influence - jackknife).square().mean() / influence.square().mean()) < 0.03
+
+
+def test_sliced_wasserstein_distance_of_shifted_gaussians_is_the_closed_form() -> None:
+    """`|shift| / sqrt(D)` between N(0, I) and N(shift, I)."""
+    shift = torch.tensor([1.0, -2.0, 0.5, 0.0])
+    a, b = normals(2000, 4), normals(1500, 4, seed=1) + shift
+    measure = SlicedWasserstein.to(b, num_projections=500)
+    assert measure(a).value == pytest.approx(float(shift.norm()) / 2, rel=0.05)
+
+
+def test_sliced_wasserstein_distance_takes_sets_of_any_size() -> None:
+    a, b = normals(50, 3), 2 * normals(50, 3, seed=1)
+    assert sliced_wasserstein(a, b.repeat(2, 1)) == pytest.approx(sliced_wasserstein(a, b))
+    assert sliced_wasserstein(a.repeat(3, 1), b) == pytest.approx(sliced_wasserstein(a, b), rel=0.02)
+    assert sliced_wasserstein(a, a) == pytest.approx(0, abs=1e-12)
+
+
+def test_wasserstein_distance_is_that_of_the_best_of_all_pairings() -> None:
+    a, b = normals(6, 2, 2), normals(6, 2, 2, seed=1)
+    squared = [float((a - b[list(order)]).square().sum() / 6) for order in itertools.permutations(range(6))]
+    assert wasserstein(a, b) == pytest.approx(math.sqrt(min(squared)))
+
+
+def test_wasserstein_distance_of_shifted_sets_is_the_shift() -> None:
+    a = normals(300, 2)
+    shift = torch.tensor([0.3, 0.4])
+    assert wasserstein(a, a.flip(0) + shift) == pytest.approx(0.5)
+    assert wasserstein_estimate(a.flip(0) + shift, a).influence.shape == (300,)
+
+
+def gaussian(std: float, *mean: float) -> GaussianMixture:
+    return GaussianMixture(
+        NoiseScheduleVP("linear"),
+        means=torch.tensor([mean], dtype=torch.float64),
+        stds=torch.tensor([std], dtype=torch.float64),
+        weights=torch.ones(1, dtype=torch.float64),
+        classes=torch.zeros(1, dtype=torch.int64),
+    )
+
+
+def check_kl(run: Callable[[Tensor], Tensor], mixture: GaussianMixture, std: float = 1.0) -> None:
+    """That of an affine map of normal noise, against the closed form of two Gaussians."""
+    x_T = std * normals(4000, 2)
+    shift, *columns = run(torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64))
+    matrix = torch.stack([column - shift for column in columns], dim=1)
+    q = MultivariateNormal(shift, std**2 * matrix @ matrix.T)
+    p = MultivariateNormal(mixture.means[0], mixture.stds[0] ** 2 * torch.eye(2, dtype=torch.float64))
+    terms = sampler_kl(run, x_T, mixture, std=std)
+    x0 = run(x_T)
+    torch.testing.assert_close(terms, q.log_prob(x0) - p.log_prob(x0))
+    error = 5 * float(terms.std()) / math.sqrt(len(terms))
+    assert float(terms.mean()) == pytest.approx(float(kl_divergence(q, p)), abs=error)
+
+
+@pytest.mark.parametrize("std", [1.0, 3.0])
+def test_kl_of_an_affine_map_of_the_noise_is_that_of_two_gaussians(std: float) -> None:
+    matrix = torch.tensor([[0.3, 0.1], [-0.2, -0.4]], dtype=torch.float64)
+    check_kl(lambda x: x @ matrix.T + 0.2, gaussian(0.5, 0.3, -0.1), std)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "dpmpp_2m"])
+def test_kl_of_a_sampler_of_one_gaussian_which_is_affine(sampler: str) -> None:
+    mixture = gaussian(0.5, 0.3, -0.1)
+    step_fn = get_sampler(sampler).step_fn(model_wrapper(mixture, mixture.noise_schedule), mixture.noise_schedule)
+    timesteps = make_timesteps(mixture.noise_schedule, 4)
+    t_ratios = torch.tensor([0.9, 0.95, 0.9, 1.0])
+    check_kl(lambda x: sampled(step_fn, x, timesteps, t_ratios), mixture)

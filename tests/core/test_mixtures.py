@@ -87,6 +87,27 @@ def test_the_class_posterior_is_that_of_bayes_and_sums_to_one(make_mixture: Call
         torch.testing.assert_close(posterior[label], expected, atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("label", [None, 0, 1])
+@every_mixture
+def test_the_density_is_that_of_torchs_distributions(
+    make_mixture: Callable[[], GaussianMixture], label: int | None
+) -> None:
+    mixture = in_float64(make_mixture())
+    x0 = mixture.sample(6, torch.Generator().manual_seed(0))[0].double()
+    condition = None if label is None else torch.full((6,), label)
+    expected = distribution(mixture, 0.0, label).log_prob(x0.flatten(1))
+    torch.testing.assert_close(mixture.log_density(x0, condition), expected)
+
+
+@every_mixture
+def test_the_density_of_the_null_label_is_the_whole_mixtures(make_mixture: Callable[[], GaussianMixture]) -> None:
+    mixture = make_mixture()
+    x0, labels = mixture.sample(6, torch.Generator().manual_seed(0))
+    some = torch.where(torch.arange(6) < 3, mixture.null_class_label, labels)
+    expected = torch.cat([mixture.log_density(x0)[:3], mixture.log_density(x0, labels)[3:]])
+    torch.testing.assert_close(mixture.log_density(x0, some), expected)
+
+
 @every_mixture
 def test_samples_have_the_exact_moments_and_class_frequencies(make_mixture: Callable[[], GaussianMixture]) -> None:
     mixture, num_samples = in_float64(make_mixture()), 20_000
