@@ -161,13 +161,14 @@ class TimeTuner:
         total_iters: int = 500,
         verbose: bool = False,
         *,
+        optimizer: tuning.Optimizer = "adam",
         batch_size: int | None = None,
         population_size: int = 1024,
         seed: int = 0,
         device: torch.device | str | None = None,
         **step_kwargs: Any,
     ) -> Tensor:
-        """Learn one ratio per step by Adam, the network frozen: see `tuning.tune_next_eps`.
+        """Learn one ratio per step, the network frozen, by the published objective: see `tuning.tune_per_step`.
 
         Args:
             data_loader: yields mappings with `image` `(B, ...)` and, for conditional models, `label`
@@ -177,6 +178,8 @@ class TimeTuner:
                 taking `t`, `s` and `t_ratio` of shape `()` or `(B,)`; `self.ddim_step_fn`, say,
                 or `self.step_fn(name)`.
             encode_fn: applied to each batch of images (LDM's encoder).
+            optimizer: `adam`, as in the original, or `gauss_newton`, which finds the same ratios in some
+                twentieth of the time and ends by itself, after `total_iters` batches at most.
             batch_size: samples per step and iteration; default that of the loader.
             seed: fixes every draw: the same arguments give the same ratios.
             device: where to put the images; default where the loader has them.
@@ -185,7 +188,7 @@ class TimeTuner:
             t_ratios, `(num_steps,)`, float64 on the CPU.
 
         Raises:
-            ValueError: an empty loader, or what `get_timesteps` and `tuning.tune_next_eps` raise.
+            ValueError: an empty loader, or what `get_timesteps` and `tuning.tune_per_step` raise.
         """
         grid = self.get_timesteps(num_steps, timesteps)
         x0, condition, loader_batch = _population(data_loader, encode_fn, population_size, device)
@@ -201,8 +204,8 @@ class TimeTuner:
             step_kwargs=step_kwargs,
         )
         groups = 1 if tune_type == "parallel" else problem.num_steps - 1
-        state = tuning.TuningState.start(problem.num_steps)
-        tuned = tuning.tune_next_eps(problem, state, tune_type, lr, total_iters)
+        state = tuning.TuningState.start(grid)
+        tuned = tuning.tune_per_step(problem, state, "next_eps", tune_type, optimizer, lr=lr, total_iters=total_iters)
         return _last_ratios(tuned, state, groups * total_iters, verbose)
 
     def optimize_end_to_end(
@@ -244,9 +247,9 @@ class TimeTuner:
             seed=seed,
             step_kwargs=step_kwargs,
         )
-        state = tuning.TuningState.start(problem.num_steps)
+        state = tuning.TuningState.start(problem.timesteps)
         teacher = teacher_timesteps(self.noise_schedule, teacher_num_steps)
-        tuned = tuning.tune_end_to_end(problem, state, teacher, lr, total_iters)
+        tuned = tuning.tune_end_to_end(problem, state, teacher, lr=lr, total_iters=total_iters)
         return _last_ratios(tuned, state, total_iters + math.ceil(len(x) / batch_size), verbose)
 
 

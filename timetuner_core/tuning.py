@@ -1,11 +1,12 @@
-"""Learning `t_ratios` with the network frozen: the published per-step objective, and end to end.
+"""Learning `t_ratios`, and the grid, with the network frozen: step by step, and end to end.
 
 Every random draw is keyed by (seed, step, iteration), so a run that is stopped at any iteration and resumed
 from its `TuningState` gives the same numbers as an unbroken one, and a step gives the same ratio whether it
 is tuned alone or in one batch with others.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from timetuner_core.gauss_newton import MEMORY, MIN_BATCHES, GaussNewton
 from timetuner_core.model_wrapper import GuidedModel
 from timetuner_core.noise_schedule import NoiseSchedule
 from timetuner_core.samplers import (
@@ -28,6 +30,9 @@ from timetuner_core.samplers import (
 )
 
 TuneType = Literal["sequential", "parallel"]
+StepObjective = Literal["next_eps", "teacher_step"]
+Optimizer = Literal["gauss_newton", "adam"]
+Parameters = Literal["t_ratios", "timesteps", "both"]
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,11 @@ class TuningProblem:
     def adds_noise(self) -> bool:
         return adds_noise(self.step_fn, self.step_kwargs.get("eta", 0))
 
-    def ratio_bounds(self) -> tuple[Tensor, Tensor]:
-        """Per step, the least and greatest ratio that keep conditioning within `[t_min, T]`, wherever from t to s
-        the step calls the network."""
-        t, s = self.timesteps[:-1], self.timesteps[1:]
+    def ratio_bounds(self, timesteps: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Per step of a grid, the problem's own if none is given, the least and greatest ratio that keep
+        conditioning within `[t_min, T]`, wherever from t to s the step calls the network."""
+        timesteps = self.timesteps if timesteps is None else timesteps
+        t, s = timesteps[:-1], timesteps[1:]
         calls_on_the_way = isinstance(self.step_fn, SamplerStep) and self.step_fn.sampler.calls_per_step > 1
         lowest = torch.where(s > 0, s, t) if calls_on_the_way else t
         floor = lowest.clamp(max=self.noise_schedule.t_min)
@@ -82,60 +88,94 @@ class Carried:
 
 @dataclass
 class TuningState:
-    """Progress of a run, all that resuming needs: per step, `(num_steps,)` float64 tensors on the CPU.
+    """Progress of a run, all that resuming needs: float64 tensors on the CPU, one row per step.
 
-    `loss` is the last iteration's, `initial_loss` that of the first, at `r = 1`; NaN before a step starts.
+    Attributes:
+        timesteps: `(num_steps + 1,)`, which only tuners that move the grid change. t_ratios: `(num_steps,)`.
+        iterations: how many each step has had; done: whether it needs no more; `(num_steps,)`.
+        memory: the optimiser's, `(num_steps, MEMORY)`.
+        loss: the last iteration's; initial_loss: the first's, at `r = 1`; NaN before a step starts; `(num_steps,)`.
     """
 
     t_ratios: Tensor
+    timesteps: Tensor
     iterations: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    memory: Tensor
     loss: Tensor
     initial_loss: Tensor
+    done: Tensor
 
     @classmethod
-    def start(cls, num_steps: int) -> "TuningState":
-        ones = torch.ones(num_steps, dtype=torch.float64)
+    def start(cls, timesteps: Tensor) -> "TuningState":
+        """Nothing tuned yet, on a grid `(num_steps + 1,)`."""
+        ones = torch.ones(len(timesteps) - 1, dtype=torch.float64)
         zeros, nans = torch.zeros_like(ones), torch.full_like(ones, torch.nan)
-        return cls(ones, zeros.clone(), zeros.clone(), zeros.clone(), nans.clone(), nans.clone())
+        memory = ones.new_zeros(len(ones), MEMORY)
+        done = torch.zeros(len(ones), dtype=torch.bool)
+        return cls(ones, timesteps.double().cpu().clone(), zeros, memory, nans, nans.clone(), done)
+
+    def note(self, steps: list[int], loss: Tensor) -> None:
+        """One more iteration on `steps`, with these losses."""
+        self.iterations[steps] += 1
+        self.loss[steps] = loss.detach().double().cpu()
+        first = [i for i in steps if self.iterations[i] == 1]
+        self.initial_loss[first] = self.loss[first]
 
 
-def tune_next_eps(
+def tune_per_step(
     problem: TuningProblem,
     state: TuningState,
+    objective: StepObjective = "next_eps",
     tune_type: TuneType = "sequential",
+    optimizer: Optimizer = "gauss_newton",
+    *,
     lr: float = 2e-3,
     total_iters: int = 500,
+    tolerance: float = 5e-3,
+    substeps: int = 8,
+    steps: list[int] | None = None,
 ) -> Iterator[TuningState]:
-    """The published procedure (TimeTuner, CVPR 2024): per step, Adam on the batch mean of
-    `|| eps(x_t, t) - eps(x_s(r), s) ||^2`; the last step keeps `r = 1`.
+    """One ratio per step, each by its own objective: the least batch mean of a squared residual.
 
-    `parallel` draws `x_t = alpha_t x0 + sigma_t z` and tunes all steps in one batch. `sequential` tunes step
-    after step on a population of `x_t` carried forward by the steps already tuned, so its cost is linear
-    in the number of steps.
+    - `next_eps`, the published one (TimeTuner, Xia et al., CVPR 2024): `eps(x_t, t) - eps(x_s(r), s)`; the last step
+      keeps `r = 1`.
+    - `teacher_step`: `x_s(r) - x_s*`, where the same sampler reaches x_s* from the same x_t in `substeps` steps.
+
+    `parallel` draws `x_t = alpha_t x0 + sigma_t z` and tunes all steps in one batch. `sequential` tunes step after
+    step on a population of `x_t` carried forward by the steps already tuned, so its cost is linear in the number of
+    steps.
+
+    Args:
+        optimizer: `adam`, as published, takes `total_iters` iterations per step at `lr`. `gauss_newton` stops at the
+            `tolerance`, see `gauss_newton.GaussNewton`, or after `total_iters` batches.
+        steps: for `parallel`, only these.
 
     Yields:
         `state`, updated in place, after each iteration.
 
     Raises:
-        ValueError: unknown `tune_type`, `parallel` for a multistep sampler, whose steps need those before, or a
-            number below its minimum.
+        ValueError: an unknown name, `parallel` for a multistep sampler, whose steps need those before, `teacher_step`
+            for a sampler that adds noise, or a number below its minimum.
     """
-    if tune_type not in get_args(TuneType):
-        raise ValueError(f"tune_type is {tune_type!r}; accepted: {', '.join(get_args(TuneType))}")
-    if tune_type == "parallel" and history_length(problem.step_fn):
-        raise ValueError("tune_type is 'parallel'; accepted for a multistep sampler: 'sequential'")
-    _check_numbers(problem, lr, total_iters)
-    num_tuned = problem.num_steps - 1
+    _check_per_step(problem, objective, tune_type, optimizer)
+    _check_numbers(problem, lr=lr, total_iters=total_iters, tolerance=tolerance, substeps=substeps)
+    num_tuned = problem.num_steps - (objective == "next_eps")
+    state.done[num_tuned:] = True
+    wanted = range(num_tuned) if steps is None else sorted(set(steps) & set(range(num_tuned)))
+
+    def run(steps: list[int], carried: Carried | None) -> Iterator[TuningState]:
+        residuals = StepResiduals(problem, objective, substeps, carried)
+        if optimizer == "adam":
+            return _adam(problem, state, steps, lr, total_iters, residuals)
+        return _gauss_newton(problem, state, steps, tolerance, total_iters, residuals)
+
     if tune_type == "parallel":
-        steps = list(range(num_tuned))
-        yield from _adam(problem, state, steps, lr, total_iters, _next_eps_losses(problem, steps, None))
+        yield from run(list(wanted), None)
         return
     z = torch.randn(problem.population.shape, generator=_generator(problem.seed, 0, 0))
     carried = Carried(_diffuse(problem, problem.population, z.to(problem.population), problem.timesteps[0]))
     for i in range(num_tuned):
-        yield from _adam(problem, state, [i], lr, total_iters, _next_eps_losses(problem, [i], carried))
+        yield from run([i], carried)
         if i + 1 < num_tuned:
             carried = _carry_forward(problem, carried, i, state.t_ratios[i])
 
@@ -144,12 +184,21 @@ def tune_end_to_end(
     problem: TuningProblem,
     state: TuningState,
     teacher_timesteps: Tensor,
+    parameters: Parameters = "t_ratios",
+    *,
     lr: float = 1e-2,
     total_iters: int = 100,
+    starts: Sequence[Tensor] = (),
 ) -> Iterator[TuningState]:
-    """All ratios together, by Adam with `lr` falling to 0, on the batch mean of `|| x0(r) - x0* ||`:
-    the sampler's end result against that of a teacher, the same sampler with `r = 1` on a finer grid.
-    The norm is not squared: squared, the few samples that end in another mode would decide alone.
+    """All steps together, by Adam with `lr` falling to 0, on the batch mean of `|| x0(r) - x0* ||`: the sampler's end
+    result against that of a teacher, the same sampler with `r = 1` on a finer grid. The norm is not squared: squared,
+    the few samples that end in another mode would decide alone.
+
+    `parameters` are the `t_ratios`, the `timesteps` between the first and the last (as LD3 does, Tong et al. 2025; here
+    by the logarithms of their distances, which keeps their order), or `both`.
+
+    `starts` are grids to begin with, of the problem's own ends: the one whose untuned samples are closest to the
+    teacher's, or the problem's own if there are none.
 
     Needs no data: the population is initial noise. Steps are recomputed in the backward pass, so memory does
     not grow with the number of steps.
@@ -158,11 +207,14 @@ def tune_end_to_end(
         `state`, updated in place, after each iteration; before the first, unchanged, as the teacher goes on.
 
     Raises:
-        ValueError: a sampler that adds noise (there is no end result to match), or a number below its minimum.
+        ValueError: unknown `parameters`, a sampler that adds noise (there is no end result to match), or a number
+            below its minimum.
     """
+    if parameters not in get_args(Parameters):
+        raise ValueError(f"parameters is {parameters!r}; accepted: {', '.join(get_args(Parameters))}")
     if problem.adds_noise:
         raise ValueError("the sampler adds noise; accepted, to be tuned end to end: a deterministic one, with eta 0")
-    _check_numbers(problem, lr, total_iters)
+    _check_numbers(problem, lr=lr, total_iters=total_iters)
     if bool((state.iterations >= total_iters).all()):
         return
     targets = []
@@ -170,18 +222,19 @@ def tune_end_to_end(
         targets.append(_sample(problem, rows, teacher_timesteps, torch.ones(len(teacher_timesteps) - 1)))
         yield state
     target = torch.cat(targets)[: len(problem.population)]
+    if starts and not bool(state.iterations.any()):
+        state.timesteps = min(starts, key=lambda grid: _mean_error(problem, grid, target)).double().cpu().clone()
+        yield state
 
-    def losses(ratios: Tensor, iteration: int) -> Tensor:
+    def loss(timesteps: Tensor, ratios: Tensor, iteration: int) -> Tensor:
         index = _draw_index(problem, _generator(problem.seed, 0, iteration))
         condition = None if problem.condition is None else problem.condition[index]
         kwargs = _step_kwargs(problem, condition, None)
+        x0 = sample(RecomputedStep(problem.step_fn), problem.population[index], timesteps, ratios, **kwargs)
+        distances: Tensor = torch.linalg.vector_norm((x0 - target[index]).flatten(1), dim=1)
+        return distances.mean()
 
-        x0 = sample(RecomputedStep(problem.step_fn), problem.population[index], problem.timesteps, ratios, **kwargs)
-        loss: Tensor = torch.linalg.vector_norm((x0 - target[index]).flatten(1), dim=1).mean()
-        return loss.expand(problem.num_steps) / problem.num_steps
-
-    steps = list(range(problem.num_steps))
-    yield from _adam(problem, state, steps, lr, total_iters, losses, decay=True)
+    yield from _adam_end_to_end(problem, state, parameters, lr, total_iters, loss)
 
 
 @dataclass(frozen=True)
@@ -201,12 +254,24 @@ class RecomputedStep:
         return result
 
 
-def _check_numbers(problem: TuningProblem, lr: float, total_iters: int) -> None:
-    for name, value in (("batch_size", problem.batch_size), ("total_iters", total_iters)):
-        if value < 1:
+def _check_per_step(problem: TuningProblem, objective: str, tune_type: str, optimizer: str) -> None:
+    names = {"objective": (objective, StepObjective), "tune_type": (tune_type, TuneType)}
+    for name, (value, accepted) in (names | {"optimizer": (optimizer, Optimizer)}).items():
+        if value not in get_args(accepted):
+            raise ValueError(f"{name} is {value!r}; accepted: {', '.join(get_args(accepted))}")
+    if tune_type == "parallel" and history_length(problem.step_fn):
+        raise ValueError("tune_type is 'parallel'; accepted for a multistep sampler: 'sequential'")
+    if objective == "teacher_step" and problem.adds_noise:
+        raise ValueError("objective is 'teacher_step'; accepted for a sampler that adds noise: 'next_eps'")
+
+
+def _check_numbers(problem: TuningProblem, **numbers: float) -> None:
+    for name, value in (("batch_size", problem.batch_size), *numbers.items()):
+        at_least_one = isinstance(value, int) and name != "lr"
+        if at_least_one and value < 1:
             raise ValueError(f"{name} is {value}; accepted: 1 or more")
-    if not lr > 0:
-        raise ValueError(f"lr is {lr}; accepted: above 0")
+        if not value > 0:
+            raise ValueError(f"{name} is {value}; accepted: above 0")
 
 
 def _adam(
@@ -215,65 +280,194 @@ def _adam(
     steps: list[int],
     lr: float,
     total_iters: int,
-    losses_of: Callable[[Tensor, int], Tensor],
-    decay: bool = False,
+    residuals: "StepResiduals",
 ) -> Iterator[TuningState]:
-    """Adam on the ratios of `steps` at once, from where `state` is; `losses_of(ratios, iteration)` gives one
-    loss per step. Elementwise, so a step's path does not depend on which others are tuned with it."""
+    """Adam on the ratios of `steps` at once, from where `state` is. Elementwise, so a step's path does not depend
+    on which others are tuned with it."""
     done = int(state.iterations[steps].min()) if steps else total_iters
     device = problem.population.device
     lower, upper = (bound[steps].to(device) for bound in problem.ratio_bounds())
     ratios = state.t_ratios[steps].to(device).requires_grad_()
-    optimizer = torch.optim.Adam([ratios], lr=lr)
-    moments = {
-        "step": torch.tensor(float(done)),
-        "exp_avg": state.exp_avg[steps].to(device),
-        "exp_avg_sq": state.exp_avg_sq[steps].to(device),
-    }
-    optimizer.state[ratios] = moments
+    optimizer, moments = _adam_optimizer([ratios], [state.memory[steps, :2]], lr, done)
     for iteration in range(done, total_iters):
-        optimizer.param_groups[0]["lr"] = lr * (1 - iteration / total_iters) if decay else lr
-        losses = losses_of(ratios, iteration)
+        losses = residuals.draw(steps, iteration).losses(ratios)
         (ratios.grad,) = torch.autograd.grad(losses.sum(), ratios)  # of nothing else: the network is not ours
         optimizer.step()
         with torch.no_grad():
             ratios.copy_(ratios.clamp(lower, upper))
         state.t_ratios[steps] = ratios.detach().cpu()
-        state.exp_avg[steps] = moments["exp_avg"].cpu()
-        state.exp_avg_sq[steps] = moments["exp_avg_sq"].cpu()
-        state.iterations[steps] = iteration + 1.0
-        state.loss[steps] = losses.detach().double().cpu()
-        if iteration == 0:
-            state.initial_loss[steps] = state.loss[steps]
+        state.memory[steps, :2] = moments()[0]
+        state.note(steps, losses)
+        state.done[steps] = iteration + 1 >= total_iters
         yield state
 
 
-def _next_eps_losses(
-    problem: TuningProblem, steps: list[int], carried: Carried | None
-) -> Callable[[Tensor, int], Tensor]:
-    """The published objective of each of `steps`, on `batch_size` samples per step in one network batch."""
-    index = torch.tensor(steps, dtype=torch.long)
-    guidance = {name: value for name, value in problem.step_kwargs.items() if name == "uncond_condition"}
+def _adam_end_to_end(
+    problem: TuningProblem,
+    state: TuningState,
+    parameters: Parameters,
+    lr: float,
+    total_iters: int,
+    loss_of: Callable[[Tensor, Tensor, int], Tensor],
+) -> Iterator[TuningState]:
+    """Adam on ratios and grid, from where `state` is."""
+    done = int(state.iterations.min())
+    device = problem.population.device
+    ratios = state.t_ratios.to(device).requires_grad_(parameters != "timesteps")
+    log_steps = _log_steps(state.timesteps).to(device).requires_grad_(parameters != "t_ratios")
+    tuned = [tensor for tensor in (ratios, log_steps) if tensor.requires_grad]
+    columns = [slice(0, 2), slice(2, 4)][: len(tuned)]
+    optimizer, moments = _adam_optimizer(tuned, [state.memory[:, c] for c in columns], lr, done)
+    for iteration in range(done, total_iters):
+        optimizer.param_groups[0]["lr"] = lr * (1 - iteration / total_iters)
+        timesteps = _timesteps(problem.timesteps, log_steps) if log_steps.requires_grad else state.timesteps
+        loss = loss_of(timesteps, ratios, iteration)
+        for tensor, gradient in zip(tuned, torch.autograd.grad(loss, tuned), strict=True):
+            tensor.grad = gradient
+        optimizer.step()
+        with torch.no_grad():
+            if log_steps.requires_grad:
+                state.timesteps = _timesteps(problem.timesteps, log_steps).cpu()
+                log_steps.copy_(_log_steps(state.timesteps))  # as a resumed run would find them
+            lower, upper = (bound.to(device) for bound in problem.ratio_bounds(state.timesteps))
+            if ratios.requires_grad:
+                ratios.copy_(ratios.clamp(lower, upper))
+                state.t_ratios = ratios.detach().cpu().clone()
+        for c, values in zip(columns, moments(), strict=True):
+            state.memory[:, c] = values
+        state.note(list(range(problem.num_steps)), loss.expand(problem.num_steps) / problem.num_steps)
+        state.done[:] = iteration + 1 >= total_iters
+        yield state
 
-    def per_sample(per_step: Tensor) -> Tensor:
-        return per_step.to(problem.population.device).repeat_interleave(problem.batch_size)
 
-    t, s = per_sample(problem.timesteps[index]), per_sample(problem.timesteps[index + 1])
+def _adam_optimizer(
+    tensors: list[Tensor], memories: list[Tensor], lr: float, done: int
+) -> tuple[torch.optim.Adam, Callable[[], list[Tensor]]]:
+    """Adam as it was after `done` iterations, from its two moments of each tensor, `(num_steps, 2)`; and a
+    function that gives these moments as they are now."""
+    optimizer = torch.optim.Adam(tensors, lr=lr)
+    for tensor, memory in zip(tensors, memories, strict=True):
+        exp_avg, exp_avg_sq = memory.to(tensor).clone().unbind(dim=1)
+        optimizer.state[tensor] = {
+            "step": torch.tensor(float(done)),
+            "exp_avg": exp_avg.contiguous(),
+            "exp_avg_sq": exp_avg_sq.contiguous(),
+        }
 
-    def losses(ratios: Tensor, iteration: int) -> Tensor:
-        batches = [_draw(problem, i, carried, iteration) for i in steps]
+    def moments() -> list[Tensor]:
+        states = [optimizer.state[tensor] for tensor in tensors]
+        return [torch.stack([s["exp_avg"], s["exp_avg_sq"]], dim=1).cpu() for s in states]
+
+    return optimizer, moments
+
+
+def _log_steps(timesteps: Tensor) -> Tensor:
+    """The logarithm of each step's share of the whole, `(num_steps,)`."""
+    steps = timesteps[:-1] - timesteps[1:]
+    return torch.log(steps / steps.sum())
+
+
+def _timesteps(timesteps: Tensor, log_steps: Tensor) -> Tensor:
+    """The grid with steps in the ratios of `exp(log_steps)`; its ends exactly those of `timesteps`."""
+    first, last = timesteps[:1].to(log_steps), timesteps[-1:].to(log_steps)
+    inner = first + (last - first) * torch.softmax(log_steps, 0).cumsum(0)[:-1]
+    return torch.cat([first, inner, last])
+
+
+def _gauss_newton(
+    problem: TuningProblem,
+    state: TuningState,
+    steps: list[int],
+    tolerance: float,
+    total_iters: int,
+    residuals: "StepResiduals",
+) -> Iterator[TuningState]:
+    """`GaussNewton` on the ratios of `steps` at once, from where `state` is; steps that are done drop out."""
+    lower, upper = problem.ratio_bounds()
+    while open_steps := [i for i in steps if not state.done[i]]:
+        iteration = int(state.iterations[open_steps[0]])  # the same for all: they started together
+        estimate = GaussNewton(state.memory[open_steps], lower[open_steps], upper[open_steps])
+        low, high = estimate.around(state.t_ratios[open_steps])
+        with torch.no_grad():
+            batch = residuals.draw(open_steps, iteration)
+            r_low, r_high = (batch.residuals(r).flatten(2).double().cpu() for r in (low, high))
+        loss = estimate.add(low, high, r_low, r_high)
+        before = state.t_ratios[open_steps]
+        state.t_ratios[open_steps] = after = estimate.step(before)
+        state.memory[open_steps] = estimate.memory
+        state.note(open_steps, loss)
+        settled = (estimate.standard_error(after) < tolerance) & ((after - before).abs() < tolerance)
+        iterations = state.iterations[open_steps]
+        state.done[open_steps] = (settled & (iterations >= MIN_BATCHES)) | (iterations >= total_iters)
+        yield state
+
+
+@dataclass(frozen=True)
+class StepResiduals:
+    """The residuals of the per-step objectives, drawn batch by batch."""
+
+    problem: TuningProblem
+    objective: StepObjective
+    substeps: int
+    carried: Carried | None
+
+    def draw(self, steps: list[int], iteration: int) -> "ResidualBatch":
+        """`batch_size` samples for each of `steps`, in one network batch, and the targets of their residuals."""
+        problem = self.problem
+        batches = [_draw(problem, i, self.carried, iteration) for i in steps]
         x_t, condition = _cat([b.x_t for b in batches]), _cat([b.condition for b in batches])
         noise = _cat([b.noise for b in batches])
         assert x_t is not None
         history = batches[0].history  # multistep samplers are tuned one step at a time
+        rows = torch.arange(len(steps)).repeat_interleave(problem.batch_size)
+        grid = problem.timesteps[torch.tensor(steps)], problem.timesteps[torch.tensor(steps) + 1]
+        t, s = (times[rows].to(x_t.device) for times in grid)
+        batch = ResidualBatch(self, x_t, t, s, rows.to(x_t.device), condition, noise, history)
         with torch.no_grad():
-            target = problem.model_fn(x_t, t, condition, **guidance)
-        kwargs = _step_kwargs(problem, condition, noise) | with_history(problem.step_fn, history)
-        x_s, _ = problem.step_fn(x_t, t, s, t_ratio=per_sample(ratios), **kwargs)
-        error = (target - problem.model_fn(x_s, s, condition, **guidance)).square().flatten(1).sum(dim=1)
-        return error.reshape(len(steps), problem.batch_size).mean(dim=1)
+            return dataclasses.replace(batch, target=batch.targets())
 
-    return losses
+
+@dataclass(frozen=True)
+class ResidualBatch:
+    """Samples of some steps, `batch_size` for each: `rows` `(B,)` says to which of them a sample belongs."""
+
+    of: StepResiduals
+    x_t: Tensor
+    t: Tensor
+    s: Tensor
+    rows: Tensor
+    condition: Tensor | None
+    noise: Tensor | None
+    history: tuple[Past, ...]
+    target: Tensor | None = None
+
+    def targets(self) -> Tensor:
+        if self.of.objective == "next_eps":
+            return self._eps(self.x_t, self.t)
+        problem, x = self.of.problem, self.x_t
+        kwargs = _step_kwargs(problem, self.condition, self.noise)
+        part = torch.arange(self.of.substeps + 1, dtype=torch.float64, device=x.device) / self.of.substeps
+        times = torch.lerp(self.t[None], self.s[None], part[:, None])  # (substeps + 1, B)
+        return sample(problem.step_fn, x, times, torch.ones(self.of.substeps), **kwargs)
+
+    def residuals(self, ratios: Tensor) -> Tensor:
+        """At one ratio per step, `(len(steps), batch_size, ...)`."""
+        problem = self.of.problem
+        kwargs = _step_kwargs(problem, self.condition, self.noise) | with_history(problem.step_fn, self.history)
+        t_ratio = ratios.to(self.x_t.device)[self.rows]
+        x_s, _ = problem.step_fn(self.x_t, self.t, self.s, t_ratio=t_ratio, **kwargs)
+        value = self._eps(x_s, self.s) if self.of.objective == "next_eps" else x_s
+        assert self.target is not None
+        return (self.target - value).reshape(len(ratios), problem.batch_size, *value.shape[1:])
+
+    def losses(self, ratios: Tensor) -> Tensor:
+        """The mean squared residual of each step, `(len(steps),)`."""
+        return self.residuals(ratios).flatten(2).square().sum(dim=2).mean(dim=1)
+
+    def _eps(self, x: Tensor, t: Tensor) -> Tensor:
+        problem = self.of.problem
+        guidance = {name: value for name, value in problem.step_kwargs.items() if name == "uncond_condition"}
+        return problem.model_fn(x, t, self.condition, **guidance)
 
 
 def _whole_batches(problem: TuningProblem) -> Iterator[Tensor]:
@@ -308,6 +502,13 @@ def _sample(problem: TuningProblem, rows: Tensor, timesteps: Tensor, t_ratios: T
     condition = None if problem.condition is None else problem.condition[rows]
     kwargs = _step_kwargs(problem, condition, None)
     return sample(problem.step_fn, problem.population[rows], timesteps, t_ratios, **kwargs)
+
+
+def _mean_error(problem: TuningProblem, timesteps: Tensor, target: Tensor) -> float:
+    """How far untuned samples on a grid are from `target` `(P, ...)`, from the whole population."""
+    ones = torch.ones(len(timesteps) - 1)
+    x0 = torch.cat([_sample(problem, rows, timesteps, ones) for rows in _whole_batches(problem)])[: len(target)]
+    return float(torch.linalg.vector_norm((x0 - target).flatten(1), dim=1).mean())
 
 
 @dataclass(frozen=True)

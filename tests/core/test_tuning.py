@@ -15,9 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tests.core.conftest import Network, Recorded, linear_betas, normals, small_mixture, tiny_unet, tuner_of
 from timetuner_core import NoiseScheduleVP, TimeTuner
 from timetuner_core.evaluation import teacher_l2
+from timetuner_core.gauss_newton import GaussNewton
+from timetuner_core.grids import make_timesteps
 from timetuner_core.mixtures import GaussianMixture, ring_mixture
 from timetuner_core.samplers import SAMPLERS
-from timetuner_core.tuning import TuningProblem, TuningState, tune_end_to_end, tune_next_eps
+from timetuner_core.tuning import TuningProblem, TuningState, tune_end_to_end, tune_per_step
 
 LINEAR = NoiseScheduleVP("linear")
 LABELS, NULL = torch.tensor([0, 1, 1, 0]), torch.tensor([2])
@@ -26,11 +28,11 @@ Tune = Callable[[TuningProblem, TuningState], Iterator[TuningState]]
 
 
 def parallel(problem: TuningProblem, state: TuningState) -> Iterator[TuningState]:
-    return tune_next_eps(problem, state, "parallel", lr=0.01, total_iters=6)
+    return tune_per_step(problem, state, "next_eps", "parallel", "adam", lr=0.01, total_iters=6)
 
 
 def sequential(problem: TuningProblem, state: TuningState) -> Iterator[TuningState]:
-    return tune_next_eps(problem, state, "sequential", lr=0.01, total_iters=6)
+    return tune_per_step(problem, state, "next_eps", "sequential", "adam", lr=0.01, total_iters=6)
 
 
 def end_to_end(problem: TuningProblem, state: TuningState) -> Iterator[TuningState]:
@@ -38,7 +40,24 @@ def end_to_end(problem: TuningProblem, state: TuningState) -> Iterator[TuningSta
     return tune_end_to_end(problem, state, teacher_timesteps, lr=0.01, total_iters=6)
 
 
-every_tuner = pytest.mark.parametrize("tune", [parallel, sequential, end_to_end])
+def grid_end_to_end(problem: TuningProblem, state: TuningState) -> Iterator[TuningState]:
+    schedule = problem.noise_schedule
+    starts = [make_timesteps(schedule, problem.num_steps, name) for name in ("uniform", "log_snr")]
+    teacher_timesteps = make_timesteps(schedule, 12)
+    return tune_end_to_end(problem, state, teacher_timesteps, "both", lr=0.01, total_iters=6, starts=starts)
+
+
+def gauss_newton(problem: TuningProblem, state: TuningState) -> Iterator[TuningState]:
+    return tune_per_step(problem, state, "next_eps", "parallel", total_iters=12)
+
+
+def gauss_newton_sequential(problem: TuningProblem, state: TuningState) -> Iterator[TuningState]:
+    return tune_per_step(problem, state, "teacher_step", "sequential", total_iters=12, substeps=3)
+
+
+every_tuner = pytest.mark.parametrize(
+    "tune", [parallel, sequential, end_to_end, grid_end_to_end, gauss_newton, gauss_newton_sequential]
+)
 both_types = pytest.mark.parametrize("tune_type", ["parallel", "sequential"])
 
 
@@ -52,6 +71,10 @@ def small_problem(
     return TuningProblem(
         tuner.model_fn, LINEAR, step_fn, grid, normals(24, 2), batch_size=4, seed=seed, step_kwargs=step_kwargs
     )
+
+
+def small_start() -> TuningState:
+    return TuningState.start(small_problem().timesteps)
 
 
 def run(tuned: Iterator[TuningState]) -> TuningState:
@@ -124,10 +147,10 @@ def test_derivative_of_a_step_in_its_ratio_is_exact(guidance_type: Any, eta: flo
 
 def test_each_step_tuned_with_fewer_others_gets_the_same_ratio_in_parallel() -> None:
     grid = small_problem().timesteps
-    together = run(parallel(small_problem(), TuningState.start(5))).t_ratios
+    together = run(parallel(small_problem(), small_start())).t_ratios
     for num_steps in range(2, 5):  # a grid's first steps, of which the last is not tuned
         fewer = small_problem(timesteps=grid[: num_steps + 1])
-        ratios = run(parallel(fewer, TuningState.start(num_steps))).t_ratios
+        ratios = run(parallel(fewer, TuningState.start(fewer.timesteps))).t_ratios
         torch.testing.assert_close(ratios[:-1], together[: num_steps - 1], atol=1e-12, rtol=0)
 
 
@@ -135,7 +158,8 @@ def test_each_step_tuned_with_fewer_others_gets_the_same_ratio_in_parallel() -> 
 @both_types
 def test_the_last_step_alone_keeps_its_ratio(tune_type: Any, eta: float) -> None:
     problem = small_problem(eta=eta)
-    ratios = run(tune_next_eps(problem, TuningState.start(5), tune_type, lr=0.01, total_iters=3)).t_ratios
+    state = TuningState.start(problem.timesteps)
+    ratios = run(tune_per_step(problem, state, "next_eps", tune_type, "adam", lr=0.01, total_iters=3)).t_ratios
     assert (ratios != 1.0).tolist() == [True] * 4 + [False]
 
 
@@ -164,7 +188,7 @@ def test_cost_is_linear_in_the_number_of_steps(tune_type: Any) -> None:
 
 def test_parallel_tuning_is_one_network_batch_for_all_steps() -> None:
     network = Recorded(small_mixture())
-    run(parallel(small_problem(network), TuningState.start(5)))
+    run(parallel(small_problem(network), small_start()))
     assert set(network.batch_sizes) == {4 * 4}
 
 
@@ -206,6 +230,102 @@ def test_classifier_free_tuning_runs_on_the_labels_of_the_data() -> None:
     assert not torch.equal(tuned(labels), tuned(1 - labels))
 
 
+# Gauss-Newton
+
+
+def test_gauss_newton_solves_a_linear_least_squares_problem_at_once() -> None:
+    slope, offset = normals(1, 40, 3), normals(1, 40, 3, seed=1)
+    bound = torch.tensor([9.0], dtype=torch.float64)
+    estimate = GaussNewton(torch.zeros(1, 6, dtype=torch.float64), -bound, bound)
+    ratios = -(slope * offset).sum() / slope.square().sum() * torch.ones(1, dtype=torch.float64) + 0.05
+    low, high = estimate.around(ratios)
+    estimate.add(low, high, *(slope * r + offset for r in (low, high)))
+    best = ratios - 0.05
+    torch.testing.assert_close(estimate.step(ratios), best, atol=1e-9, rtol=0)
+
+
+def test_gauss_newton_is_as_unsure_as_least_squares_is() -> None:
+    """The standard error, against the scatter of 400 estimates from 200 samples each."""
+    bound = torch.full((400,), 9.0, dtype=torch.float64)
+    estimate = GaussNewton(torch.zeros(400, 6, dtype=torch.float64), -bound, bound)
+    slope, noise = 2 + normals(400, 200, 1), 0.1 * normals(400, 200, 1, seed=1)
+    low, high = estimate.around(torch.ones_like(bound))
+    estimate.add(low, high, *(slope * (r[:, None, None] - 1) + noise for r in (low, high)))
+    ratios = estimate.step(torch.ones_like(bound))
+    claimed = estimate.standard_error(ratios).mean().item()
+    assert claimed == pytest.approx(ratios.std().item(), rel=0.1)
+
+
+@both_types
+def test_gauss_newton_and_adam_find_the_same_ratios(tune_type: Any) -> None:
+    mixture = small_mixture()
+    problem = dataclasses.replace(small_problem(mixture), batch_size=256)
+    x0, _ = mixture.sample(4096, torch.Generator().manual_seed(0))
+    problem = dataclasses.replace(problem, population=x0.double())
+    by_adam, by_gauss_newton = small_start(), small_start()
+    for lr in (1e-2, 1e-3):  # annealed, as Adam's noise does not vanish
+        by_adam.iterations.zero_()
+        run(tune_per_step(problem, by_adam, "next_eps", tune_type, "adam", lr=lr, total_iters=150))
+    run(tune_per_step(problem, by_gauss_newton, "next_eps", tune_type, tolerance=2e-3))
+    assert float((by_adam.t_ratios - 1).abs().max()) > 0.05
+    torch.testing.assert_close(by_gauss_newton.t_ratios, by_adam.t_ratios, atol=0.015, rtol=0)
+
+
+def test_gauss_newtons_difference_quotient_is_the_forward_mode_derivative() -> None:
+    tuner = tuner_of(small_mixture(), LINEAR)
+    t, s = (torch.tensor(time, dtype=torch.float64) for time in (0.6, 0.4))
+    x = normals(4, 2)
+
+    def value(t_ratio: Tensor) -> Tensor:
+        return tuner.model_fn(tuner.ddim_step_fn(x, t, s, t_ratio=t_ratio)[0], s)
+
+    ratio = torch.ones(1, dtype=torch.float64)
+    _, forward = torch.func.jvp(lambda r: value(r[0]), (ratio,), (torch.ones_like(ratio),))
+    low, high = GaussNewton(torch.zeros(1, 6), ratio - 1, ratio + 1).around(ratio)
+    difference = (value(high[0]) - value(low[0])) / (high - low)
+    torch.testing.assert_close(difference, forward, atol=2e-4 * float(forward.abs().max()), rtol=0)
+
+
+def test_gauss_newton_stops_when_it_is_sure_enough() -> None:
+    problem = small_problem()
+    loose, tight = (
+        run(tune_per_step(problem, small_start(), "next_eps", "parallel", tolerance=tolerance, total_iters=1000))
+        for tolerance in (0.05, 0.01)
+    )
+    assert bool(loose.done.all()) and bool(tight.done.all())
+    assert float(loose.iterations.sum()) < 0.5 * float(tight.iterations.sum())
+    assert float(tight.iterations.max()) < 1000
+
+
+@pytest.mark.parametrize("steps", [[0], [2, 1], [3]])
+def test_steps_tuned_apart_get_the_ratios_of_all_in_one_batch(steps: list[int]) -> None:
+    together = run(gauss_newton(small_problem(), small_start()))
+    state = small_start()
+    run(tune_per_step(small_problem(), state, "next_eps", "parallel", total_iters=12, steps=steps))
+    torch.testing.assert_close(state.t_ratios[steps], together.t_ratios[steps], atol=1e-9, rtol=0)
+    others = [i for i in range(4) if i not in steps]
+    assert bool((state.t_ratios[others] == 1).all()) and not bool(state.done[others].any())
+
+
+@both_types
+def test_a_step_tuned_to_its_teacher_comes_closer_to_it(tune_type: Any) -> None:
+    mixture = small_mixture()
+    tuner = tuner_of(mixture, LINEAR)
+    x0, _ = mixture.sample(2048, torch.Generator().manual_seed(0))
+    problem = dataclasses.replace(small_problem(mixture), population=x0.double(), batch_size=128)
+    state = run(tune_per_step(problem, small_start(), "teacher_step", tune_type, total_iters=30))
+    grid, fresh, total = problem.timesteps, normals(2048, 2, seed=3), torch.zeros(2)
+    for (t, s), ratio in zip(itertools.pairwise(grid), state.t_ratios.tolist(), strict=True):
+        x_t = LINEAR.marginal_alpha(t) * x0 + LINEAR.marginal_std(t) * fresh
+        teacher = tuner.sample(x_t, timesteps=torch.lerp(t, s, torch.linspace(0, 1, 9, dtype=torch.float64)))
+        after, before = (
+            teacher_l2(tuner.ddim_step_fn(x_t, t, s, t_ratio=r)[0], teacher).square().mean() for r in (ratio, 1.0)
+        )
+        assert after < 1.01 * before or tune_type == "sequential"  # which sees another population
+        total += torch.stack([after, before])
+    assert total[0] < 0.8 * total[1]
+
+
 # End to end
 
 
@@ -224,13 +344,47 @@ def test_end_to_end_tuning_brings_held_out_samples_closer_to_the_teacher(
     assert held_out_distance(tuner, 5, ratios, held_out) < 0.9 * held_out_distance(tuner, 5, None, held_out)
 
 
+@pytest.mark.parametrize("parameters", ["t_ratios", "timesteps", "both"])
+def test_only_the_parameters_asked_for_are_moved(parameters: Any) -> None:
+    problem, state = small_problem(), small_start()
+    run(tune_end_to_end(problem, state, make_timesteps(LINEAR, 12), parameters, total_iters=5))
+    assert torch.equal(state.t_ratios, torch.ones_like(state.t_ratios)) == (parameters == "timesteps")
+    assert torch.equal(state.timesteps, problem.timesteps) == (parameters == "t_ratios")
+    assert torch.equal(state.timesteps[[0, -1]], problem.timesteps[[0, -1]])
+    assert bool((state.timesteps[1:] < state.timesteps[:-1]).all())
+
+
+def test_a_grid_and_ratios_tuned_together_beat_either_alone_on_held_out_noise() -> None:
+    tuner = tuner_of(ring_mixture(), LINEAR)
+    held_out, teacher = normals(512, 2, seed=1), tuner.ddim_sample(normals(512, 2, seed=1), 100)
+    errors = {}
+    for parameters in ("t_ratios", "timesteps", "both"):
+        problem = dataclasses.replace(small_problem(ring_mixture()), population=normals(512, 2, seed=5), batch_size=128)
+        state = small_start()
+        run(tune_end_to_end(problem, state, make_timesteps(LINEAR, 100), parameters, lr=0.03))  # type: ignore[arg-type]
+        samples = tuner.ddim_sample(held_out, timesteps=state.timesteps, t_ratios=state.t_ratios)
+        errors[parameters] = float(teacher_l2(samples, teacher).mean())
+    assert errors["both"] < min(errors["t_ratios"], errors["timesteps"])
+
+
+def test_tuning_starts_from_the_best_of_the_grids_offered() -> None:
+    problem, state = small_problem(ring_mixture()), small_start()
+    tuner = tuner_of(ring_mixture(), LINEAR)
+    starts = [make_timesteps(LINEAR, 5, name) for name in ("uniform", "quadratic", "log_snr", "edm")]
+    teacher = tuner.ddim_sample(problem.population, 40)
+    errors = [teacher_l2(tuner.ddim_sample(problem.population, timesteps=g), teacher).mean() for g in starts]
+    best = starts[int(torch.stack(errors).argmin())]
+    run(tune_end_to_end(problem, state, make_timesteps(LINEAR, 40), total_iters=2, starts=starts))
+    assert torch.equal(state.timesteps, best)
+
+
 @pytest.mark.parametrize("name", [name for name, sampler in SAMPLERS.items() if not sampler.stochastic])
 def test_end_to_end_tuning_starts_from_the_distance_that_the_sampler_has(name: str) -> None:
     """Multistep samplers with their history, too."""
     tuner = tuner_of(small_mixture(), LINEAR)
     x_T = normals(1, 2).repeat(4, 1)
     problem = TuningProblem(tuner.model_fn, LINEAR, tuner.step_fn(name), tuner.get_timesteps(6), x_T, batch_size=4)
-    state = next(s for s in end_to_end(problem, TuningState.start(6)) if s.iterations[0] == 1)
+    state = next(s for s in end_to_end(problem, TuningState.start(problem.timesteps)) if s.iterations[0] == 1)
     few, many = (tuner.sample(x_T, num_steps, sampler=name) for num_steps in (6, 12))
     assert state.initial_loss.sum().item() == pytest.approx(teacher_l2(few, many).mean().item(), rel=1e-9)
 
@@ -266,7 +420,7 @@ def test_the_teacher_of_a_network_of_few_training_steps_takes_them_all() -> None
 
 def test_end_to_end_tuning_needs_a_deterministic_sampler() -> None:
     with pytest.raises(ValueError, match="accepted, to be tuned end to end: a deterministic one"):
-        run(end_to_end(small_problem(eta=1.0), TuningState.start(5)))
+        run(end_to_end(small_problem(eta=1.0), small_start()))
 
 
 # What holds for every tuner
@@ -275,8 +429,8 @@ def test_end_to_end_tuning_needs_a_deterministic_sampler() -> None:
 @pytest.mark.parametrize("stop_after", [1, 4, 8, 14, 20])
 @every_tuner
 def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(tune: Tune, stop_after: int) -> None:
-    unbroken = run(tune(small_problem(), TuningState.start(5)))
-    state = TuningState.start(5)
+    unbroken = run(tune(small_problem(), small_start()))
+    state = small_start()
     for _ in itertools.islice(tune(small_problem(), state), stop_after):
         pass
     stored = copy.deepcopy(state)
@@ -289,13 +443,14 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(tune: Tune, stop_afte
 
 @every_tuner
 def test_a_finished_run_is_not_run_again(tune: Tune) -> None:
-    state = run(tune(small_problem(), TuningState.start(5)))
+    state = run(tune(small_problem(), small_start()))
     assert list(tune(small_problem(), copy.deepcopy(state))) == []
 
 
 @every_tuner
 def test_the_seed_fixes_every_draw(tune: Tune) -> None:
-    first, again, other = (run(tune(small_problem(seed=seed), TuningState.start(5))).t_ratios for seed in (1, 1, 2))
+    runs = (run(tune(small_problem(seed=seed), small_start())) for seed in (1, 1, 2))
+    first, again, other = (torch.cat([state.t_ratios, state.timesteps]) for state in runs)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -309,16 +464,20 @@ def test_ratios_keep_conditioning_within_the_schedule(tune: Tune, sign: float) -
         return x * torch.exp(sign * 3 * t_input)[:, None]
 
     problem = dataclasses.replace(small_problem(network), batch_size=8)
-    state = TuningState.start(5)
-    if tune is end_to_end:
-        tuned = tune_end_to_end(problem, state, problem.timesteps[[0, 2, 5]], lr=5.0, total_iters=4)
+    state = small_start()
+    if tune in (end_to_end, grid_end_to_end):
+        parameters: Any = "t_ratios" if tune is end_to_end else "both"
+        tuned = tune_end_to_end(problem, state, problem.timesteps[[0, 2, 5]], parameters, lr=5.0, total_iters=4)
+    elif tune in (parallel, sequential):
+        tune_type: Any = "parallel" if tune is parallel else "sequential"
+        tuned = tune_per_step(problem, state, "next_eps", tune_type, "adam", lr=5.0, total_iters=4)
     else:
-        tuned = tune_next_eps(problem, state, "parallel" if tune is parallel else "sequential", 5.0, 4)
-    seen = torch.stack([state.t_ratios.clone() for state in tuned])
-    conditioning = problem.timesteps[:-1] * seen
+        tuned = tune(problem, state)
+    conditioning = torch.stack([state.timesteps[:-1] * state.t_ratios for state in tuned])
     assert float(conditioning.min()) >= LINEAR.t_min * (1 - 1e-12)
     assert float(conditioning.max()) <= LINEAR.T * (1 + 1e-12)
-    assert bool((conditioning == conditioning.clamp(LINEAR.t_min + 1e-9, LINEAR.T - 1e-9)).logical_not().any())
+    if "gauss_newton" not in tune.__name__:  # Adam does try
+        assert not torch.equal(conditioning, conditioning.clamp(LINEAR.t_min + 1e-9, LINEAR.T - 1e-9))
 
 
 # What a user hands in

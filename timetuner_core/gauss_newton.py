@@ -1,0 +1,59 @@
+"""Least squares in one unknown per step, from noisy batches, until the estimate is sure enough."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Columns of an estimate's memory: sums over samples of 1, h, u, h^2, h u and u^2.
+MEMORY = 6
+
+HALF_WIDTH = 5e-3  # of the difference quotient
+MAX_MOVE = 0.1  # of a ratio, in one step
+FORGET_AT = 0.02  # a move of this size, beyond what chance makes, halves what was learnt before it
+MIN_BATCHES = 3
+
+
+@dataclass
+class GaussNewton:
+    """Ratios that make the sum of squared residuals least, `r -= <J, res> / <J, J>` over all batches so far.
+
+    Each sample's residual is linear in the ratio, near where it was measured, so its score is
+    `h r - u` with `h = <J, J>` and `u = h r - <J, res>`. Their sums say where the score vanishes, and their
+    scatter how sure that is. The further a step leads, the more of what was measured before it is forgotten.
+
+    Attributes:
+        memory: `(K, MEMORY)`, float64. lower, upper: bounds of the ratios, `(K,)`.
+    """
+
+    memory: Tensor
+    lower: Tensor
+    upper: Tensor
+
+    def around(self, ratios: Tensor) -> tuple[Tensor, Tensor]:
+        """Where to measure residuals: on both sides of `ratios` `(K,)`, inside the bounds."""
+        return (ratios - HALF_WIDTH).clamp(min=self.lower), (ratios + HALF_WIDTH).clamp(max=self.upper)
+
+    def add(self, low: Tensor, high: Tensor, at_low: Tensor, at_high: Tensor) -> Tensor:
+        """Take in one batch: residuals `(K, B, D)` at two ratios `(K,)`. Returns the mean loss between them, `(K,)`."""
+        jacobian = (at_high - at_low) / (high - low)[:, None, None]
+        residual = (at_high + at_low) / 2
+        h = jacobian.square().sum(dim=2)
+        u = h * ((low + high) / 2)[:, None] - (jacobian * residual).sum(dim=2)
+        self.memory = self.memory + torch.stack([torch.ones_like(h), h, u, h * h, h * u, u * u], dim=2).sum(dim=1)
+        return residual.square().sum(dim=2).mean(dim=1)
+
+    def step(self, ratios: Tensor) -> Tensor:
+        """The next ratios, `(K,)`: bounded in size, and within the bounds."""
+        _, sum_h, sum_u, *_ = self.memory.unbind(dim=1)
+        wanted = torch.where(sum_h > 0, sum_u / sum_h, ratios)
+        moved = (ratios + (wanted - ratios).clamp(-MAX_MOVE, MAX_MOVE)).clamp(self.lower, self.upper)
+        keep = 1 / (1 + ((moved - ratios) / (FORGET_AT + 2 * self.standard_error(moved))).square())
+        self.memory = self.memory * keep[:, None]
+        return moved
+
+    def standard_error(self, ratios: Tensor) -> Tensor:
+        """Of the estimate, `(K,)`: the root of the summed squared scores over the summed `h`."""
+        _, sum_h, _, sum_hh, sum_hu, sum_uu = self.memory.unbind(dim=1)
+        squares = ratios.square() * sum_hh - 2 * ratios * sum_hu + sum_uu
+        return torch.where(sum_h > 0, squares.clamp(min=0).sqrt() / sum_h, torch.inf)
