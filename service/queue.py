@@ -5,13 +5,14 @@ from kombu.exceptions import OperationalError
 
 from service.registry.database import Registry
 from service.registry.jobs import mark_published
-from service.registry.tables import Job, SampleJob, TuningJob
+from service.registry.tables import Job, SampleJob, TuningJob, TuningTask
 
 TASKS: dict[type[Job], tuple[str, str]] = {
     TuningJob: ("worker.tune", "tuning"),
+    TuningTask: ("worker.tune_step", "tuning"),
     SampleJob: ("worker.sample", "sampling"),
 }
-QUEUES = tuple(queue for _, queue in TASKS.values())
+QUEUES = tuple(dict.fromkeys(queue for _, queue in TASKS.values()))
 
 
 def celery_app(broker_url: str) -> Celery:

@@ -11,10 +11,10 @@ from typing import Any
 from sqlalchemy import func, or_, select, update
 from sqlalchemy.orm import Session
 
-from service.registry.tables import FINAL_STATES, Job, JobState, SampleJob, TuningJob, TuningJobEvent
+from service.registry.tables import FINAL_STATES, Job, JobState, SampleJob, TuningJob, TuningJobEvent, TuningTask
 from service.registry.types import utc_now
 
-JOB_CLASSES: tuple[type[Job], ...] = (TuningJob, SampleJob)
+JOB_CLASSES: tuple[type[Job], ...] = (TuningJob, TuningTask, SampleJob)
 
 
 class LeaseLostError(Exception):
@@ -31,7 +31,7 @@ class Claim:
 
 
 def add_event(session: Session, job: Job, type: str, **data: Any) -> None:
-    """Record an event of a tuning job; sampling jobs keep none."""
+    """Record an event of a tuning job; others keep none."""
     if isinstance(job, TuningJob):
         session.add(TuningJobEvent(job_id=job.id, type=type, data=data))
 
@@ -67,6 +67,12 @@ def claim(session: Session, job_class: type[Job], job_id: str, owner: str, lease
     return Claim(job_class, job_id, token)
 
 
+def is_free(job: Job) -> bool:
+    """Whether `claim` would take a job that was just read."""
+    expired = job.lease_expires_at is not None and job.lease_expires_at < utc_now()
+    return job.state == JobState.QUEUED or (job.state == JobState.RUNNING and expired)
+
+
 def renew(session: Session, claim: Claim, lease_seconds: float) -> Job:
     """Extend the lease and lock the job's row until the transaction ends.
 
@@ -81,7 +87,7 @@ def renew(session: Session, claim: Claim, lease_seconds: float) -> Job:
 
 
 def finish(session: Session, job: Job, state: JobState, error: str | None = None) -> None:
-    """Enter a final state."""
+    """Enter a final state; what is left of a tuning job's tasks is cancelled with it."""
     job.state = state
     job.error = error[:2000] if error else None
     job.finished_at = utc_now()
@@ -89,10 +95,11 @@ def finish(session: Session, job: Job, state: JobState, error: str | None = None
     if state == JobState.SUCCEEDED:
         job.progress = 1.0
     add_event(session, job, str(state), **({"error": job.error} if job.error else {}))
+    _cancel_tasks(session, job)
 
 
 def request_cancel(session: Session, job: Job) -> None:
-    """Cancel a queued job at once; tell a running one's worker, which looks at every renewal."""
+    """Cancel a queued job at once; tell a running one's worker, which looks at every renewal. With it go its tasks."""
     if job.state in FINAL_STATES:
         return
     if job.state == JobState.QUEUED:
@@ -100,6 +107,16 @@ def request_cancel(session: Session, job: Job) -> None:
     elif not job.cancel_requested:
         job.cancel_requested = True
         add_event(session, job, "cancel_requested")
+        _cancel_tasks(session, job)
+
+
+def _cancel_tasks(session: Session, job: Job) -> None:
+    """Everybody who needs both locks the job first and then its tasks, by id: so nobody waits in a circle."""
+    if isinstance(job, TuningJob):
+        tasks = select(TuningTask).where(TuningTask.job_id == job.id, TuningTask.state.not_in(FINAL_STATES))
+        locked = tasks.order_by(TuningTask.id).with_for_update()
+        for task in session.scalars(locked, execution_options={"populate_existing": True}):
+            request_cancel(session, task)
 
 
 def take_back_expired(session: Session, job_class: type[Job], max_attempts: int) -> None:
@@ -117,6 +134,18 @@ def take_back_expired(session: Session, job_class: type[Job], max_attempts: int)
             add_event(session, job, "requeued", attempt=job.attempt)
 
 
+def add_tasks(session: Session, job: TuningJob, step_indices: list[int]) -> list[str]:
+    """Have each of these steps tuned as a task of its own, unless it was asked before; all the job's tasks, by step.
+
+    For whoever holds the job's lock: then no task is made twice, and none for a job that is over.
+    """
+    of_the_job = select(TuningTask).where(TuningTask.job_id == job.id).order_by(TuningTask.step_index)
+    there = {task.step_index for task in session.scalars(of_the_job)}
+    missing = [i for i in step_indices if i not in there]
+    session.add_all(TuningTask(job_id=job.id, step_index=i, request={}) for i in missing)
+    return [task.id for task in session.scalars(of_the_job)]
+
+
 def unpublished(session: Session, job_class: type[Job], published_before: timedelta, limit: int = 100) -> list[str]:
     """Queued jobs the broker was never told of, or was told so long ago that it may have forgotten."""
     due = or_(job_class.published_at.is_(None), job_class.published_at < utc_now() - published_before)
@@ -125,4 +154,6 @@ def unpublished(session: Session, job_class: type[Job], published_before: timede
 
 
 def mark_published(session: Session, job_class: type[Job], job_ids: list[str]) -> None:
-    session.execute(update(job_class).where(job_class.id.in_(job_ids)).values(published_at=utc_now()))
+    named = job_class.id.in_(job_ids)
+    session.execute(select(job_class.id).where(named).order_by(job_class.id).with_for_update())
+    session.execute(update(job_class).where(named).values(published_at=utc_now()))

@@ -97,8 +97,9 @@ class TuningJob(Job):
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
     idempotency_key: Mapped[str | None] = mapped_column(unique=True)
     request_hash: Mapped[str]
-    network_calls: Mapped[int] = mapped_column(default=0)  # so far, over all attempts
-    tuning_seconds: Mapped[float] = mapped_column(default=0.0)
+    network_calls: Mapped[int] = mapped_column(default=0)  # so far, over all attempts and workers
+    tuning_seconds: Mapped[float] = mapped_column(default=0.0)  # likewise
+    timesteps: Mapped[list[float] | None] = mapped_column(JSON)  # the grid so far, as tuners may move it
 
     steps: Mapped[list["TuningJobStep"]] = relationship(order_by="TuningJobStep.step_index")
     schedule: Mapped["Schedule | None"] = relationship(back_populates="job")
@@ -118,10 +119,24 @@ class TuningJobStep(Base):
     step_index: Mapped[int] = mapped_column(primary_key=True)
     t_ratio: Mapped[float]
     iterations: Mapped[int]
-    exp_avg: Mapped[float]
-    exp_avg_sq: Mapped[float]
+    memory: Mapped[list[float]]  # the optimiser's
     loss: Mapped[float | None]
     initial_loss: Mapped[float | None]
+    done: Mapped[bool]
+
+
+class TuningTask(Job):
+    """One step of a tuning job whose steps do not depend on each other, for any worker to tune.
+
+    None is left to run once the job is over.
+    """
+
+    __tablename__ = "tuning_tasks"
+    __table_args__ = (UniqueConstraint("job_id", "step_index"), Index(None, "state", "published_at"))
+
+    id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("tsk"))
+    job_id: Mapped[str] = mapped_column(ForeignKey("tuning_jobs.id"))
+    step_index: Mapped[int]
 
 
 class TuningJobEvent(Base):
@@ -138,8 +153,8 @@ class TuningJobEvent(Base):
 class Schedule(Base):
     """A tuned few-step schedule, its place in the registry, and its evaluation.
 
-    `score` is the tuned over the untuned distance to the teacher: below 1 is better than untuned. Imported
-    schedules have neither score nor evaluation.
+    `score` is the metric that decides, tuned over untuned: below 1 is better. Imported schedules have neither score
+    nor evaluation.
     """
 
     __tablename__ = "schedules"
@@ -205,6 +220,8 @@ class Evaluation(Base):
     teacher_l2_change_high: Mapped[float]
     frechet_before: Mapped[float | None]
     frechet_after: Mapped[float | None]
+    metrics: Mapped[dict[str, Any]] = mapped_column(default=dict)  # {name: {before, after, change, low, high}}
+    reason: Mapped[str | None] = mapped_column(String(2000))  # why the schedule was accepted or rejected
     wall_time_seconds: Mapped[float]  # of tuning, evaluation not counted
     network_calls: Mapped[int]  # samples through the network while tuning
 

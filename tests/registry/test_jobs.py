@@ -14,6 +14,7 @@ from service.registry.database import Registry
 from service.registry.jobs import (
     Claim,
     LeaseLostError,
+    add_tasks,
     claim,
     count_queued,
     finish,
@@ -24,7 +25,16 @@ from service.registry.jobs import (
     unpublished,
 )
 from service.registry.schedules import next_version
-from service.registry.tables import Job, JobState, SampleJob, Schedule, ScheduleStatus, TuningJob, TuningJobEvent
+from service.registry.tables import (
+    Job,
+    JobState,
+    SampleJob,
+    Schedule,
+    ScheduleStatus,
+    TuningJob,
+    TuningJobEvent,
+    TuningTask,
+)
 
 LEASE_SECONDS = 60.0
 EXPIRED = -1.0  # a lease that is over as soon as it is given
@@ -200,6 +210,53 @@ def test_what_is_over_stays_as_it_is(registry: Registry, job_id: str, state: Job
     job = read(registry, job_id)
     assert (job.state, job.lease_expires_at) == (state, None)
     assert job.finished_at is not None
+
+
+def make_tasks(registry: Registry, claimed: Claim, count: int, lease_seconds: float = LEASE_SECONDS) -> list[str]:
+    with registry.write() as session:
+        job = renew(session, claimed, lease_seconds)
+        assert isinstance(job, TuningJob)
+        return add_tasks(session, job, list(range(count)))
+
+
+def task_states(registry: Registry, task_ids: list[str]) -> list[tuple[str, bool]]:
+    with registry.read() as session:
+        tasks = [session.get_one(TuningTask, task_id) for task_id in task_ids]
+        return [(task.state, task.cancel_requested) for task in tasks]
+
+
+def test_a_jobs_tasks_are_made_once_whoever_takes_the_job_later(registry: Registry, job_id: str) -> None:
+    first = make_tasks(registry, taken(registry, job_id), 2, EXPIRED)
+    assert len(set(first)) == 2
+    assert make_tasks(registry, taken(registry, job_id), 3)[:2] == first
+
+
+@pytest.mark.parametrize("state", [JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED])
+def test_no_task_is_left_to_run_once_its_job_is_over(registry: Registry, job_id: str, state: JobState) -> None:
+    claimed = taken(registry, job_id)
+    queued, running, done = make_tasks(registry, claimed, 3)
+    with registry.write() as session:
+        assert claim(session, TuningTask, running, "another", LEASE_SECONDS) is not None
+        finish(session, session.get_one(TuningTask, done), JobState.SUCCEEDED)
+    end(registry, claimed, state)
+    assert task_states(registry, [queued, running, done]) == [
+        (JobState.CANCELLED, False),
+        (JobState.RUNNING, True),  # its worker will see
+        (JobState.SUCCEEDED, False),
+    ]
+    with registry.write() as session:
+        assert claim(session, TuningTask, queued, "another", LEASE_SECONDS) is None
+
+
+def test_cancelling_a_job_cancels_its_tasks(registry: Registry, job_id: str) -> None:
+    queued, running = make_tasks(registry, taken(registry, job_id), 2)
+    with registry.write() as session:
+        assert claim(session, TuningTask, running, "another", EXPIRED) is not None
+    cancel(registry, job_id)
+    assert task_states(registry, [queued, running]) == [(JobState.CANCELLED, False), (JobState.RUNNING, True)]
+    with registry.write() as session:  # the other worker is gone
+        take_back_expired(session, TuningTask, MAX_ATTEMPTS)
+    assert task_states(registry, [running]) == [(JobState.CANCELLED, True)]
 
 
 @pytest.mark.parametrize("job_class", [TuningJob, SampleJob])

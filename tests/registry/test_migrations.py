@@ -10,13 +10,19 @@ from alembic.migration import MigrationContext
 from sqlalchemy import inspect, text
 
 from service.registry.database import Registry, alembic_config
-from service.registry.tables import Base, Schedule, ScheduleAlias
+from service.registry.tables import Base, Schedule, ScheduleAlias, TuningJob
 
 MODEL = "INSERT INTO models VALUES ('mdl_1', 'm', 'hash', '{}', '{}', '2026-01-01')"
 SCHEDULE = """INSERT INTO schedules (id, model_id, sampler, num_steps, guidance_type, guidance_scale, eta, version,
     status, score, timesteps, t_ratios, provenance, created_at)
     VALUES ('{id}', 'mdl_1', 'ddim', 1, 'uncond', 1000000, 0, {version}, '{status}', {score}, '[1, 0]', '[1]', '{{}}',
     '2026-01-01')"""
+JOB = """INSERT INTO tuning_jobs (id, model_id, request_hash, network_calls, tuning_seconds, state, request, progress,
+    attempt, fencing_token, cancel_requested, created_at)
+    VALUES ('{id}', 'mdl_1', '', 0, 0, '{state}', '{{"tuner": {{"objective": "next_eps", "lr": 0.002}}}}', 0, 1, 1,
+    false, '2026-01-01')"""
+STEP = "INSERT INTO tuning_job_steps VALUES ('{job}', 0, 0.9, 7, 0.1, 0.2, 0.3, 0.4)"
+EVALUATION = "INSERT INTO evaluations VALUES ('sch_1', 16, 100, 0, 2, 1, -1.5, -0.5, NULL, NULL, 3, 4)"
 ALIAS = "INSERT INTO schedule_aliases VALUES ('mdl_1', '{name}', '{schedule}')"
 
 
@@ -55,6 +61,41 @@ def test_what_the_first_release_stored_outlives_all_migrations_and_running_them_
             schedule = session.get_one(Schedule, "sch_1")
             assert (schedule.guidance_scale, schedule.score) == (Decimal(1), 0.5)
             assert session.get_one(ScheduleAlias, ("mdl_1", "production")).schedule_id == "sch_1"
+
+
+def test_jobs_that_an_upgrade_finds_half_done_start_over_with_the_tuner_they_asked_for(empty: Registry) -> None:
+    command.upgrade(alembic_config(empty.url.render_as_string(hide_password=False)), "0003")
+    states = {"job_1": "succeeded", "job_2": "running", "job_3": "queued"}
+    execute(empty, MODEL)
+    for job_id, state in states.items():
+        execute(empty, JOB.format(id=job_id, state=state), STEP.format(job=job_id))
+    empty.upgrade()
+    with empty.read() as session:
+        jobs = {job_id: session.get_one(TuningJob, job_id) for job_id in states}
+        assert [(step.t_ratio, step.done) for step in jobs["job_1"].steps] == [(0.9, True)]
+        for job_id in ("job_2", "job_3"):
+            assert jobs[job_id].steps == []
+            assert jobs[job_id].request["tuner"] == {
+                "objective": "next_eps",
+                "lr": 0.002,
+                "optimizer": "adam",
+                "spread": False,
+            }
+
+
+def test_evaluations_outlive_the_metrics_that_came_later_and_their_going(empty: Registry) -> None:
+    config = alembic_config(empty.url.render_as_string(hide_password=False))
+    command.upgrade(config, "0001")
+    tuned = SCHEDULE.format(id="sch_1", version=1, status="accepted", score=0.5)
+    execute(empty, MODEL, tuned, EVALUATION)
+    empty.upgrade()
+    with empty.read() as session:
+        evaluation = session.get_one(Schedule, "sch_1").evaluation
+        assert evaluation is not None
+        assert (evaluation.teacher_l2_after, evaluation.metrics, evaluation.reason) == (1, {}, None)
+    command.downgrade(config, "0001")
+    with empty.read() as session:
+        assert list(session.execute(text("SELECT teacher_l2_after, network_calls FROM evaluations"))) == [(1, 4)]
 
 
 def test_everything_can_be_undone(empty: Registry) -> None:
