@@ -21,6 +21,16 @@ def midpoint(step):
 SAMPLER = Sampler("own_midpoint", midpoint, order=2, calls_per_step=2)
 """
 
+# It answers no step.
+BROKEN = """
+from timetuner_core.samplers import Sampler
+
+def update(step):
+    raise ArithmeticError("this sampler never works")
+
+SAMPLER = Sampler("own_broken", update, order=1)
+"""
+
 
 def install(folder: Path, module: str, source: str) -> None:
     """A package as pip leaves it: a module, and the metadata that names its entry points."""

@@ -12,9 +12,10 @@ from typing import Any
 
 import httpx
 
+from service.queue import celery_app
 from service.registry.database import Registry
 from service.supervisor import valkey_command
-from tests.packages import MIDPOINT, install
+from tests.packages import BROKEN, MIDPOINT, install
 
 Json = dict[str, Any]
 START_SECONDS = 120.0
@@ -39,7 +40,7 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = START_S
 
 
 class Stack:
-    """Broker, dispatcher, one worker for all queues and the API, each a process of its own."""
+    """Broker, dispatcher, one worker for all queues and the API, each a process of its own; more workers at will."""
 
     def __init__(self, home: Path, database_url: str) -> None:
         self.home = home
@@ -61,6 +62,7 @@ class Stack:
         packages = home / "packages"
         packages.mkdir()
         install(packages, "own_midpoint", MIDPOINT)
+        install(packages, "own_broken", BROKEN)
         self.environment = {**os.environ, **environment, "PYTHONPATH": str(packages)}
         self.registry = Registry(database_url)
         self.registry.upgrade()
@@ -71,6 +73,10 @@ class Stack:
             "worker": [sys.executable, "-m", "worker"],
             "api": [sys.executable, "-m", "service", "api", "--port", str(port)],
         }
+        more_workers = {f"worker {k}": [sys.executable, "-m", "worker", "--queues", "tuning"] for k in (2, 3)}
+        self._started_at_first = list(self._commands)
+        self._commands |= more_workers
+        self.celery = celery_app(environment["BROKER_URL"])
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
 
     def start(self, *names: str) -> None:
@@ -78,10 +84,19 @@ class Stack:
             self.processes[name] = subprocess.Popen(self._commands[name], env=self.environment)
 
     def start_all(self) -> None:
-        self.start(*self._commands)
+        self.start(*self._started_at_first)
 
     def wait_until_ready(self) -> None:
         wait_until(self.is_ready, "readiness")
+
+    def wait_for_workers(self, count: int) -> None:
+        """Until so many listen to a queue."""
+
+        def answer() -> bool:
+            replies = self.celery.control.inspect(timeout=0.5).ping() or {}
+            return len(replies) >= count
+
+        wait_until(answer, f"{count} workers")
 
     def readiness(self) -> tuple[int, Json]:
         """The status and body of /readyz."""

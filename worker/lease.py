@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from service.registry.database import Registry
 from service.registry.jobs import Claim, LeaseLostError, renew
-from service.registry.tables import Job
+from service.registry.tables import FINAL_STATES, Job, TuningJob
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,20 @@ class Lease:
         """A transaction that commits only if the job is still ours. Raises: LeaseLostError."""
         with self._registry.write() as session:
             yield session, renew(session, self.claim, self._seconds)
+
+    @contextmanager
+    def write_to(self, tuning_job_id: str) -> Iterator[tuple[Session, TuningJob]]:
+        """As `write`, for one of a tuning job's tasks to write to the job.
+
+        Raises:
+            LeaseLostError: the task is no longer ours. JobCancelledError: the job is over.
+        """
+        with self._registry.write() as session:
+            job = session.get_one(TuningJob, tuning_job_id, with_for_update=True)  # before the task, as everyone does
+            if job.state in FINAL_STATES:
+                raise JobCancelledError(tuning_job_id)
+            renew(session, self.claim, self._seconds)
+            yield session, job
 
     def _renew_until_stopped(self) -> None:
         while not self._stop.wait(min(self._seconds / 3, 1.0)):

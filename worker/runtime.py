@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from celery import Celery
 
 from service.artifacts import ArtifactStore
 from service.registry.database import Registry
@@ -15,6 +16,7 @@ from service.registry.jobs import LeaseLostError, claim, finish
 from service.registry.tables import Job, JobState, Model
 from service.settings import Settings
 from timetuner_core.loading import DiffusionModel, load_builtin, load_folder
+from timetuner_core.tuning import TuningProblem
 from worker.lease import JobCancelledError, Lease
 
 logger = logging.getLogger(__name__)
@@ -25,28 +27,37 @@ MODELS_KEPT = 2
 class Runtime:
     """Made once per worker process, when its first task needs it."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, celery: Celery) -> None:
         self.settings = settings
+        self.celery = celery
         self.registry = Registry(settings.database_url)
         self.artifacts = ArtifactStore(settings.artifacts_url)
         self.device = pick_device(settings.device)
         self.owner = f"{socket.gethostname()}:{os.getpid()}"
         self._load = lru_cache(maxsize=MODELS_KEPT)(self._load_uncached)
+        self._problem: tuple[str, TuningProblem] | None = None
 
     def load_model(self, model_id: str) -> DiffusionModel:
         """The model on this worker's device; the last few stay loaded."""
         return self._load(model_id)
 
-    def run(self, job_class: type[Job], job_id: str, work: Callable[["Runtime", Lease], None]) -> None:
+    def problem(self, tuning_job_id: str, make: Callable[[], TuningProblem]) -> TuningProblem:
+        """What a tuning job tunes on; the last job's stays, for its next task."""
+        if self._problem is None or self._problem[0] != tuning_job_id:
+            self._problem = None  # before the next one is there
+            self._problem = (tuning_job_id, make())
+        return self._problem[1]
+
+    def run(self, job_class: type[Job], job_id: str, work: Callable[["Runtime", Lease], None]) -> bool:
         """Claim a job and work on it; whatever happens, the registry says what became of it.
 
-        A job someone else has, or that is over, is left alone. `work` finishes the job itself when all went
-        well.
+        A job someone else has, or that is over, is left alone: then False. `work` finishes the job itself when all
+        went well.
         """
         with self.registry.write() as session:
             claimed = claim(session, job_class, job_id, self.owner, self.settings.lease_seconds)
         if claimed is None:
-            return
+            return False
         with Lease(self.registry, claimed, self.settings.lease_seconds) as lease:
             try:
                 work(self, lease)
@@ -57,8 +68,10 @@ class Runtime:
             except Exception as error:
                 logger.exception("%s failed", job_id)
                 _finish(lease, JobState.FAILED, f"{type(error).__name__}: {error}")
+        return True
 
     def _load_uncached(self, model_id: str) -> DiffusionModel:
+        self._problem = None  # it would hold on to its model, beside those kept on purpose
         with self.registry.read() as session:
             source: dict[str, Any] = session.get_one(Model, model_id).source
         settings = self.settings

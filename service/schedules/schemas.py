@@ -31,6 +31,16 @@ def _deeper_than(value: Any, levels: int) -> bool:
 FiniteJson = Annotated[Any, AfterValidator(_finite)]
 
 
+class MetricOut(BaseModel):
+    """One figure, the better the lower, untuned and tuned; null where it is not finite."""
+
+    before: float | None
+    after: float | None
+    change: float | None = Field(description="after - before.")
+    low: float | None = Field(description="95 % bootstrap interval of the change.")
+    high: float | None
+
+
 class EvaluationOut(BaseModel):
     """Tuned against untuned, from the same held-out noise."""
 
@@ -45,7 +55,12 @@ class EvaluationOut(BaseModel):
     teacher_l2_change_high: float
     frechet_before: float | None = Field(description="Fréchet distance to the data, untuned, in pixel space.")
     frechet_after: float | None
-    wall_time_seconds: float = Field(description="Of tuning, evaluation not counted.")
+    metrics: dict[str, MetricOut] = Field(
+        description="By name: `teacher_l2`, `sliced_wasserstein` and, where they could be measured, `frechet`, "
+        "`frechet_features` (of a classifier that came with the model), `wasserstein` and `kl` (of mixtures, exact)."
+    )
+    reason: str | None = Field(description="Why the schedule was accepted or rejected.")
+    wall_time_seconds: float = Field(description="Of tuning, summed over workers; evaluation not counted.")
     network_calls: int = Field(description="Samples put through the network while tuning, guidance counted.")
 
 
@@ -67,9 +82,10 @@ class ScheduleOut(BaseModel):
     eta: ExactNumber
     version: int
     status: ScheduleStatus = Field(
-        description="Rejected: not significantly better than untuned; imported: not evaluated. `auto` skips both."
+        description="Rejected: not better than untuned beyond chance, or worse in some respect; imported: not "
+        "evaluated. `auto` skips both."
     )
-    score: float | None = Field(description="Distance to the teacher, tuned over untuned; below 1 is better.")
+    score: float | None = Field(description="The metric that decides, tuned over untuned; below 1 is better.")
     timesteps: list[float] = Field(description="num_steps + 1 falling times in [0, T].")
     t_ratios: list[float] = Field(description="One per step: the network is conditioned on t * t_ratio.")
     provenance: dict[str, Any] = Field(description="How it was tuned.")

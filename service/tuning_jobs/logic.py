@@ -16,7 +16,15 @@ from service.registry.jobs import add_event, request_cancel
 from service.registry.tables import FINAL_STATES, JobState, TuningJob, TuningJobEvent
 from service.requests import check_room, check_setting, check_timesteps, check_uncond
 from service.settings import Settings
-from service.tuning_jobs.schemas import NextEpsTuner, TuningJobRequest
+from service.tuning_jobs.schemas import (
+    AysTuner,
+    DataTuner,
+    EndToEndTuner,
+    GitsTuner,
+    PerStepTuner,
+    TeacherStepTuner,
+    TuningJobRequest,
+)
 from timetuner_core.samplers import get_sampler
 
 
@@ -89,46 +97,110 @@ def _check(request: TuningJobRequest, spec: dict[str, Any]) -> None:
         message = "no conditions came with this model; accepted: an archive whose data.safetensors has 'conditions'"
         raise InvalidError(message, ("body", "guidance_type"), request.guidance_type)
     check_uncond(spec, request, "guidance_scale 1")
-    sampler, tuner = get_sampler(request.sampler), request.tuner
-    if isinstance(tuner, NextEpsTuner):
-        if tuner.data == "model" and not spec["has_data"]:
-            message = "tuner.data is 'model'; accepted: 'generated' or 'auto', as no data came with this model"
-            raise InvalidError(message, ("body", "tuner", "data"), tuner.data)
-        if tuner.tune_type == "parallel" and sampler.history_length:
-            message = "tuner.tune_type is 'parallel'; accepted for a multistep sampler: 'sequential'"
-            raise InvalidError(message, ("body", "tuner", "tune_type"), tuner.tune_type)
-    elif sampler.stochastic:
-        message = f"sampler is {sampler.name!r}, which adds noise; accepted: tuner.objective 'next_eps'"
-        raise InvalidError(message, ("body", "sampler"), sampler.name)
-    elif request.eta != 0:
-        message = f"eta is {request.eta}; accepted: 0 for the objective 'end_to_end', else choose 'next_eps'"
-        raise InvalidError(message, ("body", "eta"), float(request.eta))
-    teachers = {"tuner": tuner.teacher_num_steps, "evaluation": request.evaluation.teacher_num_steps}
+    _check_noise(request)
+    _check_tuner(request, spec)
+    teachers = {"evaluation": request.evaluation.teacher_num_steps, "tuner": _tuners_teacher(request, spec)}
     most = spec["num_train_timesteps"]
     for part, teacher_num_steps in teachers.items():
-        if teacher_num_steps <= request.num_steps and request.num_steps != most:
+        if teacher_num_steps and teacher_num_steps <= request.num_steps and request.num_steps != most:
             message = f"{part}.teacher_num_steps is {teacher_num_steps}; accepted: more than num_steps"
             raise InvalidError(message, ("body", part, "teacher_num_steps"), teacher_num_steps)
+
+
+def _check_noise(request: TuningJobRequest) -> None:
+    """Refuse to match a result, of all steps or of one, that noise makes another each time."""
+    if not isinstance(request.tuner, EndToEndTuner | TeacherStepTuner):
+        return
+    sampler, accepted = get_sampler(request.sampler), "'next_eps', 'ays', 'gits', 'dmn' or 'grid'"
+    if sampler.stochastic:
+        message = f"sampler is {sampler.name!r}, which adds noise; accepted: tuner.objective {accepted}"
+        raise InvalidError(message, ("body", "sampler"), sampler.name)
+    if request.eta != 0:
+        message = f"eta is {request.eta}; accepted: 0, or tuner.objective {accepted}"
+        raise InvalidError(message, ("body", "eta"), float(request.eta))
+
+
+def _check_tuner(request: TuningJobRequest, spec: dict[str, Any]) -> None:
+    tuner = request.tuner
+
+    def refuse(name: str, accepted: str) -> None:
+        value = getattr(tuner, name)
+        raise InvalidError(f"tuner.{name} is {value!r}; accepted: {accepted}", ("body", "tuner", name), value)
+
+    if isinstance(tuner, DataTuner) and tuner.data == "model" and not spec["has_data"]:
+        refuse("data", "'generated' or 'auto', as no data came with this model")
+    if isinstance(tuner, PerStepTuner):
+        if tuner.tune_type == "parallel" and get_sampler(request.sampler).history_length:
+            refuse("tune_type", "for a multistep sampler 'sequential'")
+        if tuner.optimizer == "adam" and tuner.tolerance is not None:
+            refuse("tolerance", "null, or the optimizer 'gauss_newton'")
+        if tuner.optimizer == "gauss_newton" and tuner.lr is not None:
+            refuse("lr", "null, or the optimizer 'adam'")
+    num_candidates = getattr(tuner, "num_candidates", None)
+    if num_candidates is not None and num_candidates <= request.num_steps:
+        refuse("num_candidates", f"null, or more than num_steps, which is {request.num_steps}")
+
+
+def _tuners_teacher(request: TuningJobRequest, spec: dict[str, Any]) -> int | None:
+    """The steps of the tuner's own teacher, if it has one to follow or to make its data."""
+    tuner = request.tuner
+    if isinstance(tuner, EndToEndTuner):
+        return tuner.teacher_num_steps
+    generates = isinstance(tuner, DataTuner) and (tuner.data == "generated" or not spec["has_data"])
+    return tuner.teacher_num_steps if isinstance(tuner, DataTuner) and generates else None
 
 
 def _check_size(request: TuningJobRequest, spec: dict[str, Any], settings: Settings) -> None:
     """Refuse more memory or work than is allowed. Raises: TooLargeError."""
     tuner, evaluation = request.tuner, request.evaluation
     guided = 2 if request.guidance_type == "classifier-free" else 1
-    in_parallel = isinstance(tuner, NextEpsTuner) and tuner.tune_type == "parallel"
-    steps_at_once = request.num_steps if in_parallel else 1
-    values = math.prod(spec["sample_shape"]) * tuner.batch_size * steps_at_once * guided
+    values = math.prod(spec["sample_shape"]) * _samples_at_once(request) * guided
     if values > settings.max_tuning_batch_values:
-        detail = f"an iteration's network batch has {values} values; accepted: {settings.max_tuning_batch_values}"
-        raise TooLargeError(detail, ("body", "tuner", "batch_size"), tuner.batch_size)
-    calls_per_step = get_sampler(request.sampler).calls_per_step * guided
-    tuning = 2 * tuner.batch_size * tuner.total_iters * request.num_steps
-    teaching = tuner.population_size * tuner.teacher_num_steps
+        detail = f"tuning holds {values} values at once; accepted: {settings.max_tuning_batch_values}"
+        raise TooLargeError(detail, ("body", "tuner", "batch_size"), getattr(tuner, "batch_size", None))
+    calls_per_step = get_sampler(request.sampler).calls_per_step
+    teaching = getattr(tuner, "population_size", 0) * (_tuners_teacher(request, spec) or 0)
     evaluating = evaluation.num_samples * (evaluation.teacher_num_steps + 2 * request.num_steps)
-    calls = calls_per_step * (tuning + teaching + evaluating)
+    calls = guided * (calls_per_step * (teaching + evaluating) + _tuning_calls(request, calls_per_step))
     if calls > settings.max_tuning_calls:
         detail = f"the job puts {calls} samples through the network; accepted: {settings.max_tuning_calls}"
-        raise TooLargeError(detail, ("body", "tuner", "total_iters"), tuner.total_iters)
+        total_iters = getattr(tuner, "total_iters", None)
+        where = ("body", "tuner") if total_iters is None else ("body", "tuner", "total_iters")
+        raise TooLargeError(detail, where, total_iters)
+
+
+def _samples_at_once(request: TuningJobRequest) -> int:
+    """Samples that are in memory together: of a network batch, or of a grid search's candidates."""
+    tuner = request.tuner
+    if isinstance(tuner, PerStepTuner):
+        in_one_batch = tuner.tune_type == "parallel" and not tuner.spread
+        return tuner.batch_size * (request.num_steps if in_one_batch else 1)
+    if isinstance(tuner, AysTuner | GitsTuner):
+        return tuner.batch_size * _num_candidates(tuner, request.num_steps)
+    return tuner.batch_size if isinstance(tuner, EndToEndTuner) else 0
+
+
+def _tuning_calls(request: TuningJobRequest, calls_per_step: int) -> int:
+    """Samples put through the network, guidance not counted, if no step is tuned before `total_iters`."""
+    tuner, num_steps = request.tuner, request.num_steps
+    if isinstance(tuner, EndToEndTuner):
+        return 2 * tuner.batch_size * tuner.total_iters * num_steps * calls_per_step  # twice: steps are recomputed
+    if isinstance(tuner, PerStepTuner):
+        target, residual = 1, calls_per_step + 1  # the network once more, where the step ends
+        if isinstance(tuner, TeacherStepTuner):
+            target, residual = tuner.substeps * calls_per_step, calls_per_step
+        if tuner.optimizer == "gauss_newton":
+            residual *= 2
+        carrying = tuner.population_size * calls_per_step if tuner.tune_type == "sequential" else 0
+        return num_steps * (tuner.batch_size * (tuner.total_iters or 0) * (target + residual) + carrying)
+    if isinstance(tuner, AysTuner | GitsTuner):
+        size = tuner.num_samples if isinstance(tuner, AysTuner) else tuner.population_size
+        return _num_candidates(tuner, num_steps) * math.ceil(size / tuner.batch_size) * tuner.batch_size
+    return 0
+
+
+def _num_candidates(tuner: AysTuner | GitsTuner, num_steps: int) -> int:
+    return tuner.num_candidates or max(61 if isinstance(tuner, GitsTuner) else 40, 4 * num_steps)
 
 
 def _submitted_before(registry: Registry, idempotency_key: str, request_hash: str) -> TuningJob | None:

@@ -76,11 +76,11 @@ def test_schedules_are_resolved_by_guidance_interval_and_rescale(stack: Stack) -
     model = stack.register("mixture-ring")
     guidance = {"guidance_type": "classifier-free", "guidance_scale": 2, "guidance_end": 0.9}
     tuner = {"tuner": {"total_iters": 60}, "evaluation": {"num_samples": 256}}
-    schedule = stack.tune(model, num_steps=5, **guidance, **tuner)
+    schedule = stack.tune(model, num_steps=6, **guidance, **tuner)
     assert schedule["status"] == "accepted"
 
     def resolve(**change: Any) -> Json | None:
-        query = {"model": model, "num_steps": 5, **guidance, **change}
+        query = {"model": model, "num_steps": 6, **guidance, **change}
         schedule: Json | None = stack.client.get("/v1/schedules/resolve", params=query).json()["schedule"]
         return schedule
 
@@ -168,7 +168,10 @@ def test_a_model_without_an_unconditional_condition_is_guided_by_one_that_is_sen
 
 
 TOO_MUCH: list[Json] = [
-    {"num_steps": 999, "tuner": {"objective": "next_eps", "batch_size": 1024, "teacher_num_steps": 1000}},
+    {
+        "num_steps": 999,
+        "tuner": {"objective": "next_eps", "spread": False, "batch_size": 1024, "teacher_num_steps": 1000},
+    },
     {"num_steps": 99, "tuner": {"total_iters": 10_000, "batch_size": 1024, "teacher_num_steps": 100}},
 ]
 

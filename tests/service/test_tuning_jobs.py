@@ -1,6 +1,7 @@
 """Submitting, following and cancelling tuning jobs over HTTP."""
 
 import json
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,6 +13,7 @@ from tests.stack import Json, Stack
 
 QUICK: Json = {"tuner": {"total_iters": 2, "population_size": 16}, "evaluation": {"num_samples": 16}}
 LONG: Json = {"tuner": {"total_iters": 10_000}}
+LONG_TASKS: Json = {"tuner": {"objective": "next_eps", "optimizer": "adam", "total_iters": 10_000}}
 
 
 @pytest.fixture
@@ -24,32 +26,65 @@ def events(stack: Stack, job: Json, after: int = 0) -> list[Json]:
     return items
 
 
+GAUSS_NEWTON = range(1, 65)  # it stops when it is sure enough
+
+
 @pytest.mark.parametrize(
-    "tuner",
+    ("tuner", "iterations"),
     [
-        {"objective": "end_to_end", "total_iters": 40},
-        {"objective": "next_eps", "total_iters": 40},
-        {"objective": "next_eps", "tune_type": "sequential", "total_iters": 10, "data": "generated"},
+        ({"objective": "end_to_end", "total_iters": 40}, [40]),
+        ({"objective": "end_to_end", "parameters": "both", "total_iters": 20}, [20]),
+        ({"objective": "next_eps", "optimizer": "adam", "total_iters": 40}, [40]),
+        ({"objective": "next_eps", "tune_type": "sequential", "data": "generated"}, GAUSS_NEWTON),
+        ({"objective": "teacher_step", "spread": False, "tolerance": 0.05}, GAUSS_NEWTON),
+        ({"objective": "ays", "num_samples": 32}, [0]),
+        ({"objective": "gits", "population_size": 32}, [0]),
+        ({"objective": "dmn"}, [0]),
+        ({"objective": "grid"}, [0]),
     ],
 )
-def test_a_job_makes_one_evaluated_schedule_that_says_how_it_was_made(stack: Stack, ring: str, tuner: Json) -> None:
-    job = stack.submit(ring, num_steps=4, seed=3, tuner=tuner, evaluation={"num_samples": 64})
+def test_a_job_makes_one_evaluated_schedule_that_says_how_it_was_made(
+    stack: Stack, ring: str, tuner: Json, iterations: Collection[int]
+) -> None:
+    job = stack.submit(ring, num_steps=4, seed=3, timesteps="log_snr", tuner=tuner, evaluation={"num_samples": 64})
     done = stack.finished(job)
     assert (done["state"], done["progress"], done["error"]) == ("succeeded", 1.0, None)
-    assert [step["iterations"] for step in done["steps"]][:3] == [tuner["total_iters"]] * 3
+    assert all(step["done"] for step in done["steps"])
+    assert all(step["iterations"] in iterations for step in done["steps"][:3])
 
     schedule = stack.client.get(f"/v1/schedules/{done['schedule']}").json()
     assert schedule["job"] == job["id"]
     assert schedule["t_ratios"] == [step["t_ratio"] for step in done["steps"]]
+    assert schedule["timesteps"] == done["timesteps"]
     assert len(schedule["timesteps"]) == 5
     assert schedule["provenance"]["seed"] == 3
     assert schedule["provenance"]["tuner"]["objective"] == tuner["objective"]
+
+
+@pytest.mark.parametrize("eta", [0, 1])
+def test_an_evaluation_gives_all_metrics_with_their_intervals_and_says_what_decided(
+    stack: Stack, ring: str, eta: float
+) -> None:
+    tuner = {"objective": "next_eps", "optimizer": "adam", "total_iters": 10}
+    schedule = stack.tune(ring, num_steps=4, eta=eta, tuner=tuner, evaluation={"num_samples": 64})
     evaluation = schedule["evaluation"]
     assert evaluation["num_samples"] == 64
     assert evaluation["network_calls"] >= tuner["total_iters"] * 16
-    assert schedule["score"] == pytest.approx(evaluation["teacher_l2_after"] / evaluation["teacher_l2_before"])
-    accepted = evaluation["teacher_l2_change_high"] < 0
-    assert schedule["status"] == ("accepted" if accepted else "rejected")
+    metrics = evaluation["metrics"]
+    assert {"teacher_l2", "frechet", "sliced_wasserstein", "wasserstein"} <= set(metrics)
+    for name in ("teacher_l2", "frechet"):
+        figures = evaluation[f"{name}_before"], evaluation[f"{name}_after"]
+        assert (metrics[name]["before"], metrics[name]["after"]) == figures
+    for metric in metrics.values():
+        assert metric["change"] == pytest.approx(metric["after"] - metric["before"])
+        assert metric["low"] <= metric["high"]
+    decides = metrics["frechet" if eta else "teacher_l2"]
+    assert schedule["score"] == pytest.approx(decides["after"] / decides["before"])
+    # Noise makes each sample another one than the teacher's, so there its distance does not count.
+    counts = [metric for name, metric in metrics.items() if name != "teacher_l2" or not eta]
+    better = decides["high"] < 0 and metrics["frechet"]["change"] <= 0 and all(metric["low"] <= 0 for metric in counts)
+    assert schedule["status"] == ("accepted" if better else "rejected")
+    assert any(name in evaluation["reason"] for name in metrics)
 
 
 @pytest.mark.parametrize(
@@ -99,13 +134,20 @@ def test_events_tell_the_whole_story_and_a_stream_resumes_where_it_broke(stack: 
     assert events(stack, job, after=seen) == streamed[2:]
 
 
-def test_cancelling_stops_a_running_job_without_a_schedule(stack: Stack, ring: str) -> None:
-    job = stack.submit(ring, num_steps=4, **LONG)
+@pytest.mark.parametrize("effort", [LONG, LONG_TASKS], ids=["as a whole", "in tasks"])
+def test_cancelling_stops_a_running_job_without_a_schedule(stack: Stack, ring: str, effort: Json) -> None:
+    job = stack.submit(ring, num_steps=4, **effort)
     stack.running(job)
     assert stack.client.post(f"/v1/tuning-jobs/{job['id']}/cancel").json()["cancel_requested"]
     done = stack.finished(job)
     assert (done["state"], done["schedule"]) == ("cancelled", None)
     assert stack.client.post(f"/v1/tuning-jobs/{job['id']}/cancel").json()["state"] == "cancelled"  # again: no harm
+
+
+def test_a_job_fails_with_the_error_of_the_step_that_cannot_be_tuned(stack: Stack, ring: str) -> None:
+    job = stack.finished(stack.submit(ring, num_steps=4, sampler="own_broken", tuner={"objective": "next_eps"}))
+    assert (job["state"], job["schedule"]) == ("failed", None)
+    assert "step 0: ArithmeticError: this sampler never works" in job["error"]
 
 
 def test_a_queued_job_is_cancelled_at_once_and_never_starts(stack: Stack, ring: str) -> None:
@@ -170,6 +212,23 @@ BAD_REQUESTS: dict[str, tuple[Json, str, str]] = {
     "eta that has no end result": ({"eta": 0.5}, "eta", "next_eps"),
     "an unknown objective": ({"tuner": {"objective": "magic"}}, "tuner", "end_to_end"),
     "an option of another objective": ({"tuner": {"tune_type": "parallel"}}, "tune_type", ""),
+    "an option of another optimizer": ({"tuner": {"objective": "next_eps", "lr": 0.1}}, "lr", "'adam'"),
+    "a tolerance that Adam has no use for": (
+        {"tuner": {"objective": "teacher_step", "optimizer": "adam", "tolerance": 0.1}},
+        "tolerance",
+        "'gauss_newton'",
+    ),
+    "one step's result, with noise": ({"tuner": {"objective": "teacher_step"}, "sampler": "ddpm"}, "sampler", "'ays'"),
+    "steps that need those before, all at once": (
+        {"tuner": {"objective": "teacher_step"}, "sampler": "dpmpp_2m"},
+        "tune_type",
+        "'sequential'",
+    ),
+    "fewer times to choose from than steps": (
+        {"tuner": {"objective": "gits", "num_candidates": 5}},
+        "num_candidates",
+        "more than num_steps",
+    ),
     "no iterations": ({"tuner": {"total_iters": 0}}, "total_iters", ""),
     "a teacher that is no better": ({"tuner": {"teacher_num_steps": 5}}, "teacher_num_steps", "more than num_steps"),
     "a negative seed": ({"seed": -1}, "seed", ""),

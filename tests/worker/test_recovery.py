@@ -1,10 +1,14 @@
 """No accepted job is lost and none is applied twice, whatever part of a deployment dies."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
+from sqlalchemy import select
 
-from tests.stack import Json, Stack
+from service.registry.tables import JobState, TuningJob, TuningJobStep, TuningTask
+from tests.stack import Json, Stack, wait_until
 
 QUICK: Json = {"tuner": {"total_iters": 2, "population_size": 16}, "evaluation": {"num_samples": 16}}
 # Long enough to be killed in the middle, many saves after its start and many before its end.
@@ -13,6 +17,12 @@ STEADY: Json = {
     "evaluation": {"num_samples": 32},
 }
 ENDLESS: Json = {"tuner": {"total_iters": 10_000}}
+NEVER_SURE: Json = {"objective": "next_eps", "tolerance": 1e-6}  # so the number of iterations is known
+STEP_BY_STEP: Json = {
+    "tuner": {**NEVER_SURE, "tune_type": "sequential", "total_iters": 150, "population_size": 64},
+    "evaluation": {"num_samples": 32},
+}
+SPREAD: Json = {"tuner": {**NEVER_SURE, "total_iters": 300}, "evaluation": {"num_samples": 32}}
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +30,12 @@ def ring(fragile: Stack) -> str:
     return fragile.register("mixture-ring")
 
 
-def test_a_job_whose_worker_is_killed_ends_with_the_schedule_of_an_undisturbed_run(fragile: Stack, ring: str) -> None:
-    undisturbed = fragile.tune(ring, num_steps=4, seed=5, **STEADY)
-    job = fragile.submit(ring, num_steps=4, seed=5, **STEADY)
+@pytest.mark.parametrize("effort", [STEADY, STEP_BY_STEP], ids=["end to end, Adam", "step by step, Gauss-Newton"])
+def test_a_job_whose_worker_is_killed_ends_with_the_schedule_of_an_undisturbed_run(
+    fragile: Stack, ring: str, effort: Json
+) -> None:
+    undisturbed = fragile.tune(ring, num_steps=4, seed=5, **effort)
+    job = fragile.submit(ring, num_steps=4, seed=5, **effort)
     fragile.running(job)
     fragile.end("worker", number=signal.SIGKILL)
     interrupted = fragile.client.get(f"/v1/tuning-jobs/{job['id']}").json()
@@ -42,6 +55,55 @@ def test_a_job_whose_worker_is_killed_ends_with_the_schedule_of_an_undisturbed_r
     assert schedules[0]["version"] == undisturbed["version"] + 1
     for name in ("teacher_l2_before", "teacher_l2_after", "frechet_after"):
         assert schedules[0]["evaluation"][name] == undisturbed["evaluation"][name]
+
+
+@contextmanager
+def two_more_workers(stack: Stack) -> Iterator[None]:
+    """As many as they were afterwards, whichever was killed."""
+    more = ("worker 2", "worker 3")
+    stack.start(*more)
+    stack.wait_for_workers(3)
+    try:
+        yield
+    finally:
+        stack.end(*(name for name in more if name in stack.processes))
+        if "worker" not in stack.processes:
+            stack.start("worker")
+        stack.wait_until_ready()
+
+
+def workers_at_work(stack: Stack, job: Json) -> dict[str, TuningTask]:
+    """The name of each worker that runs a task of a job, and the task, once all have saved some of their work."""
+    names = {process.pid: name for name, process in stack.processes.items()}
+    with stack.registry.read() as session:
+        query = select(TuningTask).where(TuningTask.job_id == job["id"], TuningTask.state == JobState.RUNNING)
+        tasks = session.scalars(query).all()
+        steps = [session.get_one(TuningJobStep, (job["id"], task.step_index)) for task in tasks]
+    if any(step.iterations == 0 or step.done for step in steps):
+        return {}
+    return {names[int(str(task.lease_owner).rpartition(":")[2])]: task for task in tasks}
+
+
+def test_steps_spread_over_three_workers_of_which_two_are_killed_end_as_on_one(fragile: Stack, ring: str) -> None:
+    request = {"num_steps": 6, "seed": 5, **SPREAD}
+    alone = fragile.tune(ring, **request)
+    calls_per_iteration = 5 * 16 * 5  # five steps, 16 samples, one call for the target and two on either side
+    assert alone["evaluation"]["network_calls"] == SPREAD["tuner"]["total_iters"] * calls_per_iteration
+
+    with two_more_workers(fragile):
+        job = fragile.submit(ring, **request)
+        tasks = wait_until(lambda: len(found := workers_at_work(fragile, job)) == 3 and found, "work of three workers")
+        with fragile.registry.read() as session:
+            owner = session.get_one(TuningJob, job["id"]).lease_owner
+        killed = sorted(tasks, key=lambda name: tasks[name].lease_owner != owner)[:2]  # the job's own, and a helper
+        fragile.end(*killed, number=signal.SIGKILL)
+        done = fragile.finished(job)
+    assert (done["state"], done["error"], done["attempt"]) == ("succeeded", None, 2)
+    schedule = fragile.client.get(f"/v1/schedules/{done['schedule']}").json()
+    assert schedule["t_ratios"] == alone["t_ratios"]
+    assert schedule["evaluation"]["teacher_l2_after"] == alone["evaluation"]["teacher_l2_after"]
+    with fragile.registry.read() as session:
+        assert all(session.get_one(TuningTask, tasks[name].id).attempt == 2 for name in killed)
 
 
 def test_a_job_the_broker_forgot_still_runs(fragile: Stack, ring: str) -> None:

@@ -1,0 +1,93 @@
+"""Where tuning stands, kept in the registry: what makes an interrupted job go on, and parts of it merge."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from sqlalchemy.orm import Session
+from torch import Tensor
+
+from service.registry.jobs import add_event
+from service.registry.tables import Job, TuningJob, TuningJobStep
+from timetuner_core.tuning import TuningState
+from worker.tuned_sampler import TunedSampler
+
+TUNING_SHARE = 0.8  # of the progress bar; evaluation has the rest
+
+# A transaction on the tuning job, its row locked, for as long as this worker may write to it.
+Write = Callable[[], AbstractContextManager[tuple[Session, Job]]]
+
+
+def tune(
+    sampler: TunedSampler, state: TuningState, write: Write, save_seconds: float, steps: list[int] | None = None
+) -> None:
+    """Tune to the end, saving `state` about every `save_seconds`, so that another worker could go on from there.
+
+    Args:
+        steps: tune and save only these; then the rest of `state` is not looked at.
+    """
+    saved = time.monotonic()
+    for _ in sampler.tune(state, steps):
+        if time.monotonic() - saved > save_seconds:
+            saved = _save(sampler, state, write, steps, saved)
+    _save(sampler, state, write, steps, saved)
+
+
+def load_state(job: TuningJob, timesteps: Tensor) -> TuningState:
+    """What was saved of a job so far, or the start on the grid `timesteps`, `(num_steps + 1,)`."""
+    state = TuningState.start(timesteps)
+    if job.timesteps is not None:
+        state.timesteps = torch.tensor(job.timesteps, dtype=torch.float64)
+    for row in job.steps:
+        i = row.step_index
+        state.t_ratios[i], state.iterations[i], state.done[i] = row.t_ratio, row.iterations, row.done
+        state.memory[i] = torch.tensor(row.memory, dtype=torch.float64)
+        state.loss[i] = math.nan if row.loss is None else row.loss
+        state.initial_loss[i] = math.nan if row.initial_loss is None else row.initial_loss
+    return state
+
+
+def step_rows(job_id: str, state: TuningState, steps: Iterable[int]) -> Iterator[TuningJobStep]:
+    """`state` of these steps, as rows to be merged."""
+    for i in steps:
+        loss, initial_loss = float(state.loss[i]), float(state.initial_loss[i])
+        yield TuningJobStep(
+            job_id=job_id,
+            step_index=i,
+            t_ratio=float(state.t_ratios[i]),
+            iterations=int(state.iterations[i]),
+            memory=state.memory[i].tolist(),
+            loss=None if math.isnan(loss) else loss,
+            initial_loss=None if math.isnan(initial_loss) else initial_loss,
+            done=bool(state.done[i]),
+        )
+
+
+def _save(sampler: TunedSampler, state: TuningState, write: Write, steps: list[int] | None, since: float) -> float:
+    """Write the state of `steps`, and add to the job what this worker did for it since; returns the time now."""
+    now = time.monotonic()
+    with write() as (session, job):
+        assert isinstance(job, TuningJob)
+        for row in step_rows(job.id, state, range(len(state.t_ratios)) if steps is None else steps):
+            session.merge(row)
+        if steps is None:
+            job.timesteps = state.timesteps.tolist()
+        job.network_calls += sampler.network_calls
+        job.tuning_seconds += now - since
+        _note_progress(session, job, load_state(job, sampler.timesteps), sampler.tuner.get("total_iters", 1))
+    sampler.network_calls = 0
+    return now
+
+
+def _note_progress(session: Session, job: TuningJob, state: TuningState, total_iters: int) -> None:
+    """As of all workers' steps."""
+    share = torch.where(state.done, 1.0, state.iterations / total_iters)
+    job.progress = TUNING_SHARE * float(share.mean())
+    losses = state.loss[~state.loss.isnan()]
+    event: dict[str, Any] = {"progress": job.progress, "t_ratios": state.t_ratios.tolist()}
+    if len(losses):
+        event["loss"] = float(losses.sum())
+    add_event(session, job, "progress", **event)

@@ -1,0 +1,79 @@
+"""One task per step, for tuners whose steps do not depend on each other: any tuning worker may take some.
+
+The job's own worker takes them too, one after another, so that a job ends even if nobody helps.
+"""
+
+import time
+
+from sqlalchemy import select
+
+from service.queue import publish
+from service.registry.jobs import add_tasks, finish, is_free
+from service.registry.tables import FINAL_STATES, JobState, TuningJob, TuningTask
+from timetuner_core.tuning import TuningState
+from worker.lease import JobCancelledError, Lease
+from worker.runtime import Runtime
+from worker.tuned_sampler import TunedSampler
+from worker.tuning_state import load_state, step_rows, tune
+
+POLL_SECONDS = 0.1
+
+
+class TaskFailedError(Exception):
+    """A step could not be tuned."""
+
+
+def tune_by_tasks(runtime: Runtime, lease: Lease, sampler: TunedSampler) -> TuningState:
+    """Have every step tuned, here or by others, and give the merged result.
+
+    Raises:
+        TaskFailedError: one of the tasks did.
+    """
+    job_id = lease.claim.job_id
+    task_ids = _make_tasks(lease, sampler)
+    publish(runtime.celery, runtime.registry, TuningTask, task_ids)
+    while tasks := _open_tasks(runtime, job_id):
+        lease.check()
+        ours = next((task.id for task in tasks if is_free(task)), None)
+        if ours is None or not runtime.run(TuningTask, ours, run_tuning_task):
+            time.sleep(POLL_SECONDS)
+    with runtime.registry.read() as session:
+        return load_state(session.get_one(TuningJob, job_id), sampler.timesteps)
+
+
+def run_tuning_task(runtime: Runtime, lease: Lease) -> None:
+    """Tune one step from wherever it was left, and finish the task."""
+    with runtime.registry.read() as session:
+        task = session.get_one(TuningTask, lease.claim.job_id)
+        job = session.get_one(TuningJob, task.job_id)
+        sampler = TunedSampler(runtime, job, lease.check)
+        state = load_state(job, sampler.timesteps)
+    tune(sampler, state, lambda: lease.write_to(job.id), runtime.settings.save_seconds, [task.step_index])
+    with lease.write() as (session, current):
+        finish(session, current, JobState.SUCCEEDED)
+
+
+def _make_tasks(lease: Lease, sampler: TunedSampler) -> list[str]:
+    """A task for each step to be tuned, and the state of all steps to start from; an earlier attempt's are left."""
+    with lease.write() as (session, job):
+        assert isinstance(job, TuningJob)
+        state = load_state(job, sampler.timesteps)
+        all_steps = range(len(state.t_ratios))
+        state.done[[i for i in all_steps if i not in sampler.tuned_steps]] = True
+        for row in step_rows(job.id, state, all_steps):
+            session.merge(row)
+        job.timesteps = state.timesteps.tolist()
+        return add_tasks(session, job, sampler.tuned_steps)
+
+
+def _open_tasks(runtime: Runtime, job_id: str) -> list[TuningTask]:
+    """The job's tasks that are not over, by step. Raises: TaskFailedError, JobCancelledError."""
+    with runtime.registry.read() as session:
+        query = select(TuningTask).where(TuningTask.job_id == job_id).order_by(TuningTask.step_index)
+        tasks = list(session.scalars(query))
+    for task in tasks:
+        if task.state == JobState.FAILED:
+            raise TaskFailedError(f"step {task.step_index}: {task.error}")
+        if task.state == JobState.CANCELLED:  # with the job
+            raise JobCancelledError(job_id)
+    return [task for task in tasks if task.state not in FINAL_STATES]
