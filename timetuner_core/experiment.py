@@ -102,15 +102,21 @@ class Experiment:
             untuned_timesteps=make_timesteps(self.model.noise_schedule, len(timesteps) - 1),
             features=self.model.features,
             mixture=unguided_mixture,
-            kl=None if unguided_mixture is None or self.adds_noise else self._kl,
+            kl=None if unguided_mixture is None or self.adds_noise else self.kl_terms,
             adds_noise=self.adds_noise,
         )
 
     def sample(
-        self, seeds: list[int], condition: Tensor | None, timesteps: Tensor, t_ratios: Tensor | None = None
+        self,
+        seeds: list[int],
+        condition: Tensor | None,
+        timesteps: Tensor,
+        t_ratios: Tensor | None = None,
+        *,
+        decode: bool = True,
     ) -> Tensor:
-        """`(len(seeds), *image_shape)`, on the device."""
-        return self._generate(seeds, condition, self.sampler.name, timesteps, t_ratios, self.eta, decode=True)
+        """`(len(seeds), *image_shape)`, or not decoded, `(len(seeds), *sample_shape)`; on the device."""
+        return self._generate(seeds, condition, self.sampler.name, timesteps, t_ratios, self.eta, decode)
 
     def teach(
         self, seeds: list[int], condition: Tensor | None, teacher_num_steps: int, *, decode: bool = True
@@ -143,8 +149,8 @@ class Experiment:
         condition = self.conditions(size, TUNING_SEEDS)
         return self.teach(self.seeds(size, TUNING_SEEDS), condition, teacher_num_steps, decode=False), condition
 
-    def _kl(self, timesteps: Tensor, t_ratios: Tensor | None) -> Tensor:
-        """The terms of the exact KL divergence to a mixture."""
+    def kl_terms(self, timesteps: Tensor, t_ratios: Tensor | None = None) -> Tensor:
+        """The terms of the exact KL divergence to a mixture, unguided, `(MOST_KL_ROWS,)`."""
         assert self.model.mixture is not None
         model_fn = self.guidance.model_fn(self.model)
         step_fn = self.sampler.step_fn(model_fn, self.model.noise_schedule)

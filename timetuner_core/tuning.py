@@ -189,6 +189,8 @@ def tune_end_to_end(
     lr: float = 1e-2,
     total_iters: int = 100,
     starts: Sequence[Tensor] = (),
+    target: Tensor | None = None,
+    recompute: bool = True,
 ) -> Iterator[TuningState]:
     """All steps together, by Adam with `lr` falling to 0, on the batch mean of `|| x0(r) - x0* ||`: the sampler's end
     result against that of a teacher, the same sampler with `r = 1` on a finer grid. The norm is not squared: squared,
@@ -200,8 +202,12 @@ def tune_end_to_end(
     `starts` are grids to begin with, of the problem's own ends: the one whose untuned samples are closest to the
     teacher's, or the problem's own if there are none.
 
-    Needs no data: the population is initial noise. Steps are recomputed in the backward pass, so memory does
-    not grow with the number of steps.
+    Needs no data: the population is initial noise.
+
+    Args:
+        target: the teacher's samples of the population, `(P, ...)`, if they are there already.
+        recompute: steps in the backward pass, so that memory does not grow with their number; else they are remembered,
+            which takes a third less time.
 
     Yields:
         `state`, updated in place, after each iteration; before the first, unchanged, as the teacher goes on.
@@ -217,21 +223,25 @@ def tune_end_to_end(
     _check_numbers(problem, lr=lr, total_iters=total_iters)
     if bool((state.iterations >= total_iters).all()):
         return
-    targets = []
-    for rows in _whole_batches(problem):
-        targets.append(_sample(problem, rows, teacher_timesteps, torch.ones(len(teacher_timesteps) - 1)))
-        yield state
-    target = torch.cat(targets)[: len(problem.population)]
+    if target is None:
+        parts = []
+        for rows in _whole_batches(problem):
+            parts.append(_sample(problem, rows, teacher_timesteps, torch.ones(len(teacher_timesteps) - 1)))
+            yield state
+        target = torch.cat(parts)[: len(problem.population)]
+    taught = target
     if starts and not bool(state.iterations.any()):
-        state.timesteps = min(starts, key=lambda grid: _mean_error(problem, grid, target)).double().cpu().clone()
+        state.timesteps = min(starts, key=lambda grid: _mean_error(problem, grid, taught)).double().cpu().clone()
         yield state
+
+    step_fn = RecomputedStep(problem.step_fn) if recompute else problem.step_fn
 
     def loss(timesteps: Tensor, ratios: Tensor, iteration: int) -> Tensor:
         index = _draw_index(problem, _generator(problem.seed, 0, iteration))
         condition = None if problem.condition is None else problem.condition[index]
         kwargs = _step_kwargs(problem, condition, None)
-        x0 = sample(RecomputedStep(problem.step_fn), problem.population[index], timesteps, ratios, **kwargs)
-        distances: Tensor = torch.linalg.vector_norm((x0 - target[index]).flatten(1), dim=1)
+        x0 = sample(step_fn, problem.population[index], timesteps, ratios, **kwargs)
+        distances: Tensor = torch.linalg.vector_norm((x0 - taught[index]).flatten(1), dim=1)
         return distances.mean()
 
     yield from _adam_end_to_end(problem, state, parameters, lr, total_iters, loss)
