@@ -16,16 +16,16 @@ from timetuner_core.tuning import TuningState
 from worker.lease import Lease
 from worker.runtime import Runtime
 from worker.tuned_sampler import TunedSampler
-from worker.tuning_state import load_state, tune
+from worker.tuning_state import load_state, read_job, tune
 from worker.tuning_tasks import tune_by_tasks
 
 
 def run_tuning_job(runtime: Runtime, lease: Lease) -> None:
     """Run a tuning job to its end."""
     with runtime.registry.read() as session:
-        job = session.get_one(TuningJob, lease.claim.job_id)
-        sampler = TunedSampler(runtime, job, lease.check)
-        state = load_state(job, sampler.timesteps)
+        job = read_job(session, lease.claim.job_id)
+    sampler = TunedSampler(runtime, job, lease.check)
+    state = load_state(job, sampler.timesteps)
     if spreads(job.request["tuner"]):
         state = tune_by_tasks(runtime, lease, sampler)
     else:
@@ -46,7 +46,8 @@ def _store(lease: Lease, sampler: TunedSampler, state: TuningState, result: Eval
         session.add(schedule)
         session.flush()
         session.add(_evaluation_row(schedule.id, job, sampler, result))
-        add_event(session, job, "evaluated", schedule=schedule.id, status=str(schedule.status), score=result.score)
+        score = result.score if math.isfinite(result.score) else None
+        add_event(session, job, "evaluated", schedule=schedule.id, status=str(schedule.status), score=score)
         finish(session, job, JobState.SUCCEEDED)
 
 
@@ -58,7 +59,7 @@ def _schedule_row(session: Session, job: TuningJob, state: TuningState, result: 
         job_id=job.id,
         version=next_version(session, key),
         status=ScheduleStatus.ACCEPTED if result.better else ScheduleStatus.REJECTED,
-        score=result.score,
+        score=_no_nan(result.score),
         timesteps=state.timesteps.tolist(),
         t_ratios=state.t_ratios.tolist(),
         provenance={"tuner": request["tuner"], "seed": request["seed"], "timetuner": version("timetuner")},
@@ -73,10 +74,10 @@ def _evaluation_row(schedule_id: str, job: TuningJob, sampler: TunedSampler, res
         num_samples=settings["num_samples"],
         teacher_num_steps=len(teacher) - 1,
         seed=job.request["seed"],
-        teacher_l2_before=result.teacher_l2_before,
-        teacher_l2_after=result.teacher_l2_after,
-        teacher_l2_change_low=result.change.low,
-        teacher_l2_change_high=result.change.high,
+        teacher_l2_before=_no_nan(result.teacher_l2_before),
+        teacher_l2_after=_no_nan(result.teacher_l2_after),
+        teacher_l2_change_low=_no_nan(result.change.low),
+        teacher_l2_change_high=_no_nan(result.change.high),
         frechet_before=result.frechet_before,
         frechet_after=result.frechet_after,
         metrics={name: _metric(metric) for name, metric in result.metrics.items()},
@@ -84,6 +85,11 @@ def _evaluation_row(schedule_id: str, job: TuningJob, sampler: TunedSampler, res
         wall_time_seconds=job.tuning_seconds,
         network_calls=job.network_calls,
     )
+
+
+def _no_nan(value: float) -> float:
+    """SQLite takes NaN for nothing at all."""
+    return math.inf if math.isnan(value) else value
 
 
 def _metric(metric: Metric) -> dict[str, float | None]:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, selectinload
 from torch import Tensor
 
 from service.registry.jobs import add_event
@@ -36,6 +36,11 @@ def tune(
     _save(sampler, state, write, steps, saved)
 
 
+def read_job(session: Session, job_id: str) -> TuningJob:
+    """A tuning job and its steps, to be looked at when the session is over."""
+    return session.get_one(TuningJob, job_id, options=[selectinload(TuningJob.steps)])
+
+
 def load_state(job: TuningJob, timesteps: Tensor) -> TuningState:
     """What was saved of a job so far, or the start on the grid `timesteps`, `(num_steps + 1,)`."""
     state = TuningState.start(timesteps)
@@ -43,6 +48,8 @@ def load_state(job: TuningJob, timesteps: Tensor) -> TuningState:
         state.timesteps = torch.tensor(job.timesteps, dtype=torch.float64)
     for row in job.steps:
         i = row.step_index
+        if len(row.memory) != state.memory.shape[1]:
+            continue  # another version's, which this one's tuners cannot go on from
         state.t_ratios[i], state.iterations[i], state.done[i] = row.t_ratio, row.iterations, row.done
         state.memory[i] = torch.tensor(row.memory, dtype=torch.float64)
         state.loss[i] = math.nan if row.loss is None else row.loss
@@ -60,15 +67,22 @@ def step_rows(job_id: str, state: TuningState, steps: Iterable[int]) -> Iterator
             t_ratio=float(state.t_ratios[i]),
             iterations=int(state.iterations[i]),
             memory=state.memory[i].tolist(),
-            loss=None if math.isnan(loss) else loss,
-            initial_loss=None if math.isnan(initial_loss) else initial_loss,
+            loss=loss if math.isfinite(loss) else None,
+            initial_loss=initial_loss if math.isfinite(initial_loss) else None,
             done=bool(state.done[i]),
         )
 
 
 def _save(sampler: TunedSampler, state: TuningState, write: Write, steps: list[int] | None, since: float) -> float:
-    """Write the state of `steps`, and add to the job what this worker did for it since; returns the time now."""
+    """Write the state of `steps`, and add to the job what this worker did for it since; returns the time now.
+
+    Raises:
+        ArithmeticError: a state that no sampler can use, and no database keep.
+    """
     now = time.monotonic()
+    for tensor in (state.t_ratios, state.timesteps, state.memory):
+        if not bool(torch.isfinite(tensor).all()):
+            raise ArithmeticError(f"tuning diverged, to t_ratios {state.t_ratios.tolist()}")
     with write() as (session, job):
         assert isinstance(job, TuningJob)
         for row in step_rows(job.id, state, range(len(state.t_ratios)) if steps is None else steps):
@@ -86,7 +100,7 @@ def _note_progress(session: Session, job: TuningJob, state: TuningState, total_i
     """As of all workers' steps."""
     share = torch.where(state.done, 1.0, state.iterations / total_iters)
     job.progress = TUNING_SHARE * float(share.mean())
-    losses = state.loss[~state.loss.isnan()]
+    losses = state.loss[state.loss.isfinite()]
     event: dict[str, Any] = {"progress": job.progress, "t_ratios": state.t_ratios.tolist()}
     if len(losses):
         event["loss"] = float(losses.sum())

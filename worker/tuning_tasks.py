@@ -14,7 +14,7 @@ from timetuner_core.tuning import TuningState
 from worker.lease import JobCancelledError, Lease
 from worker.runtime import Runtime
 from worker.tuned_sampler import TunedSampler
-from worker.tuning_state import load_state, step_rows, tune
+from worker.tuning_state import load_state, read_job, step_rows, tune
 
 POLL_SECONDS = 0.1
 
@@ -30,30 +30,30 @@ def tune_by_tasks(runtime: Runtime, lease: Lease, sampler: TunedSampler) -> Tuni
         TaskFailedError: one of the tasks did.
     """
     job_id = lease.claim.job_id
-    task_ids = _make_tasks(lease, sampler)
-    publish(runtime.celery, runtime.registry, TuningTask, task_ids)
+    _make_tasks(lease, sampler)
+    publish(runtime.celery, runtime.registry, TuningTask, [task.id for task in _open_tasks(runtime, job_id)])
     while tasks := _open_tasks(runtime, job_id):
         lease.check()
         ours = next((task.id for task in tasks if is_free(task)), None)
         if ours is None or not runtime.run(TuningTask, ours, run_tuning_task):
             time.sleep(POLL_SECONDS)
     with runtime.registry.read() as session:
-        return load_state(session.get_one(TuningJob, job_id), sampler.timesteps)
+        return load_state(read_job(session, job_id), sampler.timesteps)
 
 
 def run_tuning_task(runtime: Runtime, lease: Lease) -> None:
     """Tune one step from wherever it was left, and finish the task."""
     with runtime.registry.read() as session:
         task = session.get_one(TuningTask, lease.claim.job_id)
-        job = session.get_one(TuningJob, task.job_id)
-        sampler = TunedSampler(runtime, job, lease.check)
-        state = load_state(job, sampler.timesteps)
+        job = read_job(session, task.job_id)
+    sampler = TunedSampler(runtime, job, lease.check)
+    state = load_state(job, sampler.timesteps)
     tune(sampler, state, lambda: lease.write_to(job.id), runtime.settings.save_seconds, [task.step_index])
     with lease.write() as (session, current):
         finish(session, current, JobState.SUCCEEDED)
 
 
-def _make_tasks(lease: Lease, sampler: TunedSampler) -> list[str]:
+def _make_tasks(lease: Lease, sampler: TunedSampler) -> None:
     """A task for each step to be tuned, and the state of all steps to start from; an earlier attempt's are left."""
     with lease.write() as (session, job):
         assert isinstance(job, TuningJob)
@@ -63,7 +63,7 @@ def _make_tasks(lease: Lease, sampler: TunedSampler) -> list[str]:
         for row in step_rows(job.id, state, all_steps):
             session.merge(row)
         job.timesteps = state.timesteps.tolist()
-        return add_tasks(session, job, sampler.tuned_steps)
+        add_tasks(session, job, sampler.tuned_steps)
 
 
 def _open_tasks(runtime: Runtime, job_id: str) -> list[TuningTask]:

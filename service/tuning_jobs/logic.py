@@ -136,6 +136,8 @@ def _check_tuner(request: TuningJobRequest, spec: dict[str, Any]) -> None:
             refuse("tolerance", "null, or the optimizer 'gauss_newton'")
         if tuner.optimizer == "gauss_newton" and tuner.lr is not None:
             refuse("lr", "null, or the optimizer 'adam'")
+    if isinstance(tuner, EndToEndTuner) and tuner.start == "best" and request.timesteps != "default":
+        refuse("start", "'given' where timesteps are given")
     num_candidates = getattr(tuner, "num_candidates", None)
     if num_candidates is not None and num_candidates <= request.num_steps:
         refuse("num_candidates", f"null, or more than num_steps, which is {request.num_steps}")

@@ -26,6 +26,9 @@ class EndToEndTuner(Tuner):
 
     objective: Literal["end_to_end"] = "end_to_end"
     parameters: Parameters = Field("t_ratios", description="What is learned: one ratio per step, the grid, or both.")
+    start: Literal["given", "best"] = Field(
+        "given", description="The grid to begin with: `timesteps`, or the named one whose samples are nearest."
+    )
     batch_size: BatchSize = Field(16, description=BATCH_SIZE)
     lr: float = Field(1e-2, gt=0, le=1, description="Adam's learning rate, falling to 0.")
     total_iters: int = Field(100, ge=1, le=10_000)

@@ -229,6 +229,11 @@ BAD_REQUESTS: dict[str, tuple[Json, str, str]] = {
         "num_candidates",
         "more than num_steps",
     ),
+    "a start of its choice, where one is given": (
+        {"timesteps": "log_snr", "tuner": {"start": "best"}},
+        "start",
+        "'given'",
+    ),
     "no iterations": ({"tuner": {"total_iters": 0}}, "total_iters", ""),
     "a teacher that is no better": ({"tuner": {"teacher_num_steps": 5}}, "teacher_num_steps", "more than num_steps"),
     "a negative seed": ({"seed": -1}, "seed", ""),
