@@ -492,18 +492,22 @@ def _whole_batches(problem: TuningProblem) -> Iterator[Tensor]:
 def _carry_forward(problem: TuningProblem, carried: Carried, i: int, t_ratio: Tensor) -> Carried:
     """The population after step `i`, in chunks of the batch size."""
     t, s = problem.timesteps[i], problem.timesteps[i + 1]
-    x_s, x0 = [], []
+    remembers = history_length(problem.step_fn) > 0
+    x_s = torch.empty_like(carried.x_t) if remembers else carried.x_t  # in place, where nothing is remembered
+    x0 = torch.empty_like(carried.x_t) if remembers else None
     for rows in _whole_batches(problem):
         batch = carried.rows(rows)
         condition = None if problem.condition is None else problem.condition[rows]
         noise = _noise(problem, batch.x_t, _generator(problem.seed, i + 1, -1 - int(rows[0])))
         kwargs = _step_kwargs(problem, condition, noise) | with_history(problem.step_fn, batch.history)
         result = problem.step_fn(batch.x_t, t, s, t_ratio=t_ratio, **kwargs)
-        x_s.append(result[0])
-        x0.append(result[1])
-    size = len(carried.x_t)
-    past = Past(t, carried.x_t, torch.cat(x0)[:size])
-    return Carried(torch.cat(x_s)[:size], remember(problem.step_fn, carried.history, past))
+        size = min(len(rows), len(x_s) - int(rows[0]))  # the last batch is filled up with rows that had their turn
+        x_s[rows[:size]] = result[0][:size]
+        if x0 is not None:
+            x0[rows[:size]] = result[1][:size]
+    if x0 is None:
+        return Carried(x_s)
+    return Carried(x_s, remember(problem.step_fn, carried.history, Past(t, carried.x_t, x0)))
 
 
 @torch.no_grad()
