@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.conftest import ENGINES, StartStack
+from tests.registry.conftest import model_id, registry  # noqa: F401
 from tests.stack import Stack
 
 
