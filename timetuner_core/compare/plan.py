@@ -1,0 +1,232 @@
+"""What to compare, and how much to spend on it."""
+
+import itertools
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from timetuner_core.generation import Guidance
+from timetuner_core.grids import GridName
+from timetuner_core.loading import BUILTINS, DiffusionModel, ModelFormatError, load_builtin, load_folder
+from timetuner_core.model_wrapper import GuidanceType
+from timetuner_core.samplers import Sampler, sampler_names
+from timetuner_core.tuning import Parameters
+
+BASELINE = "untuned"
+GUIDANCE_TYPES: dict[str, GuidanceType] = {"cfg": "classifier-free", "classifier": "classifier"}
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a comparison spends on each entrant: enough to see who leads, and little enough for all shipped models in
+    under half an hour on two cores.
+
+    Attributes:
+        teacher_num_steps: of the teacher that judges. rows_at_once: samples per network batch while sampling.
+        tuning_teacher_num_steps, noise_population: of end-to-end tuning's own teacher, and its initial noises.
+        data_population: x0 that the per-step tuners and AYS draw from. batch_size: samples per iteration (and step).
+        end_to_end_steps: sampler steps to differentiate through, so that every number of steps costs the same: with
+            K of them, `end_to_end_steps / K` iterations, at most `end_to_end_iters`. lr: theirs, falling to 0.
+        per_step_iters: batches for Gauss-Newton, at most; tolerance: when it has enough. substeps: of
+            `teacher_step`'s teacher.
+        search_samples: that AYS and GITS estimate their costs on.
+    """
+
+    teacher_num_steps: int = 100
+    rows_at_once: int = 128
+    tuning_teacher_num_steps: int = 50
+    noise_population: int = 128
+    data_population: int = 256
+    batch_size: int = 16
+    end_to_end_steps: int = 300
+    end_to_end_iters: int = 60
+    lr: float = 2e-2
+    per_step_iters: int = 12
+    tolerance: float = 5e-3
+    substeps: int = 4
+    search_samples: int = 64
+
+    def iters(self, num_steps: int) -> int:
+        """Of end-to-end tuning."""
+        return max(1, min(self.end_to_end_iters, self.end_to_end_steps // num_steps))
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A tuner of the registry and the grid it starts from: a named one, or `best`, whichever of the named ones comes
+    closest to the teacher on the noise that tuning sees. parameters: what end-to-end tuning learns."""
+
+    objective: str
+    grid: GridName | Literal["best"] = "default"
+    parameters: Parameters = "t_ratios"
+
+    def options(self, effort: Effort, sampler: Sampler, num_steps: int) -> dict[str, Any]:
+        """For `TUNERS[objective].run`."""
+        if self.objective == "end_to_end":
+            # Few rows: remembering every step takes little memory.
+            iters = effort.iters(num_steps)
+            return {"parameters": self.parameters, "lr": effort.lr, "total_iters": iters, "recompute": False}
+        if self.objective in {"next_eps", "teacher_step"}:
+            tune_type = "sequential" if sampler.history_length else "parallel"
+            options = {"tune_type": tune_type, "total_iters": effort.per_step_iters, "tolerance": effort.tolerance}
+            return options | ({"substeps": effort.substeps} if self.objective == "teacher_step" else {})
+        samples = {"ays": "num_samples", "gits": "max_samples"}
+        return {samples[self.objective]: effort.search_samples} if self.objective in samples else {}
+
+    def batch_size(self, effort: Effort) -> int:
+        """A search takes all its samples at once."""
+        return effort.search_samples if self.objective in {"ays", "gits"} else effort.batch_size
+
+    def rows(self, effort: Effort, num_steps: int) -> float:
+        """About how many samples tuning will put through the network, backward passes and small batches counted too."""
+        if self.objective == "end_to_end":
+            return 4 * effort.iters(num_steps) * effort.batch_size * num_steps
+        if self.objective in {"next_eps", "teacher_step"}:
+            calls = 5 if self.objective == "next_eps" else effort.substeps + 2
+            return (calls * effort.per_step_iters * effort.batch_size + effort.data_population) * num_steps
+        return 50 * effort.search_samples if self.objective in {"ays", "gits"} else 0
+
+
+ENTRANTS: dict[str, Entrant] = {
+    BASELINE: Entrant("grid"),
+    "uniform": Entrant("grid", "uniform"),
+    "quadratic": Entrant("grid", "quadratic"),
+    "log_snr": Entrant("grid", "log_snr"),
+    "edm": Entrant("grid", "edm"),
+    "ays": Entrant("ays"),
+    "gits": Entrant("gits"),
+    "dmn": Entrant("dmn"),
+    "ld3": Entrant("end_to_end", "best", "timesteps"),
+    "timetuner": Entrant("next_eps"),
+    "teacher_step": Entrant("teacher_step"),
+    "end_to_end": Entrant("end_to_end"),
+    "end_to_end_grid": Entrant("end_to_end", "best", "both"),
+}
+
+
+class PlanError(ValueError):
+    """An option of a comparison that cannot be. name: the field of `Plan`."""
+
+    def __init__(self, name: str, value: object, accepted: str) -> None:
+        super().__init__(f"{name} is {value!r}; accepted: {accepted}")
+        self.name, self.value, self.accepted = name, value, accepted
+
+
+class Group(NamedTuple):
+    """Settings that share a teacher."""
+
+    model: str
+    guidance: str
+    sampler: str
+
+    def __str__(self) -> str:
+        return f"{Path(self.model).name}, {self.guidance}, {self.sampler}"
+
+
+class Setting(NamedTuple):
+    """What is sampled, and in how many steps."""
+
+    group: Group
+    num_steps: int
+
+    def __str__(self) -> str:
+        return f"{self.group}, {self.num_steps} steps"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compare; all of it is decided by `seed`.
+
+    Attributes:
+        models: built-in names or diffusers-format folders. guidances: see `parse_guidance`.
+        entrants: of `ENTRANTS`; the baseline is always among them.
+
+    Raises:
+        PlanError: a field that cannot be.
+    """
+
+    models: tuple[str, ...] = BUILTINS
+    num_steps: tuple[int, ...] = (3, 5, 8, 10, 20)
+    guidances: tuple[str, ...] = ("uncond", "cfg:2")
+    samplers: tuple[str, ...] = ("ddim", "dpmpp_2m")
+    entrants: tuple[str, ...] = tuple(ENTRANTS)
+    num_samples: int = 256
+    seed: int = 0
+    effort: Effort = Effort()
+
+    def __post_init__(self) -> None:
+        for name in ("models", "num_steps", "guidances", "samplers", "entrants"):
+            values = tuple(dict.fromkeys(getattr(self, name)))  # each once
+            if not values:
+                raise PlanError(name, "", "one or more")
+            object.__setattr__(self, name, values)
+        object.__setattr__(self, "entrants", (BASELINE, *(e for e in self.entrants if e != BASELINE)))
+        for number in self.num_steps:
+            _check_whole("num_steps", number, 1, 1000)
+        for text in self.guidances:
+            parse_guidance(text)
+        for name, values, known in (
+            ("samplers", self.samplers, sampler_names()),
+            ("entrants", self.entrants, list(ENTRANTS)),
+        ):
+            for value in values:
+                if value not in known:
+                    raise PlanError(name, value, ", ".join(known))
+        _check_whole("num_samples", self.num_samples, 16, 50_000)
+        _check_whole("seed", self.seed, 0, 2**31 - 1)
+        for model in self.models:
+            load_model(model)
+
+    @property
+    def groups(self) -> list[Group]:
+        return list(itertools.starmap(Group, itertools.product(self.models, self.guidances, self.samplers)))
+
+    @property
+    def settings(self) -> list[Setting]:
+        return list(itertools.starmap(Setting, itertools.product(self.groups, self.num_steps)))
+
+    @property
+    def drawn_num_steps(self) -> int:
+        """How many steps the trajectories that are drawn have: about five, which still fit into a picture."""
+        return min(self.num_steps, key=lambda num_steps: (abs(num_steps - 5), num_steps))
+
+
+def parse_guidance(text: str) -> Guidance:
+    """`uncond`, `cfg:SCALE` (classifier-free) or `classifier:SCALE`.
+
+    Raises:
+        PlanError: anything else.
+    """
+    if text == "uncond":
+        return Guidance("uncond", 1.0)
+    kind, _, scale = text.partition(":")
+    try:
+        guidance = Guidance(GUIDANCE_TYPES[kind], float(scale))
+    except (KeyError, ValueError):
+        guidance = None
+    if guidance is None or not 0 <= guidance.scale <= 1000:
+        raise PlanError("guidances", text, "uncond, cfg:SCALE or classifier:SCALE, such as cfg:2, scale 0 to 1000")
+    return guidance
+
+
+@cache
+def load_model(name: str) -> DiffusionModel:
+    """A built-in model, or a folder's.
+
+    Raises:
+        PlanError: neither, or a folder that does not hold a model.
+    """
+    if name in BUILTINS:
+        return load_builtin(name)
+    if not Path(name).is_dir():
+        raise PlanError("models", name, f"{', '.join(BUILTINS)}, or a diffusers-format folder")
+    try:
+        return load_folder(Path(name))
+    except ModelFormatError as error:
+        raise PlanError("models", name, f"a diffusers-format folder ({error})") from error
+
+
+def _check_whole(name: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise PlanError(name, value, f"{least} to {most}")

@@ -1,0 +1,75 @@
+"""Tasks in processes of one thread each."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from typing import Any, TypeVar
+
+import torch
+
+_Task = TypeVar("_Task")
+_Result = TypeVar("_Result")
+
+
+@contextmanager
+def workers(jobs: int) -> Iterator["InWorkers"]:
+    """Processes that are gone when this ends, however it ends; none for one job."""
+    threads = torch.get_num_threads()
+    if jobs == 1:
+        torch.set_num_threads(1)
+        yield InWorkers(None)
+        torch.set_num_threads(threads)
+        return
+    context = multiprocessing.get_context("spawn")
+    others = multiprocessing.active_children()
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker)
+    try:
+        yield InWorkers(pool)
+        pool.shutdown()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - set(others):
+            process.terminate()
+
+
+@dataclass(frozen=True)
+class InWorkers:
+    """Runs tasks in a pool's processes, or here if there is none."""
+
+    pool: ProcessPoolExecutor | None
+
+    def __call__(
+        self, work: Callable[..., _Result], tasks: dict[_Task, tuple[Any, ...]], finished: Callable[[_Task], None]
+    ) -> dict[_Task, _Result]:
+        """`work(*arguments)` by task, begun in the order given."""
+        results = {}
+        if self.pool is None:
+            for task, arguments in tasks.items():
+                results[task] = work(*arguments)
+                finished(task)
+            return results
+        futures = {self.pool.submit(work, *arguments): task for task, arguments in tasks.items()}
+        for future in as_completed(futures):
+            results[futures[future]] = future.result()
+            finished(futures[future])
+        return results
+
+
+def _start_worker() -> None:
+    """One thread; Ctrl-C is for the parent to answer, and without a parent there is nothing to do."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
