@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from torch import Tensor
 
 from timetuner_core.mixtures import GaussianMixture
@@ -145,6 +144,8 @@ def wasserstein_estimate(draws: Tensor, samples: Tensor) -> Estimate:
     dimension by more than a set too narrow is from them (of the 64-d gratings, a thousand exact draws come out at
     1.98, DDIM's samples in five steps at 1.59). So `data_measures` takes it up to `MAX_WASSERSTEIN_DIMENSION` only.
     """
+    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]  # a second of every start
+
     size = min(len(samples), len(draws), MAX_WASSERSTEIN_SAMPLES)
     cost = torch.cdist(samples[:size].flatten(1).double(), draws[:size].to(samples.device).flatten(1).double()).square()
     _, columns = linear_sum_assignment(cost.cpu().numpy())
@@ -192,21 +193,24 @@ def sampler_kl(
     output by change of variables, `log N(x_T; 0, std^2 I) - log |det dx0 / dx_T|`. That takes `run` to be one to
     one. Where long steps fold space over, q has further parts that this leaves out, and the figure is too low.
 
-    The cost is `D` forward-mode derivatives of `run` over all rows; a few hundred rows will do.
+    The cost is one run and `D` backward passes over all rows; a few hundred rows will do.
 
     Args:
-        run: `x_T -> x0`, each row by itself, without noise, in float64, differentiable in forward mode.
+        run: `x_T -> x0`, each row by itself, without noise, in float64, differentiable.
         x_T: `(B, *sample_shape)`, normal with standard deviation `std`.
         condition: labels `(B,)` that p is conditioned on; `run` has its own.
     """
-    x_T = x_T.double()
+    x_T = x_T.detach().double().requires_grad_()
     dimension = x_T[0].numel()
-    columns = []
-    for unit in torch.eye(dimension, dtype=x_T.dtype, device=x_T.device):
-        tangent = unit.reshape(x_T.shape[1:]).expand_as(x_T)
-        x0, column = torch.func.jvp(run, (x_T,), (tangent,))[:2]
-        columns.append(column.flatten(1))
-    log_det = torch.linalg.slogdet(torch.stack(columns, dim=2)).logabsdet
+    with torch.enable_grad():
+        x0 = run(x_T)
+        # Row by row in reverse: forward mode would load torch's compiler, which takes seconds.
+        rows = [
+            torch.autograd.grad(value.sum(), x_T, retain_graph=True)[0].flatten(1)
+            for value in x0.flatten(1).unbind(dim=1)
+        ]
+    x_T, x0 = x_T.detach(), x0.detach()
+    log_det = torch.linalg.slogdet(torch.stack(rows, dim=1)).logabsdet
     log_normal = -0.5 * (x_T / std).square().flatten(1).sum(dim=1) - dimension * math.log(math.sqrt(2 * math.pi) * std)
     log_q: Tensor = log_normal - log_det
     return log_q - mixture.log_density(x0, condition)

@@ -10,8 +10,8 @@ MEMORY = 6
 
 HALF_WIDTH = 5e-3  # of the difference quotient
 MAX_MOVE = 0.1  # of a ratio, in one step
-FORGET_AT = 0.02  # a move of this size, beyond what chance makes, halves what was learnt before it
-MIN_BATCHES = 3
+FORGET_AT = 5e-3  # a move of this size, beyond what chance makes, halves what was learnt before it
+MIN_BATCHES = 6  # before the scatter of heavy-tailed scores can be trusted
 
 
 @dataclass
@@ -45,12 +45,22 @@ class GaussNewton:
 
     def step(self, ratios: Tensor) -> Tensor:
         """The next ratios, `(K,)`: bounded in size, and within the bounds."""
-        _, sum_h, sum_u, *_ = self.memory.unbind(dim=1)
-        wanted = torch.where(sum_h > 0, sum_u / sum_h, ratios)
-        moved = (ratios + (wanted - ratios).clamp(-MAX_MOVE, MAX_MOVE)).clamp(self.lower, self.upper)
+        moved = (ratios + (self._wanted(ratios) - ratios).clamp(-MAX_MOVE, MAX_MOVE)).clamp(self.lower, self.upper)
         keep = 1 / (1 + ((moved - ratios) / (FORGET_AT + 2 * self.standard_error(moved))).square())
         self.memory = self.memory * keep[:, None]
         return moved
+
+    def settled(self, before: Tensor, after: Tensor, tolerance: float) -> Tensor:
+        """Whether the estimates are surer than `tolerance`, or as surely beyond a bound, `(K,)`."""
+        error = self.standard_error(after)
+        beyond = (self._wanted(after) - after).abs() > 3 * error
+        sure = (error < tolerance) & ((after - before).abs() < tolerance)
+        at_bound = (after == before) & ((after == self.lower) | (after == self.upper)) & beyond
+        return sure | at_bound
+
+    def _wanted(self, ratios: Tensor) -> Tensor:
+        """Where the score vanishes, bounds or not; `ratios` if there is no telling."""
+        return torch.where(self.memory[:, 1] > 0, self.memory[:, 2] / self.memory[:, 1], ratios)
 
     def standard_error(self, ratios: Tensor) -> Tensor:
         """Of the estimate, `(K,)`: the root of the summed squared scores over the summed `h`."""

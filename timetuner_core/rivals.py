@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from scipy.optimize import minimize  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn import functional
 
@@ -113,6 +112,8 @@ def dmn_timesteps(problem: TuningProblem, power: float = 2.0, max_iters: int = 1
 
     def bound_of(grid: Tensor) -> float:
         return float(dmn_bound(problem, grid, power))
+
+    from scipy.optimize import minimize  # type: ignore[import-untyped]  # a second of every start
 
     grids = sorted(_named_grids(schedule, ends, problem.num_steps - _fixed_steps(problem)), key=bound_of)
     for start in grids[:2]:

@@ -131,7 +131,7 @@ def tune_per_step(
     *,
     lr: float = 2e-3,
     total_iters: int = 500,
-    tolerance: float = 5e-3,
+    tolerance: float = 2e-3,
     substeps: int = 8,
     steps: list[int] | None = None,
 ) -> Iterator[TuningState]:
@@ -146,8 +146,8 @@ def tune_per_step(
     steps.
 
     Args:
-        optimizer: `adam`, as published, takes `total_iters` iterations per step at `lr`. `gauss_newton` stops at the
-            `tolerance`, see `gauss_newton.GaussNewton`, or after `total_iters` batches.
+        optimizer: `adam`, as published, takes `total_iters` iterations per step at `lr`. `gauss_newton` stops when the
+            ratio's standard error is below `tolerance`, or after `total_iters` batches.
         steps: for `parallel`, only these.
 
     Yields:
@@ -406,7 +406,7 @@ def _gauss_newton(
         state.t_ratios[open_steps] = after = estimate.step(before)
         state.memory[open_steps] = estimate.memory
         state.note(open_steps, loss)
-        settled = (estimate.standard_error(after) < tolerance) & ((after - before).abs() < tolerance)
+        settled = estimate.settled(before, after, tolerance)
         iterations = state.iterations[open_steps]
         state.done[open_steps] = (settled & (iterations >= MIN_BATCHES)) | (iterations >= total_iters)
         yield state
