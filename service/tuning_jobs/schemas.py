@@ -25,9 +25,11 @@ class EndToEndTuner(Tuner):
     """All steps together, so that the sampler's result matches a many-step teacher's. Needs no data."""
 
     objective: Literal["end_to_end"] = "end_to_end"
-    parameters: Parameters = Field("t_ratios", description="What is learned: one ratio per step, the grid, or both.")
-    start: Literal["given", "best"] = Field(
-        "given", description="The grid to begin with: `timesteps`, or the named one whose samples are nearest."
+    parameters: Parameters = Field("both", description="What is learned: one ratio per step, the grid, or both.")
+    start: Literal["given", "best"] | None = Field(
+        None,
+        description="The grid to begin with: `timesteps`, or the named one whose samples are nearest; null: the latter "
+        "unless `timesteps` are given.",
     )
     batch_size: BatchSize = Field(16, description=BATCH_SIZE)
     lr: float = Field(1e-2, gt=0, le=1, description="Adam's learning rate, falling to 0.")
@@ -111,7 +113,7 @@ class DmnTuner(Tuner):
     """DMN (Xue et al., CVPR 2024): the grid of least bound on the result's error. Asks the network nothing."""
 
     objective: Literal["dmn"]
-    power: float = Field(1.0, ge=0, le=10, description="The network's error is taken as sigma ** power / alpha.")
+    power: float = Field(2.0, ge=0, le=10, description="The network's error is taken as sigma ** power / alpha.")
 
 
 class GridTuner(Tuner):
@@ -167,6 +169,13 @@ class TuningJobRequest(Setting):
     tuner: AnyTuner = Field(default_factory=EndToEndTuner)
     evaluation: EvaluationRequest = Field(default_factory=EvaluationRequest)
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _choose_start(self) -> Self:
+        """Say in the request that is stored what the default was when it was made."""
+        if isinstance(self.tuner, EndToEndTuner) and self.tuner.start is None:
+            self.tuner.start = "best" if self.timesteps == "default" else "given"
+        return self
 
 
 class StepOut(BaseModel):
