@@ -1,8 +1,9 @@
 """`TimeTuner`: sampling with tuned timesteps, and tuning them, under the names of the original code."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -236,21 +237,56 @@ class TimeTuner:
         Raises:
             ValueError: what `get_timesteps` and `tuning.tune_end_to_end` raise.
         """
-        problem = tuning.TuningProblem(
-            self.model_fn,
-            self.noise_schedule,
-            step_fn,
-            self.get_timesteps(num_steps, timesteps),
-            x,
-            None if condition is None else condition.to(x.device),
-            batch_size=batch_size,
-            seed=seed,
-            step_kwargs=step_kwargs,
-        )
+        problem = self._from_noise(x, step_fn, self.get_timesteps(num_steps, timesteps), condition, batch_size, seed)
+        problem = dataclasses.replace(problem, step_kwargs=step_kwargs)
         state = tuning.TuningState.start(problem.timesteps)
         teacher = teacher_timesteps(self.noise_schedule, teacher_num_steps)
         tuned = tuning.tune_end_to_end(problem, state, teacher, lr=lr, total_iters=total_iters)
         return _last_ratios(tuned, state, total_iters + math.ceil(len(x) / batch_size), verbose)
+
+    def optimize_schedule(
+        self,
+        x: Tensor,
+        step_fn: StepFn,
+        num_steps: int,
+        teacher_num_steps: int = 100,
+        lr: float = 1e-2,
+        total_iters: int = 100,
+        verbose: bool = False,
+        *,
+        condition: Tensor | None = None,
+        batch_size: int = 16,
+        seed: int = 0,
+        **step_kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Like `optimize_end_to_end`, but learn the grid too, from the best of the named ones.
+
+        Returns:
+            timesteps `(num_steps + 1,)` and t_ratios `(num_steps,)`, float64 on the CPU, to sample with together.
+        """
+        problem = self._from_noise(x, step_fn, self.get_timesteps(num_steps), condition, batch_size, seed)
+        problem = dataclasses.replace(problem, step_kwargs=step_kwargs)
+        state = tuning.TuningState.start(problem.timesteps)
+        tuned = tuning.tune_end_to_end(
+            problem,
+            state,
+            teacher_timesteps(self.noise_schedule, teacher_num_steps),
+            "both",
+            lr=lr,
+            total_iters=total_iters,
+            starts=[make_timesteps(self.noise_schedule, num_steps, name) for name in get_args(GridName)],
+        )
+        t_ratios = _last_ratios(tuned, state, total_iters + math.ceil(len(x) / batch_size) + 1, verbose)
+        return state.timesteps, t_ratios
+
+    def _from_noise(
+        self, x: Tensor, step_fn: StepFn, timesteps: Tensor, condition: Tensor | None, batch_size: int, seed: int
+    ) -> tuning.TuningProblem:
+        condition = None if condition is None else condition.to(x.device)
+        schedule = self.noise_schedule
+        return tuning.TuningProblem(
+            self.model_fn, schedule, step_fn, timesteps, x, condition, batch_size=batch_size, seed=seed
+        )
 
 
 def _last_ratios(tuned: Iterator[tuning.TuningState], state: tuning.TuningState, total: int, verbose: bool) -> Tensor:

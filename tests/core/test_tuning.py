@@ -367,6 +367,17 @@ def test_a_grid_and_ratios_tuned_together_beat_either_alone_on_held_out_noise() 
     assert errors["both"] < min(errors["t_ratios"], errors["timesteps"])
 
 
+def test_a_schedule_tuned_by_one_call_beats_tuned_ratios() -> None:
+    tuner = tuner_of(ring_mixture(), LINEAR)
+    x_T, held_out = normals(256, 2, seed=5), normals(512, 2, seed=1)
+    options: Any = {"num_steps": 5, "batch_size": 128, "lr": 0.03, "total_iters": 40}
+    timesteps, t_ratios = tuner.optimize_schedule(x_T, tuner.ddim_step_fn, **options)
+    samples = tuner.ddim_sample(held_out, timesteps=timesteps, t_ratios=t_ratios)
+    error = float(teacher_l2(samples, tuner.ddim_sample(held_out, 100)).mean())
+    ratios = tuner.optimize_end_to_end(x_T, tuner.ddim_step_fn, **options)
+    assert error < 0.5 * held_out_distance(tuner, 5, ratios, held_out)
+
+
 def test_tuning_starts_from_the_best_of_the_grids_offered() -> None:
     problem, state = small_problem(ring_mixture()), small_start()
     tuner = tuner_of(ring_mixture(), LINEAR)
