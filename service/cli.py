@@ -67,7 +67,8 @@ def compare(
     """Compare all tuners on models, samplers and numbers of steps, from the same noise; writes a report."""
     from timetuner_core.compare import PlanError
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwind, and so end the processes
+    # Unwind when told to stop, and so end the processes.
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         options = {
             "models": model,
@@ -83,6 +84,8 @@ def compare(
         option = COMPARE_OPTIONS.get(error.name, f"--{error.name.replace('_', '-')}")
         typer.echo(f"timetuner compare: {option} is {error.value!r}; accepted: {error.accepted}", err=True)
         raise typer.Exit(2) from error
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _compare(options: dict[str, Any], out: Path, jobs: int) -> None:

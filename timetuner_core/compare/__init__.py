@@ -19,7 +19,7 @@ from timetuner_core.compare.plan import (
     load_model,
     parse_guidance,
 )
-from timetuner_core.compare.processes import workers
+from timetuner_core.compare.processes import one_thread, workers
 from timetuner_core.compare.trial import METRICS, Outcome, Trajectories, run_setting, teach
 from timetuner_core.grids import make_timesteps
 from timetuner_core.samplers import get_sampler
@@ -120,13 +120,15 @@ def _guess_cost(plan: Plan, task: Group | Setting) -> float:
 @cache
 @torch.no_grad()
 def _seconds_per_row(model_name: str) -> float:
+    """In a batch, unguided, on one core."""
     model = load_model(model_name)
     x, t = torch.zeros(64, *model.sample_shape), torch.full((64,), model.noise_schedule.T)
-    model_fn = model.model_fn(model.guidance_types[0], 0.0)
-    condition = None if model.draw_conditions is None else model.draw_conditions(64, torch.Generator())
+    model_fn = model.model_fn(model.guidance_types[0], 1.0)
+    condition = None if model.draw_conditions is None else model.draw_conditions(len(x), torch.Generator())
     seconds = []
-    for _ in range(3):  # the first warms up
-        started = time.process_time()
-        model_fn(x, t, condition)
-        seconds.append(time.process_time() - started)
+    with one_thread():
+        for _ in range(3):  # the first warms up
+            started = time.process_time()
+            model_fn(x, t, condition)
+            seconds.append(time.process_time() - started)
     return min(seconds) / len(x)

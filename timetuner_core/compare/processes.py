@@ -18,13 +18,22 @@ _Result = TypeVar("_Result")
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """So that sums are taken in the same order wherever a task runs, and processes do not share cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def workers(jobs: int) -> Iterator["InWorkers"]:
     """Processes that are gone when this ends, however it ends; none for one job."""
-    threads = torch.get_num_threads()
     if jobs == 1:
-        torch.set_num_threads(1)
-        yield InWorkers(None)
-        torch.set_num_threads(threads)
+        with one_thread():
+            yield InWorkers(None)
         return
     context = multiprocessing.get_context("spawn")
     others = multiprocessing.active_children()
