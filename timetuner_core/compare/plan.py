@@ -27,7 +27,8 @@ class Effort:
         tuning_teacher_num_steps, noise_population: of end-to-end tuning's own teacher, and its initial noises.
         data_population: x0 that the per-step tuners and AYS draw from. batch_size: samples per iteration (and step).
         end_to_end_steps: sampler steps to differentiate through, so that every number of steps costs the same: with
-            K of them, `end_to_end_steps / K` iterations, at most `end_to_end_iters`. lr: theirs, falling to 0.
+            K of them, `end_to_end_steps / K` iterations, at most `end_to_end_iters`. lr: theirs, falling to 0, is
+            `lr / K`, at most `max_lr`: more steps add up to the same move.
         per_step_iters: batches for Gauss-Newton, at most; tolerance: when it has enough. substeps: of
             `teacher_step`'s teacher.
         search_samples: that AYS and GITS estimate their costs on.
@@ -39,9 +40,10 @@ class Effort:
     noise_population: int = 128
     data_population: int = 256
     batch_size: int = 16
-    end_to_end_steps: int = 300
+    end_to_end_steps: int = 200
     end_to_end_iters: int = 60
-    lr: float = 2e-2
+    lr: float = 0.2
+    max_lr: float = 5e-2
     per_step_iters: int = 12
     tolerance: float = 5e-3
     substeps: int = 4
@@ -65,8 +67,8 @@ class Entrant:
         """For `TUNERS[objective].run`."""
         if self.objective == "end_to_end":
             # Few rows: remembering every step takes little memory.
-            iters = effort.iters(num_steps)
-            return {"parameters": self.parameters, "lr": effort.lr, "total_iters": iters, "recompute": False}
+            iters, lr = effort.iters(num_steps), min(effort.max_lr, effort.lr / num_steps)
+            return {"parameters": self.parameters, "lr": lr, "total_iters": iters, "recompute": False}
         if self.objective in {"next_eps", "teacher_step"}:
             tune_type = "sequential" if sampler.history_length else "parallel"
             options = {"tune_type": tune_type, "total_iters": effort.per_step_iters, "tolerance": effort.tolerance}
