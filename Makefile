@@ -22,8 +22,8 @@ format: $(INSTALLED)
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: $(INSTALLED)  ## the evidence for the default objective
-	$(BIN)/python benchmarks/objectives.py
+bench: $(INSTALLED)  ## all tuners on all shipped models; half an hour on two cores
+	$(BIN)/timetuner compare
 
 lock:  ## pin the newest versions pyproject.toml allows
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --upgrade \

@@ -14,6 +14,11 @@ FORGET_AT = 5e-3  # a move of this size, beyond what chance makes, halves what w
 MIN_BATCHES = 6  # before the scatter of heavy-tailed scores can be trusted
 
 
+def batches_at_once(batches: int) -> int:
+    """How many to take before the next look, after so many: a quarter more, and a ratio moves but once for all."""
+    return max(1, batches // 4)
+
+
 @dataclass
 class GaussNewton:
     """Ratios that make the sum of squared residuals least, `r -= <J, res> / <J, J>` over all batches so far.
@@ -34,13 +39,18 @@ class GaussNewton:
         """Where to measure residuals: on both sides of `ratios` `(K,)`, inside the bounds."""
         return (ratios - HALF_WIDTH).clamp(min=self.lower), (ratios + HALF_WIDTH).clamp(max=self.upper)
 
-    def add(self, low: Tensor, high: Tensor, at_low: Tensor, at_high: Tensor) -> Tensor:
-        """Take in one batch: residuals `(K, B, D)` at two ratios `(K,)`. Returns the mean loss between them, `(K,)`."""
-        jacobian = (at_high - at_low) / (high - low)[:, None, None]
+    def add(self, of: Tensor, low: Tensor, high: Tensor, at_low: Tensor, at_high: Tensor) -> Tensor:
+        """Take in batches: residuals `(N, B, D)`, the n-th of step `of[n]`, at two ratios per step, `(K,)` each.
+
+        Returns:
+            Each batch's mean loss between the two, `(N,)`.
+        """
+        jacobian = (at_high - at_low) / (high - low)[of, None, None]
         residual = (at_high + at_low) / 2
         h = jacobian.square().sum(dim=2)
-        u = h * ((low + high) / 2)[:, None] - (jacobian * residual).sum(dim=2)
-        self.memory = self.memory + torch.stack([torch.ones_like(h), h, u, h * h, h * u, u * u], dim=2).sum(dim=1)
+        u = h * ((low + high) / 2)[of, None] - (jacobian * residual).sum(dim=2)
+        sums = torch.stack([torch.ones_like(h), h, u, h * h, h * u, u * u], dim=2).sum(dim=1)
+        self.memory = self.memory.index_add(0, of, sums)
         return residual.square().sum(dim=2).mean(dim=1)
 
     def step(self, ratios: Tensor) -> Tensor:

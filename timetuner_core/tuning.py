@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from timetuner_core.gauss_newton import MEMORY, MIN_BATCHES, GaussNewton
+from timetuner_core.gauss_newton import MEMORY, MIN_BATCHES, GaussNewton, batches_at_once
 from timetuner_core.model_wrapper import GuidedModel
 from timetuner_core.noise_schedule import NoiseSchedule
 from timetuner_core.samplers import (
@@ -114,11 +114,11 @@ class TuningState:
         done = torch.zeros(len(ones), dtype=torch.bool)
         return cls(ones, timesteps.double().cpu().clone(), zeros, memory, nans, nans.clone(), done)
 
-    def note(self, steps: list[int], loss: Tensor) -> None:
-        """One more iteration on `steps`, with these losses."""
-        self.iterations[steps] += 1
+    def note(self, steps: list[int], loss: Tensor, iterations: int = 1) -> None:
+        """So many more iterations on `steps`, with these losses."""
+        first = [i for i in steps if self.iterations[i] == 0]
+        self.iterations[steps] += iterations
         self.loss[steps] = loss.detach().double().cpu()
-        first = [i for i in steps if self.iterations[i] == 1]
         self.initial_loss[first] = self.loss[first]
 
 
@@ -300,7 +300,7 @@ def _adam(
     ratios = state.t_ratios[steps].to(device).requires_grad_()
     optimizer, moments = _adam_optimizer([ratios], [state.memory[steps, :2]], lr, done)
     for iteration in range(done, total_iters):
-        losses = residuals.draw(steps, iteration).losses(ratios)
+        losses = residuals.draw([(i, iteration) for i in steps]).losses(ratios)
         (ratios.grad,) = torch.autograd.grad(losses.sum(), ratios)  # of nothing else: the network is not ours
         optimizer.step()
         with torch.no_grad():
@@ -392,20 +392,27 @@ def _gauss_newton(
     total_iters: int,
     residuals: "StepResiduals",
 ) -> Iterator[TuningState]:
-    """`GaussNewton` on the ratios of `steps` at once, from where `state` is; steps that are done drop out."""
+    """`GaussNewton` on the ratios of `steps` at once, from where `state` is; steps that are done drop out, and those
+    that are not take their place in the network's batch: the more batches a step has had, the more it gets at once."""
     lower, upper = problem.ratio_bounds()
     while open_steps := [i for i in steps if not state.done[i]]:
-        iteration = int(state.iterations[open_steps[0]])  # the same for all: they started together
+        done = int(state.iterations[open_steps[0]])  # the same for all: they started together
+        batches = range(done, min(done + batches_at_once(done), total_iters))
+        draws = [(i, iteration) for iteration in batches for i in open_steps]
         estimate = GaussNewton(state.memory[open_steps], lower[open_steps], upper[open_steps])
-        low, high = estimate.around(state.t_ratios[open_steps])
-        with torch.no_grad():
-            batch = residuals.draw(open_steps, iteration)
-            r_low, r_high = (batch.residuals(r).flatten(2).double().cpu() for r in (low, high))
-        loss = estimate.add(low, high, r_low, r_high)
         before = state.t_ratios[open_steps]
+        low, high = estimate.around(before)
+        losses = torch.zeros_like(before)
+        for start in range(0, len(draws), len(steps)):
+            drawn = draws[start : start + len(steps)]
+            of = torch.tensor([open_steps.index(i) for i, _ in drawn])
+            with torch.no_grad():
+                batch = residuals.draw(drawn)
+                at_low, at_high = (batch.residuals(r[of]).flatten(2).double().cpu() for r in (low, high))
+            losses.index_add_(0, of, estimate.add(of, low, high, at_low, at_high))
         state.t_ratios[open_steps] = after = estimate.step(before)
         state.memory[open_steps] = estimate.memory
-        state.note(open_steps, loss)
+        state.note(open_steps, losses / len(batches), len(batches))
         settled = estimate.settled(before, after, tolerance)
         iterations = state.iterations[open_steps]
         state.done[open_steps] = (settled & (iterations >= MIN_BATCHES)) | (iterations >= total_iters)
@@ -421,10 +428,12 @@ class StepResiduals:
     substeps: int
     carried: Carried | None
 
-    def draw(self, steps: list[int], iteration: int) -> "ResidualBatch":
-        """`batch_size` samples for each of `steps`, in one network batch, and the targets of their residuals."""
+    def draw(self, drawn: list[tuple[int, int]]) -> "ResidualBatch":
+        """`batch_size` samples for each pair of a step and an iteration, in one network batch, and the targets of
+        their residuals."""
         problem = self.problem
-        batches = [_draw(problem, i, self.carried, iteration) for i in steps]
+        batches = [_draw(problem, i, self.carried, iteration) for i, iteration in drawn]
+        steps = [i for i, _ in drawn]
         x_t, condition = _cat([b.x_t for b in batches]), _cat([b.condition for b in batches])
         noise = _cat([b.noise for b in batches])
         assert x_t is not None
@@ -439,7 +448,7 @@ class StepResiduals:
 
 @dataclass(frozen=True)
 class ResidualBatch:
-    """Samples of some steps, `batch_size` for each: `rows` `(B,)` says to which of them a sample belongs."""
+    """Some batches in one: `rows` `(B,)` says to which of them a sample belongs."""
 
     of: StepResiduals
     x_t: Tensor
@@ -461,7 +470,7 @@ class ResidualBatch:
         return sample(problem.step_fn, x, times, torch.ones(self.of.substeps), **kwargs)
 
     def residuals(self, ratios: Tensor) -> Tensor:
-        """At one ratio per step, `(len(steps), batch_size, ...)`."""
+        """At one ratio per batch, `(len(ratios), batch_size, ...)`."""
         problem = self.of.problem
         kwargs = _step_kwargs(problem, self.condition, self.noise) | with_history(problem.step_fn, self.history)
         t_ratio = ratios.to(self.x_t.device)[self.rows]
@@ -471,7 +480,7 @@ class ResidualBatch:
         return (self.target - value).reshape(len(ratios), problem.batch_size, *value.shape[1:])
 
     def losses(self, ratios: Tensor) -> Tensor:
-        """The mean squared residual of each step, `(len(steps),)`."""
+        """The mean squared residual of each batch, `(len(ratios),)`."""
         return self.residuals(ratios).flatten(2).square().sum(dim=2).mean(dim=1)
 
     def _eps(self, x: Tensor, t: Tensor) -> Tensor:

@@ -239,7 +239,7 @@ def test_gauss_newton_solves_a_linear_least_squares_problem_at_once() -> None:
     estimate = GaussNewton(torch.zeros(1, 6, dtype=torch.float64), -bound, bound)
     ratios = -(slope * offset).sum() / slope.square().sum() * torch.ones(1, dtype=torch.float64) + 0.05
     low, high = estimate.around(ratios)
-    estimate.add(low, high, *(slope * r + offset for r in (low, high)))
+    estimate.add(torch.tensor([0]), low, high, *(slope * r + offset for r in (low, high)))
     best = ratios - 0.05
     torch.testing.assert_close(estimate.step(ratios), best, atol=1e-9, rtol=0)
 
@@ -250,7 +250,7 @@ def test_gauss_newton_is_as_unsure_as_least_squares_is() -> None:
     estimate = GaussNewton(torch.zeros(400, 6, dtype=torch.float64), -bound, bound)
     slope, noise = 2 + normals(400, 200, 1), 0.1 * normals(400, 200, 1, seed=1)
     low, high = estimate.around(torch.ones_like(bound))
-    estimate.add(low, high, *(slope * (r[:, None, None] - 1) + noise for r in (low, high)))
+    estimate.add(torch.arange(400), low, high, *(slope * (r[:, None, None] - 1) + noise for r in (low, high)))
     ratios = estimate.step(torch.ones_like(bound))
     claimed = estimate.standard_error(ratios).mean().item()
     assert claimed == pytest.approx(ratios.std().item(), rel=0.1)
