@@ -1,0 +1,107 @@
+"""Whether what a comparison accepted holds from many more noises: the Fréchet distance to the data, untuned and tuned.
+
+    timetuner compare --out comparison
+    python benchmarks/frechet.py comparison/results.csv --sampler ddim --num-steps 5 10
+
+For every setting chosen, the schedule that `--entrant` had accepted there (or, with `best`, the accepted one closest to
+the teacher) and the untuned sampler, each from the same 10,000 noises, which neither tuning nor the comparison has
+seen. One process per core, one thread each.
+"""
+
+import argparse
+import csv
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from timetuner_core.compare import parse_guidance
+from timetuner_core.evaluation import frechet_distance
+from timetuner_core.experiment import Experiment
+from timetuner_core.grids import make_timesteps
+from timetuner_core.loading import load_builtin
+from timetuner_core.samplers import get_sampler
+
+SEEDS = 3_000_000_000  # from here: beside those of experiments, which start at 2**31 and at 2**31 + 2**30
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Change:
+    """Fréchet distances of one setting, in pixels and, if there are any, in features."""
+
+    before: float
+    after: float
+    features_before: float | None
+    features_after: float | None
+
+
+def measure(row: Row, num_samples: int) -> Change:
+    """In a process of its own."""
+    torch.set_num_threads(1)
+    model = load_builtin(row["model"])
+    experiment = Experiment(model, parse_guidance(row["guidance"]), get_sampler(row["sampler"]), rows_at_once=250)
+    seeds = list(range(SEEDS, SEEDS + num_samples))
+    generator = torch.Generator().manual_seed(SEEDS)
+    guided = experiment.guidance.type != "uncond"
+    condition = model.draw_conditions(num_samples, generator) if guided and model.draw_conditions else None
+
+    def distances(timesteps: Tensor, t_ratios: Tensor | None) -> list[float | None]:
+        samples = experiment.sample(seeds, condition, timesteps, t_ratios)
+        assert model.reference is not None
+        in_pixels = frechet_distance(samples, model.reference)
+        if model.features is None:
+            return [in_pixels, None]
+        return [in_pixels, frechet_distance(model.features(samples), model.features(model.reference))]
+
+    tuned = (torch.tensor(json.loads(row[name]), dtype=torch.float64) for name in ("timesteps", "t_ratios"))
+    (before, features_before), (after, features_after) = (
+        distances(make_timesteps(model.noise_schedule, int(row["num_steps"])), None),
+        distances(*tuned),
+    )
+    assert before is not None and after is not None
+    return Change(before, after, features_before, features_after)
+
+
+def chosen(rows: list[Row], entrant: str) -> list[Row]:
+    """One accepted row per setting."""
+    settings: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        if row["verdict"] != "accepted" or entrant not in {"best", row["entrant"]}:
+            continue
+        key = tuple(row[name] for name in ("model", "guidance", "sampler", "num_steps"))
+        if key not in settings or float(row["teacher_l2"]) < float(settings[key]["teacher_l2"]):
+            settings[key] = row
+    return list(settings.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", help="a comparison's results.csv")
+    parser.add_argument("--entrant", default="end_to_end_grid")
+    parser.add_argument("--sampler", nargs="+", default=["ddim"])
+    parser.add_argument("--num-steps", nargs="+", type=int, default=[5, 10])
+    parser.add_argument("--model", nargs="+")
+    parser.add_argument("--num-samples", type=int, default=10_000)
+    args = parser.parse_args()
+    with open(args.results, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["sampler"] in args.sampler]
+    rows = [row for row in rows if int(row["num_steps"]) in args.num_steps]
+    rows = chosen([row for row in rows if not args.model or row["model"] in args.model], args.entrant)
+    print("| model | guidance | sampler | steps | entrant | Fréchet, untuned | tuned | change | of features | |")
+    print("| --- | --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for row, change in zip(rows, pool.map(measure, rows, [args.num_samples] * len(rows)), strict=True):
+            setting = " | ".join(row[name] for name in ("model", "guidance", "sampler", "num_steps", "entrant"))
+            features = f"{change.features_before:.3f} | {change.features_after:.3f}" if change.features_after else " | "
+            relative = change.after / change.before - 1
+            print(
+                f"| {setting} | {change.before:.4f} | {change.after:.4f} | {relative:+.0%} | {features} |", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
