@@ -40,11 +40,12 @@ def workers(jobs: int) -> Iterator["InWorkers"]:
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker)
     try:
         yield InWorkers(pool)
-        pool.shutdown()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    except BaseException:
         for process in set(multiprocessing.active_children()) - set(others):
-            process.terminate()
+            process.terminate()  # rather than wait for what nobody will see
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)
