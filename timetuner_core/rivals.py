@@ -6,7 +6,6 @@ last positive time too. What of each is its paper's and what is ours: docs/rival
 """
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from timetuner_core.grids import EDM_RHO, check_timesteps
 from timetuner_core.model_wrapper import GuidedModel, Prediction, expand_like
 from timetuner_core.noise_schedule import NoiseSchedule
 from timetuner_core.samplers import SAMPLERS, SamplerStep, sample_steps, scaled
-from timetuner_core.tuning import TuningProblem
+from timetuner_core.tuning import TuningProblem, whole_batches
 
 # Of the average step in lambda: what DMN's search keeps every step above, lest samplers that divide by steps fail.
 LEAST_STEP = 0.01
@@ -230,7 +229,7 @@ def trajectory_costs(problem: TuningProblem, candidates: Tensor, max_samples: in
     """
     size = min(len(problem.population), max_samples)
     total = torch.zeros(len(candidates), len(candidates), dtype=torch.float64)
-    for rows in _whole_batches(problem, size):
+    for rows in whole_batches(problem, size):
         count = min(problem.batch_size, size - int(rows[0]))
         total += _step_errors(problem, candidates, rows)[:, :, :count].sum(dim=2).double().cpu()
     return total / size
@@ -372,13 +371,6 @@ def _predict(problem: TuningProblem, x: Tensor, t: Tensor, rows: Tensor) -> Pred
     """The network's answer for a batch, untuned."""
     condition = None if problem.condition is None else problem.condition[rows]
     return problem.model_fn.predict(x, t, 1.0, condition, problem.step_kwargs.get("uncond_condition"))
-
-
-def _whole_batches(problem: TuningProblem, size: int) -> Iterator[Tensor]:
-    """The first `size` rows by batch, the last filled up from the start: an `uncond_condition` may have as many rows
-    as a batch."""
-    for start in range(0, size, problem.batch_size):
-        yield (torch.arange(start, start + problem.batch_size) % size).to(problem.population.device)
 
 
 def _check_at_least_1(**numbers: int) -> None:

@@ -1,6 +1,5 @@
 """`TimeTuner`: sampling with tuned timesteps, and tuning them, under the names of the original code."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, get_args
@@ -237,8 +236,9 @@ class TimeTuner:
         Raises:
             ValueError: what `get_timesteps` and `tuning.tune_end_to_end` raise.
         """
-        problem = self._from_noise(x, step_fn, self.get_timesteps(num_steps, timesteps), condition, batch_size, seed)
-        problem = dataclasses.replace(problem, step_kwargs=step_kwargs)
+        problem = self._from_noise(
+            x, step_fn, self.get_timesteps(num_steps, timesteps), condition, batch_size, seed, step_kwargs
+        )
         state = tuning.TuningState.start(problem.timesteps)
         teacher = teacher_timesteps(self.noise_schedule, teacher_num_steps)
         tuned = tuning.tune_end_to_end(problem, state, teacher, lr=lr, total_iters=total_iters)
@@ -264,8 +264,7 @@ class TimeTuner:
         Returns:
             timesteps `(num_steps + 1,)` and t_ratios `(num_steps,)`, float64 on the CPU, to sample with together.
         """
-        problem = self._from_noise(x, step_fn, self.get_timesteps(num_steps), condition, batch_size, seed)
-        problem = dataclasses.replace(problem, step_kwargs=step_kwargs)
+        problem = self._from_noise(x, step_fn, self.get_timesteps(num_steps), condition, batch_size, seed, step_kwargs)
         state = tuning.TuningState.start(problem.timesteps)
         tuned = tuning.tune_end_to_end(
             problem,
@@ -280,12 +279,25 @@ class TimeTuner:
         return state.timesteps, t_ratios
 
     def _from_noise(
-        self, x: Tensor, step_fn: StepFn, timesteps: Tensor, condition: Tensor | None, batch_size: int, seed: int
+        self,
+        x: Tensor,
+        step_fn: StepFn,
+        timesteps: Tensor,
+        condition: Tensor | None,
+        batch_size: int,
+        seed: int,
+        step_kwargs: dict[str, Any],
     ) -> tuning.TuningProblem:
-        condition = None if condition is None else condition.to(x.device)
-        schedule = self.noise_schedule
         return tuning.TuningProblem(
-            self.model_fn, schedule, step_fn, timesteps, x, condition, batch_size=batch_size, seed=seed
+            self.model_fn,
+            self.noise_schedule,
+            step_fn,
+            timesteps,
+            x,
+            None if condition is None else condition.to(x.device),
+            batch_size=batch_size,
+            seed=seed,
+            step_kwargs=step_kwargs,
         )
 
 

@@ -225,7 +225,7 @@ def tune_end_to_end(
         return
     if target is None:
         parts = []
-        for rows in _whole_batches(problem):
+        for rows in whole_batches(problem):
             parts.append(_sample(problem, rows, teacher_timesteps, torch.ones(len(teacher_timesteps) - 1)))
             yield state
         target = torch.cat(parts)[: len(problem.population)]
@@ -489,10 +489,10 @@ class ResidualBatch:
         return problem.model_fn(x, t, self.condition, **guidance)
 
 
-def _whole_batches(problem: TuningProblem) -> Iterator[Tensor]:
-    """The population's rows by batch, the last filled up from the start: a condition among `step_kwargs` may have
-    as many rows as a batch."""
-    size = len(problem.population)
+def whole_batches(problem: TuningProblem, size: int | None = None) -> Iterator[Tensor]:
+    """The population's first `size` rows, default all, by batch, the last filled up from the start: a condition among
+    `step_kwargs` may have as many rows as a batch."""
+    size = len(problem.population) if size is None else size
     for start in range(0, size, problem.batch_size):
         yield (torch.arange(start, start + problem.batch_size) % size).to(problem.population.device)
 
@@ -504,7 +504,7 @@ def _carry_forward(problem: TuningProblem, carried: Carried, i: int, t_ratio: Te
     remembers = history_length(problem.step_fn) > 0
     x_s = torch.empty_like(carried.x_t) if remembers else carried.x_t  # in place, where nothing is remembered
     x0 = torch.empty_like(carried.x_t) if remembers else None
-    for rows in _whole_batches(problem):
+    for rows in whole_batches(problem):
         batch = carried.rows(rows)
         condition = None if problem.condition is None else problem.condition[rows]
         noise = _noise(problem, batch.x_t, _generator(problem.seed, i + 1, -1 - int(rows[0])))
@@ -530,7 +530,7 @@ def _sample(problem: TuningProblem, rows: Tensor, timesteps: Tensor, t_ratios: T
 def _mean_error(problem: TuningProblem, timesteps: Tensor, target: Tensor) -> float:
     """How far untuned samples on a grid are from `target` `(P, ...)`, from the whole population."""
     ones = torch.ones(len(timesteps) - 1)
-    x0 = torch.cat([_sample(problem, rows, timesteps, ones) for rows in _whole_batches(problem)])[: len(target)]
+    x0 = torch.cat([_sample(problem, rows, timesteps, ones) for rows in whole_batches(problem)])[: len(target)]
     return float(torch.linalg.vector_norm((x0 - target).flatten(1), dim=1).mean())
 
 
