@@ -118,6 +118,16 @@ class Stack:
         for process in processes:
             process.wait(START_SECONDS)
 
+    def put_right(self) -> None:
+        """As it was at first: every process at work, and no job."""
+        self.end(*(name for name in self.processes if name not in self._started_at_first))
+        self.start(*(name for name in self._started_at_first if name not in self.processes))
+        self.wait_until_ready()
+        for job in self.client.get("/v1/tuning-jobs", params={"limit": 100}).json()["items"]:
+            if job["finished_at"] is None:
+                self.client.post(f"/v1/tuning-jobs/{job['id']}/cancel")
+                self.finished(job)
+
     def stop(self) -> None:
         self.end(*reversed(list(self.processes)))
         self.client.close()

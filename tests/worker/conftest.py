@@ -10,9 +10,16 @@ from tests.stack import Stack
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def fragile(request: pytest.FixtureRequest, start_stack: StartStack) -> Iterator[Stack]:
-    """A deployment of this module's own. Each test puts right what it broke."""
+def breakable(request: pytest.FixtureRequest, start_stack: StartStack) -> Iterator[Stack]:
+    """A deployment of this module's own."""
     stack = start_stack(request.param)
     stack.wait_until_ready()
     yield stack
     stack.stop()
+
+
+@pytest.fixture
+def fragile(breakable: Stack) -> Iterator[Stack]:
+    """The deployment, put right after each test: one that fails must not fail those after it."""
+    yield breakable
+    breakable.put_right()

@@ -1,8 +1,6 @@
 """No accepted job is lost and none is applied twice, whatever part of a deployment dies."""
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 from sqlalchemy import select
@@ -19,23 +17,29 @@ STEADY: Json = {
 ENDLESS: Json = {"tuner": {"total_iters": 10_000}}
 NEVER_SURE: Json = {"objective": "next_eps", "tolerance": 1e-6}  # so the number of iterations is known
 STEP_BY_STEP: Json = {
-    "tuner": {**NEVER_SURE, "tune_type": "sequential", "total_iters": 150, "population_size": 64},
+    "tuner": {**NEVER_SURE, "tune_type": "sequential", "total_iters": 600, "population_size": 64},
     "evaluation": {"num_samples": 32},
 }
 SPREAD: Json = {"tuner": {**NEVER_SURE, "total_iters": 600}, "evaluation": {"num_samples": 32}}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def ring(fragile: Stack) -> str:
     return fragile.register("mixture-ring")
 
 
+@pytest.fixture
+def gratings(fragile: Stack) -> str:
+    """Whose ratios no bound holds, which would end their tuning at once."""
+    return fragile.register("mixture-gratings")
+
+
 @pytest.mark.parametrize("effort", [STEADY, STEP_BY_STEP], ids=["end to end, Adam", "step by step, Gauss-Newton"])
 def test_a_job_whose_worker_is_killed_ends_with_the_schedule_of_an_undisturbed_run(
-    fragile: Stack, ring: str, effort: Json
+    fragile: Stack, gratings: str, effort: Json
 ) -> None:
-    undisturbed = fragile.tune(ring, num_steps=4, seed=5, **effort)
-    job = fragile.submit(ring, num_steps=4, seed=5, **effort)
+    undisturbed = fragile.tune(gratings, num_steps=4, seed=5, **effort)
+    job = fragile.submit(gratings, num_steps=4, seed=5, **effort)
     fragile.running(job)
     fragile.end("worker", number=signal.SIGKILL)
     interrupted = fragile.client.get(f"/v1/tuning-jobs/{job['id']}").json()
@@ -48,28 +52,13 @@ def test_a_job_whose_worker_is_killed_ends_with_the_schedule_of_an_undisturbed_r
     assert (done["state"], done["progress"], done["error"]) == ("succeeded", 1.0, None)
     assert done["attempt"] > 1
     assert fragile.readiness()[0] == 200
-    listed = fragile.client.get("/v1/schedules", params={"model": ring, "num_steps": 4}).json()["items"]
+    listed = fragile.client.get("/v1/schedules", params={"model": gratings, "num_steps": 4}).json()["items"]
     schedules = [schedule for schedule in listed if schedule["job"] == job["id"]]
     assert [schedule["id"] for schedule in schedules] == [done["schedule"]]
     assert schedules[0]["t_ratios"] == undisturbed["t_ratios"]
     assert schedules[0]["version"] == undisturbed["version"] + 1
     for name in ("teacher_l2_before", "teacher_l2_after", "frechet_after"):
         assert schedules[0]["evaluation"][name] == undisturbed["evaluation"][name]
-
-
-@contextmanager
-def two_more_workers(stack: Stack) -> Iterator[None]:
-    """As many as they were afterwards, whichever was killed."""
-    more = ("worker 2", "worker 3")
-    stack.start(*more)
-    stack.wait_for_workers(3)
-    try:
-        yield
-    finally:
-        stack.end(*(name for name in more if name in stack.processes))
-        if "worker" not in stack.processes:
-            stack.start("worker")
-        stack.wait_until_ready()
 
 
 def workers_at_work(stack: Stack, job: Json) -> dict[str, TuningTask]:
@@ -84,21 +73,21 @@ def workers_at_work(stack: Stack, job: Json) -> dict[str, TuningTask]:
     return {names[int(str(task.lease_owner).rpartition(":")[2])]: task for task in tasks}
 
 
-def test_steps_spread_over_three_workers_of_which_two_are_killed_end_as_on_one(fragile: Stack) -> None:
-    gratings = fragile.register("mixture-gratings")  # whose ratios no bound holds, which would end their tasks at once
+def test_steps_spread_over_three_workers_of_which_two_are_killed_end_as_on_one(fragile: Stack, gratings: str) -> None:
     request = {"num_steps": 6, "seed": 5, **SPREAD}
     alone = fragile.tune(gratings, **request)
     calls_per_iteration = 5 * 16 * 5  # five steps, 16 samples, one call for the target and two on either side
     assert alone["evaluation"]["network_calls"] == SPREAD["tuner"]["total_iters"] * calls_per_iteration
 
-    with two_more_workers(fragile):
-        job = fragile.submit(gratings, **request)
-        tasks = wait_until(lambda: len(found := workers_at_work(fragile, job)) == 3 and found, "work of three workers")
-        with fragile.registry.read() as session:
-            owner = session.get_one(TuningJob, job["id"]).lease_owner
-        killed = sorted(tasks, key=lambda name: tasks[name].lease_owner != owner)[:2]  # the job's own, and a helper
-        fragile.end(*killed, number=signal.SIGKILL)
-        done = fragile.finished(job)
+    fragile.start("worker 2", "worker 3")
+    fragile.wait_for_workers(3)
+    job = fragile.submit(gratings, **request)
+    tasks = wait_until(lambda: len(found := workers_at_work(fragile, job)) == 3 and found, "work of three workers")
+    with fragile.registry.read() as session:
+        owner = session.get_one(TuningJob, job["id"]).lease_owner
+    killed = sorted(tasks, key=lambda name: tasks[name].lease_owner != owner)[:2]  # the job's own, and a helper
+    fragile.end(*killed, number=signal.SIGKILL)
+    done = fragile.finished(job)
     assert (done["state"], done["error"], done["attempt"]) == ("succeeded", None, 2)
     schedule = fragile.client.get(f"/v1/schedules/{done['schedule']}").json()
     assert schedule["t_ratios"] == alone["t_ratios"]
