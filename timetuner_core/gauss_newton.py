@@ -8,10 +8,13 @@ from torch import Tensor
 # Columns of an estimate's memory: sums over samples of 1, h, u, h^2, h u and u^2.
 MEMORY = 6
 
-HALF_WIDTH = 5e-3  # of the difference quotient
+# Half-widths of the difference quotient. A network's sinusoidal time embedding gives the loss ripples a few hundredths
+# apart: the coarse one looks past them, the fine one finds the bottom of the ripple where that led.
+COARSE, FINE = 5e-3, 2e-3
+COARSE_BATCHES = 6  # forgotten afterwards
 MAX_MOVE = 0.1  # of a ratio, in one step
 FORGET_AT = 5e-3  # a move of this size, beyond what chance makes, halves what was learnt before it
-MIN_BATCHES = 6  # before the scatter of heavy-tailed scores can be trusted
+MIN_BATCHES = COARSE_BATCHES + 6  # before the scatter of heavy-tailed scores can be trusted
 
 
 def batches_at_once(batches: int) -> int:
@@ -29,15 +32,22 @@ class GaussNewton:
 
     Attributes:
         memory: `(K, MEMORY)`, float64. lower, upper: bounds of the ratios, `(K,)`.
+        batches: how many it has had, each of the K.
     """
 
     memory: Tensor
     lower: Tensor
     upper: Tensor
+    batches: int
+
+    def __post_init__(self) -> None:
+        if self.batches == COARSE_BATCHES:
+            self.memory = torch.zeros_like(self.memory)
 
     def around(self, ratios: Tensor) -> tuple[Tensor, Tensor]:
         """Where to measure residuals: on both sides of `ratios` `(K,)`, inside the bounds."""
-        return (ratios - HALF_WIDTH).clamp(min=self.lower), (ratios + HALF_WIDTH).clamp(max=self.upper)
+        half_width = COARSE if self.batches < COARSE_BATCHES else FINE
+        return (ratios - half_width).clamp(min=self.lower), (ratios + half_width).clamp(max=self.upper)
 
     def add(self, of: Tensor, low: Tensor, high: Tensor, at_low: Tensor, at_high: Tensor) -> Tensor:
         """Take in batches: residuals `(N, B, D)`, the n-th of step `of[n]`, at two ratios per step, `(K,)` each.

@@ -399,7 +399,7 @@ def _gauss_newton(
         done = int(state.iterations[open_steps[0]])  # the same for all: they started together
         batches = range(done, min(done + batches_at_once(done), total_iters))
         draws = [(i, iteration) for iteration in batches for i in open_steps]
-        estimate = GaussNewton(state.memory[open_steps], lower[open_steps], upper[open_steps])
+        estimate = GaussNewton(state.memory[open_steps], lower[open_steps], upper[open_steps], done)
         before = state.t_ratios[open_steps]
         low, high = estimate.around(before)
         losses = torch.zeros_like(before)

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tests.core.conftest import Network, Recorded, linear_betas, normals, small_mixture, tiny_unet, tuner_of
 from timetuner_core import NoiseScheduleVP, TimeTuner
 from timetuner_core.evaluation import teacher_l2
-from timetuner_core.gauss_newton import GaussNewton
+from timetuner_core.gauss_newton import COARSE_BATCHES, GaussNewton
 from timetuner_core.grids import make_timesteps
 from timetuner_core.mixtures import GaussianMixture, ring_mixture
 from timetuner_core.samplers import SAMPLERS
@@ -236,7 +236,7 @@ def test_classifier_free_tuning_runs_on_the_labels_of_the_data() -> None:
 def test_gauss_newton_solves_a_linear_least_squares_problem_at_once() -> None:
     slope, offset = normals(1, 40, 3), normals(1, 40, 3, seed=1)
     bound = torch.tensor([9.0], dtype=torch.float64)
-    estimate = GaussNewton(torch.zeros(1, 6, dtype=torch.float64), -bound, bound)
+    estimate = GaussNewton(torch.zeros(1, 6, dtype=torch.float64), -bound, bound, 0)
     ratios = -(slope * offset).sum() / slope.square().sum() * torch.ones(1, dtype=torch.float64) + 0.05
     low, high = estimate.around(ratios)
     estimate.add(torch.tensor([0]), low, high, *(slope * r + offset for r in (low, high)))
@@ -247,13 +247,31 @@ def test_gauss_newton_solves_a_linear_least_squares_problem_at_once() -> None:
 def test_gauss_newton_is_as_unsure_as_least_squares_is() -> None:
     """The standard error, against the scatter of 400 estimates from 200 samples each."""
     bound = torch.full((400,), 9.0, dtype=torch.float64)
-    estimate = GaussNewton(torch.zeros(400, 6, dtype=torch.float64), -bound, bound)
+    estimate = GaussNewton(torch.zeros(400, 6, dtype=torch.float64), -bound, bound, 0)
     slope, noise = 2 + normals(400, 200, 1), 0.1 * normals(400, 200, 1, seed=1)
     low, high = estimate.around(torch.ones_like(bound))
     estimate.add(torch.arange(400), low, high, *(slope * (r[:, None, None] - 1) + noise for r in (low, high)))
     ratios = estimate.step(torch.ones_like(bound))
     claimed = estimate.standard_error(ratios).mean().item()
     assert claimed == pytest.approx(ratios.std().item(), rel=0.1)
+
+
+def test_gauss_newton_looks_past_ripples_and_then_for_the_bottom_of_one() -> None:
+    """A parabola around 0.9 whose slope is rippled, as a network's time embedding does it."""
+    bounds = torch.zeros(1, dtype=torch.float64), 2 * torch.ones(1, dtype=torch.float64)
+    ratios, memory, period = torch.ones(1, dtype=torch.float64), torch.zeros(1, 6, dtype=torch.float64), 0.008
+
+    def residual(r: Tensor) -> Tensor:
+        return (r - 0.9 + 0.6 * period / (2 * torch.pi) * torch.sin(2 * torch.pi * (r - 0.9) / period))[:, None, None]
+
+    for batches in range(40):
+        estimate = GaussNewton(memory, *bounds, batches)
+        low, high = estimate.around(ratios)
+        estimate.add(torch.tensor([0]), low, high, residual(low), residual(high))
+        ratios, memory = estimate.step(ratios), estimate.memory
+        if batches + 1 == COARSE_BATCHES:
+            assert abs(float(ratios) - 0.9) < period
+    assert float(ratios) == pytest.approx(0.9, abs=1e-4)
 
 
 @both_types
@@ -281,7 +299,7 @@ def test_gauss_newtons_difference_quotient_is_the_forward_mode_derivative() -> N
 
     ratio = torch.ones(1, dtype=torch.float64)
     _, forward = torch.func.jvp(lambda r: value(r[0]), (ratio,), (torch.ones_like(ratio),))
-    low, high = GaussNewton(torch.zeros(1, 6), ratio - 1, ratio + 1).around(ratio)
+    low, high = GaussNewton(torch.zeros(1, 6), ratio - 1, ratio + 1, 0).around(ratio)
     difference = (value(high[0]) - value(low[0])) / (high - low)
     torch.testing.assert_close(difference, forward, atol=2e-4 * float(forward.abs().max()), rtol=0)
 
