@@ -183,5 +183,5 @@ class Experiment:
             decode=decode,
             batch_size=self.rows_at_once,
             device=self.device,
-            after_step=self.after_step,
+            after_step=lambda *_: self.after_step(),
         )

@@ -1,6 +1,6 @@
 """Sampling a loaded model in batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,9 @@ from timetuner_core.loading import DiffusionModel
 from timetuner_core.model_wrapper import GuidanceType, GuidedModel
 from timetuner_core.samplers import initial_noise
 from timetuner_core.time_tuner import TimeTuner
+
+# At which there is no guidance; without any, no scale has a bearing.
+UNGUIDED_SCALES: dict[GuidanceType, float] = {"uncond": 1.0, "classifier": 0.0, "classifier-free": 1.0}
 
 
 @dataclass(frozen=True)
@@ -36,41 +39,77 @@ def generate(
     t_ratios: Tensor | list[float] | None = None,
     eta: float = 0.0,
     *,
+    guidance_scales: Sequence[float] | None = None,
     uncond_condition: Tensor | None = None,
     sampler: str = "ddim",
     decode: bool = True,
     batch_size: int = 64,
+    batch_sizes: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
-    after_step: Callable[[], None] = lambda: None,
+    after_step: Callable[[slice, int, Tensor], None] | None = None,
 ) -> Tensor:
     """Samples from one seed each, `(len(seeds), *image_shape)`, on `device`.
 
     Args:
         condition: a class label or tensor per seed, `(len(seeds), ...)`, or None for unguided sampling.
         t_ratios: one per step of `timesteps`; None is untuned.
+        guidance_scales: one per seed, in place of `guidance.scale`.
         uncond_condition: `(1, ...)`, in place of the model's own.
         decode: False leaves a latent-diffusion model's samples `(len(seeds), *sample_shape)` in latent space.
-        after_step: called after each step of each batch; may raise to stop.
+        batch_sizes: the only sizes to run the network at, in place of any up to `batch_size`. Batches are of the
+            largest, the last one of the least that holds the rest, filled up by repeating its last sample. With
+            `batching.steady_sizes`, a seed's sample has the same bits in whatever company.
+        after_step: called after each step of each batch with (the batch's slice of the seeds, the step from 1, the
+            x0 predicted there `(rows, *sample_shape)`); may raise to stop.
+
+    Raises:
+        ValueError: another number of `guidance_scales` than of seeds, or some of them guide and others do not.
     """
-    tuner = TimeTuner(guidance.model_fn(model), model.noise_schedule)
+    scale = guidance.scale if guidance_scales is None else _one_per_seed(guidance_scales, guidance.type, len(seeds))
     starting_std = model.noise_schedule.starting_std(timesteps[0])
-    parts = []
-    for start in range(0, len(seeds), batch_size):
-        rows = slice(start, start + batch_size)
-        x_T, generators = initial_noise(model.sample_shape, seeds[rows], starting_std)
-        batch_condition = None if condition is None else condition[rows].to(device)
-        conditions: dict[str, Any] = model.conditions(guidance.type, batch_condition)
+
+    def sample(rows: slice, size: int) -> Tensor:
+        held = rows.stop - rows.start
+        index = [min(i, rows.stop - 1) for i in range(rows.start, rows.start + size)]
+        x_T, generators = initial_noise(model.sample_shape, [seeds[i] for i in index], starting_std)
+        conditions: dict[str, Any] = model.conditions(
+            guidance.type, None if condition is None else condition[index].to(device)
+        )
         if uncond_condition is not None:
             conditions["uncond_condition"] = uncond_condition.to(device)
-        x0 = tuner.sample(
+        batch_scale = scale[index].to(device) if isinstance(scale, Tensor) else scale
+        model_fn = model.model_fn(guidance.type, batch_scale, guidance.rescale, guidance.interval)
+        x0 = TimeTuner(model_fn, model.noise_schedule).sample(
             x_T.to(device),
             sampler=sampler,
             timesteps=timesteps,
             t_ratios=t_ratios,
             eta=eta,
             generator=generators,
-            callback=lambda *_: after_step(),
+            callback=None if after_step is None else lambda step, _, x0: after_step(rows, step + 1, x0[:held]),
             **conditions,
         )
-        parts.append(model.decode(x0) if decode else x0)
-    return torch.cat(parts)
+        return (model.decode(x0) if decode else x0)[:held]
+
+    sizes = range(1, batch_size + 1) if batch_sizes is None else batch_sizes
+    return torch.cat([sample(rows, size) for rows, size in _batches(len(seeds), sizes)])
+
+
+def _batches(count: int, sizes: Sequence[int]) -> Iterator[tuple[slice, int]]:
+    """Slices of `count` rows, each with the size of the batch that holds it."""
+    for start in range(0, count, max(sizes)):
+        rows = slice(start, min(start + max(sizes), count))
+        yield rows, min(size for size in sizes if size >= rows.stop - start)
+
+
+def _one_per_seed(scales: Sequence[float], guidance_type: GuidanceType, count: int) -> float | Tensor:
+    """Guidance scales `(count,)`, or one number where none guides, which spares the calls that guidance takes."""
+    if len(scales) != count:
+        raise ValueError(f"{len(scales)} guidance_scales for {count} seeds; accepted: one per seed")
+    unguided = UNGUIDED_SCALES[guidance_type]
+    num_unguided = sum(scale == unguided for scale in scales)
+    if num_unguided == count:
+        return unguided
+    if guidance_type != "uncond" and num_unguided > 0:
+        raise ValueError(f"guidance_scales has {unguided:g} and others; accepted: all {unguided:g}, or none")
+    return torch.tensor(scales, dtype=torch.float64)

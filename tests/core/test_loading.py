@@ -64,10 +64,18 @@ def test_a_folder_gives_the_network_that_was_saved(folder: Path) -> None:
     model, unet = load_folder(folder), tiny_unet(num_class_embeds=3)
     assert (model.model_type, model.sample_shape, model.num_classes, model.null_class_label) == ("v", (1, 4, 4), 2, 2)
     assert model.num_parameters == sum(parameter.numel() for parameter in unet.parameters())
+    assert model.num_bytes == 4 * model.num_parameters
     assert model.noise_schedule.max_num_steps == 50
     x, t_input = normals(4, 1, 4, 4).float(), torch.arange(4.0)
     expected = unet(x, t_input, class_labels=LABELS).sample
     torch.testing.assert_close(model.network(x, t_input, LABELS), expected, atol=1e-6, rtol=0)
+
+
+def test_the_bytes_of_a_model_are_those_of_all_its_weights() -> None:
+    single, half = (load_builtin("digits32-ldm", dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert single.num_bytes - half.num_bytes == 2 * single.num_parameters  # the autoencoder stays in float32
+    assert single.num_bytes > 4 * single.num_parameters
+    assert load_builtin("mixture-ring").num_bytes == 0
 
 
 def test_no_label_means_the_null_class(folder: Path) -> None:

@@ -27,6 +27,7 @@ class DiffusionModel:
         sample_shape: of the network's x: the latents', if there is a VAE.
         num_classes: 0 unless the condition is a class label.
         null_class_label: the label that stands for "no class", which classifier-free guidance needs.
+        num_bytes: of all weights and buffers on the device, a VAE's included.
         draw_data: `(num_samples, generator) -> (x0, conditions or None)`, x0 `(num_samples, *sample_shape)`, or
             None if the model came without data.
         reference: a fixed set of data `(P, *image_shape)` to measure distances to, or None.
@@ -49,6 +50,7 @@ class DiffusionModel:
     num_classes: int
     null_class_label: int | None
     num_parameters: int
+    num_bytes: int
     draw_data: Callable[[int, torch.Generator], tuple[Tensor, Tensor | None]] | None
     reference: Tensor | None
     image_shape: tuple[int, ...]
@@ -81,7 +83,7 @@ class DiffusionModel:
     def model_fn(
         self,
         guidance_type: GuidanceType,
-        guidance_scale: float,
+        guidance_scale: float | Tensor,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
     ) -> GuidedModel:

@@ -67,6 +67,7 @@ class LoadedNetwork:
         num_embeddings: of classes, the null class included; 0 if there is no class condition.
         has_null_class: whether the last embedding always stands for "no class".
         condition_dim: D of conditions `(B, L, D)`; None if there is no tensor condition.
+        num_bytes: of weights and buffers.
     """
 
     call: Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -75,6 +76,7 @@ class LoadedNetwork:
     has_null_class: bool
     condition_dim: int | None
     num_parameters: int
+    num_bytes: int
 
 
 def load_network(path: Path, device: torch.device | str, options: Options) -> LoadedNetwork:
@@ -94,7 +96,13 @@ def load_network(path: Path, device: torch.device | str, options: Options) -> Lo
         has_null_class=is_transformer,
         condition_dim=int(config.cross_attention_dim) if is_conditional else None,
         num_parameters=sum(p.numel() for p in module.parameters()),
+        num_bytes=size_in_bytes(module),
     )
+
+
+def size_in_bytes(module: torch.nn.Module) -> int:
+    """Of its weights and buffers."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 def load_module(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from timetuner_core.models.files import VAE_CONFIG, VAE_WEIGHTS, ModelFormatError, Shape
-from timetuner_core.models.networks import Options, load_module
+from timetuner_core.models.networks import Options, load_module, size_in_bytes
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Autoencoder:
     encode: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
     image_shape: Shape
+    num_bytes: int
 
 
 def load_vae(
@@ -53,7 +54,8 @@ def load_vae(
         images: Tensor = vae.decode(latents.to(device).float() / scale + shift).sample
         return images
 
-    return Autoencoder(encode, decode, (int(vae.config.out_channels), upscale * height, upscale * width))
+    image_shape = (int(vae.config.out_channels), upscale * height, upscale * width)
+    return Autoencoder(encode, decode, image_shape, size_in_bytes(vae))
 
 
 def _normalisation(config: Any, channels: int) -> tuple[Tensor, Tensor]:
