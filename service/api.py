@@ -1,21 +1,16 @@
-"""What all endpoints share: the application's state, JSON bodies, lists in pages, common field types."""
+"""What all endpoints share: JSON bodies, lists in pages, common field types."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import Annotated, TypeVar
 
-from celery import Celery
-from fastapi import Depends, Path, Query, Request
+from fastapi import Path, Query, Request
 from pydantic import BaseModel, Field, PlainSerializer
 from sqlalchemy import Select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from service.artifacts import ArtifactStore
 from service.errors import UnsupportedMediaTypeError
-from service.registry.database import Registry
 from service.registry.tables import Model, Schedule, TuningJob
-from service.settings import Settings
 
 JSON_TYPE = "application/json"
 
@@ -31,24 +26,6 @@ Identifier = Annotated[str, Field(**IDENTIFIER)]
 PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
 PathId = Annotated[str, Path(**IDENTIFIER)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
-
-
-@dataclass(frozen=True)
-class AppState:
-    """Made once by `create_app`, reached by endpoints as `State`."""
-
-    settings: Settings
-    registry: Registry
-    artifacts: ArtifactStore
-    celery: Celery
-
-
-def _state(request: Request) -> AppState:
-    state: AppState = request.app.state.timetuner
-    return state
-
-
-State = Annotated[AppState, Depends(_state)]
 
 
 def require_json(request: Request) -> None:

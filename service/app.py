@@ -1,5 +1,6 @@
 """The web application."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -8,17 +9,15 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 
 from service import health
-from service.api import AppState
-from service.artifacts import ArtifactStore
 from service.body_limit import BodyLimitMiddleware
 from service.errors import Problem, install_error_handlers, problem_content
 from service.models import endpoints as models
 from service.models.schemas import BuiltinModelRequest
-from service.queue import celery_app
-from service.registry.database import Registry
 from service.samples import endpoints as samples
+from service.samples.admission import AdmissionMiddleware
 from service.schedules import endpoints as schedules
 from service.settings import Settings
+from service.state import open_state
 from service.tuning_jobs import endpoints as tuning_jobs
 
 DESCRIPTION = "Tuned timesteps for frozen diffusion models: tune, keep, resolve and sample with them."
@@ -27,18 +26,14 @@ DESCRIPTION = "Tuned timesteps for frozen diffusion models: tune, keep, resolve 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The application on a database that has been migrated."""
     settings = settings or Settings()
-    state = AppState(
-        settings,
-        Registry(settings.database_url),
-        ArtifactStore(settings.artifacts_url),
-        celery_app(settings.broker_url),
-    )
 
     @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        yield
-        state.celery.close()
-        state.registry.close()
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        with open_state(settings) as state:
+            app.state.timetuner = state
+            listening = asyncio.create_task(state.news.run())
+            yield
+            listening.cancel()
 
     app = FastAPI(
         title="TimeTuner",
@@ -47,7 +42,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
         responses={"default": {**problem_content(), "description": "Any other error."}},
     )
-    app.state.timetuner = state
+    app.add_middleware(AdmissionMiddleware, admission=lambda: app.state.timetuner.admission, path="/v1/samples")
     app.add_middleware(
         BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes, max_json_bytes=settings.max_json_bytes
     )

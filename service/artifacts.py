@@ -1,13 +1,18 @@
 """Where model folders and sample arrays are kept: a local folder, or any store fsspec knows (S3, ...)."""
 
 import hashlib
+import io
+import math
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import fsspec
+import numpy as np
 from fsspec.implementations.local import LocalFileSystem
+from numpy.typing import NDArray
 
 
 class ArtifactStore:
@@ -39,6 +44,21 @@ class ArtifactStore:
     def get(self, key: str) -> bytes:
         content: bytes = self.fs.cat_file(self._path(key))
         return content
+
+    def put_array(self, key: str, array: NDArray[Any]) -> None:
+        """Keep an array as a `.npy` file."""
+        buffer = io.BytesIO()
+        np.save(buffer, array, allow_pickle=False)
+        self.put(key, buffer.getvalue())
+
+    def get_rows(self, key: str, first: int, count: int) -> NDArray[Any]:
+        """Some rows of an array that `put_array` kept; nothing else of the file is read."""
+        with self.fs.open(self._path(key), "rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            row_bytes = dtype.itemsize * math.prod(shape[1:])
+            file.seek(first * row_bytes, io.SEEK_CUR)
+            return np.frombuffer(file.read(count * row_bytes), dtype).reshape(count, *shape[1:])
 
     def local_folder(self, key: str) -> Path:
         """The folder as one on this machine: itself, or a copy fetched from a remote store."""

@@ -82,6 +82,12 @@ class JobFailedError(ServiceError):
     status = HTTPStatus.INTERNAL_SERVER_ERROR
 
 
+class DeadlineError(ServiceError):
+    """A request whose deadline passed before a worker was free."""
+
+    status = HTTPStatus.GATEWAY_TIMEOUT
+
+
 def problem_response(
     status: int, detail: str, errors: list[ErrorItem] | None = None, headers: Mapping[str, str] | None = None
 ) -> Response:

@@ -6,8 +6,8 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel
 from sqlalchemy import text
 
-from service.api import AppState, State
 from service.queue import QUEUES
+from service.state import AppState, State
 
 router = APIRouter(tags=["health"])
 

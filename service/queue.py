@@ -1,18 +1,18 @@
-"""Ringing the workers' doorbell: one Celery message per job, carrying nothing but the job's id."""
+"""Telling workers of tuning: one Celery message per job, carrying nothing but the job's id."""
 
 from celery import Celery
 from kombu.exceptions import OperationalError
 
+from service.bus import SAMPLE_QUEUE
 from service.registry.database import Registry
 from service.registry.jobs import mark_published
-from service.registry.tables import Job, SampleJob, TuningJob, TuningTask
+from service.registry.tables import Job, TuningJob, TuningTask
 
 TASKS: dict[type[Job], tuple[str, str]] = {
     TuningJob: ("worker.tune", "tuning"),
     TuningTask: ("worker.tune_step", "tuning"),
-    SampleJob: ("worker.sample", "sampling"),
 }
-QUEUES = tuple(dict.fromkeys(queue for _, queue in TASKS.values()))
+QUEUES = (SAMPLE_QUEUE, "tuning")
 
 
 def celery_app(broker_url: str) -> Celery:
@@ -25,7 +25,8 @@ def celery_app(broker_url: str) -> Celery:
         worker_disable_prefetch=True,  # a busy worker must not hold a job that an idle one could run
         broker_connection_retry_on_startup=True,
         # Sending must fail soon when the broker is away; the dispatcher sends again.
-        broker_transport_options={"socket_connect_timeout": 2, "socket_timeout": 5, "max_retries": 1},
+        broker_transport_options={"socket_connect_timeout": 2, "socket_timeout": 5, "max_retries": 1}
+        | {"queue_order_strategy": "sorted"},  # sampling before tuning
         task_publish_retry=False,
         worker_hijack_root_logger=False,
         enable_utc=True,

@@ -24,6 +24,10 @@ class Settings(BaseSettings):
     channels_last: bool = False
     compile: bool = False  # networks, by torch.compile
 
+    max_model_bytes: int = Field(8 * 2**30, ge=0)  # of the models a worker keeps loaded, beside the one at work
+    warm_models: int = Field(1, ge=0)  # how many of those sampled from last a worker loads when it starts
+    sample_batch_size: int = Field(24, ge=1, le=1024)  # images a worker samples at once
+
     lease_seconds: float = Field(15.0, gt=0)  # a worker silent for longer has lost its job
     max_attempts: int = Field(5, ge=1)
     dispatch_interval_seconds: float = Field(0.5, gt=0)
@@ -36,7 +40,8 @@ class Settings(BaseSettings):
     max_pixel_steps: int = Field(2**28, ge=1)  # values x steps x images x network calls per step
     max_tuning_batch_values: int = Field(2**26, ge=1)  # values of one iteration's network batch
     max_tuning_calls: int = Field(2**31 - 1, ge=1)  # samples put through the network by one job
-    max_queued_jobs: int = Field(1000, ge=1)
+    max_queued_jobs: int = Field(1000, ge=1)  # of each kind
+    max_queue_seconds: float = Field(60.0, gt=0)  # how long a request for samples may have to wait for its turn
     max_wait_seconds: float = Field(120.0, gt=0)  # a synchronous sampling request
 
     def model_post_init(self, _context: object) -> None:

@@ -7,14 +7,17 @@ processes.
 
 import warnings
 from functools import lru_cache
+from typing import Any
 
 from celery.platforms import SecurityWarning
+from celery.signals import worker_ready, worker_shutting_down
 
+from service.bus import SAMPLE_QUEUE, SAMPLE_TASK
 from service.queue import TASKS, celery_app
-from service.registry.tables import Job, SampleJob, TuningJob, TuningTask
+from service.registry.tables import Job, TuningJob, TuningTask
 from service.settings import Settings
 from worker.runtime import Runtime
-from worker.sampling import run_sample_job
+from worker.sampling import SampleServer
 from worker.tuning import run_tuning_job
 from worker.tuning_tasks import run_tuning_task
 
@@ -46,7 +49,26 @@ def tune_step(task_id: str) -> None:
     _runtime().run(TuningTask, task_id, run_tuning_task)
 
 
-@app.task(name=_name(SampleJob))  # type: ignore[untyped-decorator]
-def sample(job_id: str) -> None:
-    """Run a sampling job."""
-    _runtime().run(SampleJob, job_id, run_sample_job)
+@lru_cache(maxsize=1)
+def _sample_server() -> SampleServer:
+    return SampleServer(_runtime())
+
+
+@app.task(name=SAMPLE_TASK)  # type: ignore[untyped-decorator]
+def serve_samples() -> None:
+    """Run sampling jobs until none is left."""
+    _sample_server().serve()
+
+
+@worker_ready.connect  # type: ignore[untyped-decorator]
+def _warm_up(**_: Any) -> None:
+    """Before the first task."""
+    if SAMPLE_QUEUE in app.amqp.queues.consume_from:
+        _runtime().give_way = _sample_server().serve_if_called
+        _runtime().warm_up()
+
+
+@worker_shutting_down.connect  # type: ignore[untyped-decorator]
+def _stop_taking(**_: Any) -> None:
+    """What is being sampled is finished; what is not begun is left to others."""
+    _sample_server().stopping = True

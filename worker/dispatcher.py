@@ -11,15 +11,28 @@ from datetime import timedelta
 
 from celery import Celery
 
+from service.artifacts import ArtifactStore
+from service.bus import Bus
 from service.queue import TASKS, celery_app, publish
 from service.registry.database import Registry
-from service.registry.jobs import JOB_CLASSES, take_back_expired, unpublished
+from service.registry.jobs import JOB_CLASSES, PUBLISHED_CLASSES, take_back_expired, unpublished
+from service.registry.samples import forgotten_parents, samples_wait
 from service.settings import Settings
+from worker.joining import join_all
 
 logger = logging.getLogger(__name__)
 
+RING_AFTER = timedelta(seconds=1)  # a worker that is free hears of a request for samples much sooner
 
-def dispatch_once(registry: Registry, app: Celery, max_attempts: int, republish_seconds: float) -> None:
+
+def dispatch_once(
+    registry: Registry,
+    artifacts: ArtifactStore,
+    app: Celery,
+    bus: Bus,
+    max_attempts: int,
+    republish_seconds: float,
+) -> None:
     """One round over all kinds of jobs.
 
     A message older than `republish_seconds` whose queue is empty was lost, or is in the hands of a worker about
@@ -29,6 +42,7 @@ def dispatch_once(registry: Registry, app: Celery, max_attempts: int, republish_
     for job_class in JOB_CLASSES:
         with registry.write() as session:
             take_back_expired(session, job_class, max_attempts)
+    for job_class in PUBLISHED_CLASSES:
         with registry.read() as session:
             surely = unpublished(session, job_class, published_before=timedelta(seconds=10 * republish_seconds))
             due = unpublished(session, job_class, published_before=timedelta(seconds=republish_seconds))
@@ -36,6 +50,11 @@ def dispatch_once(registry: Registry, app: Celery, max_attempts: int, republish_
             due = surely
         if due:
             publish(app, registry, job_class, due)
+    with registry.read() as session:
+        parents, waiting = forgotten_parents(session), samples_wait(session, RING_AFTER)
+    bus.tell_ended(join_all(registry, artifacts, parents))
+    if waiting:
+        bus.ring()
 
 
 def queue_length(app: Celery, queue: str) -> int:
@@ -50,14 +69,16 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s dispatcher %(levelname)s %(message)s")
     settings = Settings()
     registry, app = Registry(settings.database_url), celery_app(settings.broker_url)
+    artifacts, bus = ArtifactStore(settings.artifacts_url), Bus(app, settings.broker_url)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     while not stop.wait(settings.dispatch_interval_seconds):
         try:
-            dispatch_once(registry, app, settings.max_attempts, settings.republish_seconds)
+            dispatch_once(registry, artifacts, app, bus, settings.max_attempts, settings.republish_seconds)
         except Exception:  # database or broker away: the next round may find them back
             logger.exception("a round failed")
+    bus.close()
     registry.close()
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from service.registry.database import Registry
 from service.registry.jobs import Claim, LeaseLostError, renew
+from service.registry.samples import SampleClaim, renew_samples
 from service.registry.tables import FINAL_STATES, Job, TuningJob
 
 logger = logging.getLogger(__name__)
@@ -79,3 +80,62 @@ class Lease:
                 return
             except Exception:  # the database is away: try again, the lease may outlast it
                 logger.exception("cannot renew the lease of %s", self.claim.job_id)
+
+
+class SampleLeases:
+    """All the sampling jobs a worker has at the moment, renewed together; of each it knows whether it is still to be
+    worked on."""
+
+    def __init__(self, registry: Registry, lease_seconds: float) -> None:
+        self._registry = registry
+        self._seconds = lease_seconds
+        self._claims: dict[str, SampleClaim] = {}
+        self._lock = threading.Lock()
+        self._lost: set[str] = set()
+        self._cancelled: set[str] = set()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._renew_until_stopped, daemon=True)
+
+    def __enter__(self) -> "SampleLeases":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def add(self, claims: Iterable[SampleClaim]) -> None:
+        with self._lock:
+            self._claims |= {claim.job_id: claim for claim in claims}
+
+    def drop(self, job_ids: Iterable[str]) -> None:
+        """Their jobs are over."""
+        with self._lock:
+            for job_id in job_ids:
+                self._claims.pop(job_id, None)
+
+    def given_up(self) -> tuple[list[SampleClaim], list[SampleClaim]]:
+        """Those lost to another worker, and those to be cancelled, since the last look."""
+        with self._lock:
+            lost, self._lost = self._lost, set()
+            cancelled, self._cancelled = self._cancelled, set()
+            ours = self._claims
+            return [ours[i] for i in lost if i in ours], [ours[i] for i in cancelled if i in ours]
+
+    def _renew_until_stopped(self) -> None:
+        while not self._stop.wait(min(self._seconds / 3, 1.0)):
+            with self._lock:
+                claims = list(self._claims.values())
+            if not claims:
+                continue
+            try:
+                with self._registry.write() as session:
+                    lost, cancelled = renew_samples(session, claims, self._seconds)
+            except Exception:  # the database is away: try again, the leases may outlast it
+                logger.exception("cannot renew the leases of %d samples", len(claims))
+                continue
+            with self._lock:
+                self._lost |= lost
+                self._cancelled |= cancelled

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from service.arrays import decode_array
+from service.registry.tables import SampleJob, Schedule
 from timetuner_core.generation import Guidance
-from timetuner_core.grids import make_timesteps
+from timetuner_core.grids import check_t_ratios, check_timesteps, make_timesteps
+from timetuner_core.loading import DiffusionModel
 from timetuner_core.model_wrapper import repeat_to_batch
 from timetuner_core.noise_schedule import NoiseSchedule
+from timetuner_core.rolling import Row
 
 
 def guidance_of(request: dict[str, Any]) -> Guidance:
@@ -37,3 +40,31 @@ def timesteps_of(request: dict[str, Any], noise_schedule: NoiseSchedule) -> Tens
     if isinstance(timesteps, str):
         return make_timesteps(noise_schedule, request["num_steps"], timesteps)  # type: ignore[arg-type]
     return torch.tensor(timesteps, dtype=torch.float64)
+
+
+def rows_of(job: SampleJob, model: DiffusionModel, schedule: Schedule | None) -> list[Row]:
+    """The samples a job asks for.
+
+    Raises:
+        ValueError: a grid or ratios that lead out of the noise schedule's times.
+    """
+    request, noise_schedule = job.request, model.noise_schedule
+    if schedule is None:
+        timesteps, given = check_timesteps(noise_schedule, timesteps_of(request, noise_schedule)), None
+    else:
+        timesteps, given = check_timesteps(noise_schedule, schedule.timesteps), schedule.t_ratios
+    t_ratios = check_t_ratios(noise_schedule, timesteps, given)
+    condition, uncond_condition = conditions_of(request)
+    scale = request["guidance_scale"]
+    return [
+        Row(
+            job.id,
+            request["seed"] + k,
+            timesteps,
+            t_ratios,
+            scale,
+            None if condition is None else condition[k],
+            None if uncond_condition is None else uncond_condition[0],
+        )
+        for k in range(job.num_images)
+    ]

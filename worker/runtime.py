@@ -3,25 +3,28 @@
 import logging
 import os
 import socket
-from collections.abc import Callable
-from functools import lru_cache
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from celery import Celery
 
 from service.artifacts import ArtifactStore
+from service.bus import Bus
 from service.registry.database import Registry
 from service.registry.jobs import LeaseLostError, claim, finish
+from service.registry.samples import models_sampled_last
 from service.registry.tables import Job, JobState, Model
 from service.settings import Settings
+from timetuner_core.batching import steady_sizes
+from timetuner_core.generation import UNGUIDED_SCALES, Guidance
 from timetuner_core.loading import DiffusionModel, load_builtin, load_folder
 from timetuner_core.tuning import TuningProblem
 from worker.lease import JobCancelledError, Lease
+from worker.requests import guidance_of
 
 logger = logging.getLogger(__name__)
-
-MODELS_KEPT = 2
 
 
 class Runtime:
@@ -34,12 +37,51 @@ class Runtime:
         self.artifacts = ArtifactStore(settings.artifacts_url)
         self.device = pick_device(settings.device)
         self.owner = f"{socket.gethostname()}:{os.getpid()}"
-        self._load = lru_cache(maxsize=MODELS_KEPT)(self._load_uncached)
+        self.bus = Bus(celery, settings.broker_url)
+        self._models: OrderedDict[str, DiffusionModel] = OrderedDict()  # the one used last comes last
+        self._sizes: dict[Hashable, tuple[int, ...]] = {}
+        self.give_way: Callable[[], None] = lambda: None  # to what is more urgent; called while tuning
         self._problem: tuple[str, TuningProblem] | None = None
 
     def load_model(self, model_id: str) -> DiffusionModel:
-        """The model on this worker's device; the last few stay loaded."""
-        return self._load(model_id)
+        """The model on this worker's device. Those used last stay loaded, up to `max_model_bytes` together."""
+        if model_id not in self._models:
+            self._problem = None  # it would hold on to its model, beside those kept on purpose
+            model = self._load(model_id)
+            kept = sum(model.num_bytes for model in self._models.values())
+            while self._models and kept + model.num_bytes > self.settings.max_model_bytes:
+                _, dropped = self._models.popitem(last=False)
+                kept -= dropped.num_bytes
+            self._models[model_id] = model
+        self._models.move_to_end(model_id)
+        return self._models[model_id]
+
+    def models_held(self) -> list[str]:
+        """The ids of the models that are loaded."""
+        return list(self._models)
+
+    def warm_up(self) -> None:
+        """Load the models that were sampled from last, as far as there is room, and try their batch sizes."""
+        with self.registry.read() as session:
+            recent = models_sampled_last(session, self.settings.warm_models)
+        for model_id, request in reversed(recent):
+            try:
+                self.load_model(model_id)
+                self.batch_sizes(model_id, guidance_of(request), None)
+            except Exception:  # who asks for it will hear
+                logger.exception("model %s could not be loaded", model_id)
+
+    def batch_sizes(self, model_id: str, guidance: Guidance, condition_shape: tuple[int, ...] | None) -> Sequence[int]:
+        """The batch sizes among which a sample's bits do not change, for this device and such requests."""
+        guided = None if guidance.interval else guidance.scale != UNGUIDED_SCALES[guidance.type]
+        length = condition_shape[0] if condition_shape else None
+        key = (model_id, guidance.type, guided, length)
+        if key not in self._sizes:
+            model, most = self.load_model(model_id), self.settings.sample_batch_size
+            self._sizes[key] = steady_sizes(
+                model, guidance.type, most, self.device, guided=guided, condition_length=length
+            )
+        return self._sizes[key]
 
     def problem(self, tuning_job_id: str, make: Callable[[], TuningProblem]) -> TuningProblem:
         """What a tuning job tunes on; the last job's stays, for its next task."""
@@ -70,8 +112,7 @@ class Runtime:
                 _finish(lease, JobState.FAILED, f"{type(error).__name__}: {error}")
         return True
 
-    def _load_uncached(self, model_id: str) -> DiffusionModel:
-        self._problem = None  # it would hold on to its model, beside those kept on purpose
+    def _load(self, model_id: str) -> DiffusionModel:
         with self.registry.read() as session:
             source: dict[str, Any] = session.get_one(Model, model_id).source
         settings = self.settings

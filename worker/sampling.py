@@ -1,49 +1,246 @@
-"""Running a sampling job."""
+"""Sampling: all requests at once, each at its own step; who is done leaves, and who comes joins at the next step."""
 
-import io
+import base64
+import logging
+import time
+from collections.abc import Hashable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from ulid import ULID
 
-from service.registry.jobs import finish
-from service.registry.tables import JobState, SampleJob, Schedule
-from timetuner_core.generation import generate
-from worker.lease import Lease
-from worker.requests import conditions_of, guidance_of, timesteps_of
+from service.registry.samples import Ended, SampleClaim, claim_samples, ended, finish_samples
+from service.registry.tables import JobState, Schedule
+from service.samples.formats import to_preview
+from timetuner_core.generation import UNGUIDED_SCALES
+from timetuner_core.rolling import Advance, RollingBatch, decode
+from worker.joining import join_all
+from worker.lease import SampleLeases
+from worker.requests import guidance_of, rows_of
 from worker.runtime import Runtime
 
+logger = logging.getLogger(__name__)
 
-def run_sample_job(runtime: Runtime, lease: Lease) -> None:
-    """Sample what the job asks for, keep it as one `.npy`, and finish the job."""
-    with runtime.registry.read() as session:
-        job = session.get_one(SampleJob, lease.claim.job_id)
-        schedule = session.get(Schedule, job.schedule_id) if job.schedule_id else None
-    request = job.request
-    model = runtime.load_model(job.model_id)
-    if schedule is None:
-        timesteps, t_ratios = timesteps_of(request, model.noise_schedule), None
-    else:
-        timesteps, t_ratios = torch.tensor(schedule.timesteps, dtype=torch.float64), schedule.t_ratios
-    condition, uncond_condition = conditions_of(request)
-    images = generate(
-        model,
-        guidance_of(request),
-        [request["seed"] + k for k in range(request["num_images"])],
-        condition,
-        timesteps,
-        t_ratios,
-        request["eta"],
-        uncond_condition=uncond_condition,
-        sampler=request["sampler"],
-        device=runtime.device,
-        after_step=lease.check,
-    )
-    buffer = io.BytesIO()
-    np.save(buffer, images.float().cpu().numpy(), allow_pickle=False)
-    # The token is in the name: a worker that lost its lease cannot overwrite its successor's result.
-    artifact = f"samples/{job.id}-{lease.claim.fencing_token}.npy"
-    runtime.artifacts.put(artifact, buffer.getvalue())
-    with lease.write() as (session, current):
-        assert isinstance(current, SampleJob)
-        current.artifact = artifact
-        finish(session, current, JobState.SUCCEEDED)
+LINGER_SECONDS = 0.2  # after the last sample: a client that waited for it may have more
+
+
+@dataclass
+class Cohort:
+    """A rolling batch, and the jobs whose rows are in it."""
+
+    key: Hashable
+    model_id: str
+    batch: RollingBatch
+    claims: dict[str, SampleClaim] = field(default_factory=dict)
+
+
+class SampleServer:
+    """Takes jobs, moves them on step by step, and hands in what is done, until nothing is left to take."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._cohorts: list[Cohort] = []
+        self._writer = ThreadPoolExecutor(1, "results")  # while the next step is computed
+        self._writing: list[Future[None]] = []
+        self._looked_at = 0.0
+        self.stopping = False  # take no more jobs
+
+    def serve_if_called(self) -> None:
+        """For whoever is at something else: sampling goes first. Looks now and then only."""
+        now = time.monotonic()
+        if now - self._looked_at < LINGER_SECONDS:
+            return
+        self._looked_at = now
+        if not self.stopping and self._runtime.bus.is_called():
+            self.serve()
+
+    def serve(self) -> None:
+        """Until there is nothing to sample, and no more comes for a moment."""
+        self._runtime.bus.answered()
+        with SampleLeases(self._runtime.registry, self._runtime.settings.lease_seconds) as leases:
+            try:
+                while self._serve_until_idle(leases):
+                    pass
+            finally:
+                self._wait_for_results(0)
+
+    def _serve_until_idle(self, leases: SampleLeases) -> bool:
+        """Whether somebody may have come after we stopped to listen."""
+        served = False
+        with self._runtime.bus.bell() as bell:
+            more = True
+            while not self.stopping or self._cohorts:
+                if more and not self.stopping:
+                    more = self._take(leases)
+                if self._cohorts:
+                    self._move_on(leases)
+                    more = bell.rung() or more
+                    served = True
+                elif not bell.rung(LINGER_SECONDS):
+                    break
+                else:
+                    more = True
+        return served and not self.stopping
+
+    def _take(self, leases: SampleLeases) -> bool:
+        """Claim what there is room for; whether there may be more, for when there is room again."""
+        settings, registry = self._runtime.settings, self._runtime.registry
+        room = settings.sample_batch_size - sum(len(cohort.batch.rows) for cohort in self._cohorts)
+        if room <= 0:
+            self._runtime.bus.wake()  # others may be idle
+            return True
+        at_work = {cohort.model_id for cohort in self._cohorts}
+        with registry.write() as session:
+            claims, late = claim_samples(
+                session,
+                self._runtime.owner,
+                settings.lease_seconds,
+                room,
+                at_work or self._runtime.models_held(),
+                only_these=bool(at_work),
+            )
+            schedules = {claim.job.schedule_id for claim in claims if claim.job.schedule_id}
+            found = {schedule_id: session.get_one(Schedule, schedule_id) for schedule_id in schedules}
+        leases.add(claims)
+        self._end([], late)
+        for claim in claims:
+            try:
+                self._join(claim, found.get(claim.job.schedule_id or ""))
+            except Exception as error:
+                logger.exception("%s failed", claim.job_id)
+                self._fail([claim], error, leases)
+        return bool(claims or late)
+
+    def _join(self, claim: SampleClaim, schedule: Schedule | None) -> None:
+        """Put a job's rows into the batch that runs such jobs, or into a new one."""
+        request = claim.job.request
+        model = self._runtime.load_model(claim.job.model_id)
+        rows = rows_of(claim.job, model, schedule)
+        guidance = guidance_of(request)
+        guided = guidance.scale != UNGUIDED_SCALES[guidance.type]
+        shapes = [None if c is None else tuple(c.shape) for c in (rows[0].condition, rows[0].uncond_condition)]
+        key: list[Any] = [claim.job.model_id, request["sampler"], request["eta"], guidance.type, guided]
+        key += [guidance.rescale, guidance.interval, *shapes]
+        batch = RollingBatch(
+            model,
+            request["sampler"],
+            guidance,
+            request["eta"],
+            self._runtime.batch_sizes(claim.job.model_id, guidance, shapes[0]),
+            self._runtime.device,
+        )
+        if not batch.mixes_steps:
+            key += [tuple(rows[0].timesteps.tolist())]
+        for cohort in self._cohorts:
+            if cohort.key == tuple(key) and cohort.batch.room >= len(rows):
+                break
+        else:
+            cohort = Cohort(tuple(key), claim.job.model_id, batch)
+            self._cohorts.append(cohort)
+        cohort.batch.add(rows)
+        cohort.claims[claim.job_id] = claim
+
+    def _move_on(self, leases: SampleLeases) -> None:
+        """One step of every batch; results are handed in meanwhile."""
+        self._give_up(leases)
+        for cohort in list(self._cohorts):
+            try:
+                advance = cohort.batch.step()
+                self._report(cohort, advance)
+                self._hand_in(cohort, advance, leases)
+            except Exception as error:
+                logger.exception("a batch of %d failed", len(cohort.claims))
+                self._fail(cohort.claims.values(), error, leases)
+                self._cohorts.remove(cohort)
+                continue
+            if not cohort.batch.rows:
+                self._cohorts.remove(cohort)
+
+    def _give_up(self, leases: SampleLeases) -> None:
+        lost, cancelled = leases.given_up()
+        for claim in (*lost, *cancelled):
+            leases.drop([claim.job_id])
+            for cohort in self._cohorts:
+                if cohort.claims.pop(claim.job_id, None):
+                    cohort.batch.discard(claim.job_id)
+        self._cohorts = [cohort for cohort in self._cohorts if cohort.claims]
+        self._submit([(claim, ended(claim.job, JobState.CANCELLED)) for claim in cancelled], [], None)
+
+    def _report(self, cohort: Cohort, advance: Advance) -> None:
+        """Tell of each step of the jobs that somebody may follow, with what can be seen so far if it was asked for."""
+        steps: dict[str, list[Any]] = {}
+        previews: dict[str, list[int]] = {}
+        for k, travelling in enumerate(advance.travelling):
+            claim = cohort.claims.get(str(travelling.row.owner))
+            if claim is None or not (claim.job.request["previews"] or claim.job.priority):
+                continue
+            shown = claim.job.parent_id or claim.job_id
+            steps[shown] = [travelling.step, travelling.row.num_steps]
+            if claim.job.request["previews"]:
+                previews.setdefault(shown, []).append(k)
+        if steps:
+            images = {shown: self._preview(cohort, advance, rows) for shown, rows in previews.items()}
+            self._runtime.bus.tell({"steps": steps, "previews": images})
+
+    def _preview(self, cohort: Cohort, advance: Advance, rows: list[int]) -> str | None:
+        images = decode(cohort.batch.model, advance.x0[torch.tensor(rows)], cohort.batch.batch_sizes)
+        preview = to_preview(images.float().cpu().numpy())
+        return None if preview is None else base64.b64encode(preview).decode()
+
+    def _hand_in(self, cohort: Cohort, advance: Advance, leases: SampleLeases) -> None:
+        if advance.images is None:
+            return
+        images = advance.images.float().cpu().numpy()
+        ours = [k for k, row in enumerate(advance.done) if str(row.owner) in cohort.claims]
+        owners = list(dict.fromkeys(str(advance.done[k].owner) for k in ours))  # their rows lie together
+        artifact = f"samples/{ULID()}.npy"
+        ends, first = [], 0
+        for owner in owners:
+            claim = cohort.claims.pop(owner)
+            ends.append((claim, ended(claim.job, JobState.SUCCEEDED, artifact, first)))
+            first += claim.job.num_images
+        self._submit(ends, images[ours], leases)
+
+    def _fail(self, claims: Iterable[SampleClaim], error: Exception, leases: SampleLeases) -> None:
+        message = f"{type(error).__name__}: {error}"
+        self._submit([(claim, ended(claim.job, JobState.FAILED, error=message)) for claim in claims], [], leases)
+
+    def _submit(
+        self,
+        ends: list[tuple[SampleClaim, Ended]],
+        images: NDArray[np.float32] | list[Any],
+        leases: SampleLeases | None,
+    ) -> None:
+        """Have results written, one batch after the other."""
+        if ends:
+            self._wait_for_results(2)
+            self._writing.append(self._writer.submit(self._write, ends, images, leases))
+
+    def _write(self, ends: Any, images: Any, leases: SampleLeases | None) -> None:
+        if len(images):
+            self._runtime.artifacts.put_array(ends[0][1].artifact, images)
+        self._end(ends, [])
+        if leases is not None:
+            leases.drop(claim.job_id for claim, _ in ends)
+
+    def _end(self, ends: list[tuple[SampleClaim, Ended]], others: list[Ended]) -> None:
+        """Enter how jobs ended, and tell who waits for them, or for the whole that they are parts of."""
+        if not ends and not others:
+            return
+        with self._runtime.registry.write() as session:
+            over = [*others, *finish_samples(session, ends)]
+        parents = {one.parent_id for one in over if one.parent_id}
+        over += join_all(self._runtime.registry, self._runtime.artifacts, parents)
+        self._runtime.bus.tell_ended(over)
+
+    def _wait_for_results(self, at_most: int) -> None:
+        """Until no more than so many are being written; what went wrong there is raised here."""
+        while len(self._writing) > at_most:
+            try:
+                self._writing.pop(0).result()
+            except Exception:  # their leases run out, and others make them again
+                logger.exception("results could not be stored")

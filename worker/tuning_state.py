@@ -33,6 +33,7 @@ def tune(
     for _ in sampler.tune(state, steps):
         if time.monotonic() - saved > save_seconds:
             saved = _save(sampler, state, write, steps, saved)
+        sampler.runtime.give_way()
     _save(sampler, state, write, steps, saved)
 
 

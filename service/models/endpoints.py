@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from sqlalchemy import select
 from starlette.datastructures import UploadFile
 
-from service.api import JSON_TYPE, PRINTABLE, PageParams, PathId, State, newest_first
+from service.api import JSON_TYPE, PRINTABLE, PageParams, PathId, newest_first
 from service.errors import (
     ConflictError,
     InvalidError,
@@ -22,6 +22,7 @@ from service.errors import (
 from service.models import logic
 from service.models.schemas import BuiltinModelRequest, ModelOut, ModelPage
 from service.registry.tables import Model
+from service.state import State
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 

@@ -5,11 +5,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Engine, create_engine, event, make_url
+from sqlalchemy import Engine, create_engine, event, make_url, update
 from sqlalchemy.orm import Session
+
+from service.registry.tables import Model, RegistryChanges, Schedule, ScheduleAlias
 
 if TYPE_CHECKING:
     from alembic.config import Config
+
+
+class RegistrySession(Session):
+    """A session that notes whether it changed what others may remember."""
+
+
+@event.listens_for(RegistrySession, "after_flush")
+def _note_changes(session: Session, _context: Any) -> None:
+    changed = (*session.new, *session.dirty, *session.deleted)
+    if any(isinstance(row, Model | Schedule | ScheduleAlias) for row in changed):
+        session.info["changed"] = True
 
 
 class Registry:
@@ -28,14 +41,17 @@ class Registry:
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        with Session(self.engine, expire_on_commit=False) as session:
+        with RegistrySession(self.engine, expire_on_commit=False) as session:
             yield session
 
     @contextmanager
     def write(self) -> Iterator[Session]:
         engine = self.engine.execution_options(sqlite_begin="BEGIN IMMEDIATE")
-        with Session(engine, expire_on_commit=False) as session, session.begin():
+        with RegistrySession(engine, expire_on_commit=False) as session, session.begin():
             yield session
+            session.flush()
+            if session.info.get("changed"):  # last, as it holds up all others that change something
+                session.execute(update(RegistryChanges).values(number=RegistryChanges.number + 1))
 
     def upgrade(self) -> None:
         """Bring the database to the newest migration, creating it if need be."""

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import Select, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from service.registry.tables import FINAL_STATES, Job, JobState, SampleJob, TuningJob, TuningJobEvent, TuningTask
 from service.registry.types import utc_now
 
 JOB_CLASSES: tuple[type[Job], ...] = (TuningJob, TuningTask, SampleJob)
+PUBLISHED_CLASSES: tuple[type[Job], ...] = (TuningJob, TuningTask)  # each job by a message of its own
 
 
 class LeaseLostError(Exception):
@@ -87,7 +88,7 @@ def renew(session: Session, claim: Claim, lease_seconds: float) -> Job:
 
 
 def finish(session: Session, job: Job, state: JobState, error: str | None = None) -> None:
-    """Enter a final state; what is left of a tuning job's tasks is cancelled with it."""
+    """Enter a final state; what is left of a job's tasks or parts is cancelled with it."""
     job.state = state
     job.error = error[:2000] if error else None
     job.finished_at = utc_now()
@@ -95,28 +96,36 @@ def finish(session: Session, job: Job, state: JobState, error: str | None = None
     if state == JobState.SUCCEEDED:
         job.progress = 1.0
     add_event(session, job, str(state), **({"error": job.error} if job.error else {}))
-    _cancel_tasks(session, job)
+    _cancel_children(session, job)
 
 
 def request_cancel(session: Session, job: Job) -> None:
-    """Cancel a queued job at once; tell a running one's worker, which looks at every renewal. With it go its tasks."""
+    """Cancel a queued job at once; tell a running one's worker, which looks at every renewal. With it go its tasks
+    or parts."""
     if job.state in FINAL_STATES:
         return
-    if job.state == JobState.QUEUED:
+    if job.state == JobState.QUEUED or (isinstance(job, SampleJob) and job.num_parts):
         finish(session, job, JobState.CANCELLED)
     elif not job.cancel_requested:
         job.cancel_requested = True
         add_event(session, job, "cancel_requested")
-        _cancel_tasks(session, job)
+        _cancel_children(session, job)
 
 
-def _cancel_tasks(session: Session, job: Job) -> None:
-    """Everybody who needs both locks the job first and then its tasks, by id: so nobody waits in a circle."""
+def _cancel_children(session: Session, job: Job) -> None:
+    """Everybody who needs both locks the job first and then its children, by id: so nobody waits in a circle."""
+    children: Select[TuningTask] | Select[SampleJob]
     if isinstance(job, TuningJob):
-        tasks = select(TuningTask).where(TuningTask.job_id == job.id, TuningTask.state.not_in(FINAL_STATES))
-        locked = tasks.order_by(TuningTask.id).with_for_update()
-        for task in session.scalars(locked, execution_options={"populate_existing": True}):
-            request_cancel(session, task)
+        children = select(TuningTask).where(TuningTask.job_id == job.id, TuningTask.state.not_in(FINAL_STATES))
+        children = children.order_by(TuningTask.id)
+    elif isinstance(job, SampleJob) and job.num_parts:
+        children = select(SampleJob).where(SampleJob.parent_id == job.id, SampleJob.state.not_in(FINAL_STATES))
+        children = children.order_by(SampleJob.id)
+    else:
+        return
+    locked = children.with_for_update()
+    for child in session.scalars(locked, execution_options={"populate_existing": True}):
+        request_cancel(session, child)
 
 
 def take_back_expired(session: Session, job_class: type[Job], max_attempts: int) -> None:

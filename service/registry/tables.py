@@ -1,11 +1,12 @@
 """The tables. A change here needs a migration in `migrations/versions`; a test compares the two."""
 
+from collections.abc import Iterable
 from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import JSON, ForeignKey, Index, MetaData, String, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, MetaData, String, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from service.registry.types import ExactDecimal, UtcDateTime, new_id, utc_now
@@ -150,6 +151,16 @@ class TuningJobEvent(Base):
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
 
+def _list_indexes(table: str, listed_by: Iterable[tuple[str, ...]], filters: tuple[str, ...]) -> list[Index]:
+    """Rows by id under each of `listed_by`; the other filters come along, so that a scan need not look at the rows."""
+
+    def index(first: tuple[str, ...]) -> Index:
+        name = "_".join(("ix", table, *first, "id"))
+        return Index(name, *first, "id", *(column for column in filters if column not in first))
+
+    return [index(first) for first in listed_by]
+
+
 class Schedule(Base):
     """A tuned few-step schedule, its place in the registry, and its evaluation.
 
@@ -169,9 +180,11 @@ class Schedule(Base):
         "guidance_end",
         "eta",
     )
+    LISTED_BY = (("model_id", "num_steps"), ("model_id",), ())  # filters that lists are indexed by, the narrowest first
     __table_args__ = (
         UniqueConstraint(*KEY, "version", name="uq_schedules_version"),
         Index("ix_schedules_resolve", *KEY, "status", "score", "id"),
+        *_list_indexes("schedules", LISTED_BY, (*KEY, "status")),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("sch"))
@@ -229,10 +242,35 @@ class Evaluation(Base):
 
 
 class SampleJob(Job):
+    """A request for samples, or a part of one.
+
+    A request for more images than a worker holds at once is split into parts, jobs of their own with a `parent_id`;
+    its own row has `num_parts` and no worker takes it. `published_at` stays null: a bell tells workers that there
+    is something to do, not what.
+    """
+
     __tablename__ = "sample_jobs"
-    __table_args__ = (Index(None, "state", "published_at"),)
+    __table_args__ = (Index(None, "state", "priority", "id"),)
 
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("smp"))
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
     schedule_id: Mapped[str | None] = mapped_column(ForeignKey("schedules.id"), index=True)
-    artifact: Mapped[str | None]
+    request_hash: Mapped[str] = mapped_column(index=True)  # of all that decides the images
+    num_images: Mapped[int]
+    priority: Mapped[int] = mapped_column(default=0)  # lowest first
+    deadline_at: Mapped[datetime | None]  # not begun by then, it is dropped
+    parent_id: Mapped[str | None] = mapped_column(ForeignKey("sample_jobs.id"), index=True)
+    first_image: Mapped[int] = mapped_column(default=0)  # of the parent's that this part makes
+    num_parts: Mapped[int] = mapped_column(default=0)
+    traceparent: Mapped[str | None]  # W3C trace context of the request
+    artifact: Mapped[str | None]  # a .npy file, which may hold other jobs' images too ...
+    artifact_row: Mapped[int] = mapped_column(default=0)  # ... ours from this one on
+
+
+class RegistryChanges(Base):
+    """How often models, schedules and aliases have changed: whoever remembers any can tell whether they still hold."""
+
+    __tablename__ = "registry_changes"
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    number: Mapped[int] = mapped_column(BigInteger, default=0)

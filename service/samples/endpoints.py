@@ -1,18 +1,21 @@
 """/v1/samples"""
 
-import io
+import asyncio
+import hashlib
+import json
 import re
 import time
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-import anyio
-import numpy as np
-from fastapi import APIRouter, Depends, Header, Response
+from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from sse_starlette import EventSourceResponse, ServerSentEvent
 
-from service.api import AppState, PathId, State, require_json
+from service.api import PathId, require_json
 from service.errors import (
     ConflictError,
+    DeadlineError,
     InvalidError,
     JobFailedError,
     NotAcceptableError,
@@ -22,12 +25,15 @@ from service.errors import (
     UnsupportedMediaTypeError,
     error_responses,
 )
-from service.models.logic import get_model, get_requested_model
-from service.queue import publish
+from service.models.logic import get_model
+from service.registry.jobs import request_cancel
+from service.registry.samples import LATE, Ended, ended
 from service.registry.tables import FINAL_STATES, JobState, SampleJob
-from service.requests import check_room
+from service.registry.types import new_id
 from service.samples import logic
+from service.samples.formats import FORMATS
 from service.samples.schemas import SampleJobOut, SampleRequest
+from service.state import AppState, State
 
 router = APIRouter(prefix="/v1/samples", tags=["samples"])
 
@@ -35,24 +41,17 @@ Accept = Annotated[str, Header(include_in_schema=False)]
 Prefer = Annotated[
     str | None, Header(description="`respond-async`: answer 202 at once; `wait=N`: wait up to N seconds.")
 ]
+IfNoneMatch = Annotated[str | None, Header(description="ETags of the content that the client has.")]
+LOOK_SECONDS = 1.0  # between looks into the registry, should a worker's news get lost
 CONTENT: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The images, in the format of the Accept header.",
         "content": {
             name: {"schema": {"type": "object"} if name.endswith("json") else {"type": "string", "format": "binary"}}
-            for name in logic.FORMATS
+            for name in FORMATS
         },
     }
 }
-
-
-def _accepted(job: SampleJob) -> Response:
-    return Response(
-        SampleJobOut.model_validate(job).model_dump_json(),
-        202,
-        headers={"Location": f"/v1/samples/{job.id}"},
-        media_type="application/json",
-    )
 
 
 @router.post(
@@ -70,26 +69,43 @@ def _accepted(job: SampleJob) -> Response:
             InvalidError,
             TooManyRequestsError,
             JobFailedError,
+            DeadlineError,
         ),
     },
 )
-async def sample(body: SampleRequest, state: State, accept: Accept = "*/*", prefer: Prefer = None) -> Response:
-    """Sample images and wait for them; or, with `Prefer: respond-async`, answer 202 with the job at once."""
+async def sample(
+    body: SampleRequest, request: Request, state: State, accept: Accept = "*/*", prefer: Prefer = None
+) -> Response:
+    """Sample images and wait for them; or, with `Prefer: respond-async`, answer 202 with the job at once.
+
+    A request that was served before, seed and all, gets the same images without sampling. A client that hangs up
+    while it waits cancels its job.
+    """
     respond_async, seconds = _preference(prefer, state.settings.max_wait_seconds)
-    job = await run_in_threadpool(_submit, state, body, None if respond_async else accept)
-    if respond_async:
-        return _accepted(job)
-    job = await _wait(state, job.id, seconds)
-    if job.state not in FINAL_STATES:
-        return _accepted(job)
-    return await run_in_threadpool(_content, state, job.id, accept)
+    job_id = new_id("smp")
+    with state.news.follow(job_id) as news:
+        state.admission.admitted(body.num_images)
+        job = await state.submissions.add(logic.Submission(job_id, body, None if respond_async else accept))
+        if job.state == JobState.SUCCEEDED:
+            state.admission.ended(body.num_images)
+        if respond_async:
+            return _accepted(job)
+        end = await _end(state, request, job, news, seconds)
+    if end is None:
+        return _accepted(await run_in_threadpool(_read, state, job_id))
+    return await run_in_threadpool(_content, state, job, end, accept, None)
 
 
 @router.get("/{job_id}", operation_id="get_sample_job", responses=error_responses(NotFoundError))
 def get_sample_job(job_id: PathId, state: State) -> SampleJobOut:
     """The state of a sampling job."""
-    with state.registry.read() as session:
-        return SampleJobOut.model_validate(logic.get_job(session, job_id))
+    return SampleJobOut.model_validate(_read(state, job_id))
+
+
+@router.post("/{job_id}/cancel", operation_id="cancel_sample_job", responses=error_responses(NotFoundError))
+def cancel_sample_job(job_id: PathId, state: State) -> SampleJobOut:
+    """Cancel a sampling job; one that is over stays as it is."""
+    return SampleJobOut.model_validate(_cancel(state, job_id))
 
 
 @router.get(
@@ -98,36 +114,81 @@ def get_sample_job(job_id: PathId, state: State) -> SampleJobOut:
     response_class=Response,
     responses={
         **CONTENT,
-        **error_responses(NotFoundError, NotAcceptableError, ConflictError, JobFailedError),
+        304: {"description": "The client has it already: see If-None-Match."},
+        **error_responses(NotFoundError, NotAcceptableError, ConflictError, JobFailedError, DeadlineError),
     },
 )
-def get_sample_content(job_id: PathId, state: State, accept: Accept = "*/*") -> Response:
+def get_sample_content(
+    job_id: PathId, state: State, accept: Accept = "*/*", if_none_match: IfNoneMatch = None
+) -> Response:
     """The images of a sampling job, in any format, as often as wanted."""
-    return _content(state, job_id, accept)
+    job = _read(state, job_id)
+    if job.state not in FINAL_STATES:
+        raise ConflictError(f"sampling job {job_id!r} is {job.state}; accepted: one that has succeeded")
+    return _content(state, job, _end_of(job), accept, if_none_match)
 
 
-def _submit(state: AppState, body: SampleRequest, accept: str | None) -> SampleJob:
-    """Make and publish the job; if its content is waited for, only when it can be sent as asked."""
-    check_room(state.registry, SampleJob, state.settings.max_queued_jobs)
-    if accept is not None:
-        with state.registry.read() as session:
-            model = get_requested_model(session, body.model)
-        logic.negotiate(accept, model.spec["image_shape"])
-    job = logic.submit(state.registry, state.settings, body)
-    publish(state.celery, state.registry, SampleJob, [job.id])
-    return job
+@router.get(
+    "/{job_id}/events",
+    operation_id="follow_sample_job",
+    response_class=EventSourceResponse,
+    responses={
+        200: {"description": "Server-sent events.", "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        **error_responses(NotFoundError),
+    },
+)
+async def follow_sample_job(job_id: PathId, state: State) -> EventSourceResponse:
+    """The job as it is (`state`), each step from now on (`step`: step, num_steps and, if the request asked for
+    previews, a base64 PNG of the images as predicted there), and the job once it is over (`end`)."""
+    await run_in_threadpool(_read, state, job_id)  # 404 before the stream begins
+    return EventSourceResponse(_stream(state, job_id))
 
 
-async def _wait(state: AppState, job_id: str, seconds: float) -> SampleJob:
-    """The job once it is over, or as it is after `seconds`."""
+def _accepted(job: SampleJob) -> Response:
+    return Response(
+        SampleJobOut.model_validate(job).model_dump_json(),
+        202,
+        headers={"Location": f"/v1/samples/{job.id}"},
+        media_type="application/json",
+    )
+
+
+async def _end(
+    state: AppState, request: Request, job: SampleJob, news: "asyncio.Queue[Any]", seconds: float
+) -> Ended | None:
+    """How a job ends, or None if that takes more than `seconds`. Cancels it if the client hangs up."""
+    if job.state in FINAL_STATES:
+        return _end_of(job)
+    hung_up = asyncio.create_task(_hung_up(request))
     deadline = time.monotonic() + seconds
-    pause = 0.005
-    while True:
-        job = await run_in_threadpool(_read, state, job_id)
-        if job.state in FINAL_STATES or time.monotonic() > deadline:
-            return job
-        await anyio.sleep(pause)
-        pause = min(2 * pause, 0.1)
+    try:
+        while (left := deadline - time.monotonic()) > 0:
+            told = asyncio.create_task(news.get())
+            await asyncio.wait({told, hung_up}, timeout=min(left, LOOK_SECONDS), return_when=asyncio.FIRST_COMPLETED)
+            if told.done():
+                if isinstance(told.result(), Ended):
+                    return told.result()  # type: ignore[no-any-return]
+                continue
+            told.cancel()
+            if hung_up.done():
+                await run_in_threadpool(_cancel, state, job.id)
+                return None
+            current = await run_in_threadpool(_read, state, job.id)
+            if current.state in FINAL_STATES:
+                return _end_of(current)
+        return None
+    finally:
+        hung_up.cancel()
+
+
+async def _hung_up(request: Request) -> None:
+    """Until the client does."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _end_of(job: SampleJob) -> Ended:
+    return ended(job, job.state, job.artifact, job.artifact_row, job.error)
 
 
 def _read(state: AppState, job_id: str) -> SampleJob:
@@ -135,22 +196,56 @@ def _read(state: AppState, job_id: str) -> SampleJob:
         return logic.get_job(session, job_id)
 
 
-def _content(state: AppState, job_id: str, accept: str) -> Response:
-    with state.registry.read() as session:
-        job = logic.get_job(session, job_id)
-        shape = get_model(session, job.model_id).spec["image_shape"]
-    media_type = logic.negotiate(accept, shape)
-    if job.state in (JobState.QUEUED, JobState.RUNNING):
-        raise ConflictError(f"sampling job {job_id!r} is {job.state}; accepted: one that has succeeded")
-    if job.state != JobState.SUCCEEDED or job.artifact is None:
-        raise JobFailedError(f"sampling job {job_id!r} has {job.state}: {job.error}")
-    images = np.load(io.BytesIO(state.artifacts.get(job.artifact)), allow_pickle=False)
+def _cancel(state: AppState, job_id: str) -> SampleJob:
+    with state.registry.write() as session:
+        job = logic.get_job(session, job_id, with_for_update=True)
+        request_cancel(session, job)
+    state.bus.tell_ended([_end_of(job)] if job.state in FINAL_STATES else [])
+    return job
+
+
+def _content(state: AppState, job: SampleJob, end: Ended, accept: str, if_none_match: str | None) -> Response:
+    """The images of a job that is over."""
+    if end.state != JobState.SUCCEEDED or end.artifact is None:
+        detail = f"sampling job {job.id!r} has {end.state}: {end.error}"
+        raise DeadlineError(detail) if end.error == LATE else JobFailedError(detail)
+    media_type = logic.negotiate(accept, _image_shape(state, job.model_id))
+    place = f"{end.artifact}:{end.artifact_row}:{job.num_images}:{media_type}"
+    etag = f'"{hashlib.sha256(place.encode()).hexdigest()[:32]}"'
     headers = {
-        "Content-Location": f"/v1/samples/{job_id}/content",
+        "Content-Location": f"/v1/samples/{job.id}/content",
         "TimeTuner-Schedule": job.schedule_id or "none",
         "Vary": "Accept",
+        "ETag": etag,
     }
-    return Response(logic.FORMATS[media_type](images), headers=headers, media_type=media_type)
+    if if_none_match is not None and (if_none_match.strip() == "*" or etag in if_none_match):
+        return Response(status_code=304, headers=headers)
+    images = state.artifacts.get_rows(end.artifact, end.artifact_row, job.num_images)
+    return Response(FORMATS[media_type](images), headers=headers, media_type=media_type)
+
+
+def _image_shape(state: AppState, model_id: str) -> list[int]:
+    """Of a model, which never changes."""
+    if model_id not in state.image_shapes:
+        with state.registry.read() as session:
+            state.image_shapes[model_id] = get_model(session, model_id).spec["image_shape"]
+    return state.image_shapes[model_id]
+
+
+async def _stream(state: AppState, job_id: str) -> AsyncIterator[ServerSentEvent]:
+    with state.news.follow(job_id) as news:
+        job = await run_in_threadpool(_read, state, job_id)
+        yield ServerSentEvent(SampleJobOut.model_validate(job).model_dump_json(), event="state")
+        while job.state not in FINAL_STATES:
+            try:
+                told = await asyncio.wait_for(news.get(), LOOK_SECONDS)
+            except TimeoutError:
+                told = None
+            if isinstance(told, dict):
+                yield ServerSentEvent(json.dumps(told), event="step")
+            else:
+                job = await run_in_threadpool(_read, state, job_id)
+        yield ServerSentEvent(SampleJobOut.model_validate(job).model_dump_json(), event="end")
 
 
 def _preference(prefer: str | None, longest: float) -> tuple[bool, float]:

@@ -1,62 +1,197 @@
 """Submitting sampling jobs and shaping their results."""
 
-import base64
-import io
+import hashlib
 import json
 import math
-import zipfile
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from decimal import Decimal
-from typing import TypeAlias
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from service.arrays import decode_array
-from service.errors import InvalidError, NotAcceptableError, NotFoundError, TooLargeError
+from service.arrays import decode_array, encode_array
+from service.errors import InvalidError, NotAcceptableError, NotFoundError, ServiceError, TooLargeError
 from service.models.logic import get_requested_model
 from service.registry.database import Registry
-from service.registry.tables import Model, SampleJob, Schedule
+from service.registry.samples import changes
+from service.registry.tables import JobState, Model, SampleJob, Schedule
+from service.registry.types import utc_now
 from service.requests import check_setting, check_timesteps, check_uncond
+from service.samples.formats import FORMATS
 from service.samples.schemas import SampleRequest
 from service.schedules.logic import find_for_sampling, resolve
 from service.settings import Settings
 from timetuner_core.samplers import get_sampler
 
+REMEMBERED = 10_000  # resolved schedules, before they are forgotten
+UNDECIDING = {"model", "schedule", "deadline_seconds", "previews"}  # of the images, as the model and schedule are known
 
-def submit(registry: Registry, settings: Settings, request: SampleRequest) -> SampleJob:
-    """Check a request, settle which schedule it uses, and make its job.
 
-    Raises:
-        InvalidError, TooLargeError: nothing was stored.
+@dataclass(frozen=True)
+class Submission:
+    """A checked request on its way into the registry.
+
+    Attributes:
+        accept: the Accept header of a request that waits for its content; None if it does not.
     """
+
+    job_id: str
+    request: SampleRequest
+    accept: str | None
+    traceparent: str | None = None
+
+
+class Catalog:
+    """Models and resolved schedules, remembered until the registry says that any of them has changed.
+
+    For one thread at a time.
+    """
+
+    def __init__(self) -> None:
+        self._changes = -1
+        self._models: dict[str, Model] = {}
+        self._schedules: dict[str, Schedule | None] = {}
+
+    def refresh(self, session: Session) -> None:
+        """Forget what no longer holds; first thing in each transaction."""
+        now = changes(session)
+        if now != self._changes:
+            self._changes = now
+            self._models, self._schedules = {}, {}
+
+    def model(self, session: Session, model_id: str) -> Model:
+        """Raises: InvalidError."""
+        if model_id not in self._models:
+            self._models[model_id] = get_requested_model(session, model_id)
+        return self._models[model_id]
+
+    def schedule(self, session: Session, request: SampleRequest) -> Schedule | None:
+        """Which schedule a request is to be sampled with. Raises: InvalidError."""
+        key = str((request.schedule, request.timesteps == "default", request.key()))
+        if key not in self._schedules:
+            if len(self._schedules) >= REMEMBERED:
+                self._schedules = {}
+            self._schedules[key] = _schedule(session, request)
+        return self._schedules[key]
+
+
+def submit_all(
+    registry: Registry, settings: Settings, catalog: Catalog, submissions: Sequence[Submission]
+) -> list[SampleJob | ServiceError]:
+    """Check requests, settle which schedules they use, and store their jobs, all in one transaction.
+
+    What was sampled before is not sampled again: such a job has succeeded at once.
+
+    Returns:
+        For each, its job, or why it was refused: InvalidError, TooLargeError, NotAcceptableError.
+    """
+    outcomes: list[SampleJob | ServiceError] = []
     with registry.write() as session:
-        model = get_requested_model(session, request.model)
-        check_setting(model.spec, request)
-        check_timesteps(request.timesteps, request.num_steps, model.spec["T"])
-        _check_size(request, model, settings)
-        labels = _class_labels(request, model)
-        _check_conditions(request, model)
-        if request.uncond_condition is None:
-            takes_arrays = model.spec["condition_shape"] is not None
-            check_uncond(model.spec, request, "uncond_condition" if takes_arrays else "guidance_scale 1")
-        schedule = _schedule(session, request)
-        job = SampleJob(
-            model_id=model.id,
-            schedule_id=schedule and schedule.id,
-            request={**request.model_dump(mode="json"), "class_labels": labels},
+        catalog.refresh(session)
+        for submission in submissions:
+            try:
+                outcomes.append(_make_job(session, settings, catalog, submission))
+            except ServiceError as refusal:
+                outcomes.append(refusal)
+        jobs = [job for job in outcomes if isinstance(job, SampleJob)]
+        _reuse(session, jobs)
+        session.add_all(jobs)
+        session.flush()  # parents before their parts
+        session.add_all(part for job in jobs for part in _parts(job, settings.sample_batch_size))
+    return outcomes
+
+
+def _make_job(session: Session, settings: Settings, catalog: Catalog, submission: Submission) -> SampleJob:
+    request = submission.request
+    model = catalog.model(session, request.model)
+    if submission.accept is not None:
+        negotiate(submission.accept, model.spec["image_shape"])
+    check_setting(model.spec, request)
+    check_timesteps(request.timesteps, request.num_steps, model.spec["T"])
+    _check_size(request, model, settings)
+    labels = _class_labels(request, model)
+    _check_conditions(request, model)
+    if request.uncond_condition is None:
+        takes_arrays = model.spec["condition_shape"] is not None
+        check_uncond(model.spec, request, "uncond_condition" if takes_arrays else "guidance_scale 1")
+    schedule = catalog.schedule(session, request)
+    stored = {**request.model_dump(mode="json"), "class_labels": labels}
+    deadline, schedule_id = request.deadline_seconds, None if schedule is None else schedule.id
+    return SampleJob(
+        id=submission.job_id,
+        model_id=model.id,
+        schedule_id=schedule_id,
+        request=stored,
+        request_hash=_hash(model.id, schedule_id, stored),
+        num_images=request.num_images,
+        num_parts=0,
+        priority=int(submission.accept is None),
+        deadline_at=None if deadline is None else utc_now() + timedelta(seconds=deadline),
+        traceparent=submission.traceparent,
+    )
+
+
+def _hash(model_id: str, schedule_id: str | None, request: dict[str, Any]) -> str:
+    """Of all that decides the images."""
+    deciding = {name: value for name, value in request.items() if name not in UNDECIDING}
+    text = json.dumps([model_id, schedule_id, deciding], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _reuse(session: Session, jobs: Sequence[SampleJob]) -> None:
+    """Give jobs the images that were made for the same request before."""
+    hashes = {job.request_hash for job in jobs}
+    query = select(SampleJob.request_hash, SampleJob.artifact, SampleJob.artifact_row)
+    query = query.where(SampleJob.request_hash.in_(hashes), SampleJob.state == JobState.SUCCEEDED)
+    made = {row.request_hash: row for row in session.execute(query.order_by(SampleJob.id))}
+    for job in jobs:
+        if job.request_hash in made:
+            _, job.artifact, job.artifact_row = made[job.request_hash]
+            job.state, job.progress, job.finished_at = JobState.SUCCEEDED, 1.0, utc_now()
+
+
+def _parts(job: SampleJob, most: int) -> list[SampleJob]:
+    """What a job for more images than a worker samples at once is split into."""
+    if job.num_images <= most or job.state == JobState.SUCCEEDED:
+        return []
+    starts = range(0, job.num_images, most)
+    job.num_parts = len(starts)
+    return [
+        SampleJob(
+            model_id=job.model_id,
+            schedule_id=job.schedule_id,
+            request=_part_of(job.request, first, min(most, job.num_images - first)),
+            request_hash="",  # a part is not asked for by itself
+            num_images=min(most, job.num_images - first),
+            priority=job.priority,
+            deadline_at=job.deadline_at,
+            parent_id=job.id,
+            first_image=first,
+            traceparent=job.traceparent,
         )
-        session.add(job)
-        session.flush()
-        return job
+        for first in starts
+    ]
 
 
-def get_job(session: Session, job_id: str) -> SampleJob:
+def _part_of(request: dict[str, Any], first: int, count: int) -> dict[str, Any]:
+    rows = slice(first, first + count)
+    part = {**request, "num_images": count, "seed": request["seed"] + first}
+    if request["class_labels"] is not None:
+        part["class_labels"] = request["class_labels"][rows]
+    if request["condition"] is not None:
+        condition = decode_array(request["condition"])
+        part["condition"] = encode_array(condition if len(condition) == 1 else condition[rows])
+    return part
+
+
+def get_job(session: Session, job_id: str, with_for_update: bool = False) -> SampleJob:
     """Raises: NotFoundError."""
-    job = session.get(SampleJob, job_id)
-    if job is None:
+    job = session.get(SampleJob, job_id, with_for_update=with_for_update)
+    if job is None or job.parent_id is not None:
         raise NotFoundError(f"no sampling job {job_id!r}")
     return job
 
@@ -145,55 +280,6 @@ def _schedule(session: Session, request: SampleRequest) -> Schedule | None:
     return schedule
 
 
-Images: TypeAlias = NDArray[np.float32]
-
-
-def to_npy(images: Images) -> bytes:
-    """The raw samples, float32 `(num_images, *image_shape)`, in numpy's own format."""
-    buffer = io.BytesIO()
-    np.save(buffer, images, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def to_png_grid(images: Images) -> bytes:
-    """All images in one, row by row, at least 64 pixels wide each."""
-    pixels = _pixels(images)
-    columns = math.ceil(math.sqrt(len(pixels)))
-    height, width = pixels.shape[1:3]
-    scale = max(1, math.ceil(64 / width))
-    sheet = Image.new(
-        _mode(pixels), (columns * (width * scale + 2) - 2, math.ceil(len(pixels) / columns) * (height * scale + 2) - 2)
-    )
-    for k, image in enumerate(pixels):
-        row, column = divmod(k, columns)
-        tile = _image(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-        sheet.paste(tile, (column * (width * scale + 2), row * (height * scale + 2)))
-    return _png(sheet)
-
-
-def to_png_zip(images: Images) -> bytes:
-    """One PNG per image, at its own size: `000.png`, `001.png`, ..."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for k, image in enumerate(_pixels(images)):
-            archive.writestr(f"{k:03d}.png", _png(_image(image)))
-    return buffer.getvalue()
-
-
-def to_json(images: Images) -> bytes:
-    """`{"images": [base64 PNG, ...]}`; samples that are no images come as numbers, `{"samples": [...]}`."""
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
-        return json.dumps({"samples": images.tolist()}).encode()
-    encoded = [base64.b64encode(_png(_image(image))).decode() for image in _pixels(images)]
-    return json.dumps({"images": encoded}).encode()
-
-
-FORMATS: dict[str, Callable[[Images], bytes]] = {
-    "image/png": to_png_grid,
-    "application/zip": to_png_zip,
-    "application/x-npy": to_npy,
-    "application/json": to_json,
-}
 ANY_TYPE = {"*/*": "image/png", "image/*": "image/png", "application/*": "application/x-npy"}
 
 
@@ -225,23 +311,3 @@ def _quality(parameters: str) -> Decimal:
                 return Decimal(0)
             return quality if quality.is_finite() else Decimal(0)
     return Decimal(1)
-
-
-def _pixels(images: Images) -> NDArray[np.uint8]:
-    """`(B, C, H, W)` in -1..1 to `(B, H, W, C)` in 0..255."""
-    scaled = (np.clip(images, -1, 1) + 1) * 127.5
-    return np.round(scaled).astype(np.uint8).transpose(0, 2, 3, 1)
-
-
-def _mode(pixels: NDArray[np.uint8]) -> str:
-    return "L" if pixels.shape[-1] == 1 else "RGB"
-
-
-def _image(pixels: NDArray[np.uint8]) -> Image.Image:
-    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

@@ -2,7 +2,7 @@
 
 from datetime import datetime
 
-from pydantic import BaseModel, ConfigDict, Field, computed_field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, computed_field
 
 from service.api import Identifier, Seed
 from service.registry.tables import JobState
@@ -46,6 +46,10 @@ class SampleRequest(Setting):
     class_labels: int | list[int] | None = Field(
         None, description="One label for all images, or one for each; with guidance only."
     )
+    deadline_seconds: FiniteFloat | None = Field(
+        None, gt=0, le=86_400, description="Not begun by then, the job is dropped: 504 for who waits for it."
+    )
+    previews: bool = Field(False, description="Have the event stream show what each step predicts.")
 
 
 class SampleJobOut(BaseModel):

@@ -10,7 +10,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import joinedload
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
-from service.api import JSON_TYPE, AppState, PageParams, PathId, State, newest_first, require_json
+from service.api import JSON_TYPE, PageParams, PathId, newest_first, require_json
 from service.errors import (
     ConflictError,
     InvalidError,
@@ -22,6 +22,7 @@ from service.errors import (
 )
 from service.queue import publish
 from service.registry.tables import FINAL_STATES, JobState, TuningJob
+from service.state import AppState, State
 from service.tuning_jobs import logic
 from service.tuning_jobs.schemas import (
     EventOut,

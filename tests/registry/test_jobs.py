@@ -26,9 +26,7 @@ from service.registry.jobs import (
 )
 from service.registry.schedules import next_version
 from service.registry.tables import (
-    Job,
     JobState,
-    SampleJob,
     Schedule,
     ScheduleStatus,
     TuningJob,
@@ -44,10 +42,9 @@ THREADS = 6
 Result = TypeVar("Result")
 
 
-def add_job(registry: Registry, model_id: str, job_class: type[Job] = TuningJob) -> str:
+def add_job(registry: Registry, model_id: str) -> str:
     with registry.write() as session:
-        more = {"request_hash": ""} if job_class is TuningJob else {}
-        job = job_class(model_id=model_id, request={}, **more)
+        job = TuningJob(model_id=model_id, request={}, request_hash="")
         session.add(job)
     return job.id
 
@@ -259,20 +256,19 @@ def test_cancelling_a_job_cancels_its_tasks(registry: Registry, job_id: str) -> 
     assert task_states(registry, [running]) == [(JobState.CANCELLED, True)]
 
 
-@pytest.mark.parametrize("job_class", [TuningJob, SampleJob])
 def test_the_broker_is_told_of_a_job_once_and_again_when_it_may_have_forgotten(
-    registry: Registry, model_id: str, job_class: type[Job]
+    registry: Registry, model_id: str
 ) -> None:
-    first, second = (add_job(registry, model_id, job_class) for _ in range(2))
+    first, second = (add_job(registry, model_id) for _ in range(2))
 
     def due(published_before: timedelta) -> list[str]:
         with registry.read() as session:
-            assert count_queued(session, job_class) == 2
-            return unpublished(session, job_class, published_before)
+            assert count_queued(session, TuningJob) == 2
+            return unpublished(session, TuningJob, published_before)
 
     assert due(timedelta(days=1)) == [first, second]
     with registry.write() as session:
-        mark_published(session, job_class, [first])
+        mark_published(session, TuningJob, [first])
     assert due(timedelta(days=1)) == [second]
     assert due(timedelta(seconds=-1)) == [first, second]
 

@@ -118,14 +118,27 @@ def test_respond_async_answers_at_once_and_the_content_follows(stack: Stack, rin
     assert content.content == post(stack, **body).content
 
 
-def test_wait_bounds_how_long_a_request_waits(stack: Stack, ring: str) -> None:
-    busy = stack.submit(ring, num_steps=4, tuner={"total_iters": 10_000})
-    answer = stack.client.post("/v1/samples", json={"model": ring, "num_steps": 5}, headers={"Prefer": "wait=1"})
+LONG: Json = {"num_steps": 1000, "num_images": 16}
+
+
+def test_wait_bounds_how_long_a_request_waits(stack: Stack, digits: str) -> None:
+    body = {"model": digits, **LONG}
+    answer = stack.client.post("/v1/samples", json=body, headers={"Prefer": "wait=1"})
     assert answer.status_code == 202
     job = answer.json()
     assert_problem(stack.client.get(f"/v1/samples/{job['id']}/content"), 409, accepted="succeeded")
+    stack.client.post(f"/v1/samples/{job['id']}/cancel")
+    assert stack.finished(job, "samples")["state"] == "cancelled"
+    assert_problem(stack.client.get(f"/v1/samples/{job['id']}/content"), 500, accepted="cancelled")
+
+
+def test_samples_do_not_wait_for_the_tuning_that_their_only_worker_is_at(stack: Stack, ring: str) -> None:
+    busy = stack.submit(ring, num_steps=4, tuner={"total_iters": 10_000})
+    stack.running(busy)
+    assert arrays(post(stack, model=ring, num_steps=5, seed=77)).shape == (1, 2)
+    assert stack.client.get(f"/v1/tuning-jobs/{busy['id']}").json()["state"] == "running"
     stack.client.post(f"/v1/tuning-jobs/{busy['id']}/cancel")
-    assert stack.finished(job, "samples")["state"] == "succeeded"
+    assert stack.finished(busy)["state"] == "cancelled"
 
 
 GUIDED: Json = {"guidance_type": "classifier-free", "guidance_scale": 2}

@@ -103,6 +103,8 @@ class Sampler:
         calls_per_step: of the network; a step to time 0 takes one.
         history_length: how many earlier steps it remembers.
         stochastic: whether every step adds noise. takes_eta: whether `eta` says how much.
+        rowwise: whether the samples of a batch may be at different times: it remembers nothing, and never asks
+            where all of them are.
     """
 
     name: str
@@ -112,6 +114,7 @@ class Sampler:
     history_length: int = 0
     stochastic: bool = False
     takes_eta: bool = False
+    rowwise: bool = False
 
     def network_calls(self, timesteps: Tensor) -> int:
         """Exactly how often the network is called over a grid `(num_steps + 1,)`."""

@@ -129,11 +129,11 @@ def _x0_step(step: Step, s: Tensor, x0: Tensor) -> Tensor:
 
 
 ONESTEP = (
-    Sampler("ddim", ddim, order=1, takes_eta=True),
-    Sampler("ddpm", ddpm, order=1, stochastic=True),
-    Sampler("euler", euler, order=1),
+    Sampler("ddim", ddim, order=1, takes_eta=True, rowwise=True),
+    Sampler("ddpm", ddpm, order=1, stochastic=True, rowwise=True),
+    Sampler("euler", euler, order=1, rowwise=True),
     Sampler("heun", heun, order=2, calls_per_step=2),
-    Sampler("dpm_1", ddim, order=1),
+    Sampler("dpm_1", ddim, order=1, rowwise=True),
     Sampler("dpm_2", dpm_2, order=2, calls_per_step=2),
     Sampler("dpm_3", dpm_3, order=3, calls_per_step=3),
     Sampler("dpmpp_2s", dpmpp_2s, order=2, calls_per_step=2),

@@ -1,0 +1,195 @@
+"""Sampling jobs: taken by workers many at a time, finished many at a time, joined where they are parts of one."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import Row, bindparam, case, exists, func, or_, select, update
+from sqlalchemy.orm import Session, aliased
+
+from service.registry.jobs import Claim, finish
+from service.registry.tables import FINAL_STATES, JobState, RegistryChanges, SampleJob
+from service.registry.types import utc_now
+
+PATIENCE_SECONDS = 1.0  # how long jobs of models that a worker holds may go before those of others
+LATE = "dropped: no worker was free before its deadline"
+
+
+@dataclass(frozen=True)
+class SampleClaim(Claim):
+    """A claim, and the job as it was claimed."""
+
+    job: SampleJob
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended, as far as whoever waits for it wants to know."""
+
+    job_id: str
+    state: JobState
+    artifact: str | None = None
+    artifact_row: int = 0
+    error: str | None = None
+    parent_id: str | None = None
+    num_images: int = 0  # that no worker need make any more
+
+
+def ended(
+    job: SampleJob, state: JobState, artifact: str | None = None, row: int = 0, error: str | None = None
+) -> Ended:
+    """How a job that no other waits for ended."""
+    return Ended(job.id, state, artifact, row, error, job.parent_id, 0 if job.num_parts else job.num_images)
+
+
+def claim_samples(
+    session: Session, owner: str, lease_seconds: float, room: int, models: Collection[str], only_these: bool
+) -> tuple[list[SampleClaim], list[Ended]]:
+    """Take the jobs to be run next, as many as make up to `room` images together; and those too late to be run.
+
+    Jobs come by priority and age. Those of `models`, which the worker holds, go first, until another has waited for
+    `PATIENCE_SECONDS`; with `only_these`, the first of another model ends the search.
+    """
+    now = utc_now()
+    impatient = SampleJob.created_at < now - timedelta(seconds=PATIENCE_SECONDS)
+    first = case((SampleJob.model_id.in_(models), 0), (impatient, 0), else_=1) if models else 0
+    waiting = select(SampleJob).where(SampleJob.state == JobState.QUEUED, SampleJob.num_parts == 0)
+    order = (SampleJob.priority, first, SampleJob.id) if models else (SampleJob.priority, SampleJob.id)
+    candidates = session.scalars(waiting.order_by(*order).limit(max(room, 1)).with_for_update(skip_locked=True)).all()
+    taken: list[SampleJob] = []
+    late: list[SampleJob] = []
+    for job in candidates:
+        if job.deadline_at is not None and job.deadline_at < now:
+            late.append(job)
+        elif (only_these and job.model_id not in models) or job.num_images > room:
+            break
+        else:
+            taken.append(job)
+            room -= job.num_images
+    for job in late:
+        finish(session, job, JobState.FAILED, LATE)
+    if taken:
+        session.execute(
+            update(SampleJob)
+            .where(SampleJob.id.in_([job.id for job in taken]))
+            .values(
+                state=JobState.RUNNING,
+                attempt=SampleJob.attempt + 1,
+                fencing_token=SampleJob.fencing_token + 1,
+                lease_owner=owner,
+                lease_expires_at=now + timedelta(seconds=lease_seconds),
+                started_at=func.coalesce(SampleJob.started_at, now),
+            ),
+            execution_options={"synchronize_session": False},
+        )
+    claims = [SampleClaim(SampleJob, job.id, job.fencing_token + 1, job) for job in taken]
+    return claims, [ended(job, job.state, error=job.error) for job in late]
+
+
+def renew_samples(session: Session, claims: Collection[SampleClaim], lease_seconds: float) -> tuple[set[str], set[str]]:
+    """Extend the leases; the ids of jobs that are no longer ours, and of those to be cancelled."""
+    rows = _locked(session, claims)
+    ours = {claim.job_id for claim in claims if _is_ours(claim, rows)}
+    expires_at = utc_now() + timedelta(seconds=lease_seconds)
+    session.execute(update(SampleJob).where(SampleJob.id.in_(ours)).values(lease_expires_at=expires_at))
+    return {claim.job_id for claim in claims} - ours, {job_id for job_id in ours if rows[job_id].cancel_requested}
+
+
+def finish_samples(session: Session, ends: Sequence[tuple[SampleClaim, Ended]]) -> list[Ended]:
+    """Enter the final state of each job that is still ours; those."""
+    rows = _locked(session, [claim for claim, _ in ends])
+    ours = [ended for claim, ended in ends if _is_ours(claim, rows)]
+    if ours:
+        session.connection().execute(
+            update(SampleJob.__table__)  # type: ignore[arg-type]
+            .where(SampleJob.id == bindparam("job_id"))
+            .values(
+                state=bindparam("new_state"),
+                progress=bindparam("new_progress"),
+                error=bindparam("new_error"),
+                finished_at=bindparam("now"),
+                lease_owner=None,
+                lease_expires_at=None,
+                artifact=bindparam("new_artifact"),
+                artifact_row=bindparam("new_row"),
+            ),
+            [_end_values(ended) for ended in ours],
+        )
+    return ours
+
+
+def _end_values(ended: Ended) -> dict[str, object]:
+    error = ended.error[:2000] if ended.error else None
+    values: dict[str, object] = {"job_id": ended.job_id, "new_state": ended.state, "new_error": error, "now": utc_now()}
+    values["new_progress"] = float(ended.state == JobState.SUCCEEDED)
+    return values | {"new_artifact": ended.artifact, "new_row": ended.artifact_row}
+
+
+def join_parts(session: Session, parent_id: str, join: Callable[[list[tuple[str, int, int]]], str]) -> Ended | None:
+    """Bring a request that was split up to date with its parts; how it ended, if it is over by that.
+
+    Args:
+        join: makes one file of the parts' images: of files, each with the first row and the number of rows.
+    """
+    parent = session.get_one(SampleJob, parent_id, with_for_update=True, populate_existing=True)
+    if parent.state in FINAL_STATES:
+        return None
+    parts = session.scalars(select(SampleJob).filter_by(parent_id=parent_id).order_by(SampleJob.first_image)).all()
+    failed = next((part for part in parts if part.state == JobState.FAILED), None)
+    succeeded = sum(part.state == JobState.SUCCEEDED for part in parts)
+    if failed is not None:
+        finish(session, parent, JobState.FAILED, failed.error)
+    elif succeeded == len(parts):
+        parent.artifact = join([(part.artifact or "", part.artifact_row, part.num_images) for part in parts])
+        finish(session, parent, JobState.SUCCEEDED)
+    elif all(part.state in FINAL_STATES for part in parts):
+        finish(session, parent, JobState.CANCELLED)
+    else:
+        parent.state, parent.progress = JobState.RUNNING, succeeded / len(parts)
+        parent.started_at = parent.started_at or utc_now()
+        return None
+    return ended(parent, parent.state, parent.artifact, error=parent.error)
+
+
+def forgotten_parents(session: Session) -> list[str]:
+    """Requests that are not over although a part failed, or all are: whoever ended these did not live to say so."""
+    part = aliased(SampleJob)
+    parts = select(part.id).where(part.parent_id == SampleJob.id)
+    query = select(SampleJob.id).where(
+        SampleJob.state.in_((JobState.QUEUED, JobState.RUNNING)),
+        SampleJob.num_parts > 0,
+        or_(~exists(parts.where(part.state.not_in(FINAL_STATES))), exists(parts.where(part.state == JobState.FAILED))),
+    )
+    return list(session.scalars(query))
+
+
+def samples_wait(session: Session, longer_than: timedelta) -> bool:
+    """Whether a job has been queued for longer."""
+    queued = exists().where(SampleJob.state == JobState.QUEUED, SampleJob.num_parts == 0)
+    return bool(session.scalar(select(queued.where(SampleJob.created_at < utc_now() - longer_than))))
+
+
+def models_sampled_last(session: Session, count: int) -> list[tuple[str, dict[str, Any]]]:
+    """The models of the last samples, the newest first, each with its last request."""
+    jobs = session.scalars(select(SampleJob).order_by(SampleJob.id.desc()).limit(1000))
+    requests: dict[str, dict[str, Any]] = {}
+    for job in jobs:
+        requests.setdefault(job.model_id, job.request)
+    return list(requests.items())[:count]
+
+
+def changes(session: Session) -> int:
+    """How often models, schedules and aliases have changed."""
+    return session.scalar(select(RegistryChanges.number)) or 0
+
+
+def _locked(session: Session, claims: Collection[SampleClaim]) -> dict[str, Row[str, JobState, int, bool]]:
+    query = select(SampleJob.id, SampleJob.state, SampleJob.fencing_token, SampleJob.cancel_requested)
+    query = query.where(SampleJob.id.in_([claim.job_id for claim in claims])).order_by(SampleJob.id)
+    return {row.id: row for row in session.execute(query.with_for_update())}
+
+
+def _is_ours(claim: SampleClaim, rows: dict[str, Row[str, JobState, int, bool]]) -> bool:
+    row = rows.get(claim.job_id)
+    return row is not None and row.fencing_token == claim.fencing_token and row.state == JobState.RUNNING

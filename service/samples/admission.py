@@ -1,0 +1,99 @@
+"""Whether there is room for one more request for samples, and if not, when there will be."""
+
+import math
+import time
+from collections.abc import Callable
+
+from fastapi.concurrency import run_in_threadpool
+from sqlalchemy import func, select
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.errors import TooManyRequestsError, problem_response
+from service.registry.database import Registry
+from service.registry.tables import JobState, SampleJob
+
+LOOK_SECONDS = 0.1  # how old the count of the queue may be
+MEMORY_SECONDS = 10.0  # how far back the measured rate looks
+UNKNOWN_SECONDS = 10.0  # what to say while nothing has been measured
+
+
+class Admission:
+    """The queue of samples, counted every `LOOK_SECONDS` and reckoned in between; and how fast it is served.
+
+    The rate is measured while there is a queue: it is what the workers can do, not what they are asked for.
+    """
+
+    def __init__(self, registry: Registry, max_jobs: int, max_seconds: float) -> None:
+        self._registry = registry
+        self._max_jobs, self._max_seconds = max_jobs, max_seconds
+        self._jobs = self._images = 0
+        self._looked_at = -math.inf
+        self._looking = False
+        self._served, self._seconds = 0.0, 0.0  # images, and the time they took, the older the less
+        self._last_end: float | None = None
+
+    @property
+    def rate(self) -> float | None:
+        """Images per second, or None if nothing was measured yet."""
+        return self._served / self._seconds if self._seconds > 0 else None
+
+    async def refusal(self) -> float | None:
+        """None if there is room; else how many seconds it will take until there is."""
+        if time.monotonic() - self._looked_at > LOOK_SECONDS and not self._looking:
+            self._looking = True
+            try:
+                self._jobs, self._images = await run_in_threadpool(self._count)
+                self._looked_at = time.monotonic()
+            finally:
+                self._looking = False
+        rate = self.rate
+        excess = (self._jobs + 1 - self._max_jobs) / max(self._jobs, 1) * self._images
+        if rate is not None:
+            excess = max(excess, self._images - self._max_seconds * rate)
+        if excess <= 0:
+            return None
+        return UNKNOWN_SECONDS if rate is None else excess / rate
+
+    def admitted(self, images: int) -> None:
+        self._jobs += 1
+        self._images += images
+
+    def ended(self, images: int) -> None:
+        """So many images are done, or given up."""
+        now = time.monotonic()
+        if self._last_end is not None and self._jobs > 0:
+            seconds = now - self._last_end
+            keep = math.exp(-seconds / MEMORY_SECONDS)
+            self._served, self._seconds = keep * self._served + images, keep * self._seconds + seconds
+        self._jobs, self._images = max(0, self._jobs - 1), max(0, self._images - images)
+        self._last_end = now if self._jobs > 0 else None
+
+    def _count(self) -> tuple[int, int]:
+        query = select(func.count(), func.coalesce(func.sum(SampleJob.num_images), 0))
+        query = query.where(SampleJob.state == JobState.QUEUED, SampleJob.num_parts == 0)
+        with self._registry.read() as session:
+            jobs, images = session.execute(query).one()
+        return jobs, int(images)
+
+
+class AdmissionMiddleware:
+    """429 for requests for samples while there is no room, before anything of them is read."""
+
+    def __init__(self, app: ASGIApp, admission: Callable[[], Admission], path: str) -> None:
+        self.app = app
+        self.admission = admission
+        self.path = path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] == self.path:
+            seconds = await self.admission().refusal()
+            if seconds is not None:
+                await _too_many(seconds)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+def _too_many(seconds: float) -> ASGIApp:
+    retry_after = max(1, math.ceil(seconds))
+    detail = f"too many samples are waiting; accepted: a new try in {retry_after} s, when there will be room"
+    return problem_response(TooManyRequestsError.status, detail, headers={"Retry-After": str(retry_after)})

@@ -1,0 +1,26 @@
+"""Joining the parts of large sampling requests."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from ulid import ULID
+
+from service.artifacts import ArtifactStore
+from service.registry.database import Registry
+from service.registry.samples import Ended, join_parts
+
+
+def join_all(registry: Registry, artifacts: ArtifactStore, parent_ids: Iterable[str]) -> list[Ended]:
+    """Bring requests that were split up to date with their parts; how those ended that are over by that."""
+
+    def join(places: list[tuple[str, int, int]]) -> str:
+        artifact = f"samples/{ULID()}.npy"
+        artifacts.put_array(artifact, np.concatenate([artifacts.get_rows(*place) for place in places]))
+        return artifact
+
+    over = []
+    for parent_id in sorted(parent_ids):
+        with registry.write() as session:
+            ended = join_parts(session, parent_id, join)
+        over += [ended] if ended else []
+    return over
