@@ -4,10 +4,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Response
 
-from service.api import PathId, State, newest_first, require_json
+from service.api import PathId, require_json
 from service.errors import ConflictError, InvalidError, NotFoundError, UnsupportedMediaTypeError, error_responses
 from service.models.logic import get_model, get_requested_model
-from service.registry.tables import Schedule
 from service.requests import check_setting
 from service.schedules import logic
 from service.schedules.schemas import (
@@ -21,6 +20,7 @@ from service.schedules.schemas import (
     ScheduleOut,
     SchedulePage,
 )
+from service.state import State
 
 router = APIRouter(tags=["schedules"])
 
@@ -32,7 +32,7 @@ RESERVED_ALIASES = ("auto", "none")
 def list_schedules(state: State, query: ScheduleFilters) -> SchedulePage:
     """Stored schedules that match every filter given, newest first."""
     with state.registry.read() as session:
-        rows, cursor = newest_first(session, logic.filtered(query), Schedule.id, query)
+        rows, cursor = logic.newest(session, query)
         return SchedulePage(items=[ScheduleOut.model_validate(row) for row in rows], next_cursor=cursor)
 
 

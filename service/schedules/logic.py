@@ -1,10 +1,11 @@
 """Finding schedules: by id, by query, by alias, and the best one for a request."""
 
 from collections.abc import Sequence
+from functools import cache
 
-from sqlalchemy import Select, exists, func, select
+from sqlalchemy import Select, and_, bindparam, case, exists, func, literal, select, true
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session, joinedload
+from sqlalchemy.orm import Session, aliased, joinedload
 
 from service.errors import ConflictError, InvalidError, NotFoundError
 from service.models.logic import get_model, get_requested_model
@@ -13,6 +14,9 @@ from service.registry.schedules import next_version
 from service.registry.tables import SampleJob, Schedule, ScheduleAlias, ScheduleStatus
 from service.requests import Setting, check_setting, check_timesteps
 from service.schedules.schemas import ScheduleImport, ScheduleQuery
+
+MAX_SCANNED = 10_000  # schedules that one page may look at
+MAX_COUNTED = 100
 
 
 def get_schedule(session: Session, schedule_id: str) -> Schedule:
@@ -23,29 +27,65 @@ def get_schedule(session: Session, schedule_id: str) -> Schedule:
     return schedule
 
 
-def filtered(query: ScheduleQuery) -> Select[Schedule]:
-    """The statement for a query's filters, newest first to come."""
+def newest(session: Session, query: ScheduleQuery) -> tuple[Sequence[Schedule], str | None]:
+    """One page of the schedules that match every filter given, by falling id, and the cursor of the next.
+
+    However few match, at most `MAX_SCANNED` entries of one index are looked at. So a page before the last may have
+    fewer than `limit` rows, or none.
+    """
     given = query.model_dump(exclude={"limit", "cursor", "model"}, exclude_none=True)
     if query.model is not None:
         given["model_id"] = query.model
-    return select(Schedule).filter_by(**given).options(joinedload(Schedule.evaluation))
+    indexed = next(names for names in Schedule.LISTED_BY if given.keys() >= set(names))
+    others = [name for name in given if name not in indexed]
+    scan = select(Schedule.id).filter_by(**{name: given[name] for name in indexed}).order_by(Schedule.id.desc())
+    if query.cursor is not None:
+        scan = scan.where(Schedule.id < query.cursor)
+
+    # The inner limit keeps planners from going by other filters than the indexed ones. The engines filter what it gives
+    # in its order; asked to order again, SQLite would sort, and so never stop early.
+    scanned = scan.add_columns(*(getattr(Schedule, name) for name in others))
+    row = scanned.limit(MAX_SCANNED if others else query.limit + 1).subquery().c
+    matching = select(row.id).where(*(row[name] == given[name] for name in others))
+    ids = session.scalars(matching.limit(query.limit + 1)).all()
+    rows = session.scalars(
+        select(Schedule)
+        .where(Schedule.id.in_(ids[: query.limit]))
+        .order_by(Schedule.id.desc())
+        .options(joinedload(Schedule.evaluation))
+    ).all()
+    if len(ids) > query.limit:
+        return rows, ids[query.limit - 1]
+    return rows, session.scalar(scan.offset(MAX_SCANNED - 1).limit(1)) if others else None
 
 
 def resolve(session: Session, setting: Setting) -> tuple[Schedule | None, str]:
     """The best accepted schedule for exactly this setting, or None for untuned, and the reason."""
-    matching = [getattr(Schedule, name) == value for name, value in setting.key().items()]
-    best = session.scalar(
-        select(Schedule)
-        .where(*matching, Schedule.status == ScheduleStatus.ACCEPTED)
-        .order_by(Schedule.score, Schedule.id.desc())
-        .limit(1)
-        .options(joinedload(Schedule.evaluation))
-    )
-    if best is not None:
-        return best, f"version {best.version}: the lowest score of the accepted schedules, {best.score:.4f}"
-    is_rejected = Schedule.status == ScheduleStatus.REJECTED
-    rejected = session.scalar(select(func.count()).select_from(Schedule).where(*matching, is_rejected))
-    return None, f"untuned: no accepted schedule for this setting ({rejected} rejected)"
+    schedule, num_rejected = session.execute(_best(), setting.key()).one()
+    if schedule is not None:
+        return schedule, f"version {schedule.version}: the lowest score of the accepted schedules, {schedule.score:.4f}"
+    counted = f"{num_rejected}" if num_rejected <= MAX_COUNTED else f"more than {MAX_COUNTED}"
+    return None, f"untuned: no accepted schedule for this setting ({counted} rejected)"
+
+
+@cache  # putting it together takes longer than running it
+def _best() -> Select[Schedule | None, int]:
+    """One row for a setting's key: the accepted schedule of the lowest score, the newest of equals, and its evaluation;
+    or, where there is none, how many were rejected, counted no further than needed.
+
+    One query, and each of its parts reads one end of a range of `ix_schedules_resolve`, however many the versions.
+    """
+    of_setting = [getattr(Schedule, name) == bindparam(name) for name in Schedule.KEY]
+    is_accepted = and_(*of_setting, Schedule.status == ScheduleStatus.ACCEPTED)
+    lowest = select(func.min(Schedule.score)).where(is_accepted).scalar_subquery()
+    accepted = select(Schedule).where(is_accepted, Schedule.score == lowest).order_by(Schedule.id.desc()).limit(1)
+    best = aliased(Schedule, accepted.subquery())
+    is_rejected = and_(*of_setting, Schedule.status == ScheduleStatus.REJECTED)
+    rejected = select(Schedule.id).where(is_rejected).limit(MAX_COUNTED + 1).subquery()
+    num_rejected = select(func.count()).select_from(rejected).scalar_subquery()
+    one_row = select(literal(1).label("one")).subquery()
+    query = select(best, case((best.id.is_(None), num_rejected), else_=0)).select_from(one_row.outerjoin(best, true()))
+    return query.options(joinedload(best.evaluation))
 
 
 def import_schedule(session: Session, request: ScheduleImport) -> Schedule:

@@ -103,7 +103,10 @@ class ScheduleImport(Setting):
 
 class SchedulePage(BaseModel):
     items: list[ScheduleOut]
-    next_cursor: str | None
+    next_cursor: str | None = Field(
+        description="Null on the last page. Where few schedules match, pages before it may have fewer than `limit` "
+        "items, or none: each looks at so many schedules only."
+    )
 
 
 class ScheduleQuery(PageQuery):
