@@ -1,0 +1,294 @@
+"""Serving, over loopback, against what it could be: every table's ratios are of one run on one machine.
+
+    python benchmarks/serving.py throughput     # 32 clients against a bare loop in one process, and without batching
+    python benchmarks/serving.py overhead       # one client: what service, queue and worker add to the model's time
+    python benchmarks/serving.py overload       # 5 times what it can do, for a minute, and the time after
+    python benchmarks/serving.py rivals --rivals-python /tmp/rivals/bin/python     # LitServe and Ray Serve
+    python benchmarks/serving.py all
+
+digits8, 10 steps of DDIM, one image to a request, each with another seed; `uncond`: unguided, `cfg`: classifier-free
+by 2, with class labels. Our service is its real processes; the settings of its environment (SAMPLE_BATCH_SIZE,
+MAX_QUEUE_SECONDS, ...) hold here too. `--seconds 5 --rounds 1` is a short look.
+
+What is compared takes turns, `--rounds` times, so that a machine that is now faster and now slower favours nobody. Each
+process's arithmetic has `--threads` threads. Clients run in this process, which otherwise sleeps.
+
+The rivals have an environment of their own, which sees this one's packages behind its own:
+
+    uv venv --python .venv/bin/python /tmp/rivals
+    uv pip install --python /tmp/rivals/bin/python litserve "ray[serve]"
+    realpath .venv/lib/python3.11/site-packages > /tmp/rivals/lib/python3.11/site-packages/timetuner.pth
+
+They, too, run on loopback only, with one replica, and are started anew for each measurement.
+"""
+
+import argparse
+import asyncio
+import itertools
+import signal
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from serving_load import Answer, Load, Overload, Target, closed_loop, one_by_one, overload
+from serving_processes import Processes, bare, rival, serve
+
+from service.settings import Settings
+
+CLIENTS = 32
+WARM_UP_SECONDS = 3.0
+BARE_BATCH_SIZES = (8, 16, 24, 32, 48)
+BLOCK = 20  # requests, then as many calls of the model alone
+OVERLOAD = 5
+RIVAL_BATCH_SIZES, RIVAL_WAITS = (16, 32), (0.002, 0.01)
+NORMAL = 2.0  # times the median latency before: what counts as back to normal
+
+
+@dataclass
+class Measured:
+    """One entrant's loads, over the rounds."""
+
+    loads: list[Load] = field(default_factory=list)
+
+    def measure(self, target: Target, seconds: float) -> None:
+        self.loads.append(asyncio.run(closed_loop(target, CLIENTS, seconds, WARM_UP_SECONDS)))
+
+    @property
+    def rate(self) -> float:
+        return statistics.mean(load.rate for load in self.loads)
+
+    def cells(self) -> str:
+        """p50, p99, not accepted, and the client's own cost."""
+        latencies = [latency for load in self.loads for latency in load.latencies]
+        others, answers = sum(load.others for load in self.loads), sum(len(load.answers) for load in self.loads)
+        cost = 1000 * sum(load.cpu_seconds for load in self.loads) / max(1, answers)
+        return f"{percentiles(latencies)} | {others} | {cost:.2f}"
+
+
+def ratio(one: float, other: float) -> float:
+    return one / other if other else float("nan")
+
+
+def percentiles(milliseconds: Iterable[float]) -> str:
+    values = list(milliseconds)
+    return " | ".join(f"{np.percentile(values, q):.1f}" for q in (50, 99)) if values else "- | -"
+
+
+def head(*names: str) -> None:
+    """The first lines of a Markdown table: words, then numbers."""
+    print(f"| {' | '.join(names)} |")
+    print(f"| --- |{' ---: |' * (len(names) - 1)}", flush=True)
+
+
+def throughput(args: argparse.Namespace) -> None:
+    for guidance in args.guidance or ("uncond", "cfg"):
+        print(f"\n**throughput**, {guidance}, {CLIENTS} clients, {args.threads} thread(s)\n")
+        rates: list[float] = []
+        batched, unbatched = Measured(), Measured()
+        with bare(guidance, args.threads) as loop:
+            for size in BARE_BATCH_SIZES:
+                loop.ask("rate", size, 0.5)
+            sweep = {size: loop.ask("rate", size, args.seconds / 4) for size in BARE_BATCH_SIZES}
+            best = max(sweep, key=lambda size: sweep[size])
+            for _ in range(args.rounds):
+                rates.append(loop.ask("rate", best, args.seconds))
+                for measured, variables in ((batched, {}), (unbatched, {"SAMPLE_BATCH_SIZE": "1"})):
+                    with serve(args.threads, args.database, **variables) as service:
+                        measured.measure(service.target(guidance), args.seconds)
+        bare_rate = statistics.mean(rates)
+        print("bare loop, images/s by batch size:", ", ".join(f"{size}: {rate:.0f}" for size, rate in sweep.items()))
+        print()
+        head("", "images/s", "of bare", "p50, ms", "p99, ms", "not 200", "client's ms per request")
+        print(f"| bare loop, batches of {best} | {bare_rate:.1f} | 1 | | | | |")
+        for name, measured in (("service", batched), ("service, SAMPLE_BATCH_SIZE=1", unbatched)):
+            print(f"| {name} | {measured.rate:.1f} | {ratio(measured.rate, bare_rate):.2f} | {measured.cells()} |")
+        print(f"\nbatching on over off: {ratio(batched.rate, unbatched.rate):.2f}", flush=True)
+
+
+def overhead(args: argparse.Namespace) -> None:
+    for guidance in args.guidance or ("uncond",):
+        print(f"\n**overhead**, {guidance}, one client, {args.requests} requests, {args.threads} thread(s)\n")
+        latencies, padded, plain, added = [], [], [], []
+        with bare(guidance, args.threads) as loop, serve(args.threads, args.database) as service:
+            sizes = loop.ask("steady_sizes", Settings().sample_batch_size)
+            loop.ask("times", BLOCK, sizes)
+            target = service.target(guidance)
+            asyncio.run(one_by_one(target, BLOCK))
+            for _ in range(args.requests // BLOCK):
+                load = asyncio.run(one_by_one(target, BLOCK))
+                own = loop.ask("times", BLOCK, sizes)
+                plain += loop.ask("times", BLOCK, None)
+                latencies += load.latencies
+                padded += own
+                added += [latency - statistics.median(own) for latency in load.latencies]
+        head("", "median, ms", "p99, ms")
+        print(f"| latency | {percentiles(latencies)} |")
+        print(f"| the model's own, as the worker calls it (batch sizes {sizes}) | {percentiles(padded)} |")
+        print(f"| the model's own, one image alone | {percentiles(plain)} |")
+        print(f"| latency less the model's median in the same block | {percentiles(added)} |", flush=True)
+
+
+def rivals(args: argparse.Namespace) -> None:
+    for guidance in args.guidance or ("uncond",):
+        print(f"\n**rivals**, {guidance}, {CLIENTS} clients, {args.threads} thread(s)\n")
+        entrants = {"ours": Measured()}
+        settings = {name: best_settings(args, name, guidance) for name in args.rivals}
+        entrants |= {name: Measured() for name in args.rivals}
+        for _ in range(args.rounds):
+            with serve(args.threads, args.database) as service:
+                entrants["ours"].measure(service.target(guidance), args.seconds)
+            for name in args.rivals:
+                with rival(name, args.rivals_python, guidance, args.threads, *settings[name]) as target:
+                    entrants[name].measure(target, args.seconds)
+        print()
+        head("", "images/s", "of ours", "p50, ms", "p99, ms", "not 200", "client's ms per request")
+        for name, measured in entrants.items():
+            label = name if name == "ours" else "{}, batches of {}, wait {} s".format(name, *settings[name])
+            of_ours = ratio(measured.rate, entrants["ours"].rate)
+            print(f"| {label} | {measured.rate:.1f} | {of_ours:.2f} | {measured.cells()} |", flush=True)
+
+
+def best_settings(args: argparse.Namespace, name: str, guidance: str) -> tuple[int, float]:
+    """The batch size and wait of the most images per second, in a shorter measurement of each."""
+    rates = {}
+    for settings in itertools.product(RIVAL_BATCH_SIZES, RIVAL_WAITS):
+        with rival(name, args.rivals_python, guidance, args.threads, *settings) as target:
+            measured = Measured()
+            measured.measure(target, args.seconds / 2)
+        rates[settings] = measured.rate
+    print(f"{name}, images/s:", ", ".join(f"{size}, {wait} s: {rate:.0f}" for (size, wait), rate in rates.items()))
+    return max(rates, key=lambda settings: rates[settings])
+
+
+def overloaded(args: argparse.Namespace) -> None:
+    seconds = args.overload_seconds
+    for guidance in args.guidance or ("uncond",):
+        print(f"\n**overload**, {guidance}, {OVERLOAD} x saturation for {seconds:g} s, {args.threads} thread(s)\n")
+        with serve(args.threads, args.database) as service:
+            target = service.target(guidance)
+            saturated = asyncio.run(closed_loop(target, CLIENTS, args.seconds, WARM_UP_SECONDS))
+            time.sleep(1)
+            before = asyncio.run(one_by_one(target, BLOCK))
+            rate = OVERLOAD * saturated.rate
+            result, memory = asyncio.run(watched(overload(target, rate, seconds), service.processes))
+        head("", "sent/s", "accepted/s", "p50, ms", "p99, ms", "429", "other")
+        print(load_row(f"saturated, {CLIENTS} clients", saturated))
+        print(load_row(f"overloaded, asked for {rate:.0f}/s", result.load))
+        slower = ratio(percentile(result.load.latencies, 99), percentile(saturated.latencies, 99))
+        print(f"\np99 of accepted, over that at saturation: {slower:.2f}")
+        print_rejections(result)
+        print_recovery(result, percentile(before.latencies, 50))
+        print_memory(memory, result.ends, seconds)
+
+
+async def watched(
+    running: Any, processes: Processes, every: float = 0.5
+) -> tuple[Overload, list[tuple[float, dict[str, float]]]]:
+    """What the coroutine returns, and the memory of the processes meanwhile."""
+    memory = []
+    task = asyncio.ensure_future(running)
+    while not task.done():
+        memory.append((time.monotonic(), processes.megabytes()))
+        await asyncio.wait([task], timeout=every)
+    return task.result(), memory
+
+
+def percentile(values: list[float], q: float) -> float:
+    return float(np.percentile(values, q)) if values else float("nan")
+
+
+def load_row(name: str, load: Load) -> str:
+    sent = len(load.answers)
+    rejected = sum(answer.status == 429 for answer in load.answers)
+    cells = f"{rejected / sent:.1%} | {(load.others - rejected) / sent:.1%}"
+    return f"| {name} | {sent / load.seconds:.1f} | {load.rate:.1f} | {percentiles(load.latencies)} | {cells} |"
+
+
+def print_rejections(result: Overload) -> None:
+    """How the rejected were told to return, and what came of it; how late the sender was."""
+    answers = result.load.answers
+    rejected = [answer for answer in answers if answer.status == 429]
+    told = [answer.retry_after for answer in rejected if answer.retry_after is not None]
+    if told:
+        print(f"Retry-After: {min(told):g} to {max(told):g} s, median {statistics.median(told):g} s", end="; ")
+    print(f"{len(rejected) - len(told)} of {len(rejected)} without; p99 {percentiles(milliseconds(rejected))} ms")
+    print(f"sent again after it, during the load: {accepted(result.retries)}", end="; ")
+    print(f"the last ones, after the load: {accepted(result.retries_after_load)}")
+    statuses = sorted({answer.status for answer in answers})
+    print("answers by status:", {status: sum(a.status == status for a in answers) for status in statuses})
+    late = percentile([1000 * answer.late for answer in answers], 99)
+    cost = 1000 * result.load.cpu_seconds / len(answers)
+    print(f"the sender was late by {late:.1f} ms (p99), and needed {cost:.2f} ms of processor per request")
+
+
+def milliseconds(answers: list[Answer]) -> list[float]:
+    return [1000 * answer.seconds for answer in answers]
+
+
+def accepted(answers: list[Answer]) -> str:
+    return f"{sum(answer.is_accepted for answer in answers)} of {len(answers)} accepted"
+
+
+def print_recovery(result: Overload, median: float) -> None:
+    """When single requests were as fast again as before."""
+    normal = [
+        answer.due - result.ends
+        for answer in result.probes
+        if answer.is_accepted and 1000 * answer.seconds < NORMAL * median
+    ]
+    after = f"{min(normal):.1f} s after the load's end" if normal else "not seen"
+    print(f"single requests: median before {median:.1f} ms; below {NORMAL:g} x that again: {after}")
+    shown = (f"{1000 * a.seconds:.0f}" if a.is_accepted else f"({a.status})" for a in result.probes)
+    print("single requests after the load, ms:", " ".join(shown), flush=True)
+
+
+def print_memory(memory: list[tuple[float, dict[str, float]]], ends: float, seconds: float) -> None:
+    """Resident memory of each process, through the load and at the end."""
+    moments = [ends - seconds, *(ends - seconds * (1 - part) for part in (0.25, 0.5, 0.75, 1.0)), memory[-1][0]]
+    names = [f"{moment - ends + seconds:.0f} s" for moment in moments]
+    print()
+    head("resident memory, MB", *names)
+    for process in memory[0][1]:
+        values = [min(memory, key=lambda entry: abs(entry[0] - moment))[1][process] for moment in moments]
+        print(f"| {process} | {' | '.join(f'{value:.0f}' for value in values)} |", flush=True)
+
+
+def stop(*_: object) -> None:
+    """By way of all that stops what was started."""
+    raise SystemExit(1)
+
+
+SCENARIOS = {"throughput": throughput, "overhead": overhead, "overload": overloaded, "rivals": rivals}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("scenario", choices=(*SCENARIOS, "all"))
+    parser.add_argument(
+        "--guidance", nargs="+", choices=("uncond", "cfg"), help="default: throughput both, else uncond"
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--database", choices=("sqlite", "postgresql"), default="sqlite")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement under load")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=300, help="of overhead")
+    parser.add_argument("--overload-seconds", type=float, default=60.0)
+    parser.add_argument("--rivals", nargs="+", choices=("litserve", "ray"), default=["litserve", "ray"])
+    parser.add_argument("--rivals-python", help="the Python of their environment")
+    args = parser.parse_args()
+    if args.scenario == "rivals" and not args.rivals_python:
+        parser.error("rivals needs --rivals-python; how to make their environment is at the top of this file")
+    signal.signal(signal.SIGTERM, stop)
+    chosen = SCENARIOS if args.scenario == "all" else {args.scenario: SCENARIOS[args.scenario]}
+    for name, scenario in chosen.items():
+        if name == "rivals" and not args.rivals_python:
+            print("\nrivals: left out, as there is no --rivals-python")
+        else:
+            scenario(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The model itself, by the one call that the worker, the bare loop and the rivals make; and the bare loop.
+
+Run as a process of its own by `serving.py`, so that its threads are set before PyTorch is loaded and its time is not
+that of whoever asks: a method's name and arguments come in as a line of JSON, what it returns goes out as one.
+"""
+
+import io
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from timetuner_core.batching import steady_sizes
+from timetuner_core.generation import Guidance, generate
+from timetuner_core.grids import make_timesteps
+from timetuner_core.loading import load_builtin
+
+MODEL = "digits8"
+NUM_STEPS = 10
+Image = dict[str, int]  # what a rival is asked for: "seed" and "class_labels"
+GUIDANCES = {"uncond": Guidance("uncond", 1.0), "cfg": Guidance("classifier-free", 2.0)}
+
+
+class Sampler:
+    """digits8, 10 steps of DDIM."""
+
+    def __init__(self, guidance: str) -> None:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # whatever a rival has set meanwhile
+        self.model = load_builtin(MODEL)
+        self.guidance = GUIDANCES[guidance]
+        self.timesteps = make_timesteps(self.model.noise_schedule, NUM_STEPS)
+
+    def __call__(self, seeds: list[int], labels: list[int], batch_sizes: Sequence[int] | None = None) -> Tensor:
+        """One image per seed, `(B, 1, 8, 8)`; in one batch, unless `batch_sizes` says otherwise."""
+        condition = None if self.guidance.type == "uncond" else torch.tensor(labels)
+        sizes = batch_sizes or [len(seeds)]
+        return generate(self.model, self.guidance, seeds, condition, self.timesteps, batch_sizes=sizes)
+
+    def npy(self, images: list[Image]) -> list[bytes]:
+        """In one batch, each as the service answers: a `.npy` file of `(1, 1, 8, 8)`."""
+        samples = self([image["seed"] for image in images], [image["class_labels"] for image in images])
+        return [_npy(sample[None]) for sample in samples.numpy()]
+
+    def rate(self, batch_size: int, seconds: float) -> float:
+        """Images per second of a loop that does nothing else."""
+        batches = itertools.count()
+        began = time.perf_counter()
+        while (elapsed := time.perf_counter() - began) < seconds:
+            first = next(batches) * batch_size
+            self(list(range(first, first + batch_size)), [k % 10 for k in range(batch_size)])
+        return next(batches) * batch_size / elapsed
+
+    def times(self, calls: int, batch_sizes: Sequence[int] | None) -> list[float]:
+        """Milliseconds of each of so many calls for one image."""
+        times = []
+        for k in range(calls):
+            began = time.perf_counter()
+            self([k], [k % 10], batch_sizes)
+            times.append(1000 * (time.perf_counter() - began))
+        return times
+
+    def steady_sizes(self, max_size: int) -> tuple[int, ...]:
+        """The batch sizes that a worker with batches of at most `max_size` uses, and pads to."""
+        return steady_sizes(self.model, self.guidance.type, max_size, "cpu")
+
+
+def _npy(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, image, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def main() -> None:
+    sampler = Sampler(sys.argv[1])
+    for line in sys.stdin:
+        method, *arguments = json.loads(line)
+        print(json.dumps(getattr(sampler, method)(*arguments)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

