@@ -7,10 +7,12 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
+from fastapi.routing import APIRoute
 
-from service import health
+from service import health, telemetry
 from service.body_limit import BodyLimitMiddleware
 from service.errors import Problem, install_error_handlers, problem_content
+from service.metrics import Metrics, QueueCollector, TelemetryMiddleware
 from service.models import endpoints as models
 from service.models.schemas import BuiltinModelRequest
 from service.samples import endpoints as samples
@@ -26,11 +28,14 @@ DESCRIPTION = "Tuned timesteps for frozen diffusion models: tune, keep, resolve 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The application on a database that has been migrated."""
     settings = settings or Settings()
+    metrics = Metrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        telemetry.start_tracing("timetuner-api", settings.otel_exporter_otlp_endpoint)
         with open_state(settings) as state:
             app.state.timetuner = state
+            metrics.registry.register(QueueCollector(state.registry, state.admission))
             listening = asyncio.create_task(state.news.run())
             yield
             listening.cancel()
@@ -46,8 +51,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(
         BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes, max_json_bytes=settings.max_json_bytes
     )
+    app.state.metrics = metrics
+    areas = (models, tuning_jobs, schedules, samples, health)
+    paths = [route.path for area in areas for route in area.router.routes if isinstance(route, APIRoute)]
+    app.add_middleware(TelemetryMiddleware, metrics=metrics, paths=paths)  # last, so that it is around the others
     install_error_handlers(app)
-    for area in (models, tuning_jobs, schedules, samples, health):
+    for area in areas:
         app.include_router(area.router)
 
     @app.get("/", include_in_schema=False)

@@ -1,8 +1,9 @@
-"""/healthz and /readyz"""
+"""/healthz, /readyz and /metrics"""
 
 from typing import Literal
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from sqlalchemy import text
 
@@ -39,6 +40,19 @@ def readyz(state: State, response: Response) -> Readiness:
     ready = database == broker == workers == "ok"
     response.status_code = 200 if ready else 503
     return Readiness(ready=ready, database=database, broker=broker, workers=workers)
+
+
+@router.get(
+    "/metrics",
+    operation_id="metrics",
+    response_class=Response,
+    responses={
+        200: {"description": "Prometheus's text format.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+    },
+)
+def metrics(request: Request) -> Response:
+    """This process's metrics, and the queues as they are at the moment."""
+    return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def _database(state: AppState) -> str:

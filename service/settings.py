@@ -28,6 +28,10 @@ class Settings(BaseSettings):
     warm_models: int = Field(1, ge=0)  # how many of those sampled from last a worker loads when it starts
     sample_batch_size: int = Field(24, ge=1, le=1024)  # images a worker samples at once
 
+    metrics_port: int = Field(0, ge=0, le=65535)  # of a worker's metrics; 0: none
+    metrics_host: str = "127.0.0.1"
+    otel_exporter_otlp_endpoint: str = ""  # of traces, by OTLP over HTTP; none without it
+
     lease_seconds: float = Field(15.0, gt=0)  # a worker silent for longer has lost its job
     max_attempts: int = Field(5, ge=1)
     dispatch_interval_seconds: float = Field(0.5, gt=0)

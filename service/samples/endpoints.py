@@ -12,6 +12,7 @@ from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
+from service import telemetry
 from service.api import PathId, require_json
 from service.errors import (
     ConflictError,
@@ -85,7 +86,9 @@ async def sample(
     job_id = new_id("smp")
     with state.news.follow(job_id) as news:
         state.admission.admitted(body.num_images)
-        job = await state.submissions.add(logic.Submission(job_id, body, None if respond_async else accept))
+        job = await state.submissions.add(
+            logic.Submission(job_id, body, None if respond_async else accept, telemetry.traceparent())
+        )
         if job.state == JobState.SUCCEEDED:
             state.admission.ended(body.num_images)
         if respond_async:

@@ -1,0 +1,129 @@
+"""The API's Prometheus metrics. What each is good for: docs/observability.md."""
+
+import logging
+import time
+from collections.abc import Collection, Iterator
+
+from opentelemetry.trace import SpanKind
+from prometheus_client import CollectorRegistry, GCCollector, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from sqlalchemy import func, select
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service import telemetry
+from service.registry.database import Registry
+from service.registry.tables import Job, JobState, SampleJob
+from service.registry.types import utc_now
+from service.samples.admission import Admission
+
+METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
+TRACE_HEADERS = (b"traceparent", b"tracestate")
+OTHER = "other"  # a method or a path of the client's own invention: labels must stay few
+REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+logger = logging.getLogger(__name__)
+
+
+class Metrics:
+    """One application's metrics."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Histogram(
+            "timetuner_http_request_seconds",
+            "Time to the end of the answer, a wait for samples included.",
+            ("method", "route", "status"),
+            buckets=REQUEST_BUCKETS,
+            registry=self.registry,
+        )
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self.registry)
+
+
+class QueueCollector(Collector):
+    """The queues as the registry has them at the moment, and how fast samples are served."""
+
+    def __init__(self, registry: Registry, admission: Admission) -> None:
+        self._registry = registry
+        self._admission = admission
+
+    def collect(self) -> Iterator[Metric]:
+        """Nothing of the queues if the database is away: rather no figure than a wrong one."""
+        if self._admission.rate is not None:
+            name, text = "timetuner_sampling_images_per_second", "As measured while some were waiting."
+            yield GaugeMetricFamily(name, text, self._admission.rate)
+        jobs = GaugeMetricFamily("timetuner_queue_jobs", "Jobs that wait for a worker.", labels=("kind",))
+        age = GaugeMetricFamily("timetuner_queue_age_seconds", "How long the oldest has waited.", labels=("kind",))
+        try:
+            for job_class, kind in telemetry.KINDS.items():
+                count, seconds = self._waiting(job_class)
+                jobs.add_metric((kind,), count)
+                age.add_metric((kind,), seconds)
+        except SQLAlchemyError:
+            logger.warning("the queues cannot be read")
+            return
+        yield jobs
+        yield age
+
+    def _waiting(self, job_class: type[Job]) -> tuple[int, float]:
+        """How many jobs are queued, and for how many seconds the oldest has been."""
+        query = select(func.count(), func.min(job_class.created_at)).where(job_class.state == JobState.QUEUED)
+        if job_class is SampleJob:
+            query = query.where(SampleJob.num_parts == 0)  # no worker takes one that was split
+        with self._registry.read() as session:
+            count, oldest = session.execute(query).one()
+        return count, max(0.0, (utc_now() - oldest).total_seconds()) if oldest else 0.0
+
+
+class TelemetryMiddleware:
+    """Measures every request; those to the API proper are spans, too, of the client's trace if it has one."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: Collection[str]) -> None:
+        """`paths` has those a request may be for; of one that is refused before it is routed, only they are told."""
+        self.app = app
+        self.metrics = metrics
+        self.paths = frozenset(paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+        elif not scope["path"].startswith("/v1/"):
+            await self._measure(scope, receive, send)
+        else:
+            parent = telemetry.context_of(
+                {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in TRACE_HEADERS}
+            )
+            with telemetry.TRACER.start_as_current_span(scope["method"], parent, SpanKind.SERVER) as span:
+                method, route, status, location = await self._measure(scope, receive, send)
+                span.update_name(f"{method} {route}")
+                span.set_attributes({"http.request.method": method, "http.route": route})
+                span.set_attribute("http.response.status_code", status)
+                if location is not None:
+                    span.set_attribute("http.response.header.location", location)
+
+    async def _measure(self, scope: Scope, receive: Receive, send: Send) -> tuple[str, str, int, str | None]:
+        """Method, route, status, and where the answer says that something was made."""
+        began, status, location = time.perf_counter(), 500, None
+
+        async def noting(message: Message) -> None:
+            nonlocal status, location
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                location = next((value.decode() for name, value in message["headers"] if name == b"location"), None)
+            await send(message)
+
+        method = scope["method"] if scope["method"] in METHODS else OTHER
+        try:
+            await self.app(scope, receive, noting)
+        finally:
+            route = self._route(scope)
+            self.metrics.requests.labels(method, route, status).observe(time.perf_counter() - began)
+        return method, route, status, location
+
+    def _route(self, scope: Scope) -> str:
+        route = scope.get("route")
+        if route is not None:
+            return str(route.path)
+        return scope["path"] if scope["path"] in self.paths else OTHER

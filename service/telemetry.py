@@ -1,0 +1,45 @@
+"""What metrics and traces share, between API and workers.
+
+Traces go to OTEL_EXPORTER_OTLP_ENDPOINT. Without one all spans are OpenTelemetry's own no-ops: they record nothing, but
+carry a client's trace on to the worker all the same.
+"""
+
+from collections.abc import Mapping
+
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from service.registry.tables import Job, SampleJob, TuningJob, TuningTask
+
+KINDS: dict[type[Job], str] = {SampleJob: "sampling", TuningJob: "tuning", TuningTask: "tuning_step"}
+TRACER = trace.get_tracer("timetuner")
+
+_PROPAGATOR = TraceContextTextMapPropagator()
+
+
+def start_tracing(service_name: str, endpoint: str) -> None:
+    """Export this process's spans from now on, if there is an `endpoint`; the exporter reads its variables itself."""
+    if not endpoint:
+        return
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import SERVICE_NAME, OTELResourceDetector, Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    named = OTELResourceDetector().detect()  # OTEL_SERVICE_NAME goes before ours
+    provider = TracerProvider(resource=Resource.create({SERVICE_NAME: service_name}).merge(named))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    trace.set_tracer_provider(provider)
+
+
+def context_of(headers: Mapping[str, str]) -> Context:
+    """The trace that W3C trace headers, `traceparent` and `tracestate`, speak of."""
+    return _PROPAGATOR.extract(headers)
+
+
+def traceparent() -> str | None:
+    """The header that makes another process go on with the current span."""
+    headers: dict[str, str] = {}
+    _PROPAGATOR.inject(headers)
+    return headers.get("traceparent")
