@@ -153,11 +153,11 @@ class RollingBatch:
             self.x, self.history = None, ()
 
     def _times(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """t, s and t_ratio: `(B,)`, or `()` where all rows are at the same step."""
+        """t, s and t_ratio, `(B,)`; t and s `()` where all rows are at the same step."""
         at = [(r.row.timesteps[r.step], r.row.timesteps[r.step + 1], r.row.t_ratios[r.step]) for r in self.rows]
         t, s, t_ratio = (torch.stack(times) for times in zip(*at, strict=True))
         if not self.mixes_steps:
-            return t[0], s[0], t_ratio[0]
+            return t[0], s[0], t_ratio[index]
         return t[index], s[index], t_ratio[index]
 
     def _model_fn(self) -> GuidedModel:
