@@ -118,7 +118,7 @@ def test_respond_async_answers_at_once_and_the_content_follows(stack: Stack, rin
     assert content.content == post(stack, **body).content
 
 
-LONG: Json = {"num_steps": 1000, "num_images": 16}
+LONG: Json = {"num_steps": 1000, "num_images": 15}
 
 
 def test_wait_bounds_how_long_a_request_waits(stack: Stack, digits: str) -> None:
