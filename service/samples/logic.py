@@ -48,7 +48,7 @@ class Submission:
 class Catalog:
     """Models and resolved schedules, remembered until the registry says that any of them has changed.
 
-    For one thread at a time.
+    For one thread at a time. What is remembered belongs to no session: one that is rolled back would take its values.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,9 @@ class Catalog:
     def model(self, session: Session, model_id: str) -> Model:
         """Raises: InvalidError."""
         if model_id not in self._models:
-            self._models[model_id] = get_requested_model(session, model_id)
+            model = get_requested_model(session, model_id)
+            session.expunge(model)
+            self._models[model_id] = model
         return self._models[model_id]
 
     def schedule(self, session: Session, request: SampleRequest) -> Schedule | None:
@@ -75,7 +77,10 @@ class Catalog:
         if key not in self._schedules:
             if len(self._schedules) >= REMEMBERED:
                 self._schedules = {}
-            self._schedules[key] = _schedule(session, request)
+            schedule = _schedule(session, request)
+            if schedule is not None:
+                session.expunge(schedule)
+            self._schedules[key] = schedule
         return self._schedules[key]
 
 

@@ -1,0 +1,554 @@
+"""Sampling jobs: taken many at a time by order of urgency, each by one worker; late ones dropped; parts joined."""
+
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from decimal import Decimal
+from threading import Barrier
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from service.errors import InvalidError
+from service.registry.database import Registry
+from service.registry.jobs import request_cancel, take_back_expired
+from service.registry.samples import (
+    LATE,
+    PATIENCE_SECONDS,
+    Ended,
+    SampleClaim,
+    changes,
+    claim_samples,
+    ended,
+    finish_samples,
+    forgotten_parents,
+    join_parts,
+    models_sampled_last,
+    renew_samples,
+    samples_wait,
+)
+from service.registry.tables import JobState, Model, SampleJob, Schedule, ScheduleAlias, ScheduleStatus, TuningJob
+from service.registry.types import utc_now
+from service.samples.logic import Catalog, Submission, submit_all
+from service.samples.schemas import SampleRequest
+from service.settings import Settings
+
+LEASE_SECONDS = 60.0
+EXPIRED = -1.0  # a lease that is over as soon as it is given
+MAX_ATTEMPTS = 3
+THREADS = 6
+AGES_AGO = timedelta(seconds=100 * PATIENCE_SECONDS)
+
+
+@pytest.fixture
+def other_model(registry: Registry) -> str:
+    with registry.write() as session:
+        model = Model(name="other", content_hash="1" * 64, source={"builtin": "mixture-gratings"}, spec={})
+        session.add(model)
+    return model.id
+
+
+@pytest.fixture
+def add(registry: Registry, model_id: str) -> Callable[..., str]:
+    """`add(**fields)`: a queued job, younger than those before it; its id."""
+    count = 0
+
+    def add(**fields: Any) -> str:
+        nonlocal count
+        count += 1
+        defaults = {"id": f"smp_{count:03d}", "model_id": model_id, "request": {}, "request_hash": "", "num_images": 1}
+        with registry.write() as session:
+            job = SampleJob(**defaults | fields)
+            session.add(job)
+        return job.id
+
+    return add
+
+
+def take(
+    registry: Registry,
+    room: int = 100,
+    models: Collection[str] = (),
+    only_these: bool = False,
+    owner: str = "w",
+    lease_seconds: float = LEASE_SECONDS,
+) -> tuple[list[SampleClaim], list[Ended]]:
+    with registry.write() as session:
+        return claim_samples(session, owner, lease_seconds, room, models, only_these)
+
+
+def taken(registry: Registry, *args: Any, **kwargs: Any) -> list[str]:
+    """The ids of the jobs taken, in order."""
+    return [claim.job_id for claim in take(registry, *args, **kwargs)[0]]
+
+
+def read(registry: Registry, job_id: str) -> SampleJob:
+    with registry.read() as session:
+        return session.get_one(SampleJob, job_id)
+
+
+def states(registry: Registry, *job_ids: str) -> list[JobState]:
+    return [read(registry, job_id).state for job_id in job_ids]
+
+
+def cancel(registry: Registry, job_id: str) -> None:
+    with registry.write() as session:
+        request_cancel(session, session.get_one(SampleJob, job_id))
+
+
+def take_back(registry: Registry) -> None:
+    with registry.write() as session:
+        take_back_expired(session, SampleJob, MAX_ATTEMPTS)
+
+
+def renew(registry: Registry, claims: list[SampleClaim]) -> tuple[set[str], set[str]]:
+    with registry.write() as session:
+        return renew_samples(session, claims, LEASE_SECONDS)
+
+
+def end(registry: Registry, claims: list[SampleClaim], state: JobState = JobState.SUCCEEDED) -> list[Ended]:
+    """Those of the claims' jobs that could be ended, each with a row of one file."""
+    ends = [(claim, ended(claim.job, state, "samples/a.npy", 10 * k)) for k, claim in enumerate(claims)]
+    with registry.write() as session:
+        return finish_samples(session, ends)
+
+
+def test_jobs_are_taken_by_priority_and_then_by_age(registry: Registry, add: Callable[..., str]) -> None:
+    late, early = add(priority=1), add()
+    later, between = add(priority=1), add()
+    assert taken(registry) == [early, between, late, later]
+    assert taken(registry) == []
+
+
+def test_a_taken_job_says_who_has_it_since_when_and_for_how_long(registry: Registry, add: Callable[..., str]) -> None:
+    job_id = add(request={"seed": 7})
+    (claim,), _ = take(registry, owner="worker 1")
+    job = read(registry, job_id)
+    assert (job.state, job.lease_owner, job.attempt) == (JobState.RUNNING, "worker 1", 1)
+    assert (claim.job_id, claim.fencing_token, claim.job.request) == (job_id, job.fencing_token, {"seed": 7})
+    assert job.started_at is not None
+    assert job.lease_expires_at is not None
+    assert utc_now() < job.lease_expires_at < utc_now() + timedelta(seconds=LEASE_SECONDS + 1)
+
+
+@pytest.mark.parametrize(
+    ("room", "sizes", "expected"),
+    [
+        (0, [1], []),
+        (4, [2, 2, 1], [2, 2]),
+        (4, [2, 3, 1], [2]),  # the small one does not overtake: the large one would wait for ever
+        (4, [5, 1], []),
+        (5, [2, 2, 1, 1], [2, 2, 1]),
+    ],
+)
+def test_as_many_images_are_taken_as_there_is_room_for(
+    registry: Registry, add: Callable[..., str], room: int, sizes: list[int], expected: list[int]
+) -> None:
+    for size in sizes:
+        add(num_images=size)
+    claims, _ = take(registry, room)
+    assert [claim.job.num_images for claim in claims] == expected
+
+
+def test_jobs_of_models_that_are_held_go_first_until_others_lose_patience(
+    registry: Registry, add: Callable[..., str], model_id: str, other_model: str
+) -> None:
+    waiting, held = add(model_id=other_model), add()
+    assert taken(registry, models=[model_id], room=1) == [held]
+    impatient = add(model_id=other_model, id="smp_000", created_at=utc_now() - AGES_AGO)
+    held = add()
+    assert taken(registry, models=[model_id], room=1) == [impatient]
+    assert taken(registry, models=[model_id]) == [held, waiting]
+
+
+def test_a_priority_counts_more_than_a_model_that_is_held(
+    registry: Registry, add: Callable[..., str], model_id: str, other_model: str
+) -> None:
+    held, urgent = add(priority=1), add(model_id=other_model)
+    assert taken(registry, models=[model_id]) == [urgent, held]
+
+
+def test_a_worker_that_is_at_a_model_takes_no_other_and_lets_impatient_jobs_have_their_turn(
+    registry: Registry, add: Callable[..., str], model_id: str, other_model: str
+) -> None:
+    other, held = add(model_id=other_model), add()
+    assert taken(registry, models=[model_id], only_these=True) == [held]
+    assert taken(registry, models=[model_id], only_these=True) == []
+    before = add(id="smp_000", created_at=utc_now() - AGES_AGO)
+    impatient = add(id="smp_0001", model_id=other_model, created_at=utc_now() - AGES_AGO)
+    after = add()
+    assert taken(registry, models=[model_id], only_these=True) == [before]
+    assert taken(registry, models=[model_id], only_these=True) == []
+    assert taken(registry) == [impatient, other, after]
+
+
+def test_jobs_whose_deadline_has_passed_are_dropped_and_told(registry: Registry, add: Callable[..., str]) -> None:
+    now = utc_now()
+    late = add(num_images=50, deadline_at=now - timedelta(seconds=1))
+    in_time, unhurried = add(deadline_at=now + timedelta(seconds=60)), add()
+    claims, told = take(registry, room=3)
+    assert [claim.job_id for claim in claims] == [in_time, unhurried]
+    assert told == [Ended(late, JobState.FAILED, error=LATE, num_images=50)]
+    job = read(registry, late)
+    assert (job.state, job.error, job.started_at, job.attempt) == (JobState.FAILED, LATE, None, 0)
+    assert job.finished_at is not None
+
+
+def test_of_many_claimers_at_once_none_gets_anothers_job(registry: Registry, add: Callable[..., str]) -> None:
+    job_ids = {add() for _ in range(5 * THREADS)}
+    barrier = Barrier(THREADS)
+
+    def take_all(k: int) -> list[tuple[str, str]]:
+        barrier.wait()
+        mine: list[tuple[str, str]] = []
+        while found := taken(registry, room=2, owner=f"worker {k}"):
+            mine += [(job_id, f"worker {k}") for job_id in found]
+        return mine
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        owners = [pair for pairs in threads.map(take_all, range(THREADS)) for pair in pairs]
+    # On PostgreSQL a claimer passes over what another has just locked, and may find nothing else.
+    owners += [(job_id, "w") for job_id in taken(registry)]
+    assert len(owners) == len(job_ids)
+    assert {job_id for job_id, _ in owners} == job_ids
+    for job_id, owner in owners:
+        job = read(registry, job_id)
+        assert (job.lease_owner, job.attempt) == (owner, 1)
+
+
+def test_results_are_entered_with_their_places(registry: Registry, add: Callable[..., str]) -> None:
+    job_ids = [add(num_images=3), add()]
+    told = end(registry, take(registry)[0])
+    assert told == [
+        Ended(job_ids[0], JobState.SUCCEEDED, "samples/a.npy", 0, num_images=3),
+        Ended(job_ids[1], JobState.SUCCEEDED, "samples/a.npy", 10, num_images=1),
+    ]
+    job = read(registry, job_ids[1])
+    assert (job.state, job.progress, job.error) == (JobState.SUCCEEDED, 1.0, None)
+    assert (job.artifact, job.artifact_row) == ("samples/a.npy", 10)
+    assert (job.lease_owner, job.lease_expires_at) == (None, None)
+    assert job.finished_at is not None
+
+
+def test_a_job_taken_back_is_taken_again_and_its_old_worker_can_neither_renew_nor_end_it(
+    registry: Registry, add: Callable[..., str]
+) -> None:
+    lost, kept = add(), add()
+    (old,), _ = take(registry, room=1, lease_seconds=EXPIRED)
+    (beside,), _ = take(registry, room=1)
+    take_back(registry)
+    assert renew(registry, [old, beside]) == ({lost}, set())
+    (new,), _ = take(registry, owner="another")
+    assert (new.job_id, new.fencing_token) == (lost, old.fencing_token + 1)
+    assert renew(registry, [old, beside]) == ({lost}, set())
+    assert [one.job_id for one in end(registry, [old, beside])] == [kept]
+    assert (read(registry, lost).state, read(registry, lost).artifact) == (JobState.RUNNING, None)
+    assert [one.job_id for one in end(registry, [new])] == [lost]
+    assert end(registry, [new], JobState.FAILED) == []
+    assert (read(registry, lost).state, read(registry, lost).attempt) == (JobState.SUCCEEDED, 2)
+
+
+def test_renewing_keeps_leases_from_running_out(registry: Registry, add: Callable[..., str]) -> None:
+    job_ids = [add(), add()]
+    claims, _ = take(registry, lease_seconds=EXPIRED)
+    assert renew(registry, claims) == (set(), set())
+    take_back(registry)
+    assert states(registry, *job_ids) == [JobState.RUNNING] * 2
+
+
+def test_a_worker_is_told_which_of_its_jobs_are_cancelled(registry: Registry, add: Callable[..., str]) -> None:
+    cancelled, _ = add(), add()
+    claims, _ = take(registry)
+    cancel(registry, cancelled)
+    assert renew(registry, claims) == (set(), {cancelled})
+
+
+def test_a_cancelled_queued_job_is_not_taken(registry: Registry, add: Callable[..., str]) -> None:
+    cancelled, other = add(), add()
+    cancel(registry, cancelled)
+    assert taken(registry) == [other]
+
+
+@pytest.fixture
+def whole(add: Callable[..., str]) -> str:
+    """A request that was split into three parts, of 2, 2 and 1 images; their ids are its own with a number."""
+    parent = add(id="smp_whole", num_images=5, num_parts=3)
+    for k, size in enumerate((2, 2, 1)):
+        add(id=f"smp_whole_{k}", parent_id=parent, first_image=2 * k, num_images=size)
+    return parent
+
+
+def parts_of(whole: str) -> list[str]:
+    return [f"{whole}_{k}" for k in range(3)]
+
+
+def set_states(registry: Registry, whole: str, *part_states: JobState) -> None:
+    with registry.write() as session:
+        for k, (part_id, state) in enumerate(zip(parts_of(whole), part_states, strict=True)):
+            part = session.get_one(SampleJob, part_id)
+            part.state = state
+            if state == JobState.SUCCEEDED:
+                part.artifact, part.artifact_row = f"samples/{k}.npy", 10 * k
+            if state == JobState.FAILED:
+                part.error = f"part {k} failed"
+
+
+def join(registry: Registry, whole: str) -> tuple[Ended | None, list[list[tuple[str, int, int]]]]:
+    """What is told of the whole, and what was asked to be joined."""
+    asked: list[list[tuple[str, int, int]]] = []
+
+    def joined(places: list[tuple[str, int, int]]) -> str:
+        asked.append(places)
+        return "samples/joined.npy"
+
+    with registry.write() as session:
+        return join_parts(session, whole, joined), asked
+
+
+def forgotten(registry: Registry) -> list[str]:
+    with registry.read() as session:
+        return forgotten_parents(session)
+
+
+def test_the_parts_are_taken_and_not_the_whole(registry: Registry, whole: str) -> None:
+    claims, _ = take(registry, room=4)
+    assert [claim.job_id for claim in claims] == parts_of(whole)[:2]
+    assert [ended(claim.job, JobState.SUCCEEDED).parent_id for claim in claims] == [whole] * 2
+    assert read(registry, whole).state == JobState.QUEUED
+
+
+Q, R, S, F, C = JobState.QUEUED, JobState.RUNNING, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED
+
+
+@pytest.mark.parametrize(
+    ("part_states", "state", "progress", "error"),
+    [
+        ((R, Q, Q), R, 0.0, None),
+        ((S, R, Q), R, 1 / 3, None),
+        ((S, C, S), C, 0.0, None),
+        ((C, C, C), C, 0.0, None),
+        ((S, F, Q), F, 0.0, "part 1 failed"),
+        ((F, C, S), F, 0.0, "part 0 failed"),
+        ((F, R, F), F, 0.0, "part 0 failed"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
+)
+def test_the_whole_is_what_its_parts_make_it(
+    registry: Registry,
+    whole: str,
+    part_states: tuple[JobState, ...],
+    state: JobState,
+    progress: float,
+    error: str | None,
+) -> None:
+    set_states(registry, whole, *part_states)
+    assert forgotten(registry) == ([] if state == R else [whole])
+    told, asked = join(registry, whole)
+    assert told == (None if state == R else Ended(whole, state, error=error))
+    assert asked == []
+    job = read(registry, whole)
+    assert (job.state, job.error) == (state, error)
+    assert job.progress == pytest.approx(progress)
+    assert (job.started_at is not None) == (state == R)
+    assert forgotten(registry) == []
+    if state != R:
+        assert join(registry, whole) == (None, [])
+
+
+def test_when_all_parts_are_there_they_are_joined_in_order_and_once(registry: Registry, whole: str) -> None:
+    set_states(registry, whole, S, S, S)
+    assert forgotten(registry) == [whole]
+    told, asked = join(registry, whole)
+    assert told == Ended(whole, JobState.SUCCEEDED, "samples/joined.npy")
+    assert asked == [[("samples/0.npy", 0, 2), ("samples/1.npy", 10, 2), ("samples/2.npy", 20, 1)]]
+    job = read(registry, whole)
+    assert (job.state, job.progress, job.artifact, job.artifact_row) == (S, 1.0, "samples/joined.npy", 0)
+    assert join(registry, whole) == (None, [])
+    assert forgotten(registry) == []
+
+
+def test_a_failed_part_stops_the_others(registry: Registry, whole: str) -> None:
+    (claim, *_), _ = take(registry, room=2)
+    set_states(registry, whole, R, F, Q)
+    join(registry, whole)
+    assert states(registry, *parts_of(whole)) == [R, F, C]
+    assert renew(registry, [claim]) == (set(), {claim.job_id})
+
+
+def test_cancelling_the_whole_cancels_its_parts(registry: Registry, whole: str) -> None:
+    (claim,), _ = take(registry, room=2)
+    join(registry, whole)
+    cancel(registry, whole)
+    assert states(registry, whole, *parts_of(whole)) == [C, R, C, C]
+    assert renew(registry, [claim]) == (set(), {claim.job_id})
+    assert taken(registry) == []
+    assert end(registry, [claim], C)
+    assert join(registry, whole) == (None, [])
+    assert forgotten(registry) == []
+
+
+def test_a_part_that_is_late_makes_the_whole_late(registry: Registry, whole: str) -> None:
+    with registry.write() as session:
+        session.get_one(SampleJob, parts_of(whole)[1]).deadline_at = utc_now() - timedelta(seconds=1)
+    _, told = take(registry)
+    assert [(one.job_id, one.parent_id, one.num_images) for one in told] == [(parts_of(whole)[1], whole, 2)]
+    assert join(registry, whole)[0] == Ended(whole, F, error=LATE)
+
+
+def test_a_queue_is_noticed_once_it_is_old(registry: Registry, add: Callable[..., str], whole: str) -> None:
+    def waits(seconds: float) -> bool:
+        with registry.read() as session:
+            return samples_wait(session, timedelta(seconds=seconds))
+
+    assert waits(-1)
+    assert not waits(60)
+    take(registry)
+    assert not waits(-1)  # the whole has nothing left to take, though it is still queued
+    add()
+    assert waits(-1)
+
+
+def test_the_models_sampled_last_come_with_their_last_requests(
+    registry: Registry, add: Callable[..., str], model_id: str, other_model: str
+) -> None:
+    add(request={"seed": 1})
+    add(request={"seed": 2}, model_id=other_model)
+    add(request={"seed": 3})
+    with registry.read() as session:
+        assert models_sampled_last(session, 2) == [(model_id, {"seed": 3}), (other_model, {"seed": 2})]
+        assert models_sampled_last(session, 1) == [(model_id, {"seed": 3})]
+
+
+def add_schedule(registry: Registry, model_id: str, version: int = 1) -> str:
+    with registry.write() as session:
+        key = {"model_id": model_id, "sampler": "ddim", "num_steps": 1, "guidance_type": "uncond"}
+        values = {"timesteps": [1.0, 0.0], "t_ratios": [1.0], "provenance": {}}
+        exact = {"guidance_scale": Decimal(1), "eta": Decimal(0)}
+        schedule = Schedule(**key, **exact, **values, version=version, status=ScheduleStatus.IMPORTED)
+        session.add(schedule)
+    return schedule.id
+
+
+def number_of_changes(registry: Registry) -> int:
+    with registry.read() as session:
+        return changes(session)
+
+
+def test_the_changes_number_rises_with_models_schedules_and_aliases(
+    registry: Registry, model_id: str, other_model: str
+) -> None:
+    seen = [number_of_changes(registry)]
+
+    def changed() -> bool:
+        seen.append(number_of_changes(registry))
+        return seen[-1] > seen[-2]
+
+    schedule_id = add_schedule(registry, model_id)
+    assert changed()
+    with registry.write() as session:
+        session.get_one(Schedule, schedule_id).status = ScheduleStatus.REJECTED
+    assert changed()
+    for named in (schedule_id, add_schedule(registry, model_id, version=2)):
+        with registry.write() as session:
+            session.merge(ScheduleAlias(model_id=model_id, name="production", schedule_id=named))
+        assert changed()
+    with registry.write() as session:
+        session.delete(session.get_one(ScheduleAlias, (model_id, "production")))
+    assert changed()
+    with registry.write() as session:
+        session.delete(session.get_one(Schedule, schedule_id))
+    assert changed()
+    with registry.write() as session:
+        session.delete(session.get_one(Model, other_model))
+    assert changed()
+
+
+def test_the_changes_number_stays_where_only_jobs_change_or_nothing_is_kept(
+    registry: Registry, add: Callable[..., str], model_id: str
+) -> None:
+    before = number_of_changes(registry)
+    add()
+    end(registry, take(registry)[0])
+    with registry.write() as session:
+        session.add(TuningJob(model_id=model_id, request={}, request_hash=""))
+    with pytest.raises(ZeroDivisionError), registry.write() as session:
+        session.get_one(Model, model_id).name = "another"
+        session.flush()
+        raise ZeroDivisionError
+    assert number_of_changes(registry) == before
+
+
+SPEC = {
+    "T": 1.0,
+    "num_train_timesteps": None,
+    "guidance_types": ["uncond"],
+    "num_classes": 0,
+    "condition_shape": None,
+    "has_uncond_condition": False,
+    "sample_shape": [2],
+    "image_shape": [2],
+}
+
+
+@pytest.fixture
+def submit(registry: Registry, model_id: str) -> Callable[..., Any]:
+    """`submit(**request)`: the job, as the API makes it, or why it was refused; one catalog for all."""
+    with registry.write() as session:
+        session.get_one(Model, model_id).spec = SPEC
+    catalog, count = Catalog(), 0
+
+    def submit(**request: Any) -> Any:
+        nonlocal count
+        count += 1
+        body = SampleRequest(**{"model": model_id, "num_steps": 1} | request)
+        submission = Submission(f"smp_{count:03d}", body, None)
+        return submit_all(registry, Settings(sample_batch_size=4), catalog, [submission])[0]
+
+    return submit
+
+
+def test_what_is_remembered_of_the_registry_is_forgotten_when_it_changes(
+    registry: Registry, model_id: str, submit: Callable[..., Any]
+) -> None:
+    assert isinstance(submit(schedule="production"), InvalidError)
+    schedule_id = add_schedule(registry, model_id)
+    with registry.write() as session:
+        session.add(ScheduleAlias(model_id=model_id, name="production", schedule_id=schedule_id))
+    assert submit(schedule="production").schedule_id == schedule_id
+    with registry.write() as session:
+        session.delete(session.get_one(ScheduleAlias, (model_id, "production")))
+    assert isinstance(submit(schedule="production"), InvalidError)
+
+
+def test_a_transaction_that_fails_does_not_spoil_what_is_remembered(
+    registry: Registry, add: Callable[..., str], submit: Callable[..., Any]
+) -> None:
+    add(id="smp_001")  # which the first request will have, too
+    with pytest.raises(Exception, match=r"(?i)unique"):
+        submit()
+    assert submit().state == JobState.QUEUED
+
+
+def test_a_request_made_before_has_its_images_at_once(registry: Registry, submit: Callable[..., Any]) -> None:
+    first = submit(seed=1)
+    end(registry, take(registry)[0])
+    again, other = submit(seed=1, deadline_seconds=5, previews=True), submit(seed=2)
+    made = read(registry, first.id)
+    assert (again.state, again.artifact, again.artifact_row) == (S, made.artifact, made.artifact_row)
+    assert (again.started_at, other.state) == (None, Q)
+
+
+def test_a_request_of_more_images_than_a_worker_holds_is_split(registry: Registry, submit: Callable[..., Any]) -> None:
+    whole = submit(num_images=10, seed=5, deadline_seconds=60)
+    with registry.read() as session:
+        query = select(SampleJob).filter_by(parent_id=whole.id).order_by(SampleJob.first_image)
+        parts = session.scalars(query).all()
+    assert [(part.first_image, part.num_images, part.request["seed"]) for part in parts] == [
+        (0, 4, 5),
+        (4, 4, 9),
+        (8, 2, 13),
+    ]
+    assert whole.num_parts == 3
+    assert {part.deadline_at for part in parts} == {whole.deadline_at}
+    assert submit(num_images=4).num_parts == 0
