@@ -159,14 +159,16 @@ def test_jobs_of_models_that_are_held_go_first_until_others_lose_patience(
     impatient = add(model_id=other_model, id="smp_000", created_at=utc_now() - AGES_AGO)
     held = add()
     assert taken(registry, models=[model_id], room=1) == [impatient]
-    assert taken(registry, models=[model_id]) == [held, waiting]
+    assert taken(registry, models=[model_id]) == [held]
+    assert taken(registry, models=[model_id]) == [waiting]
 
 
 def test_a_priority_counts_more_than_a_model_that_is_held(
     registry: Registry, add: Callable[..., str], model_id: str, other_model: str
 ) -> None:
     held, urgent = add(priority=1), add(model_id=other_model)
-    assert taken(registry, models=[model_id]) == [urgent, held]
+    assert taken(registry, models=[model_id], room=1) == [urgent]
+    assert taken(registry, models=[model_id]) == [held]
 
 
 def test_a_worker_that_is_at_a_model_takes_no_other_and_lets_impatient_jobs_have_their_turn(
@@ -180,7 +182,17 @@ def test_a_worker_that_is_at_a_model_takes_no_other_and_lets_impatient_jobs_have
     after = add()
     assert taken(registry, models=[model_id], only_these=True) == [before]
     assert taken(registry, models=[model_id], only_these=True) == []
-    assert taken(registry) == [impatient, other, after]
+    assert taken(registry) == [impatient, other]
+    assert taken(registry) == [after]
+
+
+def test_a_model_to_be_loaded_comes_by_itself_as_others_may_have_to_go_for_it(
+    registry: Registry, add: Callable[..., str], model_id: str, other_model: str
+) -> None:
+    held, other, also_held, another_other = add(), add(model_id=other_model), add(), add(model_id=other_model)
+    assert taken(registry) == [held]
+    assert taken(registry) == [other]
+    assert taken(registry, models=[model_id, other_model]) == [also_held, another_other]
 
 
 def test_jobs_whose_deadline_has_passed_are_dropped_and_told(registry: Registry, add: Callable[..., str]) -> None:
