@@ -8,11 +8,12 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 from fastapi.routing import APIRoute
+from fastapi.telemetry import TelemetryConfig
 
 from service import health, telemetry
 from service.body_limit import BodyLimitMiddleware
 from service.errors import Problem, install_error_handlers, problem_content
-from service.metrics import Metrics, QueueCollector, TelemetryMiddleware
+from service.metrics import Metrics, MetricsMiddleware, QueueCollector
 from service.models import endpoints as models
 from service.models.schemas import BuiltinModelRequest
 from service.samples import endpoints as samples
@@ -23,6 +24,14 @@ from service.state import open_state
 from service.tuning_jobs import endpoints as tuning_jobs
 
 DESCRIPTION = "Tuned timesteps for frozen diffusion models: tune, keep, resolve and sample with them."
+
+# A span per request to the API proper, of the client's trace if it has one; FastAPI makes none unless a tracer is set.
+TRACED: TelemetryConfig = {
+    "metrics": False,
+    "logs": False,
+    "operation_spans": False,
+    "exclude": lambda scope: not scope["path"].startswith("/v1/"),
+}
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -45,6 +54,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=version("timetuner"),
         description=DESCRIPTION,
         lifespan=lifespan,
+        telemetry=TRACED,
         responses={"default": {**problem_content(), "description": "Any other error."}},
     )
     app.add_middleware(AdmissionMiddleware, admission=lambda: app.state.timetuner.admission, path="/v1/samples")
@@ -54,7 +64,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.metrics = metrics
     areas = (models, tuning_jobs, schedules, samples, health)
     paths = [route.path for area in areas for route in area.router.routes if isinstance(route, APIRoute)]
-    app.add_middleware(TelemetryMiddleware, metrics=metrics, paths=paths)  # last, so that it is around the others
+    app.add_middleware(MetricsMiddleware, metrics=metrics, paths=paths)  # last, so that it is around the others
     install_error_handlers(app)
     for area in areas:
         app.include_router(area.router)

@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Collection, Iterator
 
-from opentelemetry.trace import SpanKind
 from prometheus_client import CollectorRegistry, GCCollector, Histogram, PlatformCollector, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -12,14 +11,13 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import telemetry
 from service.registry.database import Registry
 from service.registry.tables import Job, JobState, SampleJob
 from service.registry.types import utc_now
 from service.samples.admission import Admission
+from service.telemetry import KINDS
 
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
-TRACE_HEADERS = (b"traceparent", b"tracestate")
 OTHER = "other"  # a method or a path of the client's own invention: labels must stay few
 REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
@@ -57,7 +55,7 @@ class QueueCollector(Collector):
         jobs = GaugeMetricFamily("timetuner_queue_jobs", "Jobs that wait for a worker.", labels=("kind",))
         age = GaugeMetricFamily("timetuner_queue_age_seconds", "How long the oldest has waited.", labels=("kind",))
         try:
-            for job_class, kind in telemetry.KINDS.items():
+            for job_class, kind in KINDS.items():
                 count, seconds = self._waiting(job_class)
                 jobs.add_metric((kind,), count)
                 age.add_metric((kind,), seconds)
@@ -77,8 +75,8 @@ class QueueCollector(Collector):
         return count, max(0.0, (utc_now() - oldest).total_seconds()) if oldest else 0.0
 
 
-class TelemetryMiddleware:
-    """Measures every request; those to the API proper are spans, too, of the client's trace if it has one."""
+class MetricsMiddleware:
+    """Measures every request."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: Collection[str]) -> None:
         """`paths` has those a request may be for; of one that is refused before it is routed, only they are told."""
@@ -89,38 +87,21 @@ class TelemetryMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
-        elif not scope["path"].startswith("/v1/"):
-            await self._measure(scope, receive, send)
-        else:
-            parent = telemetry.context_of(
-                {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in TRACE_HEADERS}
-            )
-            with telemetry.TRACER.start_as_current_span(scope["method"], parent, SpanKind.SERVER) as span:
-                method, route, status, location = await self._measure(scope, receive, send)
-                span.update_name(f"{method} {route}")
-                span.set_attributes({"http.request.method": method, "http.route": route})
-                span.set_attribute("http.response.status_code", status)
-                if location is not None:
-                    span.set_attribute("http.response.header.location", location)
-
-    async def _measure(self, scope: Scope, receive: Receive, send: Send) -> tuple[str, str, int, str | None]:
-        """Method, route, status, and where the answer says that something was made."""
-        began, status, location = time.perf_counter(), 500, None
+            return
+        began, status = time.perf_counter(), 500
 
         async def noting(message: Message) -> None:
-            nonlocal status, location
+            nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                location = next((value.decode() for name, value in message["headers"] if name == b"location"), None)
             await send(message)
 
         method = scope["method"] if scope["method"] in METHODS else OTHER
         try:
             await self.app(scope, receive, noting)
         finally:
-            route = self._route(scope)
-            self.metrics.requests.labels(method, route, status).observe(time.perf_counter() - began)
-        return method, route, status, location
+            seconds = time.perf_counter() - began
+            self.metrics.requests.labels(method, self._route(scope), status).observe(seconds)
 
     def _route(self, scope: Scope) -> str:
         route = scope.get("route")

@@ -77,8 +77,10 @@ class Supervisor:
         self._start("sampling worker", [python, "-m", "worker", "--queues", "sampling"], environment)
         cores = os.cpu_count() or 1
         threads = {"OMP_NUM_THREADS": str(max(1, cores // self.tuning_workers)), **environment}
-        for k in range(self.tuning_workers):
-            self._start(f"tuning worker {k + 1}", [python, "-m", "worker", "--queues", "tuning"], threads)
+        metrics_port = self.settings.metrics_port  # the sampling worker's; the others have those after it
+        for k in range(1, self.tuning_workers + 1):
+            own = {**threads, "METRICS_PORT": str(metrics_port + k if metrics_port else 0)}
+            self._start(f"tuning worker {k}", [python, "-m", "worker", "--queues", "tuning"], own)
         api = [python, "-m", "service", "api", "--host", self.host, "--port", str(self.port)]
         self._start("api", api, environment)
 

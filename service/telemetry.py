@@ -1,10 +1,7 @@
 """What metrics and traces share, between API and workers.
 
-Traces go to OTEL_EXPORTER_OTLP_ENDPOINT. Without one all spans are OpenTelemetry's own no-ops: they record nothing, but
-carry a client's trace on to the worker all the same.
+Traces go to OTEL_EXPORTER_OTLP_ENDPOINT; without one, spans are no-ops and OpenTelemetry's SDK is not even imported.
 """
-
-from collections.abc import Mapping
 
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -33,9 +30,9 @@ def start_tracing(service_name: str, endpoint: str) -> None:
     trace.set_tracer_provider(provider)
 
 
-def context_of(headers: Mapping[str, str]) -> Context:
-    """The trace that W3C trace headers, `traceparent` and `tracestate`, speak of."""
-    return _PROPAGATOR.extract(headers)
+def context_of(traceparent: str | None) -> Context:
+    """For spans that go on with a request's trace, as its `traceparent` header names it; or begin one of their own."""
+    return _PROPAGATOR.extract({"traceparent": traceparent} if traceparent else {})
 
 
 def traceparent() -> str | None:

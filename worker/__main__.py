@@ -4,7 +4,9 @@ import argparse
 import os
 
 from service.queue import QUEUES
-from worker.app import app
+from service.telemetry import start_tracing
+from worker import metrics
+from worker.app import app, settings
 
 
 def main() -> None:
@@ -12,6 +14,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--queues", default=",".join(QUEUES), help="comma-separated; default: %(default)s")
     queues = parser.parse_args().queues
+    metrics.serve(settings)
+    start_tracing("timetuner-worker", settings.otel_exporter_otlp_endpoint)
     # Why threads, and one: see worker.app.
     options = ["--pool", "threads", "--concurrency", "1", "--loglevel", "WARNING", "--without-gossip"]
     name = f"{queues.replace(',', '-')}-{os.getpid()}@%h"

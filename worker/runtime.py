@@ -21,8 +21,10 @@ from timetuner_core.batching import steady_sizes
 from timetuner_core.generation import UNGUIDED_SCALES, Guidance
 from timetuner_core.loading import DiffusionModel, load_builtin, load_folder
 from timetuner_core.tuning import TuningProblem
+from worker import metrics
 from worker.lease import JobCancelledError, Lease
 from worker.requests import guidance_of
+from worker.traces import tuning_ended, tuning_span
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +49,14 @@ class Runtime:
         """The model on this worker's device. Those used last stay loaded, up to `max_model_bytes` together."""
         if model_id not in self._models:
             self._problem = None  # it would hold on to its model, beside those kept on purpose
-            model = self._load(model_id)
+            with metrics.LOAD.time():
+                model = metrics.counting(self._load(model_id), model_id)
             kept = sum(model.num_bytes for model in self._models.values())
             while self._models and kept + model.num_bytes > self.settings.max_model_bytes:
                 _, dropped = self._models.popitem(last=False)
                 kept -= dropped.num_bytes
             self._models[model_id] = model
+            metrics.hold(self._models.values())
         self._models.move_to_end(model_id)
         return self._models[model_id]
 
@@ -100,9 +104,10 @@ class Runtime:
             claimed = claim(session, job_class, job_id, self.owner, self.settings.lease_seconds)
         if claimed is None:
             return False
-        with Lease(self.registry, claimed, self.settings.lease_seconds) as lease:
+        with Lease(self.registry, claimed, self.settings.lease_seconds) as lease, tuning_span(claimed):
             try:
                 work(self, lease)
+                _note_end(job_class, JobState.SUCCEEDED)
             except LeaseLostError:
                 logger.warning("%s is no longer ours", job_id)
             except JobCancelledError:
@@ -130,9 +135,15 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _note_end(job_class: type[Job], state: JobState, error: str | None = None) -> None:
+    metrics.job_ended(job_class, state)
+    tuning_ended(state, error)
+
+
 def _finish(lease: Lease, state: JobState, error: str | None = None) -> None:
     try:
         with lease.write() as (session, job):
             finish(session, job, state, error)
+        _note_end(lease.claim.job_class, state, error)
     except LeaseLostError:
         logger.warning("%s is no longer ours", lease.claim.job_id)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,16 @@ from ulid import ULID
 
 from service.registry.samples import Ended, SampleClaim, claim_samples, ended, finish_samples
 from service.registry.tables import JobState, Schedule
+from service.registry.types import utc_now
 from service.samples.formats import to_preview
 from timetuner_core.generation import UNGUIDED_SCALES
 from timetuner_core.rolling import Advance, RollingBatch, decode
+from worker import metrics
 from worker.joining import join_all
 from worker.lease import SampleLeases
 from worker.requests import guidance_of, rows_of
 from worker.runtime import Runtime
+from worker.traces import trace_samples
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +98,7 @@ class SampleServer:
             self._runtime.bus.wake()  # others may be idle
             return True
         at_work = {cohort.model_id for cohort in self._cohorts}
-        with registry.write() as session:
+        with metrics.CLAIM.time(), registry.write() as session:
             claims, late = claim_samples(
                 session,
                 self._runtime.owner,
@@ -149,7 +153,9 @@ class SampleServer:
         self._give_up(leases)
         for cohort in list(self._cohorts):
             try:
-                advance = cohort.batch.step()
+                with metrics.STEP.time():
+                    advance = cohort.batch.step()
+                metrics.BATCH_ROWS.observe(len(advance.travelling))
                 self._report(cohort, advance)
                 self._hand_in(cohort, advance, leases)
             except Exception as error:
@@ -203,6 +209,7 @@ class SampleServer:
             claim = cohort.claims.pop(owner)
             ends.append((claim, ended(claim.job, JobState.SUCCEEDED, artifact, first)))
             first += claim.job.num_images
+        metrics.IMAGES.labels(cohort.model_id).inc(first)
         self._submit(ends, images[ours], leases)
 
     def _fail(self, claims: Iterable[SampleClaim], error: Exception, leases: SampleLeases) -> None:
@@ -218,24 +225,28 @@ class SampleServer:
         """Have results written, one batch after the other."""
         if ends:
             self._wait_for_results(2)
-            self._writing.append(self._writer.submit(self._write, ends, images, leases))
+            self._writing.append(self._writer.submit(self._write, ends, images, leases, utc_now()))
 
-    def _write(self, ends: Any, images: Any, leases: SampleLeases | None) -> None:
-        if len(images):
-            self._runtime.artifacts.put_array(ends[0][1].artifact, images)
-        self._end(ends, [])
+    def _write(self, ends: Any, images: Any, leases: SampleLeases | None, handed_in: datetime) -> None:
+        with metrics.STORE.time():
+            if len(images):
+                self._runtime.artifacts.put_array(ends[0][1].artifact, images)
+            over = {one.job_id for one in self._end(ends, [])}
+        trace_samples([(claim, end) for claim, end in ends if claim.job_id in over], handed_in)
         if leases is not None:
             leases.drop(claim.job_id for claim, _ in ends)
 
-    def _end(self, ends: list[tuple[SampleClaim, Ended]], others: list[Ended]) -> None:
-        """Enter how jobs ended, and tell who waits for them, or for the whole that they are parts of."""
+    def _end(self, ends: list[tuple[SampleClaim, Ended]], others: list[Ended]) -> list[Ended]:
+        """Enter how jobs ended, and tell who waits for them, or for the whole that they are parts of; all these."""
         if not ends and not others:
-            return
+            return []
         with self._runtime.registry.write() as session:
             over = [*others, *finish_samples(session, ends)]
         parents = {one.parent_id for one in over if one.parent_id}
         over += join_all(self._runtime.registry, self._runtime.artifacts, parents)
+        metrics.samples_ended(over)
         self._runtime.bus.tell_ended(over)
+        return over
 
     def _wait_for_results(self, at_most: int) -> None:
         """Until no more than so many are being written; what went wrong there is raised here."""

@@ -31,7 +31,7 @@ class TunedSampler:
     def __init__(self, runtime: Runtime, job: TuningJob, check: Callable[[], None]) -> None:
         """`check` is called before every network call, and may raise to stop."""
         self.runtime = runtime
-        self.job_id = job.id
+        self.job_id, self.model_id = job.id, job.model_id
         self.request = request = job.request
         self.tuner = request["tuner"]
         self.network_calls = 0

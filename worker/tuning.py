@@ -10,6 +10,7 @@ from service.registry.jobs import add_event, finish
 from service.registry.schedules import next_version
 from service.registry.tables import Evaluation as EvaluationRow
 from service.registry.tables import JobState, Schedule, ScheduleStatus, TuningJob
+from service.telemetry import TRACER
 from timetuner_core.evaluation import Evaluation, Metric
 from timetuner_core.grids import teacher_timesteps
 from timetuner_core.tuning import TuningState
@@ -26,11 +27,15 @@ def run_tuning_job(runtime: Runtime, lease: Lease) -> None:
         job = read_job(session, lease.claim.job_id)
     sampler = TunedSampler(runtime, job, lease.check)
     state = load_state(job, sampler.timesteps)
-    if spreads(job.request["tuner"]):
-        state = tune_by_tasks(runtime, lease, sampler)
-    else:
-        tune(sampler, state, lease.write, runtime.settings.save_seconds)
-    _store(lease, sampler, state, sampler.evaluate(state))
+    with TRACER.start_as_current_span("tune"):
+        if spreads(job.request["tuner"]):
+            state = tune_by_tasks(runtime, lease, sampler)
+        else:
+            tune(sampler, state, lease.write, runtime.settings.save_seconds)
+    with TRACER.start_as_current_span("evaluate"):
+        evaluation = sampler.evaluate(state)
+    with TRACER.start_as_current_span("store"):
+        _store(lease, sampler, state, evaluation)
 
 
 def spreads(tuner: dict[str, Any]) -> bool:

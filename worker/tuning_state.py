@@ -13,6 +13,7 @@ from torch import Tensor
 from service.registry.jobs import add_event
 from service.registry.tables import Job, TuningJob, TuningJobStep
 from timetuner_core.tuning import TuningState
+from worker.metrics import TUNING_ITERATIONS
 from worker.tuned_sampler import TunedSampler
 
 TUNING_SHARE = 0.8  # of the progress bar; evaluation has the rest
@@ -30,7 +31,9 @@ def tune(
         steps: tune and save only these; then the rest of `state` is not looked at.
     """
     saved = time.monotonic()
+    iterations = TUNING_ITERATIONS.labels(sampler.model_id)
     for _ in sampler.tune(state, steps):
+        iterations.inc()
         if time.monotonic() - saved > save_seconds:
             saved = _save(sampler, state, write, steps, saved)
         sampler.runtime.give_way()

@@ -1,8 +1,8 @@
 """Sampling jobs: taken by workers many at a time, finished many at a time, joined where they are parts of one."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Row, bindparam, case, exists, func, or_, select, update
@@ -21,6 +21,7 @@ class SampleClaim(Claim):
     """A claim, and the job as it was claimed."""
 
     job: SampleJob
+    claimed_at: datetime = field(default_factory=utc_now)
 
 
 @dataclass(frozen=True)
