@@ -73,9 +73,10 @@ class Supervisor:
         self._start("dispatcher", [python, "-m", "worker.dispatcher"], environment)
         # Workers share the cores: threads that spin while they wait would take them from the others.
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **environment}
-        # Sampling has a worker of its own, so that it never waits for tuning.
-        self._start("sampling worker", [python, "-m", "worker", "--queues", "sampling"], environment)
+        # Sampling has a worker of its own, so that it never waits for tuning; and leaves a core to those who ask.
         cores = os.cpu_count() or 1
+        own = {"OMP_NUM_THREADS": str(max(1, cores - 1)), **environment}
+        self._start("sampling worker", [python, "-m", "worker", "--queues", "sampling"], own)
         threads = {"OMP_NUM_THREADS": str(max(1, cores // self.tuning_workers)), **environment}
         metrics_port = self.settings.metrics_port  # the sampling worker's; the others have those after it
         for k in range(1, self.tuning_workers + 1):
