@@ -4,6 +4,7 @@
     python benchmarks/serving.py overhead       # one client: what service, queue and worker add to the model's time
     python benchmarks/serving.py overload       # 5 times what it can do, for a minute, and the time after
     python benchmarks/serving.py rivals --rivals-python /tmp/rivals/bin/python     # LitServe and Ray Serve
+    python benchmarks/serving.py sizing         # docs/serving.md's queueing model against measured loads
     python benchmarks/serving.py all
 
 digits8, 10 steps of DDIM, one image to a request, each with another seed; `uncond`: unguided, `cfg`: classifier-free
@@ -33,7 +34,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from serving_load import Answer, Load, Overload, Target, closed_loop, one_by_one, overload
+from serving_load import Answer, Load, Overload, Target, closed_loop, one_by_one, open_loop, overload
 from serving_processes import Processes, bare, rival, serve
 
 from service.settings import Settings
@@ -129,6 +130,74 @@ def overhead(args: argparse.Namespace) -> None:
         print(f"| the model's own, as the worker calls it (batch sizes {sizes}) | {percentiles(padded)} |")
         print(f"| the model's own, one image alone | {percentiles(plain)} |")
         print(f"| latency less the model's median in the same block | {percentiles(added)} |", flush=True)
+
+
+SIZING_CLIENTS = (1, 4, 8, 16, 32, 64)
+SIZING_SHARES = (0.3, 0.6, 0.8)  # of what the model says the service can do
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """The queueing model of docs/serving.md.
+
+    Attributes:
+        step_ms: of one step of a network batch, by batch size. added_ms: by service, queue and worker, per request.
+        num_steps: of each request, of one image.
+    """
+
+    step_ms: dict[int, float]
+    added_ms: float
+    num_steps: int = 10
+
+    @property
+    def capacity(self) -> float:
+        """Images per second with a full batch."""
+        full = max(self.step_ms)
+        return 1000 * full / (self.num_steps * self.step_ms[full])
+
+    def sampling_ms(self, rows: float) -> float:
+        """Of one request, with so many rows in flight."""
+        sizes = sorted(self.step_ms)
+        return self.num_steps * self.step_ms[next((size for size in sizes if size >= rows), sizes[-1])]
+
+    def clients(self, count: int) -> tuple[float, float]:
+        """Images per second and latency, ms, of so many clients, each asking as soon as it was answered."""
+        alone = self.sampling_ms(count) + self.added_ms
+        rate = min(1000 * count / alone, self.capacity)
+        return rate, 1000 * count / rate
+
+    def arrivals(self, rate: float) -> tuple[float, float]:
+        """Likewise of requests that arrive at a rate below the capacity: Little's law says how many are in flight."""
+        rows = 1.0
+        for _ in range(20):
+            rows = max(1.0, rate * self.sampling_ms(rows) / 1000)
+        return rate, self.sampling_ms(rows) * (1 + 0.5 / self.num_steps) + self.added_ms  # half a step until it joins
+
+
+def sizing(args: argparse.Namespace) -> None:
+    for guidance in args.guidance or ("uncond",):
+        print(f"\n**sizing**, {guidance}, {args.threads} thread(s)\n")
+        with bare(guidance, args.threads) as loop, serve(args.threads, args.database) as service:
+            sizes = loop.ask("steady_sizes", Settings().sample_batch_size)
+            step_ms = {size: 1000 * size / loop.ask("rate", size, args.seconds / 4) / 10 for size in sizes}
+            asyncio.run(one_by_one(service.target(guidance), BLOCK))
+            single = asyncio.run(one_by_one(service.target(guidance), 5 * BLOCK))
+            model = Sizing(step_ms, statistics.median(single.latencies) - 10 * step_ms[sizes[0]])
+            print("ms per step:", ", ".join(f"{size} rows: {ms:.1f}" for size, ms in step_ms.items()), end="; ")
+            print(f"added: {model.added_ms:.1f} ms; capacity: {model.capacity:.0f} images/s\n")
+            head("load", "images/s, model", "measured", "mean latency, ms, model", "measured")
+            for count in SIZING_CLIENTS:
+                load = asyncio.run(closed_loop(service.target(guidance), count, args.seconds / 2, WARM_UP_SECONDS))
+                print(sizing_row(f"{count} clients", model.clients(count), load))
+            for share in SIZING_SHARES:
+                rate = share * model.capacity
+                load = asyncio.run(open_loop(service.target(guidance), rate, args.seconds / 2, WARM_UP_SECONDS))
+                print(sizing_row(f"{rate:.0f} arrivals/s", model.arrivals(rate), load))
+
+
+def sizing_row(name: str, expected: tuple[float, float], load: Load) -> str:
+    mean = statistics.mean(load.latencies) if load.latencies else float("nan")
+    return f"| {name} | {expected[0]:.1f} | {load.rate:.1f} | {expected[1]:.0f} | {mean:.0f} |"
 
 
 def rivals(args: argparse.Namespace) -> None:
@@ -261,7 +330,7 @@ def stop(*_: object) -> None:
     raise SystemExit(1)
 
 
-SCENARIOS = {"throughput": throughput, "overhead": overhead, "overload": overloaded, "rivals": rivals}
+SCENARIOS = {"throughput": throughput, "overhead": overhead, "overload": overloaded, "sizing": sizing, "rivals": rivals}
 
 
 def main() -> None:

@@ -189,6 +189,20 @@ class Overload:
     ends: float
 
 
+async def open_loop(target: Target, rate: float, seconds: float, warm_up: float) -> Load:
+    """The answers to requests sent at a mean rate, at random times (a Poisson process), `warm_up` not counted."""
+    arrivals = random.Random(0)
+    due = time.monotonic()
+    begins, ends = due + warm_up, due + warm_up + seconds
+    tasks = []
+    while (due := due + arrivals.expovariate(rate)) < ends:
+        await asyncio.sleep(max(0.0, due - time.monotonic()))
+        tasks.append(asyncio.create_task(target.ask(due)))
+    answers = await asyncio.gather(*tasks)
+    target.close()
+    return Load([answer for answer in answers if answer.due >= begins], seconds)
+
+
 async def overload(target: Target, rate: float, seconds: float) -> Overload:
     """Send at a mean rate, at random times (a Poisson process), for so long; then single requests."""
     arrivals = random.Random(0)

@@ -67,7 +67,7 @@ class Sampler:
 
     def steady_sizes(self, max_size: int) -> tuple[int, ...]:
         """The batch sizes that a worker with batches of at most `max_size` uses, and pads to."""
-        return steady_sizes(self.model, self.guidance.type, max_size, "cpu")
+        return steady_sizes(self.model, self.guidance.type, max_size, "cpu", guided=self.guidance.type != "uncond")
 
 
 def _npy(image: np.ndarray) -> bytes:
