@@ -1,24 +1,30 @@
 """/metrics of an API without a worker: what it counts of requests, and what it sees of the queues."""
 
+import re
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml  # type: ignore[import-untyped]
+from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import text
 from starlette.testclient import TestClient
 
 from service.app import create_app
-from service.metrics import QueueCollector
+from service.metrics import Metrics, QueueCollector
 from service.registry.database import Registry
 from service.registry.tables import JobState, SampleJob, TuningJob, TuningTask
 from service.registry.types import utc_now
 from service.samples.admission import Admission
 from service.settings import Settings
 from tests.registry.conftest import model_id, registry  # noqa: F401
+from worker import metrics as worker_metrics  # noqa: F401 (into REGISTRY)
 
+ROOT = Path(__file__).parents[2]
+OURS = "timetuner_"
 REQUESTS = "timetuner_http_request_seconds_count"
 
 
@@ -140,3 +146,21 @@ def test_the_service_rate_is_told_once_it_was_measured(registry: Registry) -> No
 def test_the_openapi_document_has_the_metrics_as_text(api: TestClient) -> None:
     operation = api.get("/openapi.json").json()["paths"]["/metrics"]["get"]
     assert list(operation["responses"]["200"]["content"]) == ["text/plain"]
+
+
+def test_documents_and_the_autoscaling_example_name_the_metrics_there_are(registry: Registry) -> None:  # noqa: F811
+    admission = Admission(registry, max_jobs=10, max_seconds=10)
+    families = [*Metrics().registry.collect(), *QueueCollector(registry, admission).collect(), *REGISTRY.collect()]
+    exported = {"timetuner_sampling_images_per_second"}
+    exported |= {f"{f.name}_total" if f.type == "counter" else f.name for f in families if f.name.startswith(OURS)}
+    documented = named((ROOT / "docs/observability.md").read_text())
+    assert documented == exported
+    scaled_object = yaml.safe_load((ROOT / "examples/kubernetes/keda.yaml").read_text())
+    queries = [trigger["metadata"]["query"] for trigger in scaled_object["spec"]["triggers"]]
+    assert queries
+    assert all(named(query) and named(query) <= exported for query in queries)
+
+
+def named(text: str) -> set[str]:
+    """The metrics a text speaks of; of histograms, whatever part."""
+    return {re.sub("_(bucket|count|sum)$", "", name) for name in re.findall(rf"\b{OURS}[a-z_]+", text)}
