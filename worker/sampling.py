@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sqlalchemy.exc import DBAPIError
 from ulid import ULID
 
 from service.registry.samples import Ended, SampleClaim, claim_samples, ended, finish_samples
@@ -71,6 +72,7 @@ class SampleServer:
                     pass
             finally:
                 self._wait_for_results(0)
+                self._cohorts = []  # of rows that an error left behind, others will take care
 
     def _serve_until_idle(self, leases: SampleLeases) -> bool:
         """Whether somebody may have come after we stopped to listen."""
@@ -79,7 +81,7 @@ class SampleServer:
             more = True
             while not self.stopping or self._cohorts:
                 if more and not self.stopping:
-                    more = self._take(leases)
+                    more = self._try_to_take(leases)
                 if self._cohorts:
                     self._move_on(leases)
                     more = bell.rung() or more
@@ -90,6 +92,16 @@ class SampleServer:
                     more = True
         return served and not self.stopping
 
+    def _try_to_take(self, leases: SampleLeases) -> bool:
+        """As `_take`; if the registry is away, what is in flight goes on meanwhile."""
+        try:
+            return self._take(leases)
+        except DBAPIError:
+            if not self._cohorts:
+                raise
+            logger.exception("cannot look for jobs")
+            return True
+
     def _take(self, leases: SampleLeases) -> bool:
         """Claim what there is room for; whether there may be more, for when there is room again."""
         settings, registry = self._runtime.settings, self._runtime.registry
@@ -99,7 +111,7 @@ class SampleServer:
             return True
         at_work = {cohort.model_id for cohort in self._cohorts}
         with metrics.CLAIM.time(), registry.write() as session:
-            claims, late = claim_samples(
+            claims, late, more = claim_samples(
                 session,
                 self._runtime.owner,
                 settings.lease_seconds,
@@ -110,14 +122,14 @@ class SampleServer:
             schedules = {claim.job.schedule_id for claim in claims if claim.job.schedule_id}
             found = {schedule_id: session.get_one(Schedule, schedule_id) for schedule_id in schedules}
         leases.add(claims)
-        self._end([], late)
         for claim in claims:
             try:
                 self._join(claim, found.get(claim.job.schedule_id or ""))
             except Exception as error:
                 logger.exception("%s failed", claim.job_id)
                 self._fail([claim], error, leases)
-        return bool(claims or late)
+        self._end([], late)
+        return more
 
     def _join(self, claim: SampleClaim, schedule: Schedule | None) -> None:
         """Put a job's rows into the batch that runs such jobs, or into a new one."""
@@ -136,6 +148,7 @@ class SampleServer:
             request["eta"],
             self._runtime.batch_sizes(claim.job.model_id, guidance, shapes[0]),
             self._runtime.device,
+            self._runtime.settings.sample_batch_size,
         )
         if not batch.mixes_steps:
             key += [tuple(rows[0].timesteps.tolist())]
@@ -228,13 +241,15 @@ class SampleServer:
             self._writing.append(self._writer.submit(self._write, ends, images, leases, utc_now()))
 
     def _write(self, ends: Any, images: Any, leases: SampleLeases | None, handed_in: datetime) -> None:
-        with metrics.STORE.time():
-            if len(images):
-                self._runtime.artifacts.put_array(ends[0][1].artifact, images)
-            over = {one.job_id for one in self._end(ends, [])}
-        trace_samples([(claim, end) for claim, end in ends if claim.job_id in over], handed_in)
-        if leases is not None:
-            leases.drop(claim.job_id for claim, _ in ends)
+        try:
+            with metrics.STORE.time():
+                if len(images):
+                    self._runtime.artifacts.put_array(ends[0][1].artifact, images)
+                over = {one.job_id for one in self._end(ends, [])}
+            trace_samples([(claim, end) for claim, end in ends if claim.job_id in over], handed_in)
+        finally:
+            if leases is not None:  # if that failed, the leases run out, and others make them again
+                leases.drop(claim.job_id for claim, _ in ends)
 
     def _end(self, ends: list[tuple[SampleClaim, Ended]], others: list[Ended]) -> list[Ended]:
         """Enter how jobs ended, and tell who waits for them, or for the whole that they are parts of; all these."""
@@ -253,5 +268,5 @@ class SampleServer:
         while len(self._writing) > at_most:
             try:
                 self._writing.pop(0).result()
-            except Exception:  # their leases run out, and others make them again
+            except Exception:
                 logger.exception("results could not be stored")

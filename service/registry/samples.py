@@ -46,8 +46,9 @@ def ended(
 
 def claim_samples(
     session: Session, owner: str, lease_seconds: float, room: int, models: Collection[str], only_these: bool
-) -> tuple[list[SampleClaim], list[Ended]]:
-    """Take the jobs to be run next, as many as make up to `room` images together; and those too late to be run.
+) -> tuple[list[SampleClaim], list[Ended], bool]:
+    """Take the jobs to be run next, as many as make up to `room` images together; and those too late to be run; and
+    whether there may be more.
 
     Jobs come by priority and age. Those of `models`, which the worker holds, go first, until another has waited for
     `PATIENCE_SECONDS`; with `only_these`, the first of another model ends the search.
@@ -57,15 +58,19 @@ def claim_samples(
     first = case((SampleJob.model_id.in_(models), 0), (impatient, 0), else_=1) if models else 0
     waiting = select(SampleJob).where(SampleJob.state == JobState.QUEUED, SampleJob.num_parts == 0)
     order = (SampleJob.priority, first, SampleJob.id) if models else (SampleJob.priority, SampleJob.id)
-    candidates = session.scalars(waiting.order_by(*order).limit(max(room, 1)).with_for_update(skip_locked=True)).all()
+    most = max(room, 1)
+    candidates = session.scalars(waiting.order_by(*order).limit(most).with_for_update(skip_locked=True)).all()
+    allowed = set(models)
     taken: list[SampleJob] = []
     late: list[SampleJob] = []
     for job in candidates:
         if job.deadline_at is not None and job.deadline_at < now:
             late.append(job)
-        elif (only_these and job.model_id not in models) or job.num_images > room:
+        elif job.num_images > room or (job.model_id not in allowed and (only_these or taken)):
             break
         else:
+            if job.model_id not in allowed:
+                allowed = {job.model_id}  # a worker that loads one may have to give up those it has
             taken.append(job)
             room -= job.num_images
     for job in late:
@@ -85,7 +90,8 @@ def claim_samples(
             execution_options={"synchronize_session": False},
         )
     claims = [SampleClaim(SampleJob, job.id, job.fencing_token + 1, job) for job in taken]
-    return claims, [ended(job, job.state, error=job.error) for job in late]
+    more = len(taken) + len(late) < len(candidates) or len(candidates) == most
+    return claims, [ended(job, job.state, error=job.error) for job in late], more
 
 
 def renew_samples(session: Session, claims: Collection[SampleClaim], lease_seconds: float) -> tuple[set[str], set[str]]:

@@ -75,7 +75,8 @@ def take(
     lease_seconds: float = LEASE_SECONDS,
 ) -> tuple[list[SampleClaim], list[Ended]]:
     with registry.write() as session:
-        return claim_samples(session, owner, lease_seconds, room, models, only_these)
+        claims, late, _ = claim_samples(session, owner, lease_seconds, room, models, only_these)
+    return claims, late
 
 
 def taken(registry: Registry, *args: Any, **kwargs: Any) -> list[str]:
