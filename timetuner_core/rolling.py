@@ -1,6 +1,6 @@
 """Sampling many requests at once, each at its own step: who is done leaves, and who comes joins at the next step."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,8 +9,15 @@ from torch import Tensor
 
 from timetuner_core.generation import UNGUIDED_SCALES, Guidance
 from timetuner_core.loading import DiffusionModel
-from timetuner_core.model_wrapper import GuidedModel
-from timetuner_core.samplers import Past, adds_noise, get_sampler, initial_noise, remember, step_noise, with_history
+from timetuner_core.samplers import (
+    Past,
+    SamplerStep,
+    adds_noise,
+    get_sampler,
+    initial_noise,
+    step_noise,
+    with_history,
+)
 
 
 @dataclass(frozen=True)
@@ -58,14 +65,15 @@ class Advance:
 
 @dataclass
 class RollingBatch:
-    """Rows of one model, sampler and kind of guidance, moved on by one network batch per step.
+    """Rows of one model, sampler and kind of guidance, moved on together: by one network batch per step if one holds
+    them all.
 
     A row's bits depend on its request alone, not on its company: batches are padded to one of `batch_sizes`, between
     which the network's rows do not differ (see `batching.steady_sizes`).
 
     Attributes:
         guidance: its scale is each row's own; guided and unguided rows do not mix.
-        batch_sizes: rising; the last is the most rows it holds.
+        batch_sizes: rising. capacity: the most rows it holds; default the largest batch size.
     """
 
     model: DiffusionModel
@@ -74,6 +82,7 @@ class RollingBatch:
     eta: float
     batch_sizes: Sequence[int]
     device: torch.device | str = "cpu"
+    capacity: int | None = None
     rows: list[Travelling] = field(default_factory=list)
     x: Tensor | None = None
     history: tuple[Past, ...] = ()
@@ -81,7 +90,8 @@ class RollingBatch:
     @property
     def room(self) -> int:
         """How many rows may join now. Rows of samplers that remember, or look at where all are, start together."""
-        return self.batch_sizes[-1] - len(self.rows) if self.mixes_steps or not self._started else 0
+        capacity = self.batch_sizes[-1] if self.capacity is None else self.capacity
+        return capacity - len(self.rows) if self.mixes_steps or not self._started else 0
 
     @property
     def mixes_steps(self) -> bool:
@@ -121,19 +131,27 @@ class RollingBatch:
     def step(self) -> Advance:
         """Move every row on by one step of its own."""
         assert self.x is not None
-        count, size = len(self.rows), padded(len(self.rows), self.batch_sizes)
-        index = torch.arange(size).clamp(max=count - 1)
-        x = self.x[index.to(self.x.device)]
-        t, s, t_ratio = self._times(index)
-        step_fn = get_sampler(self.sampler).step_fn(self._model_fn(), self.model.noise_schedule)
-        kwargs: dict[str, Any] = {**self._conditions(index), **with_history(step_fn, self.history)}
-        noise = self._noise(x) if adds_noise(step_fn, self.eta) else None
-        x_s, x0 = step_fn(x, t, s, t_ratio, self.eta, noise, **kwargs)
-        self.history = remember(step_fn, self.history, Past(t, x, x0))
-        self.x = x_s[:count]
+        parts = [self._move(index, count) for index, count in batches(len(self.rows), self.batch_sizes)]
+        x_s, x0 = (torch.cat(part) for part in zip(*parts, strict=True))
+        if length := get_sampler(self.sampler).history_length:  # and all are at the same time
+            first = self.rows[0]
+            past = Past(first.row.timesteps[first.step], self.x, x0)
+            self.history = (*self.history, past)[-length:]
+        self.x = x_s
         for travelling in self.rows:
             travelling.step += 1
-        return self._advance(x0[:count])
+        return self._advance(x0)
+
+    def _move(self, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """x_s and x0 of the rows at `index`, of which the first `count` are wanted."""
+        assert self.x is not None
+        here = index.to(self.x.device)
+        step_fn, x = self._step_fn(index), self.x[here]
+        history = tuple(Past(past.t, past.x[here], past.x0[here]) for past in self.history)
+        kwargs: dict[str, Any] = {**self._conditions(index), **with_history(step_fn, history)}
+        noise = self._noise(x, index[:count]) if adds_noise(step_fn, self.eta) else None
+        x_s, x0 = step_fn(x, *self._times(index), self.eta, noise, **kwargs)
+        return x_s[:count], x0[:count]
 
     def _advance(self, x0: Tensor) -> Advance:
         travelling = list(self.rows)
@@ -160,15 +178,15 @@ class RollingBatch:
             return t[0], s[0], t_ratio[index]
         return t[index], s[index], t_ratio[index]
 
-    def _model_fn(self) -> GuidedModel:
-        """Guided by the rows' scales, padded; or plainly unguided, which takes fewer calls."""
+    def _step_fn(self, index: Tensor) -> SamplerStep:
+        """Guided by the rows' scales; or plainly unguided, which takes fewer calls."""
         guidance = self.guidance
         scales = [travelling.row.guidance_scale for travelling in self.rows]
         scale: float | Tensor = scales[0]
         if guidance.type != "uncond" and any(scale != UNGUIDED_SCALES[guidance.type] for scale in scales):
-            index = torch.arange(padded(len(scales), self.batch_sizes)).clamp(max=len(scales) - 1)
             scale = torch.tensor(scales, dtype=torch.float64)[index].to(self.device)
-        return self.model.model_fn(guidance.type, scale, guidance.rescale, guidance.interval)
+        model_fn = self.model.model_fn(guidance.type, scale, guidance.rescale, guidance.interval)
+        return get_sampler(self.sampler).step_fn(model_fn, self.model.noise_schedule)
 
     def _conditions(self, index: Tensor) -> dict[str, Tensor | None]:
         rows = [self.rows[int(k)].row for k in index]
@@ -177,21 +195,25 @@ class RollingBatch:
         uncond = _stack([row.uncond_condition for row in rows], self.device)
         return conditions if uncond is None else {**conditions, "uncond_condition": uncond}
 
-    def _noise(self, x: Tensor) -> Tensor:
+    def _noise(self, x: Tensor, wanted: Tensor) -> Tensor:
         """Each row's own; the padding's does not matter."""
-        drawn = step_noise(x[: len(self.rows)], [travelling.generator for travelling in self.rows])
-        return torch.cat([drawn, torch.zeros_like(x[len(self.rows) :])])
+        drawn = step_noise(x[: len(wanted)], [self.rows[int(k)].generator for k in wanted])
+        return torch.cat([drawn, torch.zeros_like(x[len(wanted) :])])
 
 
-def padded(count: int, batch_sizes: Sequence[int]) -> int:
-    """The least of some rising sizes that holds so many."""
-    return next(size for size in batch_sizes if size >= count)
+def batches(count: int, batch_sizes: Sequence[int]) -> Iterator[tuple[Tensor, int]]:
+    """The indices `(B,)` of so many rows by batches, each with the number of rows it is for: it is filled up, by its
+    last, to the least of some rising sizes that holds them."""
+    for start in range(0, count, batch_sizes[-1]):
+        held = min(count - start, batch_sizes[-1])
+        size = next(size for size in batch_sizes if size >= held)
+        yield start + torch.arange(size).clamp(max=held - 1), held
 
 
 def decode(model: DiffusionModel, x: Tensor, batch_sizes: Sequence[int]) -> Tensor:
-    """Images of latents, the batch padded as the network's."""
-    index = torch.arange(padded(len(x), batch_sizes), device=x.device).clamp(max=len(x) - 1)
-    return model.decode(x[index])[: len(x)]
+    """Images of latents, at the network's batch sizes."""
+    parts = batches(len(x), batch_sizes)
+    return torch.cat([model.decode(x[index.to(x.device)])[:count] for index, count in parts])
 
 
 def _stack(values: list[Tensor | None], device: torch.device | str) -> Tensor | None:

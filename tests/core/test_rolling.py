@@ -185,6 +185,18 @@ def test_the_network_and_the_decoder_run_at_the_given_sizes_only() -> None:
     assert seen == [call for at, size in enumerate((2, 2, 2)) for call in (network_sizes[at], ("decoder", size))]
 
 
+@pytest.mark.parametrize(("sampler", "num_steps"), [("ddpm", None), ("dpmpp_2m_sde", 4)])
+def test_more_rows_than_a_network_batch_holds_go_by_several(sampler: str, num_steps: int | None) -> None:
+    rows = [row("mixture-gratings", k, GUIDED, num_steps) for k in range(7)]
+    sizes = sizes_of("mixture-gratings", GUIDED)
+    expected = run(batch_of("mixture-gratings", sampler, GUIDED), {0: rows})
+    model = load("mixture-gratings")
+    batch = RollingBatch(model, sampler, GUIDED, 0.0, sizes[:1], capacity=7)
+    assert (sizes[0] < 7, batch.room) == (True, 7)
+    images = run(batch, {0: rows})
+    assert all(torch.equal(images[k], expected[k]) for k in range(7))
+
+
 def test_each_step_tells_where_each_row_is_and_what_is_predicted_of_it() -> None:
     batch = batch_of("mixture-ring")
     batch.add([row("mixture-ring", k, num_steps=2 + k) for k in range(2)])
