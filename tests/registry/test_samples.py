@@ -152,6 +152,19 @@ def test_as_many_images_are_taken_as_there_is_room_for(
     assert [claim.job.num_images for claim in claims] == expected
 
 
+@pytest.mark.parametrize(
+    ("room", "sizes", "more"),
+    [(4, [], False), (4, [1, 1], False), (2, [1, 1, 1], True), (4, [1, 4], True), (4, [5], True), (0, [1], True)],
+)
+def test_a_worker_is_told_whether_to_look_again(
+    registry: Registry, add: Callable[..., str], room: int, sizes: list[int], more: bool
+) -> None:
+    for size in sizes:
+        add(num_images=size)
+    with registry.write() as session:
+        assert claim_samples(session, "w", LEASE_SECONDS, room, [], only_these=False)[2] == more
+
+
 def test_jobs_of_models_that_are_held_go_first_until_others_lose_patience(
     registry: Registry, add: Callable[..., str], model_id: str, other_model: str
 ) -> None:

@@ -184,7 +184,7 @@ def test_a_request_that_no_worker_is_free_for_by_its_deadline_is_dropped(stack: 
 def test_samples_whose_worker_is_killed_are_finished_by_another_with_the_same_bits(
     fragile: Stack, fragile_digits: str
 ) -> None:
-    request = {"model": fragile_digits, "eta": 1, "num_steps": 300}
+    request: Json = {"model": fragile_digits, "eta": 1, "num_steps": 300}
     job = start(fragile, **request, num_images=FULL, seed=70)
     running(fragile, job)
     fragile.end("worker", number=signal.SIGKILL)
