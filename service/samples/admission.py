@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy import func, select
@@ -27,6 +28,7 @@ class Admission:
         self._registry = registry
         self._max_jobs, self._max_seconds = max_jobs, max_seconds
         self._jobs = self._images = 0
+        self._unstored_jobs = self._unstored_images = 0  # on their way into the registry, which cannot count them yet
         self._looked_at = -math.inf
         self._looking = False
         self._served, self._seconds = 0.0, 0.0  # images, and the time they took, the older the less
@@ -42,7 +44,8 @@ class Admission:
         if time.monotonic() - self._looked_at > LOOK_SECONDS and not self._looking:
             self._looking = True
             try:
-                self._jobs, self._images = await run_in_threadpool(self._count)
+                jobs, images = await run_in_threadpool(self._count)
+                self._jobs, self._images = jobs + self._unstored_jobs, images + self._unstored_images
                 self._looked_at = time.monotonic()
             finally:
                 self._looking = False
@@ -54,18 +57,32 @@ class Admission:
             return None
         return UNKNOWN_SECONDS if rate is None else excess / rate
 
-    def admitted(self, images: int) -> None:
-        self._jobs += 1
-        self._images += images
+    @contextmanager
+    def admit(self, images: int) -> Iterator[None]:
+        """While so many images are on their way into the registry; they count from now on, unless that fails."""
+        self._jobs, self._images = self._jobs + 1, self._images + images
+        self._unstored_jobs, self._unstored_images = self._unstored_jobs + 1, self._unstored_images + images
+        try:
+            yield
+        except BaseException:
+            self._jobs, self._images = self._jobs - 1, self._images - images
+            raise
+        finally:
+            self._unstored_jobs, self._unstored_images = self._unstored_jobs - 1, self._unstored_images - images
 
-    def ended(self, images: int) -> None:
-        """So many images are done, or given up."""
+    def spared(self, images: int) -> None:
+        """What was admitted is there already."""
+        self._jobs, self._images = max(0, self._jobs - 1), max(0, self._images - images)
+
+    def ended(self, images: int, jobs: int = 1) -> None:
+        """So many images are done, or given up, of jobs that ended together: told one by one, they would seem to have
+        been made in no time."""
         now = time.monotonic()
         if self._last_end is not None and self._jobs > 0:
             seconds = now - self._last_end
             keep = math.exp(-seconds / MEMORY_SECONDS)
             self._served, self._seconds = keep * self._served + images, keep * self._seconds + seconds
-        self._jobs, self._images = max(0, self._jobs - 1), max(0, self._images - images)
+        self._jobs, self._images = max(0, self._jobs - jobs), max(0, self._images - images)
         self._last_end = now if self._jobs > 0 else None
 
     def _count(self) -> tuple[int, int]:

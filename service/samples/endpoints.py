@@ -85,12 +85,11 @@ async def sample(
     respond_async, seconds = _preference(prefer, state.settings.max_wait_seconds)
     job_id = new_id("smp")
     with state.news.follow(job_id) as news:
-        state.admission.admitted(body.num_images)
-        job = await state.submissions.add(
-            logic.Submission(job_id, body, None if respond_async else accept, telemetry.traceparent())
-        )
+        submission = logic.Submission(job_id, body, None if respond_async else accept, telemetry.traceparent())
+        with state.admission.admit(body.num_images):
+            job = await state.submissions.add(submission)
         if job.state == JobState.SUCCEEDED:
-            state.admission.ended(body.num_images)
+            state.admission.spared(body.num_images)
         if respond_async:
             return _accepted(job)
         end = await _end(state, request, job, news, seconds)

@@ -25,8 +25,8 @@ Progress = dict[str, Any]
 class News:
     """Listens as long as `run` runs. Who follows a job gets its progress, and last its end."""
 
-    def __init__(self, broker_url: str, on_end: Callable[[int], None]) -> None:
-        """`on_end` is told of every number of images that are done."""
+    def __init__(self, broker_url: str, on_end: Callable[[int, int], None]) -> None:
+        """`on_end` is told how many images are done, of how many jobs, whenever some are."""
         self._url = redis_url(broker_url)
         self._on_end = on_end
         self._followers: dict[str, list[asyncio.Queue[Ended | Progress]]] = defaultdict(list)
@@ -63,9 +63,11 @@ class News:
         for job_id, (step, num_steps) in news.get("steps", {}).items():
             preview = news["previews"].get(job_id)
             self._tell(job_id, {"step": step, "num_steps": num_steps, "preview": preview})
-        for job_id, state, artifact, row, error, num_images in news.get("ended", ()):
+        ended = news.get("ended", ())
+        for job_id, state, artifact, row, error, _ in ended:
             self._tell(job_id, Ended(job_id, JobState(state), artifact, row, error))
-            self._on_end(num_images)
+        if ended:
+            self._on_end(sum(num_images for *_, num_images in ended), len(ended))
 
     def _tell(self, job_id: str, what: Ended | Progress) -> None:
         for queue in self._followers.get(job_id, ()):

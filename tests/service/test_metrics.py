@@ -137,7 +137,8 @@ def test_the_service_rate_is_told_once_it_was_measured(registry: Registry) -> No
 
     assert told() == []
     for _ in range(3):
-        admission.admitted(4)
+        with admission.admit(4):
+            pass
     admission.ended(4)
     admission.ended(4)
     assert told() == [admission.rate]
