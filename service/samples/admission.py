@@ -24,8 +24,11 @@ class Admission:
     The rate is measured while there is a queue: it is what the workers can do, not what they are asked for.
     """
 
-    def __init__(self, registry: Registry, max_jobs: int, max_seconds: float) -> None:
+    def __init__(
+        self, registry: Registry, max_jobs: int, max_seconds: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._registry = registry
+        self._clock = clock
         self._max_jobs, self._max_seconds = max_jobs, max_seconds
         self._jobs = self._images = 0
         self._unstored_jobs = self._unstored_images = 0  # on their way into the registry, which cannot count them yet
@@ -41,12 +44,12 @@ class Admission:
 
     async def refusal(self) -> float | None:
         """None if there is room; else how many seconds it will take until there is."""
-        if time.monotonic() - self._looked_at > LOOK_SECONDS and not self._looking:
+        if self._clock() - self._looked_at > LOOK_SECONDS and not self._looking:
             self._looking = True
             try:
                 jobs, images = await run_in_threadpool(self._count)
                 self._jobs, self._images = jobs + self._unstored_jobs, images + self._unstored_images
-                self._looked_at = time.monotonic()
+                self._looked_at = self._clock()
             finally:
                 self._looking = False
         rate = self.rate
@@ -77,7 +80,7 @@ class Admission:
     def ended(self, images: int, jobs: int = 1) -> None:
         """So many images are done, or given up, of jobs that ended together: told one by one, they would seem to have
         been made in no time."""
-        now = time.monotonic()
+        now = self._clock()
         if self._last_end is not None and self._jobs > 0:
             seconds = now - self._last_end
             keep = math.exp(-seconds / MEMORY_SECONDS)

@@ -1,0 +1,80 @@
+"""Whether there is room for a request for samples, and how long until there is."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from service.registry.database import Registry
+from service.samples.admission import LOOK_SECONDS, Admission
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    registry = Registry(f"sqlite:///{tmp_path / 'registry.sqlite'}")
+    registry.upgrade()
+    yield registry
+    registry.close()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def served(admission: Admission, clock: Clock, *groups: int) -> None:
+    """Jobs of one image each that end together by groups, one group every half second, while more wait."""
+    for _ in range(sum(groups) + 1):
+        with admission.admit(1):
+            pass
+    for group in groups:
+        clock.now += 0.5
+        admission.ended(group, group)
+
+
+def test_jobs_that_end_together_are_not_taken_for_jobs_made_in_no_time(registry: Registry, clock: Clock) -> None:
+    admission = Admission(registry, 1000, 1000, clock)
+    served(admission, clock, *[4] * 6)
+    assert admission.rate == pytest.approx(8)
+
+
+def test_what_was_sampled_before_tells_nothing_of_the_rate(registry: Registry, clock: Clock) -> None:
+    admission = Admission(registry, 1000, 1000, clock)
+    served(admission, clock, 1, 1)
+    with admission.admit(50):
+        pass
+    admission.spared(50)
+    assert admission.rate == pytest.approx(2)
+
+
+def test_jobs_on_their_way_into_the_registry_take_room_though_it_cannot_count_them_yet(
+    registry: Registry, clock: Clock
+) -> None:
+    admission = Admission(registry, 2, 1000, clock)
+    with admission.admit(1), admission.admit(1):
+        clock.now += 2 * LOOK_SECONDS  # so that the registry is asked
+        assert asyncio.run(admission.refusal()) is not None
+    clock.now += 2 * LOOK_SECONDS
+    assert asyncio.run(admission.refusal()) is None  # they are not in the registry: nobody waits
+
+
+def test_a_request_that_would_wait_too_long_is_told_when_it_would_not(registry: Registry, clock: Clock) -> None:
+    admission = Admission(registry, 1000, 0.5, clock)
+    asyncio.run(admission.refusal())  # looks, and finds nothing
+    served(admission, clock, *[1] * 4)  # two a second, and one waits
+    for _ in range(6):
+        with admission.admit(1):
+            pass
+    clock.now -= 2.0  # as if that had been just now, so that it is not looked again
+    assert asyncio.run(admission.refusal()) == pytest.approx((7 - 0.5 * 2) / 2)
