@@ -45,7 +45,7 @@ def test_a_job_whose_worker_is_killed_ends_with_the_schedule_of_an_undisturbed_r
     interrupted = fragile.client.get(f"/v1/tuning-jobs/{job['id']}").json()
     assert 0 < interrupted["progress"] < 0.8
     status, readiness = fragile.readiness()
-    assert (status, readiness["broker"], readiness["workers"]) == (503, "ok", "none for tuning, sampling")
+    assert (status, readiness["broker"], readiness["workers"]) == (503, "ok", "none for sampling, tuning")
 
     fragile.start("worker")
     done = fragile.finished(job)
