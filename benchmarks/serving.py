@@ -180,18 +180,19 @@ def sizing(args: argparse.Namespace) -> None:
         with bare(guidance, args.threads) as loop, serve(args.threads, args.database) as service:
             sizes = loop.ask("steady_sizes", Settings().sample_batch_size)
             step_ms = {size: 1000 * size / loop.ask("rate", size, args.seconds / 4) / 10 for size in sizes}
-            asyncio.run(one_by_one(service.target(guidance), BLOCK))
-            single = asyncio.run(one_by_one(service.target(guidance), 5 * BLOCK))
+            target = service.target(guidance)  # one for all, as each of its requests has another seed
+            asyncio.run(one_by_one(target, BLOCK))
+            single = asyncio.run(one_by_one(target, 5 * BLOCK))
             model = Sizing(step_ms, statistics.median(single.latencies) - 10 * step_ms[sizes[0]])
             print("ms per step:", ", ".join(f"{size} rows: {ms:.1f}" for size, ms in step_ms.items()), end="; ")
             print(f"added: {model.added_ms:.1f} ms; capacity: {model.capacity:.0f} images/s\n")
             head("load", "images/s, model", "measured", "mean latency, ms, model", "measured")
             for count in SIZING_CLIENTS:
-                load = asyncio.run(closed_loop(service.target(guidance), count, args.seconds / 2, WARM_UP_SECONDS))
+                load = asyncio.run(closed_loop(target, count, args.seconds / 2, WARM_UP_SECONDS))
                 print(sizing_row(f"{count} clients", model.clients(count), load))
             for share in SIZING_SHARES:
                 rate = share * model.capacity
-                load = asyncio.run(open_loop(service.target(guidance), rate, args.seconds / 2, WARM_UP_SECONDS))
+                load = asyncio.run(open_loop(target, rate, args.seconds / 2, WARM_UP_SECONDS))
                 print(sizing_row(f"{rate:.0f} arrivals/s", model.arrivals(rate), load))
 
 
