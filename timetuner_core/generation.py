@@ -25,6 +25,11 @@ class Guidance:
     rescale: float = 0.0
     interval: tuple[float, float] | None = None
 
+    @property
+    def guides(self) -> bool:
+        """Whether the scale is one that guides."""
+        return self.scale != UNGUIDED_SCALES[self.type]
+
     def model_fn(self, model: DiffusionModel) -> GuidedModel:
         """The model, guided so."""
         return model.model_fn(self.type, self.scale, self.rescale, self.interval)

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Self
 
 from sqlalchemy.orm import Session
 
@@ -20,19 +21,16 @@ class JobCancelledError(Exception):
     """A user asked for the job to be cancelled."""
 
 
-class Lease:
-    """A claimed job. Renews its lease every third of it; `check()` raises once the job is lost or cancelled."""
+class Renewing:
+    """Renews leases from a thread, every third of their time, while it is entered."""
 
-    def __init__(self, registry: Registry, claim: Claim, lease_seconds: float) -> None:
-        self.claim = claim
+    def __init__(self, registry: Registry, lease_seconds: float) -> None:
         self._registry = registry
         self._seconds = lease_seconds
-        self._lost = threading.Event()
-        self._cancelled = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._renew_until_stopped, daemon=True)
 
-    def __enter__(self) -> "Lease":
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -41,6 +39,29 @@ class Lease:
     ) -> None:
         self._stop.set()
         self._thread.join()
+
+    def _renew_until_stopped(self) -> None:
+        while not self._stop.wait(min(self._seconds / 3, 1.0)):
+            try:
+                self._renew()
+            except LeaseLostError:
+                return
+            except Exception:  # the database is away: try again, the leases may outlast it
+                logger.exception("cannot renew leases")
+
+    def _renew(self) -> None:
+        """Raises: LeaseLostError, when there is nothing left to renew."""
+        raise NotImplementedError
+
+
+class Lease(Renewing):
+    """A claimed job. Renews its lease every third of it; `check()` raises once the job is lost or cancelled."""
+
+    def __init__(self, registry: Registry, claim: Claim, lease_seconds: float) -> None:
+        super().__init__(registry, lease_seconds)
+        self.claim = claim
+        self._lost = threading.Event()
+        self._cancelled = threading.Event()
 
     def check(self) -> None:
         """Cheap enough for every network call. Raises: LeaseLostError, JobCancelledError."""
@@ -69,42 +90,26 @@ class Lease:
             renew(session, self.claim, self._seconds)
             yield session, job
 
-    def _renew_until_stopped(self) -> None:
-        while not self._stop.wait(min(self._seconds / 3, 1.0)):
-            try:
-                with self.write() as (_, job):
-                    if job.cancel_requested:
-                        self._cancelled.set()
-            except LeaseLostError:
-                self._lost.set()
-                return
-            except Exception:  # the database is away: try again, the lease may outlast it
-                logger.exception("cannot renew the lease of %s", self.claim.job_id)
+    def _renew(self) -> None:
+        try:
+            with self.write() as (_, job):
+                if job.cancel_requested:
+                    self._cancelled.set()
+        except LeaseLostError:
+            self._lost.set()
+            raise
 
 
-class SampleLeases:
+class SampleLeases(Renewing):
     """All the sampling jobs a worker has at the moment, renewed together; of each it knows whether it is still to be
     worked on."""
 
     def __init__(self, registry: Registry, lease_seconds: float) -> None:
-        self._registry = registry
-        self._seconds = lease_seconds
+        super().__init__(registry, lease_seconds)
         self._claims: dict[str, SampleClaim] = {}
         self._lock = threading.Lock()
         self._lost: set[str] = set()
         self._cancelled: set[str] = set()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._renew_until_stopped, daemon=True)
-
-    def __enter__(self) -> "SampleLeases":
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
 
     def add(self, claims: Iterable[SampleClaim]) -> None:
         with self._lock:
@@ -124,18 +129,13 @@ class SampleLeases:
             ours = self._claims
             return [ours[i] for i in lost if i in ours], [ours[i] for i in cancelled if i in ours]
 
-    def _renew_until_stopped(self) -> None:
-        while not self._stop.wait(min(self._seconds / 3, 1.0)):
-            with self._lock:
-                claims = list(self._claims.values())
-            if not claims:
-                continue
-            try:
-                with self._registry.write() as session:
-                    lost, cancelled = renew_samples(session, claims, self._seconds)
-            except Exception:  # the database is away: try again, the leases may outlast it
-                logger.exception("cannot renew the leases of %d samples", len(claims))
-                continue
-            with self._lock:
-                self._lost |= lost
-                self._cancelled |= cancelled
+    def _renew(self) -> None:
+        with self._lock:
+            claims = list(self._claims.values())
+        if not claims:
+            return
+        with self._registry.write() as session:
+            lost, cancelled = renew_samples(session, claims, self._seconds)
+        with self._lock:
+            self._lost |= lost
+            self._cancelled |= cancelled

@@ -18,7 +18,7 @@ from service.registry.samples import models_sampled_last
 from service.registry.tables import Job, JobState, Model
 from service.settings import Settings
 from timetuner_core.batching import steady_sizes
-from timetuner_core.generation import UNGUIDED_SCALES, Guidance
+from timetuner_core.generation import Guidance
 from timetuner_core.loading import DiffusionModel, load_builtin, load_folder
 from timetuner_core.tuning import TuningProblem
 from worker import metrics
@@ -77,7 +77,7 @@ class Runtime:
 
     def batch_sizes(self, model_id: str, guidance: Guidance, condition_shape: tuple[int, ...] | None) -> Sequence[int]:
         """The batch sizes among which a sample's bits do not change, for this device and such requests."""
-        guided = None if guidance.interval else guidance.scale != UNGUIDED_SCALES[guidance.type]
+        guided = None if guidance.interval else guidance.guides
         length = condition_shape[0] if condition_shape else None
         key = (model_id, guidance.type, guided, length)
         if key not in self._sizes:

@@ -19,7 +19,6 @@ from service.registry.samples import Ended, SampleClaim, claim_samples, ended, f
 from service.registry.tables import JobState, Schedule
 from service.registry.types import utc_now
 from service.samples.formats import to_preview
-from timetuner_core.generation import UNGUIDED_SCALES
 from timetuner_core.rolling import Advance, RollingBatch, decode
 from worker import metrics
 from worker.joining import join_all
@@ -137,9 +136,8 @@ class SampleServer:
         model = self._runtime.load_model(claim.job.model_id)
         rows = rows_of(claim.job, model, schedule)
         guidance = guidance_of(request)
-        guided = guidance.scale != UNGUIDED_SCALES[guidance.type]
         shapes = [None if c is None else tuple(c.shape) for c in (rows[0].condition, rows[0].uncond_condition)]
-        key: list[Any] = [claim.job.model_id, request["sampler"], request["eta"], guidance.type, guided]
+        key: list[Any] = [claim.job.model_id, request["sampler"], request["eta"], guidance.type, guidance.guides]
         key += [guidance.rescale, guidance.interval, *shapes]
         batch = RollingBatch(
             model,

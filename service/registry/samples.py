@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Row, bindparam, case, exists, func, or_, select, update
+from sqlalchemy import Row, bindparam, case, exists, or_, select, update
 from sqlalchemy.orm import Session, aliased
 
-from service.registry.jobs import Claim, finish
+from service.registry.jobs import Claim, claimed_by, finish
 from service.registry.tables import FINAL_STATES, JobState, RegistryChanges, SampleJob
 from service.registry.types import utc_now
 
@@ -79,14 +79,7 @@ def claim_samples(
         session.execute(
             update(SampleJob)
             .where(SampleJob.id.in_([job.id for job in taken]))
-            .values(
-                state=JobState.RUNNING,
-                attempt=SampleJob.attempt + 1,
-                fencing_token=SampleJob.fencing_token + 1,
-                lease_owner=owner,
-                lease_expires_at=now + timedelta(seconds=lease_seconds),
-                started_at=func.coalesce(SampleJob.started_at, now),
-            ),
+            .values(claimed_by(SampleJob, owner, lease_seconds, now)),
             execution_options={"synchronize_session": False},
         )
     claims = [SampleClaim(SampleJob, job.id, job.fencing_token + 1, job) for job in taken]
