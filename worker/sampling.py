@@ -31,6 +31,11 @@ logger = logging.getLogger(__name__)
 
 LINGER_SECONDS = 0.2  # after the last sample: a client that waited for it may have more
 
+# A batch that is nearly full is topped up by groups, or after a few steps: those who start together end together,
+# so that a full one takes jobs and hands in results every few steps, not at every one.
+GROUPS = 4  # that a full batch consists of
+MOST_STEPS = 3  # that a smaller room stays empty
+
 
 @dataclass
 class Cohort:
@@ -50,7 +55,8 @@ class SampleServer:
         self._cohorts: list[Cohort] = []
         self._writer = ThreadPoolExecutor(1, "results")  # while the next step is computed
         self._writing: list[Future[None]] = []
-        self._looked_at = 0.0
+        self._looked_at = self._called_at = 0.0
+        self._steps_since_taking = 0
         self.stopping = False  # take no more jobs
 
     def serve_if_called(self) -> None:
@@ -79,7 +85,7 @@ class SampleServer:
         with self._runtime.bus.bell() as bell:
             more = True
             while not self.stopping or self._cohorts:
-                if more and not self.stopping:
+                if more and not self.stopping and self._is_time_to_take():
                     more = self._try_to_take(leases)
                 if self._cohorts:
                     self._move_on(leases)
@@ -90,6 +96,17 @@ class SampleServer:
                 else:
                     more = True
         return served and not self.stopping
+
+    @property
+    def _room(self) -> int:
+        return self._runtime.settings.sample_batch_size - sum(len(cohort.batch.rows) for cohort in self._cohorts)
+
+    def _is_time_to_take(self) -> bool:
+        """Whether there is room, for a group at least unless the last was taken a while ago."""
+        room = self._room
+        if 0 < room < self._runtime.settings.sample_batch_size // GROUPS:
+            return self._steps_since_taking >= MOST_STEPS
+        return True
 
     def _try_to_take(self, leases: SampleLeases) -> bool:
         """As `_take`; if the registry is away, what is in flight goes on meanwhile."""
@@ -104,10 +121,11 @@ class SampleServer:
     def _take(self, leases: SampleLeases) -> bool:
         """Claim what there is room for; whether there may be more, for when there is room again."""
         settings, registry = self._runtime.settings, self._runtime.registry
-        room = settings.sample_batch_size - sum(len(cohort.batch.rows) for cohort in self._cohorts)
+        room = self._room
         if room <= 0:
-            self._runtime.bus.wake()  # others may be idle
+            self._call_others()
             return True
+        self._steps_since_taking = 0
         at_work = {cohort.model_id for cohort in self._cohorts}
         with metrics.CLAIM.time(), registry.write() as session:
             claims, late, more = claim_samples(
@@ -129,6 +147,13 @@ class SampleServer:
                 self._fail([claim], error, leases)
         self._end([], late)
         return more
+
+    def _call_others(self) -> None:
+        """They may be idle, while there is no room here."""
+        now = time.monotonic()
+        if now - self._called_at > LINGER_SECONDS:
+            self._called_at = now
+            self._runtime.bus.wake()
 
     def _join(self, claim: SampleClaim, schedule: Schedule | None) -> None:
         """Put a job's rows into the batch that runs such jobs, or into a new one."""
@@ -162,6 +187,7 @@ class SampleServer:
     def _move_on(self, leases: SampleLeases) -> None:
         """One step of every batch; results are handed in meanwhile."""
         self._give_up(leases)
+        self._steps_since_taking += 1
         for cohort in list(self._cohorts):
             try:
                 with metrics.STEP.time():

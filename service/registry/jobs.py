@@ -5,7 +5,7 @@ message that is lost, late or doubled does no harm.
 """
 
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import Select, func, or_, select, update
@@ -51,7 +51,7 @@ def claim(session: Session, job_class: type[Job], job_id: str, owner: str, lease
     token = session.scalar(
         update(job_class)
         .where(job_class.id == job_id, free)
-        .values(claimed_by(job_class, owner, lease_seconds, now))
+        .values(claimed_by(job_class, owner, now + timedelta(seconds=lease_seconds), now))
         .returning(job_class.fencing_token)
     )
     if token is None:
@@ -61,14 +61,14 @@ def claim(session: Session, job_class: type[Job], job_id: str, owner: str, lease
     return Claim(job_class, job_id, token)
 
 
-def claimed_by(job_class: type[Job], owner: str, lease_seconds: float, now: datetime) -> dict[str, Any]:
-    """What claiming changes in a job's row."""
+def claimed_by(job_class: type[Job], owner: Any, expires_at: Any, now: Any) -> dict[str, Any]:
+    """What claiming changes in a job's row: of values, or of parameters that stand for them."""
     return {
         "state": JobState.RUNNING,
         "attempt": job_class.attempt + 1,
         "fencing_token": job_class.fencing_token + 1,
         "lease_owner": owner,
-        "lease_expires_at": now + timedelta(seconds=lease_seconds),
+        "lease_expires_at": expires_at,
         "started_at": func.coalesce(job_class.started_at, now),
     }
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Row, bindparam, case, exists, or_, select, update
+from sqlalchemy import Row, Select, Table, bindparam, case, exists, or_, select, update
 from sqlalchemy.orm import Session, aliased
 
 from service.registry.jobs import Claim, claimed_by, finish
@@ -44,6 +44,24 @@ def ended(
     return Ended(job.id, state, artifact, row, error, job.parent_id, 0 if job.num_parts else job.num_images)
 
 
+def _next_jobs(*order: Any) -> Select[SampleJob]:
+    waiting = select(SampleJob).where(SampleJob.state == JobState.QUEUED, SampleJob.num_parts == 0)
+    ordered = waiting.order_by(SampleJob.priority, *order, SampleJob.id).limit(bindparam("most"))
+    return ordered.with_for_update(skip_locked=True)
+
+
+# Made once: a worker claims before every few steps, and making a statement takes longer than running it.
+_NEXT = _next_jobs()
+_HELD = SampleJob.model_id.in_(bindparam("models", expanding=True))
+_NEXT_BY_MODEL = _next_jobs(case((_HELD, 0), (SampleJob.created_at < bindparam("impatient_since"), 0), else_=1))
+_ROWS: Table = SampleJob.__table__  # type: ignore[assignment]
+_CLAIM = (
+    update(_ROWS)
+    .where(_ROWS.c.id.in_(bindparam("ids", expanding=True)))
+    .values(claimed_by(SampleJob, bindparam("owner"), bindparam("expires_at"), bindparam("now")))
+)
+
+
 def claim_samples(
     session: Session, owner: str, lease_seconds: float, room: int, models: Collection[str], only_these: bool
 ) -> tuple[list[SampleClaim], list[Ended], bool]:
@@ -53,13 +71,11 @@ def claim_samples(
     Jobs come by priority and age. Those of `models`, which the worker holds, go first, until another has waited for
     `PATIENCE_SECONDS`; with `only_these`, the first of another model ends the search.
     """
-    now = utc_now()
-    impatient = SampleJob.created_at < now - timedelta(seconds=PATIENCE_SECONDS)
-    first = case((SampleJob.model_id.in_(models), 0), (impatient, 0), else_=1) if models else 0
-    waiting = select(SampleJob).where(SampleJob.state == JobState.QUEUED, SampleJob.num_parts == 0)
-    order = (SampleJob.priority, first, SampleJob.id) if models else (SampleJob.priority, SampleJob.id)
-    most = max(room, 1)
-    candidates = session.scalars(waiting.order_by(*order).limit(most).with_for_update(skip_locked=True)).all()
+    now, most = utc_now(), max(room, 1)
+    parameters: dict[str, Any] = {"most": most}
+    if models:
+        parameters |= {"models": list(models), "impatient_since": now - timedelta(seconds=PATIENCE_SECONDS)}
+    candidates = session.scalars(_NEXT_BY_MODEL if models else _NEXT, parameters).all()
     allowed = set(models)
     taken: list[SampleJob] = []
     late: list[SampleJob] = []
@@ -76,12 +92,9 @@ def claim_samples(
     for job in late:
         finish(session, job, JobState.FAILED, LATE)
     if taken:
-        session.execute(
-            update(SampleJob)
-            .where(SampleJob.id.in_([job.id for job in taken]))
-            .values(claimed_by(SampleJob, owner, lease_seconds, now)),
-            execution_options={"synchronize_session": False},
-        )
+        expires_at = now + timedelta(seconds=lease_seconds)
+        values = {"ids": [job.id for job in taken], "owner": owner, "expires_at": expires_at, "now": now}
+        session.connection().execute(_CLAIM, values)
     claims = [SampleClaim(SampleJob, job.id, job.fencing_token + 1, job) for job in taken]
     more = len(taken) + len(late) < len(candidates) or len(candidates) == most
     return claims, [ended(job, job.state, error=job.error) for job in late], more
@@ -96,26 +109,28 @@ def renew_samples(session: Session, claims: Collection[SampleClaim], lease_secon
     return {claim.job_id for claim in claims} - ours, {job_id for job_id in ours if rows[job_id].cancel_requested}
 
 
+_END = (
+    update(_ROWS)
+    .where(_ROWS.c.id == bindparam("job_id"))
+    .values(
+        state=bindparam("new_state"),
+        progress=bindparam("new_progress"),
+        error=bindparam("new_error"),
+        finished_at=bindparam("now"),
+        lease_owner=None,
+        lease_expires_at=None,
+        artifact=bindparam("new_artifact"),
+        artifact_row=bindparam("new_row"),
+    )
+)
+
+
 def finish_samples(session: Session, ends: Sequence[tuple[SampleClaim, Ended]]) -> list[Ended]:
     """Enter the final state of each job that is still ours; those."""
     rows = _locked(session, [claim for claim, _ in ends])
     ours = [ended for claim, ended in ends if _is_ours(claim, rows)]
     if ours:
-        session.connection().execute(
-            update(SampleJob.__table__)  # type: ignore[arg-type]
-            .where(SampleJob.id == bindparam("job_id"))
-            .values(
-                state=bindparam("new_state"),
-                progress=bindparam("new_progress"),
-                error=bindparam("new_error"),
-                finished_at=bindparam("now"),
-                lease_owner=None,
-                lease_expires_at=None,
-                artifact=bindparam("new_artifact"),
-                artifact_row=bindparam("new_row"),
-            ),
-            [_end_values(ended) for ended in ours],
-        )
+        session.connection().execute(_END, [_end_values(ended) for ended in ours])
     return ours
 
 
@@ -184,10 +199,17 @@ def changes(session: Session) -> int:
     return session.scalar(select(RegistryChanges.number)) or 0
 
 
+_LOCK = (
+    select(_ROWS.c.id, _ROWS.c.state, _ROWS.c.fencing_token, _ROWS.c.cancel_requested)
+    .where(_ROWS.c.id.in_(bindparam("ids", expanding=True)))
+    .order_by(_ROWS.c.id)
+    .with_for_update()
+)
+
+
 def _locked(session: Session, claims: Collection[SampleClaim]) -> dict[str, Row[str, JobState, int, bool]]:
-    query = select(SampleJob.id, SampleJob.state, SampleJob.fencing_token, SampleJob.cancel_requested)
-    query = query.where(SampleJob.id.in_([claim.job_id for claim in claims])).order_by(SampleJob.id)
-    return {row.id: row for row in session.execute(query.with_for_update())}
+    rows = session.connection().execute(_LOCK, {"ids": [claim.job_id for claim in claims]})
+    return {row.id: row for row in rows}
 
 
 def _is_ours(claim: SampleClaim, rows: dict[str, Row[str, JobState, int, bool]]) -> bool:
