@@ -50,6 +50,7 @@ class Stack:
             "TIMETUNER_HOME": str(home),
             "DATABASE_URL": database_url,
             "BROKER_URL": f"redis+socket://{broker_socket}",
+            "AUTH": "off",
             "LEASE_SECONDS": str(LEASE_SECONDS),
             "DISPATCH_INTERVAL_SECONDS": "0.1",
             "REPUBLISH_SECONDS": "1",
