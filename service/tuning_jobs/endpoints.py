@@ -6,13 +6,11 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Query, Response
 from fastapi.concurrency import run_in_threadpool
-from sqlalchemy import select
-from sqlalchemy.orm import joinedload
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from service.access.callers import Caller
 from service.access.needs import AnyCaller, needs
-from service.api import JSON_TYPE, PageParams, PathId, newest_first, require_json
+from service.api import JSON_TYPE, PageParams, PathId, require_json
 from service.errors import (
     ConflictError,
     InvalidError,
@@ -75,13 +73,8 @@ def list_tuning_jobs(
     job_state: Annotated[JobState | None, Query(alias="state")] = None,
 ) -> TuningJobPage:
     """The caller's tuning jobs, of an admin all, newest first."""
-    query = select(TuningJob).options(joinedload(TuningJob.schedule))
-    if not caller.may(Scope.ADMIN):
-        query = query.where(TuningJob.owner == caller.owner)
-    if job_state is not None:
-        query = query.where(TuningJob.state == job_state)
     with state.registry.read() as session:
-        rows, cursor = newest_first(session, query, TuningJob.id, page)
+        rows, cursor = logic.newest(session, caller, job_state, page)
         return TuningJobPage(items=[TuningJobOut.model_validate(row) for row in rows], next_cursor=cursor)
 
 

@@ -11,11 +11,12 @@ from sqlalchemy.orm import Session, joinedload, selectinload
 
 from service.access.callers import Caller
 from service.access.limits import quota_error
+from service.api import PageQuery, newest_first
 from service.errors import ConflictError, InvalidError, NotFoundError, TooLargeError
 from service.models.logic import get_requested_model
 from service.registry.database import Registry
 from service.registry.jobs import add_event, request_cancel
-from service.registry.keys import charge
+from service.registry.keys import Scope, charge
 from service.registry.tables import FINAL_STATES, JobState, TuningJob, TuningJobEvent
 from service.requests import check_room, check_setting, check_timesteps, check_uncond
 from service.settings import Settings
@@ -81,6 +82,18 @@ def get_job(session: Session, caller: Caller, job_id: str, *, lock: bool = False
     if job is None or not caller.sees(job):
         raise NotFoundError(f"no tuning job {job_id!r}")
     return job
+
+
+def newest(
+    session: Session, caller: Caller, state: JobState | None, page: PageQuery
+) -> tuple[Sequence[TuningJob], str | None]:
+    """One page of the jobs the caller sees, newest first, and the cursor of the next."""
+    query = select(TuningJob).options(joinedload(TuningJob.schedule))
+    if not caller.may(Scope.ADMIN):
+        query = query.where(TuningJob.owner == caller.owner)
+    if state is not None:
+        query = query.where(TuningJob.state == state)
+    return newest_first(session, query, TuningJob.id, page)
 
 
 def cancel(registry: Registry, caller: Caller, job_id: str) -> TuningJob:
