@@ -5,7 +5,7 @@ from datetime import timedelta
 from threading import Barrier
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import insert, select, text
 from sqlalchemy.orm import Session
 
 from service.access.callers import Caller
@@ -108,27 +108,34 @@ def test_who_registered_a_model_is_written_down_once(registry: Registry) -> None
 
 
 @pytest.mark.parametrize("state", [None, JobState.SUCCEEDED])
-@pytest.mark.parametrize("cursor", [None, "job_00150"])
-def test_a_page_of_ones_own_jobs_is_one_end_of_one_index(
+@pytest.mark.parametrize("cursor", [None, "job_02000"])
+def test_a_page_of_ones_own_jobs_is_found_by_their_owner_however_many_others_have(
     registry: Registry, model_id: str, state: JobState | None, cursor: str | None
 ) -> None:
+    """Every hundredth job is one's own, every other one of these has succeeded."""
     key, _ = new_key(registry)
-    common = {"model_id": model_id, "request": {}, "request_hash": "", "state": JobState.SUCCEEDED}
+    common = {"model_id": model_id, "request": {}, "request_hash": ""}
+    rows = [
+        {
+            **common,
+            "id": f"job_{k:05d}",
+            "owner": key.id if k % 100 < 1 else f"key_{k % 10}",
+            "state": JobState.SUCCEEDED if k % 200 < 100 else JobState.FAILED,
+        }
+        for k in range(6000)
+    ]
     with registry.write() as session:
-        session.add_all(
-            TuningJob(id=f"job_{k:05d}", owner=key.id if k % 100 == 0 else f"key_{k % 7}", **common)
-            for k in range(3000)
-        )
+        session.execute(insert(TuningJob), rows)
     with registry.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("ANALYZE"))
-    page = PageQuery(limit=20, cursor=cursor)
+    first = 5999 if cursor is None else 1999
+    expected = [f"job_{k:05d}" for k in range(first, -1, -1) if k % (100 if state is None else 200) == 0][:20]
 
     def read(session: Session) -> None:
-        rows, _ = newest(session, Caller(key), state, page)
-        first = 2900 if cursor is None else 100
-        assert [row.id for row in rows] == [f"job_{k:05d}" for k in range(first, -1, -100)][:20]
+        jobs, _ = newest(session, Caller(key), state, PageQuery(limit=20, cursor=cursor))
+        assert [job.id for job in jobs] == expected
 
     (plan, *_) = plans_of(registry, read)
-    of_jobs = [index for index in plan.indexes if index[0] == "owner"]
-    assert of_jobs == [("owner", "id") if state is None else ("owner", "state", "id")]
-    assert not plan.sorts
+    assert [index[0] for index in plan.indexes if index != ("job_id",)] == ["owner"]
+    if registry.is_sqlite:  # PostgreSQL may rather sort as few as these
+        assert not plan.sorts

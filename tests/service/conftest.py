@@ -6,7 +6,10 @@ from typing import Any, TypeAlias
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
+from service.cli import app
+from service.registry.database import Registry
 from service.registry.keys import Scope, create_key
 from tests.stack import Stack, wait_until
 
@@ -21,6 +24,14 @@ class User:
 
 
 NewUser: TypeAlias = Callable[..., User]
+
+
+def keys(registry: Registry, *arguments: str) -> str:
+    """What `timetuner keys` prints on this database."""
+    environment = {"DATABASE_URL": registry.url.render_as_string(hide_password=False)}
+    result = CliRunner().invoke(app, ["keys", *arguments], env=environment)
+    assert result.exit_code == 0, result.output
+    return result.stdout.strip()
 
 
 @pytest.fixture(scope="session")

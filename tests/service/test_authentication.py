@@ -2,7 +2,6 @@
 
 import asyncio
 import io
-import os
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from service.registry.database import Registry
 from service.registry.keys import Scope, revoke_key
 from service.registry.tables import ApiKey, AuditEntry
 from tests.conftest import MakeDatabaseUrl
-from tests.service.conftest import NewUser, User
+from tests.service.conftest import NewUser, User, keys
 from tests.service.problems import assert_problem
 from tests.stack import Json, Stack, free_port, wait_until
 
@@ -276,14 +275,6 @@ def api(stack: Stack, registry: Registry, host: str) -> Iterator[httpx.Client]:
         process.wait()
 
 
-def keys(registry: Registry, *arguments: str) -> str:
-    """What `timetuner keys` prints."""
-    environment = {**os.environ, "DATABASE_URL": registry.url.render_as_string(hide_password=False)}
-    result = CliRunner().invoke(app, ["keys", *arguments], env=environment)
-    assert result.exit_code == 0, result.output
-    return result.stdout.strip()
-
-
 @pytest.fixture
 def own_registry(stack: Stack, make_database_url: MakeDatabaseUrl, tmp_path: Path) -> Iterator[Registry]:
     """An empty one, of the stack's engine."""
@@ -319,50 +310,3 @@ def test_beyond_this_machine_a_key_is_needed_from_the_start(stack: Stack, own_re
         headers = {"Authorization": f"Bearer {keys(own_registry, 'create', '--name', 'prometheus')}"}
         assert client.get("/metrics", headers=headers).status_code == 200
         assert_problem(client.post("/v1/samples", json={"model": "m"}, headers=headers), 403, accepted="'sample'")
-
-
-def test_a_key_has_what_the_command_gives_it(own_registry: Registry) -> None:
-    limits = ["--requests-per-minute", "60", "--pixel-steps-per-day", "1000000"]
-    scopes = ["--scope", "sample", "--scope", "models:write"]
-    text = keys(own_registry, "create", "--name", "Ann's laptop", "--expires-in", "90d", *scopes, *limits)
-    with own_registry.read() as session:
-        key = session.scalars(select(ApiKey)).one()
-    assert text.startswith(f"tt_{key.prefix}_")
-    assert key.expires_at is not None
-    assert (key.expires_at - key.created_at).days in (89, 90)
-    assert (key.name, key.scopes) == ("Ann's laptop", ["sample", "models:write"])
-    assert (key.requests_per_minute, key.pixel_steps_per_day) == (60, 1_000_000)
-    _, line = keys(own_registry, "list").splitlines()
-    told = (key.id, key.prefix, "Ann's laptop", "sample, models:write", "60 requests a minute", "until", "never")
-    assert all(part in line for part in told)
-    assert text.rpartition("_")[2] not in line
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["create", "--name", "n", "--scope", "everything"], "'models:write'"),
-        (["create", "--name", "n", "--expires-in", "0d"], "12h or 90d"),
-        (["create", "--name", "n", "--expires-in", "soon"], "12h or 90d"),
-        (["create", "--name", "n", "--expires-in", "999999999d"], "12h or 90d"),
-        (["create", "--name", "n", "--requests-per-minute", "0"], "1<=x"),
-        (["create", "--name", "a\nb"], "printable"),
-        (["create"], "--name"),
-        (["revoke", "key_nobodys"], "timetuner keys list"),
-    ],
-)
-def test_the_command_says_what_it_would_accept(own_registry: Registry, arguments: list[str], message: str) -> None:
-    environment = {"DATABASE_URL": own_registry.url.render_as_string(hide_password=False), "COLUMNS": "200"}
-    result = CliRunner().invoke(app, ["keys", *arguments], env=environment)
-    assert result.exit_code == 2
-    assert message in result.stderr
-    with own_registry.read() as session:
-        assert session.scalars(select(ApiKey)).all() == []
-
-
-def test_the_command_says_in_one_line_that_there_is_no_database(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'nowhere' / 'registry.sqlite'}"
-    result = CliRunner().invoke(app, ["keys", "create", "--name", "n"], env={"DATABASE_URL": url})
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert len(result.stderr.splitlines()) == 1
-    assert "timetuner db upgrade" in result.stderr
