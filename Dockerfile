@@ -22,5 +22,6 @@ USER timetuner
 WORKDIR /home/timetuner
 VOLUME /data
 EXPOSE 8000
-# Everything in one container; docker-compose.yml has one per process.
+# Everything in one container; docker-compose.yml has one per process. Requests need API keys, as the API does not listen
+# on loopback: docker exec CONTAINER timetuner keys create --name admin --scope admin
 CMD ["timetuner", "up", "--host", "0.0.0.0"]

@@ -10,7 +10,7 @@ from sqlalchemy import Select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from service.errors import UnsupportedMediaTypeError
-from service.registry.tables import Model, TuningJob
+from service.registry.tables import AuditEntry, Model, TuningJob
 
 JSON_TYPE = "application/json"
 
@@ -45,7 +45,7 @@ class PageQuery(BaseModel):
 PageParams = Annotated[PageQuery, Query()]
 
 
-Row = TypeVar("Row", Model, TuningJob)
+Row = TypeVar("Row", AuditEntry, Model, TuningJob)
 
 
 def newest_first(

@@ -11,8 +11,18 @@ from fastapi.routing import APIRoute
 from fastapi.telemetry import TelemetryConfig
 
 from service import health, telemetry
+from service.access import endpoints as audit
+from service.access.authentication import AuthenticationMiddleware
 from service.body_limit import BodyLimitMiddleware
-from service.errors import Problem, install_error_handlers, problem_content
+from service.errors import (
+    ForbiddenError,
+    Problem,
+    TooManyRequestsError,
+    UnauthenticatedError,
+    error_responses,
+    install_error_handlers,
+    problem_content,
+)
 from service.metrics import Metrics, MetricsMiddleware, QueueCollector
 from service.models import endpoints as models
 from service.models.schemas import BuiltinModelRequest
@@ -58,16 +68,18 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         responses={"default": {**problem_content(), "description": "Any other error."}},
     )
     app.add_middleware(AdmissionMiddleware, admission=lambda: app.state.timetuner.admission, path="/v1/samples")
+    app.add_middleware(AuthenticationMiddleware, state=lambda: app.state.timetuner)
     app.add_middleware(
         BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes, max_json_bytes=settings.max_json_bytes
     )
     app.state.metrics = metrics
-    areas = (models, tuning_jobs, schedules, samples, health)
+    areas = (models, tuning_jobs, schedules, samples, audit, health)
     paths = [route.path for area in areas for route in area.router.routes if isinstance(route, APIRoute)]
     app.add_middleware(MetricsMiddleware, metrics=metrics, paths=paths)  # last, so that it is around the others
     install_error_handlers(app)
+    of_keys = error_responses(UnauthenticatedError, ForbiddenError, TooManyRequestsError)
     for area in areas:
-        app.include_router(area.router)
+        app.include_router(area.router, responses={} if area is health else of_keys)
 
     @app.get("/", include_in_schema=False)
     def root() -> RedirectResponse:

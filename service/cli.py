@@ -10,17 +10,20 @@ from typing import Annotated, Any
 import typer
 import uvicorn
 
+from service.access.cli import keys
+from service.access.local import is_loopback
 from service.registry.database import Registry
 from service.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Tuned timesteps for frozen diffusion models.")
 db = typer.Typer(no_args_is_help=True, help="The registry's database.")
 app.add_typer(db, name="db")
+app.add_typer(keys, name="keys")
 
 # Of `compare`, where they are not the names of what they say.
 COMPARE_OPTIONS = {"models": "--model", "guidances": "--guidance", "entrants": "--tuners"}
 
-Host = Annotated[str, typer.Option(help="Address to listen on. There is no authentication yet: keep it on loopback.")]
+Host = Annotated[str, typer.Option(help="Address to listen on; on any but loopback, requests need API keys.")]
 Port = Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")]
 
 
@@ -37,6 +40,7 @@ def up(
     """
     from service.supervisor import Supervisor
 
+    _settle_authentication("up", host)
     if home is not None:
         os.environ["TIMETUNER_HOME"] = str(home.absolute())
     raise typer.Exit(Supervisor(host, port, tuning_workers).run())
@@ -45,7 +49,19 @@ def up(
 @app.command()
 def api(host: Host = "127.0.0.1", port: Port = 8000) -> None:
     """Run the API alone."""
+    _settle_authentication("api", host)
     uvicorn.run("service.app:create_app", factory=True, host=host, port=port, log_level="warning")
+
+
+def _settle_authentication(command: str, host: str) -> None:
+    """Beyond this machine, have requests need API keys; where that was forbidden, do not start."""
+    if is_loopback(host):
+        return
+    if Settings().auth == "off":
+        accepted = "a loopback address, such as 127.0.0.1; or AUTH=on"
+        typer.echo(f"timetuner {command}: --host is {host!r} while AUTH is 'off'; accepted: {accepted}", err=True)
+        raise typer.Exit(2)
+    os.environ["AUTH"] = "on"
 
 
 @app.command()

@@ -47,6 +47,22 @@ class ServiceError(Exception):
         self.errors = [] if loc is None else [ErrorItem(loc=list(loc), msg=detail, input=input)]
 
 
+class UnauthenticatedError(ServiceError):
+    """A request without a valid API key, where one is needed; `why` does not repeat what was given."""
+
+    status = HTTPStatus.UNAUTHORIZED
+    headers = {"WWW-Authenticate": "Bearer"}  # noqa: RUF012
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            f"{why}; accepted: 'Authorization: Bearer tt_...', a valid API key", ("header", "Authorization")
+        )
+
+
+class ForbiddenError(ServiceError):
+    status = HTTPStatus.FORBIDDEN
+
+
 class NotFoundError(ServiceError):
     status = HTTPStatus.NOT_FOUND
 

@@ -7,6 +7,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from sqlalchemy import text
 
+from service.access.needs import needs
+from service.errors import ForbiddenError, TooManyRequestsError, UnauthenticatedError, error_responses
 from service.queue import QUEUES
 from service.state import AppState, State
 
@@ -45,9 +47,11 @@ def readyz(state: State, response: Response) -> Readiness:
 @router.get(
     "/metrics",
     operation_id="metrics",
+    dependencies=[needs()],
     response_class=Response,
     responses={
-        200: {"description": "Prometheus's text format.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+        200: {"description": "Prometheus's text format.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        **error_responses(UnauthenticatedError, ForbiddenError, TooManyRequestsError),
     },
 )
 def metrics(request: Request) -> Response:

@@ -19,6 +19,7 @@ class Settings(BaseSettings):
     database_url: str = ""  # default: SQLite in home
     artifacts_url: str = ""  # default: a folder in home
     broker_url: str = "redis://127.0.0.1:6379/0"
+    auth: Literal["auto", "on", "off"] = "auto"  # whether requests need an API key; auto: once there is one
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of networks; samples stay in float32
     channels_last: bool = False

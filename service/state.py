@@ -9,6 +9,8 @@ from typing import Annotated
 from celery import Celery
 from fastapi import Depends, Request
 
+from service.access.keyring import KeyRing
+from service.access.limits import RateLimits
 from service.artifacts import ArtifactStore
 from service.bus import Bus
 from service.queue import celery_app
@@ -32,6 +34,8 @@ class AppState:
     news: News
     admission: Admission
     submissions: Submissions
+    keys: KeyRing
+    rates: RateLimits
     image_shapes: dict[str, list[int]] = field(default_factory=dict)  # by model, none of which ever changes
 
 
@@ -50,6 +54,8 @@ def open_state(settings: Settings) -> Iterator[AppState]:
         News(settings.broker_url, admission.ended),
         admission,
         Submissions(partial(submit_all, registry, settings, Catalog()), bus.ring),
+        KeyRing(registry, settings.auth),
+        RateLimits(settings.broker_url),
     )
     bus.close()
     celery.close()

@@ -50,6 +50,7 @@ class Stack:
             "TIMETUNER_HOME": str(home),
             "DATABASE_URL": database_url,
             "BROKER_URL": f"redis+socket://{broker_socket}",
+            "AUTH": "off",
             "LEASE_SECONDS": str(LEASE_SECONDS),
             "DISPATCH_INTERVAL_SECONDS": "0.1",
             "REPUBLISH_SECONDS": "1",
@@ -66,7 +67,7 @@ class Stack:
         self.environment = {**os.environ, **environment, "PYTHONPATH": str(packages)}
         self.registry = Registry(database_url)
         self.registry.upgrade()
-        port = free_port()
+        port, guarded_port = free_port(), free_port()
         self._commands = {
             "broker": command,
             "dispatcher": [sys.executable, "-m", "worker.dispatcher"],
@@ -76,12 +77,16 @@ class Stack:
         more_workers = {f"worker {k}": [sys.executable, "-m", "worker", "--queues", "tuning"] for k in (2, 3)}
         self._started_at_first = list(self._commands)
         self._commands |= more_workers
+        # The same, but for those who have a key.
+        self._commands["guarded api"] = [sys.executable, "-m", "service", "api", "--port", str(guarded_port)]
+        self.guarded_url = f"http://127.0.0.1:{guarded_port}"
         self.celery = celery_app(environment["BROKER_URL"])
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
 
     def start(self, *names: str) -> None:
         for name in names:
-            self.processes[name] = subprocess.Popen(self._commands[name], env=self.environment)
+            own = {"AUTH": "on"} if name == "guarded api" else {}
+            self.processes[name] = subprocess.Popen(self._commands[name], env=self.environment | own)
 
     def start_all(self) -> None:
         self.start(*self._started_at_first)

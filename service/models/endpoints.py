@@ -10,6 +10,8 @@ from pydantic import ValidationError
 from sqlalchemy import select
 from starlette.datastructures import UploadFile
 
+from service.access.callers import Caller
+from service.access.needs import needs
 from service.api import JSON_TYPE, PRINTABLE, PageParams, PathId, newest_first
 from service.errors import (
     ConflictError,
@@ -21,11 +23,13 @@ from service.errors import (
 )
 from service.models import logic
 from service.models.schemas import BuiltinModelRequest, ModelOut, ModelPage
+from service.registry.keys import Scope
 from service.registry.tables import Model
 from service.state import State
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
+Writer = Annotated[Caller, needs(Scope.MODELS_WRITE)]
 MULTIPART = "multipart/form-data"
 REQUEST_BODY: dict[str, Any] = {
     "requestBody": {
@@ -90,6 +94,7 @@ async def _parse(request: Request) -> tuple[BuiltinModelRequest | None, UploadFi
     },
 )
 async def register_model(
+    caller: Writer,  # before the body is read
     parsed: Annotated[tuple[BuiltinModelRequest | None, UploadFile | None, str | None], Depends(_parse)],
     state: State,
     response: Response,
@@ -97,19 +102,21 @@ async def register_model(
     """Register a model: a built-in one by name, or an uploaded archive of a diffusers-format folder."""
     builtin, archive, name = parsed
     if builtin is not None:
-        model, created = await run_in_threadpool(logic.register_builtin, state.registry, builtin.builtin, builtin.name)
+        model, created = await run_in_threadpool(
+            logic.register_builtin, state.registry, caller, builtin.builtin, builtin.name
+        )
     else:
         assert archive is not None and name is not None
         limit = 2 * state.settings.max_body_bytes
         model, created = await run_in_threadpool(
-            logic.register_archive, state.registry, state.artifacts, archive.file, name, limit
+            logic.register_archive, state.registry, caller, state.artifacts, archive.file, name, limit
         )
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/v1/models/{model.id}"
     return ModelOut.model_validate(model)
 
 
-@router.get("", operation_id="list_models", responses=error_responses(InvalidError))
+@router.get("", operation_id="list_models", dependencies=[needs()], responses=error_responses(InvalidError))
 def list_models(state: State, page: PageParams) -> ModelPage:
     """The registered models, newest first."""
     with state.registry.read() as session:
@@ -117,7 +124,7 @@ def list_models(state: State, page: PageParams) -> ModelPage:
         return ModelPage(items=[ModelOut.model_validate(row) for row in rows], next_cursor=cursor)
 
 
-@router.get("/{model_id}", operation_id="get_model", responses=error_responses(NotFoundError))
+@router.get("/{model_id}", operation_id="get_model", dependencies=[needs()], responses=error_responses(NotFoundError))
 def get_model(model_id: PathId, state: State) -> ModelOut:
     """One model."""
     with state.registry.read() as session:
@@ -130,6 +137,6 @@ def get_model(model_id: PathId, state: State) -> ModelOut:
     operation_id="delete_model",
     responses=error_responses(NotFoundError, ConflictError),
 )
-def delete_model(model_id: PathId, state: State) -> None:
+def delete_model(caller: Writer, model_id: PathId, state: State) -> None:
     """Delete a model that no schedule and no job refers to."""
-    logic.delete_model(state.registry, state.artifacts, model_id)
+    logic.delete_model(state.registry, caller, state.artifacts, model_id)

@@ -10,6 +10,7 @@ from sqlalchemy import exists, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from service.access.callers import Caller
 from service.artifacts import ArtifactStore
 from service.errors import ConflictError, InvalidError, NotFoundError
 from service.models.archive import LOC, unpack
@@ -25,17 +26,17 @@ from timetuner_core.loading import (
 )
 
 
-def register_builtin(registry: Registry, builtin: str, name: str | None) -> tuple[Model, bool]:
+def register_builtin(registry: Registry, caller: Caller, builtin: str, name: str | None) -> tuple[Model, bool]:
     """The built-in's row and whether it was made now: registering it again finds the same row."""
     folder = BUILTIN_FOLDERS.get(builtin)
     content_hash = folder_hash(folder) if folder else hashlib.sha256(f"builtin:{builtin}".encode()).hexdigest()
     spec = describe(load_builtin(builtin))
     model = Model(name=name or builtin, content_hash=content_hash, source={"builtin": builtin}, spec=spec)
-    return _insert(registry, model)
+    return _insert(registry, caller, model)
 
 
 def register_archive(
-    registry: Registry, artifacts: ArtifactStore, file: IO[bytes], name: str, max_bytes: int
+    registry: Registry, caller: Caller, artifacts: ArtifactStore, file: IO[bytes], name: str, max_bytes: int
 ) -> tuple[Model, bool]:
     """Check an uploaded archive by loading it, keep its folder, and make its row; content seen before is found.
 
@@ -56,7 +57,7 @@ def register_archive(
         artifacts.put_folder(key, staging)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return _insert(registry, Model(name=name, content_hash=content_hash, source={"artifact": key}, spec=spec))
+    return _insert(registry, caller, Model(name=name, content_hash=content_hash, source={"artifact": key}, spec=spec))
 
 
 def get_model(session: Session, model_id: str) -> Model:
@@ -76,7 +77,7 @@ def get_requested_model(session: Session, model_id: str, where: str = "body") ->
     return model
 
 
-def delete_model(registry: Registry, artifacts: ArtifactStore, model_id: str) -> None:
+def delete_model(registry: Registry, caller: Caller, artifacts: ArtifactStore, model_id: str) -> None:
     """Delete a model nothing refers to, its files included.
 
     Raises:
@@ -88,6 +89,7 @@ def delete_model(registry: Registry, artifacts: ArtifactStore, model_id: str) ->
             if session.scalar(select(exists().where(referrer.model_id == model_id))):
                 raise ConflictError(f"model {model_id!r} has {referrer.__tablename__}; accepted: a model without any")
         session.delete(model)
+        caller.record(session, "delete_model", model_id)
     if artifact := model.source.get("artifact"):
         artifacts.remove(artifact)
 
@@ -121,12 +123,14 @@ def folder_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _insert(registry: Registry, model: Model) -> tuple[Model, bool]:
+def _insert(registry: Registry, caller: Caller, model: Model) -> tuple[Model, bool]:
     if found := _find(registry, model.content_hash):
         return found, False
     try:
         with registry.write() as session:
             session.add(model)
+            session.flush()
+            caller.record(session, "register_model", model.id)
     except IntegrityError:  # registered by someone else in between
         if found := _find(registry, model.content_hash):
             return found, False

@@ -1,7 +1,7 @@
 """The tables. A change here needs a migration in `migrations/versions`; a test compares the two."""
 
 from collections.abc import Iterable
-from datetime import datetime
+from datetime import date, datetime
 from decimal import Decimal
 from enum import StrEnum
 from typing import Any
@@ -47,6 +47,7 @@ class Base(DeclarativeBase):
         Decimal: ExactDecimal,
         dict[str, Any]: JSON,
         list[float]: JSON,
+        list[str]: JSON,
         str: String(255),
     }
 
@@ -92,9 +93,14 @@ class Job(Base):
 
 class TuningJob(Job):
     __tablename__ = "tuning_jobs"
-    __table_args__ = (Index(None, "state", "published_at"),)
+    __table_args__ = (
+        Index(None, "state", "published_at"),
+        Index(None, "owner", "id"),
+        Index(None, "owner", "state", "id"),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("job"))
+    owner: Mapped[str | None]  # the API key that asked; null: none was needed
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
     idempotency_key: Mapped[str | None] = mapped_column(unique=True)
     request_hash: Mapped[str]
@@ -253,6 +259,7 @@ class SampleJob(Job):
     __table_args__ = (Index(None, "state", "priority", "id"),)
 
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("smp"))
+    owner: Mapped[str | None]  # the API key that asked; null: none was needed
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
     schedule_id: Mapped[str | None] = mapped_column(ForeignKey("schedules.id"), index=True)
     request_hash: Mapped[str] = mapped_column(index=True)  # of all that decides the images
@@ -274,3 +281,40 @@ class RegistryChanges(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     number: Mapped[int] = mapped_column(BigInteger, default=0)
+
+
+class ApiKey(Base):
+    """Who may use the API, and how much. None is ever deleted: jobs and the audit log name it.
+
+    `quota_used` is what was used of `pixel_steps_per_day` on `quota_day`.
+    """
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("key"))
+    name: Mapped[str]
+    prefix: Mapped[str] = mapped_column(unique=True)  # the part of its text that is no secret
+    secret_hash: Mapped[str]
+    scopes: Mapped[list[str]]
+    requests_per_minute: Mapped[int | None]
+    pixel_steps_per_day: Mapped[int | None] = mapped_column(BigInteger)
+    quota_day: Mapped[date | None]  # in UTC
+    quota_used: Mapped[int] = mapped_column(BigInteger, default=0)
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]  # to the minute
+
+
+class AuditEntry(Base):
+    """Who changed what, or was refused to."""
+
+    __tablename__ = "audit_log"
+
+    id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("aud"))
+    actor: Mapped[str]  # an API key's id, or `cli`
+    action: Mapped[str]  # the operation id in the OpenAPI document, or what the command did
+    object: Mapped[str]  # what it was done to: an id; if it was refused, the request's path
+    outcome: Mapped[str]  # `done`, or `refused: ` and the status
+    request_id: Mapped[str | None]
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)

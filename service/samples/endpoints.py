@@ -13,6 +13,8 @@ from fastapi.concurrency import run_in_threadpool
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from service import telemetry
+from service.access.callers import Caller
+from service.access.needs import AnyCaller, needs
 from service.api import PathId, require_json
 from service.errors import (
     ConflictError,
@@ -28,6 +30,7 @@ from service.errors import (
 )
 from service.models.logic import get_model
 from service.registry.jobs import request_cancel
+from service.registry.keys import Scope
 from service.registry.samples import LATE, Ended, ended
 from service.registry.tables import FINAL_STATES, JobState, SampleJob
 from service.registry.types import new_id
@@ -38,6 +41,7 @@ from service.state import AppState, State
 
 router = APIRouter(prefix="/v1/samples", tags=["samples"])
 
+Sampler = Annotated[Caller, needs(Scope.SAMPLE)]
 Accept = Annotated[str, Header(include_in_schema=False)]
 Prefer = Annotated[
     str | None, Header(description="`respond-async`: answer 202 at once; `wait=N`: wait up to N seconds.")
@@ -75,7 +79,7 @@ CONTENT: dict[int | str, dict[str, Any]] = {
     },
 )
 async def sample(
-    body: SampleRequest, request: Request, state: State, accept: Accept = "*/*", prefer: Prefer = None
+    caller: Sampler, body: SampleRequest, request: Request, state: State, accept: Accept = "*/*", prefer: Prefer = None
 ) -> Response:
     """Sample images and wait for them; or, with `Prefer: respond-async`, answer 202 with the job at once.
 
@@ -85,29 +89,29 @@ async def sample(
     respond_async, seconds = _preference(prefer, state.settings.max_wait_seconds)
     job_id = new_id("smp")
     with state.news.follow(job_id) as news:
-        submission = logic.Submission(job_id, body, None if respond_async else accept, telemetry.traceparent())
+        submission = logic.Submission(job_id, body, None if respond_async else accept, telemetry.traceparent(), caller)
         with state.admission.admit(body.num_images):
             job = await state.submissions.add(submission)
         if job.state == JobState.SUCCEEDED:
             state.admission.spared(body.num_images)
         if respond_async:
             return _accepted(job)
-        end = await _end(state, request, job, news, seconds)
+        end = await _end(state, caller, request, job, news, seconds)
     if end is None:
-        return _accepted(await run_in_threadpool(_read, state, job_id))
+        return _accepted(await run_in_threadpool(_read, state, caller, job_id))
     return await run_in_threadpool(_content, state, job, end, accept, None)
 
 
 @router.get("/{job_id}", operation_id="get_sample_job", responses=error_responses(NotFoundError))
-def get_sample_job(job_id: PathId, state: State) -> SampleJobOut:
+def get_sample_job(caller: AnyCaller, job_id: PathId, state: State) -> SampleJobOut:
     """The state of a sampling job."""
-    return SampleJobOut.model_validate(_read(state, job_id))
+    return SampleJobOut.model_validate(_read(state, caller, job_id))
 
 
 @router.post("/{job_id}/cancel", operation_id="cancel_sample_job", responses=error_responses(NotFoundError))
-def cancel_sample_job(job_id: PathId, state: State) -> SampleJobOut:
+def cancel_sample_job(caller: Sampler, job_id: PathId, state: State) -> SampleJobOut:
     """Cancel a sampling job; one that is over stays as it is."""
-    return SampleJobOut.model_validate(_cancel(state, job_id))
+    return SampleJobOut.model_validate(_cancel(state, caller, job_id))
 
 
 @router.get(
@@ -121,10 +125,10 @@ def cancel_sample_job(job_id: PathId, state: State) -> SampleJobOut:
     },
 )
 def get_sample_content(
-    job_id: PathId, state: State, accept: Accept = "*/*", if_none_match: IfNoneMatch = None
+    caller: AnyCaller, job_id: PathId, state: State, accept: Accept = "*/*", if_none_match: IfNoneMatch = None
 ) -> Response:
     """The images of a sampling job, in any format, as often as wanted."""
-    job = _read(state, job_id)
+    job = _read(state, caller, job_id)
     if job.state not in FINAL_STATES:
         raise ConflictError(f"sampling job {job_id!r} is {job.state}; accepted: one that has succeeded")
     return _content(state, job, _end_of(job), accept, if_none_match)
@@ -139,11 +143,11 @@ def get_sample_content(
         **error_responses(NotFoundError),
     },
 )
-async def follow_sample_job(job_id: PathId, state: State) -> EventSourceResponse:
+async def follow_sample_job(caller: AnyCaller, job_id: PathId, state: State) -> EventSourceResponse:
     """The job as it is (`state`), each step from now on (`step`: step, num_steps and, if the request asked for
     previews, a base64 PNG of the images as predicted there), and the job once it is over (`end`)."""
-    await run_in_threadpool(_read, state, job_id)  # 404 before the stream begins
-    return EventSourceResponse(_stream(state, job_id))
+    await run_in_threadpool(_read, state, caller, job_id)  # 404 before the stream begins
+    return EventSourceResponse(_stream(state, caller, job_id))
 
 
 def _accepted(job: SampleJob) -> Response:
@@ -156,7 +160,7 @@ def _accepted(job: SampleJob) -> Response:
 
 
 async def _end(
-    state: AppState, request: Request, job: SampleJob, news: "asyncio.Queue[Any]", seconds: float
+    state: AppState, caller: Caller, request: Request, job: SampleJob, news: "asyncio.Queue[Any]", seconds: float
 ) -> Ended | None:
     """How a job ends, or None if that takes more than `seconds`. Cancels it if the client hangs up."""
     if job.state in FINAL_STATES:
@@ -173,9 +177,9 @@ async def _end(
                 continue
             told.cancel()
             if hung_up.done():
-                await run_in_threadpool(_cancel, state, job.id)
+                await run_in_threadpool(_cancel, state, caller, job.id)
                 return None
-            current = await run_in_threadpool(_read, state, job.id)
+            current = await run_in_threadpool(_read, state, caller, job.id)
             if current.state in FINAL_STATES:
                 return _end_of(current)
         return None
@@ -193,15 +197,16 @@ def _end_of(job: SampleJob) -> Ended:
     return ended(job, job.state, job.artifact, job.artifact_row, job.error)
 
 
-def _read(state: AppState, job_id: str) -> SampleJob:
+def _read(state: AppState, caller: Caller, job_id: str) -> SampleJob:
     with state.registry.read() as session:
-        return logic.get_job(session, job_id)
+        return logic.get_job(session, caller, job_id)
 
 
-def _cancel(state: AppState, job_id: str) -> SampleJob:
+def _cancel(state: AppState, caller: Caller, job_id: str) -> SampleJob:
     with state.registry.write() as session:
-        job = logic.get_job(session, job_id, with_for_update=True)
+        job = logic.get_job(session, caller, job_id, with_for_update=True)
         request_cancel(session, job)
+        caller.record(session, "cancel_sample_job", job_id)
     state.bus.tell_ended([_end_of(job)] if job.state in FINAL_STATES else [])
     return job
 
@@ -234,9 +239,9 @@ def _image_shape(state: AppState, model_id: str) -> list[int]:
     return state.image_shapes[model_id]
 
 
-async def _stream(state: AppState, job_id: str) -> AsyncIterator[ServerSentEvent]:
+async def _stream(state: AppState, caller: Caller, job_id: str) -> AsyncIterator[ServerSentEvent]:
     with state.news.follow(job_id) as news:
-        job = await run_in_threadpool(_read, state, job_id)
+        job = await run_in_threadpool(_read, state, caller, job_id)
         yield ServerSentEvent(SampleJobOut.model_validate(job).model_dump_json(), event="state")
         while job.state not in FINAL_STATES:
             try:
@@ -246,7 +251,7 @@ async def _stream(state: AppState, job_id: str) -> AsyncIterator[ServerSentEvent
             if isinstance(told, dict):
                 yield ServerSentEvent(json.dumps(told), event="step")
             else:
-                job = await run_in_threadpool(_read, state, job_id)
+                job = await run_in_threadpool(_read, state, caller, job_id)
         yield ServerSentEvent(SampleJobOut.model_validate(job).model_dump_json(), event="end")
 
 

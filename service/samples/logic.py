@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,10 +14,13 @@ import numpy as np
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from service.access.callers import ANYBODY, Caller
+from service.access.limits import quota_error
 from service.arrays import decode_array, encode_array
 from service.errors import InvalidError, NotAcceptableError, NotFoundError, ServiceError, TooLargeError
 from service.models.logic import get_requested_model
 from service.registry.database import Registry
+from service.registry.keys import charge
 from service.registry.samples import changes
 from service.registry.tables import JobState, Model, SampleJob, Schedule
 from service.registry.types import utc_now
@@ -43,6 +47,7 @@ class Submission:
     request: SampleRequest
     accept: str | None
     traceparent: str | None = None
+    caller: Caller = ANYBODY
 
 
 class Catalog:
@@ -92,7 +97,7 @@ def submit_all(
     What was sampled before is not sampled again: such a job has succeeded at once.
 
     Returns:
-        For each, its job, or why it was refused: InvalidError, TooLargeError, NotAcceptableError.
+        For each, its job, or why it was refused: InvalidError, TooLargeError, NotAcceptableError, KeyLimitError.
     """
     outcomes: list[SampleJob | ServiceError] = []
     with registry.write() as session:
@@ -102,9 +107,13 @@ def submit_all(
                 outcomes.append(_make_job(session, settings, catalog, submission))
             except ServiceError as refusal:
                 outcomes.append(refusal)
+        _reuse(session, [job for job in outcomes if isinstance(job, SampleJob)])
+        _charge(session, catalog, submissions, outcomes)
         jobs = [job for job in outcomes if isinstance(job, SampleJob)]
-        _reuse(session, jobs)
         session.add_all(jobs)
+        for submission, outcome in zip(submissions, outcomes, strict=True):
+            if isinstance(outcome, SampleJob):
+                submission.caller.record(session, "sample", outcome.id)
         session.flush()  # parents before their parts
         session.add_all(part for job in jobs for part in _parts(job, settings.sample_batch_size))
     return outcomes
@@ -128,6 +137,7 @@ def _make_job(session: Session, settings: Settings, catalog: Catalog, submission
     deadline, schedule_id = request.deadline_seconds, None if schedule is None else schedule.id
     return SampleJob(
         id=submission.job_id,
+        owner=submission.caller.owner,
         model_id=model.id,
         schedule_id=schedule_id,
         request=stored,
@@ -159,6 +169,24 @@ def _reuse(session: Session, jobs: Sequence[SampleJob]) -> None:
             job.state, job.progress, job.finished_at = JobState.SUCCEEDED, 1.0, utc_now()
 
 
+def _charge(
+    session: Session, catalog: Catalog, submissions: Sequence[Submission], outcomes: list[SampleJob | ServiceError]
+) -> None:
+    """Count what is to be sampled against the quotas of the keys that have one; put refusals in place of jobs."""
+    limited: dict[str, list[int]] = defaultdict(list)
+    for i, (submission, outcome) in enumerate(zip(submissions, outcomes, strict=True)):
+        key, to_do = submission.caller.key, isinstance(outcome, SampleJob) and outcome.state != JobState.SUCCEEDED
+        if to_do and key is not None and key.pixel_steps_per_day is not None:
+            limited[key.id].append(i)
+    for key_id, indices in sorted(limited.items()):
+        requests = [submissions[i].request for i in indices]
+        costs = [_cost(request, catalog.model(session, request.model)) for request in requests]
+        for i, cost, left in zip(indices, costs, charge(session, key_id, costs), strict=True):
+            key = submissions[i].caller.key
+            if left is not None and key is not None:
+                outcomes[i] = quota_error(key, cost, left)
+
+
 def _parts(job: SampleJob, most: int) -> list[SampleJob]:
     """What a job for more images than a worker samples at once is split into."""
     if job.num_images <= most or job.state == JobState.SUCCEEDED:
@@ -167,6 +195,7 @@ def _parts(job: SampleJob, most: int) -> list[SampleJob]:
     job.num_parts = len(starts)
     return [
         SampleJob(
+            owner=job.owner,
             model_id=job.model_id,
             schedule_id=job.schedule_id,
             request=_part_of(job.request, first, min(most, job.num_images - first)),
@@ -193,10 +222,10 @@ def _part_of(request: dict[str, Any], first: int, count: int) -> dict[str, Any]:
     return part
 
 
-def get_job(session: Session, job_id: str, with_for_update: bool = False) -> SampleJob:
-    """Raises: NotFoundError."""
+def get_job(session: Session, caller: Caller, job_id: str, with_for_update: bool = False) -> SampleJob:
+    """A job of the caller's. Raises: NotFoundError."""
     job = session.get(SampleJob, job_id, with_for_update=with_for_update)
-    if job is None or job.parent_id is not None:
+    if job is None or job.parent_id is not None or not caller.sees(job):
         raise NotFoundError(f"no sampling job {job_id!r}")
     return job
 
@@ -205,12 +234,17 @@ def _check_size(request: SampleRequest, model: Model, settings: Settings) -> Non
     if request.num_images > settings.max_images:
         message = f"num_images is {request.num_images}; accepted: 1 to {settings.max_images}"
         raise InvalidError(message, ("body", "num_images"), request.num_images)
-    pixels = max(math.prod(model.spec["sample_shape"]), math.prod(model.spec["image_shape"]))
-    calls = get_sampler(request.sampler).calls_per_step * (2 if request.guidance_type == "classifier-free" else 1)
-    cost = pixels * request.num_steps * request.num_images * calls
+    cost = _cost(request, model)
     if cost > settings.max_pixel_steps:
         detail = f"values x steps x images x network calls is {cost}; accepted: up to {settings.max_pixel_steps}"
         raise TooLargeError(detail, ("body", "num_images"), request.num_images)
+
+
+def _cost(request: SampleRequest, model: Model) -> int:
+    """Values x steps x images x network calls."""
+    pixels: int = max(math.prod(model.spec["sample_shape"]), math.prod(model.spec["image_shape"]))
+    calls = get_sampler(request.sampler).calls_per_step * (2 if request.guidance_type == "classifier-free" else 1)
+    return pixels * request.num_steps * request.num_images * calls
 
 
 def _class_labels(request: SampleRequest, model: Model) -> list[int] | None:

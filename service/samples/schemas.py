@@ -56,6 +56,7 @@ class SampleJobOut(BaseModel):
     model_config = ConfigDict(from_attributes=True)
 
     id: str
+    owner: str | None = Field(description="The API key that asked; null: none was needed.")
     model: str = Field(validation_alias="model_id")
     state: JobState
     progress: float

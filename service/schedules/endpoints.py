@@ -4,9 +4,12 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Response
 
+from service.access.callers import Caller
+from service.access.needs import needs
 from service.api import PathId, require_json
 from service.errors import ConflictError, InvalidError, NotFoundError, UnsupportedMediaTypeError, error_responses
 from service.models.logic import get_model, get_requested_model
+from service.registry.keys import Scope
 from service.requests import check_setting
 from service.schedules import logic
 from service.schedules.schemas import (
@@ -26,9 +29,11 @@ router = APIRouter(tags=["schedules"])
 
 AliasName = Annotated[str, Path(pattern=r"^[a-z][a-z0-9\-]{0,62}$", description="Such as `production`.")]
 RESERVED_ALIASES = ("auto", "none")
+READS = [needs()]
+Writer = Annotated[Caller, needs(Scope.MODELS_WRITE)]
 
 
-@router.get("/v1/schedules", operation_id="list_schedules", responses=error_responses(InvalidError))
+@router.get("/v1/schedules", operation_id="list_schedules", dependencies=READS, responses=error_responses(InvalidError))
 def list_schedules(state: State, query: ScheduleFilters) -> SchedulePage:
     """Stored schedules that match every filter given, newest first."""
     with state.registry.read() as session:
@@ -43,15 +48,21 @@ def list_schedules(state: State, query: ScheduleFilters) -> SchedulePage:
     dependencies=[Depends(require_json)],
     responses=error_responses(InvalidError, UnsupportedMediaTypeError),
 )
-def import_schedule(body: ScheduleImport, state: State, response: Response) -> ScheduleOut:
+def import_schedule(caller: Writer, body: ScheduleImport, state: State, response: Response) -> ScheduleOut:
     """Store a schedule made elsewhere, to sample with by id or alias; `auto` goes by evaluations, so it skips it."""
     with state.registry.write() as session:
         schedule = ScheduleOut.model_validate(logic.import_schedule(session, body))
+        caller.record(session, "import_schedule", schedule.id)
     response.headers["Location"] = f"/v1/schedules/{schedule.id}"
     return schedule
 
 
-@router.get("/v1/schedules/resolve", operation_id="resolve_schedule", responses=error_responses(InvalidError))
+@router.get(
+    "/v1/schedules/resolve",
+    operation_id="resolve_schedule",
+    dependencies=READS,
+    responses=error_responses(InvalidError),
+)
 def resolve_schedule(state: State, query: ResolveParams) -> Resolution:
     """The schedule that sampling with `schedule: "auto"` would use, and why."""
     with state.registry.read() as session:
@@ -60,7 +71,12 @@ def resolve_schedule(state: State, query: ResolveParams) -> Resolution:
         return Resolution(schedule=schedule and ScheduleOut.model_validate(schedule), reason=reason)
 
 
-@router.get("/v1/schedules/{schedule_id}", operation_id="get_schedule", responses=error_responses(NotFoundError))
+@router.get(
+    "/v1/schedules/{schedule_id}",
+    operation_id="get_schedule",
+    dependencies=READS,
+    responses=error_responses(NotFoundError),
+)
 def get_schedule(schedule_id: PathId, state: State) -> ScheduleOut:
     """One schedule, with its evaluation."""
     with state.registry.read() as session:
@@ -73,12 +89,17 @@ def get_schedule(schedule_id: PathId, state: State) -> ScheduleOut:
     operation_id="delete_schedule",
     responses=error_responses(NotFoundError, ConflictError),
 )
-def delete_schedule(schedule_id: PathId, state: State) -> None:
+def delete_schedule(caller: Writer, schedule_id: PathId, state: State) -> None:
     """Delete a schedule that no alias and no sampling job names."""
-    logic.delete_schedule(state.registry, schedule_id)
+    logic.delete_schedule(state.registry, caller, schedule_id)
 
 
-@router.get("/v1/models/{model_id}/aliases", operation_id="list_aliases", responses=error_responses(NotFoundError))
+@router.get(
+    "/v1/models/{model_id}/aliases",
+    operation_id="list_aliases",
+    dependencies=READS,
+    responses=error_responses(NotFoundError),
+)
 def list_aliases(model_id: PathId, state: State) -> AliasList:
     """The names given to a model's schedules."""
     with state.registry.read() as session:
@@ -91,12 +112,13 @@ def list_aliases(model_id: PathId, state: State) -> AliasList:
     dependencies=[Depends(require_json)],
     responses=error_responses(NotFoundError, InvalidError, UnsupportedMediaTypeError),
 )
-def set_alias(model_id: PathId, name: AliasName, body: AliasRequest, state: State) -> AliasOut:
+def set_alias(caller: Writer, model_id: PathId, name: AliasName, body: AliasRequest, state: State) -> AliasOut:
     """Give one of a model's schedules a name, or move the name to another one."""
     if name in RESERVED_ALIASES:
         raise InvalidError(f"name is {name!r}; accepted: any but {RESERVED_ALIASES}", ("path", "name"), name)
     with state.registry.write() as session:
         get_model(session, model_id)
+        caller.record(session, "set_alias", f"{model_id}/{name}")
         return AliasOut.model_validate(logic.set_alias(session, model_id, name, body.schedule))
 
 
@@ -106,7 +128,8 @@ def set_alias(model_id: PathId, name: AliasName, body: AliasRequest, state: Stat
     operation_id="delete_alias",
     responses=error_responses(NotFoundError),
 )
-def delete_alias(model_id: PathId, name: AliasName, state: State) -> None:
+def delete_alias(caller: Writer, model_id: PathId, name: AliasName, state: State) -> None:
     """Take a name away from its schedule."""
     with state.registry.write() as session:
         logic.delete_alias(session, model_id, name)
+        caller.record(session, "delete_alias", f"{model_id}/{name}")

@@ -7,6 +7,7 @@ from sqlalchemy import Select, and_, bindparam, case, exists, func, literal, sel
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, aliased, joinedload
 
+from service.access.callers import Caller
 from service.errors import ConflictError, InvalidError, NotFoundError
 from service.models.logic import get_model, get_requested_model
 from service.registry.database import Registry
@@ -108,7 +109,7 @@ def import_schedule(session: Session, request: ScheduleImport) -> Schedule:
     return schedule
 
 
-def delete_schedule(registry: Registry, schedule_id: str) -> None:
+def delete_schedule(registry: Registry, caller: Caller, schedule_id: str) -> None:
     """Delete a schedule that no alias and no sampling job names: these say what was sampled with it.
 
     Raises:
@@ -122,6 +123,7 @@ def delete_schedule(registry: Registry, schedule_id: str) -> None:
                 if session.scalar(select(exists().where(referrer.schedule_id == schedule_id))):
                     raise conflict
             session.delete(schedule)
+            caller.record(session, "delete_schedule", schedule_id)
     except IntegrityError:  # named by someone in between
         raise conflict from None
 

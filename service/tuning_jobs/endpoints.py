@@ -6,11 +6,11 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Query, Response
 from fastapi.concurrency import run_in_threadpool
-from sqlalchemy import select
-from sqlalchemy.orm import joinedload
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
-from service.api import JSON_TYPE, PageParams, PathId, newest_first, require_json
+from service.access.callers import Caller
+from service.access.needs import AnyCaller, needs
+from service.api import JSON_TYPE, PageParams, PathId, require_json
 from service.errors import (
     ConflictError,
     InvalidError,
@@ -21,6 +21,7 @@ from service.errors import (
     error_responses,
 )
 from service.queue import publish
+from service.registry.keys import Scope
 from service.registry.tables import FINAL_STATES, JobState, TuningJob
 from service.state import AppState, State
 from service.tuning_jobs import logic
@@ -35,6 +36,7 @@ from service.tuning_jobs.schemas import (
 
 router = APIRouter(prefix="/v1/tuning-jobs", tags=["tuning jobs"])
 
+Tuner = Annotated[Caller, needs(Scope.TUNE)]
 SSE_TYPE = "text/event-stream"
 EVENT_POLL_SECONDS = 0.25
 LAST_ID = 2**31 - 1  # the column is a 32-bit integer
@@ -53,10 +55,10 @@ IdempotencyKey = Annotated[
     ),
 )
 def submit_tuning_job(
-    body: TuningJobRequest, state: State, response: Response, idempotency_key: IdempotencyKey = None
+    caller: Tuner, body: TuningJobRequest, state: State, response: Response, idempotency_key: IdempotencyKey = None
 ) -> TuningJobOut:
     """Queue a tuning job; follow it at its `Location`."""
-    job, created = logic.submit(state.registry, state.settings, body, idempotency_key)
+    job, created = logic.submit(state.registry, state.settings, caller, body, idempotency_key)
     if created:
         publish(state.celery, state.registry, TuningJob, [job.id])
     response.headers["Location"] = f"/v1/tuning-jobs/{job.id}"
@@ -65,22 +67,22 @@ def submit_tuning_job(
 
 @router.get("", operation_id="list_tuning_jobs", responses=error_responses(InvalidError))
 def list_tuning_jobs(
-    state: State, page: PageParams, job_state: Annotated[JobState | None, Query(alias="state")] = None
+    caller: AnyCaller,
+    state: State,
+    page: PageParams,
+    job_state: Annotated[JobState | None, Query(alias="state")] = None,
 ) -> TuningJobPage:
-    """Tuning jobs, newest first."""
-    query = select(TuningJob).options(joinedload(TuningJob.schedule))
-    if job_state is not None:
-        query = query.where(TuningJob.state == job_state)
+    """The caller's tuning jobs, of an admin all, newest first."""
     with state.registry.read() as session:
-        rows, cursor = newest_first(session, query, TuningJob.id, page)
+        rows, cursor = logic.newest(session, caller, job_state, page)
         return TuningJobPage(items=[TuningJobOut.model_validate(row) for row in rows], next_cursor=cursor)
 
 
 @router.get("/{job_id}", operation_id="get_tuning_job", responses=error_responses(NotFoundError))
-def get_tuning_job(job_id: PathId, state: State) -> TuningJobDetail:
+def get_tuning_job(caller: AnyCaller, job_id: PathId, state: State) -> TuningJobDetail:
     """One tuning job, with the state of each step."""
     with state.registry.read() as session:
-        return TuningJobDetail.model_validate(logic.get_job(session, job_id))
+        return TuningJobDetail.model_validate(logic.get_job(session, caller, job_id))
 
 
 @router.post(
@@ -88,9 +90,9 @@ def get_tuning_job(job_id: PathId, state: State) -> TuningJobDetail:
     operation_id="cancel_tuning_job",
     responses=error_responses(NotFoundError, ConflictError),
 )
-def cancel_tuning_job(job_id: PathId, state: State) -> TuningJobOut:
+def cancel_tuning_job(caller: Tuner, job_id: PathId, state: State) -> TuningJobOut:
     """Cancel: a queued job at once, a running one as soon as its worker sees it."""
-    return TuningJobOut.model_validate(logic.cancel(state.registry, job_id))
+    return TuningJobOut.model_validate(logic.cancel(state.registry, caller, job_id))
 
 
 @router.get(
@@ -103,6 +105,7 @@ def cancel_tuning_job(job_id: PathId, state: State) -> TuningJobOut:
     },
 )
 async def list_tuning_job_events(
+    caller: AnyCaller,
     job_id: PathId,
     state: State,
     accept: Annotated[str, Header(include_in_schema=False)] = JSON_TYPE,
@@ -113,23 +116,23 @@ async def list_tuning_job_events(
     if last_event_id is not None and last_event_id.isdecimal():
         after = min(int(last_event_id[:20]), LAST_ID)
     if SSE_TYPE in accept:
-        await run_in_threadpool(_read_events, state, job_id, after)  # 404 before the stream begins
-        return EventSourceResponse(_stream(state, job_id, after))
-    events, _ = await run_in_threadpool(_read_events, state, job_id, after)
+        await run_in_threadpool(_read_events, state, caller, job_id, after)  # 404 before the stream begins
+        return EventSourceResponse(_stream(state, caller, job_id, after))
+    events, _ = await run_in_threadpool(_read_events, state, caller, job_id, after)
     return Response(EventPage(items=events).model_dump_json(), media_type=JSON_TYPE)
 
 
-def _read_events(state: AppState, job_id: str, after: int) -> tuple[list[EventOut], bool]:
+def _read_events(state: AppState, caller: Caller, job_id: str, after: int) -> tuple[list[EventOut], bool]:
     """The events after an id, and whether they are the last."""
     with state.registry.read() as session:
-        over = logic.get_job(session, job_id).state in FINAL_STATES
+        over = logic.get_job(session, caller, job_id).state in FINAL_STATES
         events = [EventOut.model_validate(event) for event in logic.events_after(session, job_id, after)]
     return events, over and len(events) < 1000
 
 
-async def _stream(state: AppState, job_id: str, after: int) -> AsyncIterator[ServerSentEvent]:
+async def _stream(state: AppState, caller: Caller, job_id: str, after: int) -> AsyncIterator[ServerSentEvent]:
     while True:
-        events, over = await run_in_threadpool(_read_events, state, job_id, after)
+        events, over = await run_in_threadpool(_read_events, state, caller, job_id, after)
         for event in events:
             after = event.id
             yield ServerSentEvent(event.model_dump_json(), event=event.type, id=str(event.id))

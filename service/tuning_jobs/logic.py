@@ -9,10 +9,14 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, joinedload, selectinload
 
+from service.access.callers import Caller
+from service.access.limits import quota_error
+from service.api import PageQuery, newest_first
 from service.errors import ConflictError, InvalidError, NotFoundError, TooLargeError
 from service.models.logic import get_requested_model
 from service.registry.database import Registry
 from service.registry.jobs import add_event, request_cancel
+from service.registry.keys import Scope, charge
 from service.registry.tables import FINAL_STATES, JobState, TuningJob, TuningJobEvent
 from service.requests import check_room, check_setting, check_timesteps, check_uncond
 from service.settings import Settings
@@ -29,15 +33,18 @@ from timetuner_core.samplers import get_sampler
 
 
 def submit(
-    registry: Registry, settings: Settings, request: TuningJobRequest, idempotency_key: str | None
+    registry: Registry, settings: Settings, caller: Caller, request: TuningJobRequest, idempotency_key: str | None
 ) -> tuple[TuningJob, bool]:
     """Make a job, or find the one made before with this key; and whether it was made now.
 
     Raises:
         InvalidError, TooLargeError: the request does not fit the model, or is too much work.
         TooManyRequestsError: too many jobs are waiting.
+        KeyLimitError: the job costs more than is left of the API key's quota.
         ConflictError: the key was used with another request.
     """
+    if idempotency_key and caller.owner:
+        idempotency_key = f"{caller.owner}/{idempotency_key}"  # of this caller's requests alone
     text = request.model_dump_json()
     request_hash = hashlib.sha256(text.encode()).hexdigest()
     if idempotency_key and (job := _submitted_before(registry, idempotency_key, request_hash)):
@@ -47,8 +54,10 @@ def submit(
         with registry.write() as session:
             model = get_requested_model(session, request.model)
             _check(request, model.spec)
-            _check_size(request, model.spec, settings)
+            calls = _check_size(request, model.spec, settings)
+            _charge(session, caller, calls * math.prod(model.spec["sample_shape"]))
             job = TuningJob(
+                owner=caller.owner,
                 model_id=model.id,
                 request=request.model_dump(mode="json"),
                 idempotency_key=idempotency_key,
@@ -58,6 +67,7 @@ def submit(
             session.add(job)
             session.flush()
             add_event(session, job, "queued")
+            caller.record(session, "submit_tuning_job", job.id)
             return job, True
     except IntegrityError:  # the same key, at the same time
         if idempotency_key and (found := _submitted_before(registry, idempotency_key, request_hash)):
@@ -65,22 +75,35 @@ def submit(
         raise
 
 
-def get_job(session: Session, job_id: str, *, lock: bool = False) -> TuningJob:
-    """The job; `lock` keeps others from changing it until the transaction ends. Raises: NotFoundError."""
+def get_job(session: Session, caller: Caller, job_id: str, *, lock: bool = False) -> TuningJob:
+    """A job of the caller's; `lock` keeps others from changing it until the transaction ends. Raises: NotFoundError."""
     options = [selectinload(TuningJob.steps), joinedload(TuningJob.schedule)]
     job = session.get(TuningJob, job_id, options=options, with_for_update={"of": TuningJob} if lock else None)
-    if job is None:
+    if job is None or not caller.sees(job):
         raise NotFoundError(f"no tuning job {job_id!r}")
     return job
 
 
-def cancel(registry: Registry, job_id: str) -> TuningJob:
+def newest(
+    session: Session, caller: Caller, state: JobState | None, page: PageQuery
+) -> tuple[Sequence[TuningJob], str | None]:
+    """One page of the jobs the caller sees, newest first, and the cursor of the next."""
+    query = select(TuningJob).options(joinedload(TuningJob.schedule))
+    if not caller.may(Scope.ADMIN):
+        query = query.where(TuningJob.owner == caller.owner)
+    if state is not None:
+        query = query.where(TuningJob.state == state)
+    return newest_first(session, query, TuningJob.id, page)
+
+
+def cancel(registry: Registry, caller: Caller, job_id: str) -> TuningJob:
     """Cancel a job that is not over. Raises: NotFoundError, ConflictError."""
     with registry.write() as session:
-        job = get_job(session, job_id, lock=True)
+        job = get_job(session, caller, job_id, lock=True)
         if job.state in FINAL_STATES and job.state != JobState.CANCELLED:
             raise ConflictError(f"tuning job {job_id!r} has {job.state}; accepted: one that is queued or running")
         request_cancel(session, job)
+        caller.record(session, "cancel_tuning_job", job_id)
         return job
 
 
@@ -152,8 +175,8 @@ def _tuners_teacher(request: TuningJobRequest, spec: dict[str, Any]) -> int | No
     return tuner.teacher_num_steps if isinstance(tuner, DataTuner) and generates else None
 
 
-def _check_size(request: TuningJobRequest, spec: dict[str, Any], settings: Settings) -> None:
-    """Refuse more memory or work than is allowed. Raises: TooLargeError."""
+def _check_size(request: TuningJobRequest, spec: dict[str, Any], settings: Settings) -> int:
+    """Samples put through the network, at most. Refuses more memory or work than is allowed. Raises: TooLargeError."""
     tuner, evaluation = request.tuner, request.evaluation
     guided = 2 if request.guidance_type == "classifier-free" else 1
     values = math.prod(spec["sample_shape"]) * _samples_at_once(request) * guided
@@ -169,6 +192,15 @@ def _check_size(request: TuningJobRequest, spec: dict[str, Any], settings: Setti
         total_iters = getattr(tuner, "total_iters", None)
         where = ("body", "tuner") if total_iters is None else ("body", "tuner", "total_iters")
         raise TooLargeError(detail, where, total_iters)
+    return calls
+
+
+def _charge(session: Session, caller: Caller, cost: int) -> None:
+    """Count a job against its key's quota, if that has one. Raises: KeyLimitError."""
+    if caller.key is not None and caller.key.pixel_steps_per_day is not None:
+        (left,) = charge(session, caller.key.id, [cost])
+        if left is not None:
+            raise quota_error(caller.key, cost, left)
 
 
 def _samples_at_once(request: TuningJobRequest) -> int:

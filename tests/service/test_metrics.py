@@ -24,6 +24,7 @@ from tests.registry.conftest import model_id, registry  # noqa: F401
 from worker import metrics as worker_metrics  # noqa: F401 (into REGISTRY)
 
 ROOT = Path(__file__).parents[2]
+HERE = "http://127.0.0.1"
 OURS = "timetuner_"
 REQUESTS = "timetuner_http_request_seconds_count"
 
@@ -34,7 +35,7 @@ def api(registry: Registry, database_url: str, tmp_path: Path) -> Iterator[TestC
     settings = Settings(
         TIMETUNER_HOME=tmp_path, database_url=database_url, broker_url=no_broker, max_queued_jobs=2, max_json_bytes=100
     )
-    with TestClient(create_app(settings)) as client:
+    with TestClient(create_app(settings), HERE, client=("127.0.0.1", 50000)) as client:
         yield client
 
 

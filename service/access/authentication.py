@@ -1,0 +1,99 @@
+"""Who makes a request, found out before anything else of it is read; and the refusals, written down."""
+
+import logging
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from fastapi.concurrency import run_in_threadpool
+from limits import RateLimitItemPerMinute
+from limits.storage import MemoryStorage
+from limits.strategies import FixedWindowRateLimiter
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.access.callers import CALLER, Caller
+from service.access.local import check_local
+from service.errors import ServiceError, problem_response
+
+if TYPE_CHECKING:
+    from service.state import AppState
+
+GUARDED = ("/v1/", "/metrics")  # all else is for everybody: the documentation, and whether the process is well
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+WELL_FORMED = re.compile(r"[A-Za-z0-9_.\-]{1,64}")  # as all identifiers are
+WRITTEN = RateLimitItemPerMinute(60)  # refusals of each key, and of all that have none
+
+logger = logging.getLogger(__name__)
+
+
+class AuthenticationMiddleware:
+    """401 for requests without a valid key, if one is needed; 429 for keys that ask too often.
+
+    Refusals of keys are entries of the audit log. Those of unknown origin are lines of the process's log, as nobody
+    should be able to fill the database without a key; of either kind only so many a minute.
+    """
+
+    def __init__(self, app: ASGIApp, state: "Callable[[], AppState]") -> None:
+        self.app = app
+        self.state = state
+        self._written = FixedWindowRateLimiter(MemoryStorage())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            caller = await self._caller(scope)
+        except ServiceError as refusal:
+            if self._written.hit(WRITTEN, "unknown"):
+                client = scope["client"] or ["a Unix socket"]
+                logger.warning("%s %s from %s refused: %s", scope["method"], scope["path"], client[0], refusal.detail)
+            answer = problem_response(refusal.status, refusal.detail, refusal.errors, refusal.headers)
+            await answer(scope, receive, send)
+            return
+        scope[CALLER] = caller
+        if caller is None or caller.key is None:
+            await self.app(scope, receive, send)
+            return
+        status = 0
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        await self.app(scope, receive, noting)
+        refused = status == 403 or (scope["method"] not in SAFE_METHODS and 400 <= status < 500 and status != 429)
+        if refused and self._written.hit(WRITTEN, caller.key.id):
+            await run_in_threadpool(self._write, caller, scope, status)
+
+    async def _caller(self, scope: Scope) -> Caller | None:
+        """None where nobody asks. Raises: UnauthenticatedError, ForbiddenError, KeyLimitError."""
+        headers, state = Headers(scope=scope), self.state()
+        authorization = headers.get("authorization")
+        request_id = _request_id(headers)
+        if not await state.keys.is_needed(authorization):
+            check_local(scope, headers)
+            return Caller(None, request_id)
+        if not scope["path"].startswith(GUARDED):
+            return None
+        key = await state.keys.find(authorization)
+        await state.rates.count(key)
+        return Caller(key, request_id)
+
+    def _write(self, caller: Caller, scope: Scope, status: int) -> None:
+        action = getattr(scope.get("route"), "operation_id", None) or scope["method"]
+        try:
+            with self.state().registry.write() as session:
+                caller.record(session, action, scope["path"], f"refused: {status}")
+        except SQLAlchemyError:
+            logger.warning("a refusal of %s could not be written into the audit log", caller.owner)
+
+
+def _request_id(headers: Headers) -> str | None:
+    """What the client calls its request, if that is well formed."""
+    given = headers.get("x-request-id", "")
+    return given if WELL_FORMED.fullmatch(given) else None

@@ -1,0 +1,107 @@
+"""API keys: their text, what the registry keeps of it, and what they have used.
+
+A key's text is `tt_<prefix>_<secret>`; the row is found by the prefix, and has but a hash of the secret. That is a
+plain SHA-256: a slow hash protects what people choose and others may guess, while nobody can try 256 random bits.
+"""
+
+import hashlib
+import re
+import secrets
+from collections.abc import Collection, Sequence
+from datetime import datetime, timedelta
+from enum import StrEnum
+
+from sqlalchemy import exists, select, update
+from sqlalchemy.orm import Session
+
+from service.registry.tables import ApiKey, AuditEntry
+from service.registry.types import utc_now
+
+KEY_TEXT = re.compile(r"tt_([0-9a-f]{12})_([0-9a-f]{64})", re.ASCII)
+USED_SECONDS = 60.0  # how exact `last_used_at` is
+CLI = "cli"  # who acts by the `timetuner` command, in the audit log
+
+
+class Scope(StrEnum):
+    """What a key may do beyond reading models, schedules and its own jobs. `admin` may do everything."""
+
+    SAMPLE = "sample"
+    TUNE = "tune"
+    MODELS_WRITE = "models:write"
+    ADMIN = "admin"
+
+
+def create_key(
+    session: Session,
+    name: str,
+    scopes: Collection[Scope] = (),
+    expires_in: timedelta | None = None,
+    requests_per_minute: int | None = None,
+    pixel_steps_per_day: int | None = None,
+) -> tuple[ApiKey, str]:
+    """A new key and its text, which cannot be had again."""
+    prefix, secret = secrets.token_hex(6), secrets.token_hex(32)
+    key = ApiKey(
+        name=name,
+        prefix=prefix,
+        secret_hash=hash_secret(secret),
+        scopes=[str(scope) for scope in scopes],
+        requests_per_minute=requests_per_minute,
+        pixel_steps_per_day=pixel_steps_per_day,
+        expires_at=None if expires_in is None else utc_now() + expires_in,
+    )
+    session.add(key)
+    session.flush()
+    session.add(AuditEntry(actor=CLI, action="create_key", object=key.id, outcome="done"))
+    return key, f"tt_{prefix}_{secret}"
+
+
+def revoke_key(session: Session, key_id: str) -> ApiKey | None:
+    """Make a key worthless; None if there is none of this id. One that was revoked before stays as it is."""
+    key = session.get(ApiKey, key_id)
+    if key is not None and key.revoked_at is None:
+        key.revoked_at = utc_now()
+        session.add(AuditEntry(actor=CLI, action="revoke_key", object=key.id, outcome="done"))
+    return key
+
+
+def list_keys(session: Session) -> Sequence[ApiKey]:
+    """All keys, the newest first."""
+    return session.scalars(select(ApiKey).order_by(ApiKey.id.desc())).all()
+
+
+def find_key(session: Session, prefix: str) -> ApiKey | None:
+    return session.scalar(select(ApiKey).where(ApiKey.prefix == prefix))
+
+
+def any_key(session: Session) -> bool:
+    """Whether there is any key, be it worthless by now."""
+    return bool(session.scalar(select(exists(select(ApiKey.id)))))
+
+
+def hash_secret(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def note_use(session: Session, key_id: str, now: datetime) -> None:
+    session.execute(update(ApiKey).where(ApiKey.id == key_id).values(last_used_at=now))
+
+
+def charge(session: Session, key_id: str, costs: Sequence[int]) -> list[int | None]:
+    """Count costs against a key's daily quota, each that fits: None; of others, how much was left.
+
+    The key's row stays locked until the transaction ends, so that requests at the same time cannot exceed the quota
+    together. Whoever charges several keys in one transaction goes by their ids, so that nobody waits in a circle.
+    """
+    key = session.get_one(ApiKey, key_id, with_for_update={"key_share": True}, populate_existing=True)
+    today = utc_now().date()
+    if key.quota_day != today:
+        key.quota_day, key.quota_used = today, 0
+    left: list[int | None] = []
+    for cost in costs:
+        if key.pixel_steps_per_day is not None and key.quota_used + cost > key.pixel_steps_per_day:
+            left.append(max(0, key.pixel_steps_per_day - key.quota_used))
+        else:
+            key.quota_used += cost
+            left.append(None)
+    return left
