@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 import uvicorn
 
+from service.http_protocol import BoundedHttpProtocol
+from service.logs import start_logging
 from service.registry.database import Registry
 from service.settings import Settings
 
@@ -45,7 +47,18 @@ def up(
 @app.command()
 def api(host: Host = "127.0.0.1", port: Port = 8000) -> None:
     """Run the API alone."""
-    uvicorn.run("service.app:create_app", factory=True, host=host, port=port, log_level="warning")
+    start_logging(Settings().log_level)
+    uvicorn.run(
+        "service.app:create_app",
+        factory=True,
+        host=host,
+        port=port,
+        http=BoundedHttpProtocol,
+        ws="none",
+        server_header=False,
+        access_log=False,
+        log_config=None,
+    )
 
 
 @app.command()
@@ -140,4 +153,5 @@ def upgrade() -> None:
 
 def main() -> None:
     """The console script."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # whatever a model's configuration may say, nothing is fetched
     app()

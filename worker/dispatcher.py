@@ -13,6 +13,7 @@ from celery import Celery
 
 from service.artifacts import ArtifactStore
 from service.bus import Bus
+from service.logs import start_logging
 from service.queue import TASKS, celery_app, publish
 from service.registry.database import Registry
 from service.registry.jobs import JOB_CLASSES, PUBLISHED_CLASSES, take_back_expired, unpublished
@@ -66,8 +67,8 @@ def queue_length(app: Celery, queue: str) -> int:
 
 def main() -> None:
     """Run until SIGTERM or SIGINT."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s dispatcher %(levelname)s %(message)s")
     settings = Settings()
+    start_logging(settings.log_level)
     registry, app = Registry(settings.database_url), celery_app(settings.broker_url)
     artifacts, bus = ArtifactStore(settings.artifacts_url), Bus(app, settings.broker_url)
     stop = threading.Event()

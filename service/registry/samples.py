@@ -82,7 +82,7 @@ def claim_samples(
             .values(claimed_by(SampleJob, owner, lease_seconds, now)),
             execution_options={"synchronize_session": False},
         )
-    claims = [SampleClaim(SampleJob, job.id, job.fencing_token + 1, job) for job in taken]
+    claims = [SampleClaim(SampleJob, job.id, job.fencing_token + 1, job.request_id, job) for job in taken]
     more = len(taken) + len(late) < len(candidates) or len(candidates) == most
     return claims, [ended(job, job.state, error=job.error) for job in late], more
 

@@ -26,6 +26,7 @@ from service.errors import (
     UnsupportedMediaTypeError,
     error_responses,
 )
+from service.logs import request_id
 from service.models.logic import get_model
 from service.registry.jobs import request_cancel
 from service.registry.samples import LATE, Ended, ended
@@ -85,7 +86,8 @@ async def sample(
     respond_async, seconds = _preference(prefer, state.settings.max_wait_seconds)
     job_id = new_id("smp")
     with state.news.follow(job_id) as news:
-        submission = logic.Submission(job_id, body, None if respond_async else accept, telemetry.traceparent())
+        waits_for = None if respond_async else accept
+        submission = logic.Submission(job_id, body, waits_for, telemetry.traceparent(), request_id())
         with state.admission.admit(body.num_images):
             job = await state.submissions.add(submission)
         if job.state == JobState.SUCCEEDED:

@@ -43,6 +43,7 @@ class Submission:
     request: SampleRequest
     accept: str | None
     traceparent: str | None = None
+    request_id: str | None = None
 
 
 class Catalog:
@@ -137,6 +138,7 @@ def _make_job(session: Session, settings: Settings, catalog: Catalog, submission
         priority=int(submission.accept is None),
         deadline_at=None if deadline is None else utc_now() + timedelta(seconds=deadline),
         traceparent=submission.traceparent,
+        request_id=submission.request_id,
     )
 
 
@@ -177,6 +179,7 @@ def _parts(job: SampleJob, most: int) -> list[SampleJob]:
             parent_id=job.id,
             first_image=first,
             traceparent=job.traceparent,
+            request_id=job.request_id,
         )
         for first in starts
     ]

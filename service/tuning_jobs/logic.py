@@ -10,6 +10,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, joinedload, selectinload
 
 from service.errors import ConflictError, InvalidError, NotFoundError, TooLargeError
+from service.logs import request_id
 from service.models.logic import get_requested_model
 from service.registry.database import Registry
 from service.registry.jobs import add_event, request_cancel
@@ -52,6 +53,7 @@ def submit(
                 model_id=model.id,
                 request=request.model_dump(mode="json"),
                 idempotency_key=idempotency_key,
+                request_id=request_id(),
                 request_hash=request_hash,
                 schedule=None,
             )
