@@ -52,6 +52,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._stop_parsing()
 
     def on_headers_complete(self) -> None:
+        if self.parser.get_http_version() not in ("1.0", "1.1"):
+            raise ValueError("another version")
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEADER_BYTES:
             self._stop_parsing()
         self._stop_timer()
