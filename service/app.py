@@ -95,8 +95,8 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, paths: l
             allow_headers=["*"],
             expose_headers=["Content-Location", "ETag", "Location", "Retry-After", REQUEST_ID_HEADER],
         )
-    app.add_middleware(SecurityHeadersMiddleware)
     app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(SecurityHeadersMiddleware)
 
 
 def _add_schemas(app: FastAPI) -> None:

@@ -45,7 +45,7 @@ def unpack(file: IO[bytes], destination: Path, max_bytes: int) -> None:
             file.seek(0)
             compressed = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
             file.seek(0)
-            content = cast(IO[bytes], gzip.GzipFile(fileobj=file)) if compressed else file
+            content = cast(IO[bytes], gzip.GzipFile(fileobj=file, mode="rb")) if compressed else file
             metered = _Metered(content, MAX_HEADER_BYTES)
             with tarfile.open(fileobj=cast(IO[bytes], metered), mode="r:") as archive:
                 members = list(_tar_members(archive, metered, max_bytes))
