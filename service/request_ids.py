@@ -20,7 +20,7 @@ UNLOGGED_PATHS = ("/healthz", "/readyz", "/metrics")
 
 
 class RequestIdMiddleware:
-    """Around all that may fail: the id is in the answer's header, in problems, in the logs, and with the jobs that are made.
+    """Around all that may fail: the id is in the answer's header, in problems and logs, and with the jobs made.
 
     What went wrong beyond all handlers is logged here, and told to nobody else.
     """
