@@ -15,13 +15,19 @@ COPY migrations migrations
 RUN pip install --no-deps --no-build-isolation .
 
 FROM python:3.11-slim
-RUN useradd --uid 10001 --create-home timetuner && install -d -o timetuner /data
+# Nothing of the image need be written to: state is in /data, caches of libraries in /tmp.
+RUN useradd --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin timetuner \
+    && install -d -o timetuner -g timetuner /data /data/tmp
 COPY --from=build /opt/timetuner /opt/timetuner
-ENV PATH=/opt/timetuner/bin:$PATH PYTHONUNBUFFERED=1 TIMETUNER_HOME=/data
-USER timetuner
-WORKDIR /home/timetuner
+ENV PATH=/opt/timetuner/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    TIMETUNER_HOME=/data TMPDIR=/data/tmp HOME=/tmp XDG_CACHE_HOME=/tmp MPLCONFIGDIR=/tmp \
+    HF_HUB_OFFLINE=1 LOG_LEVEL=info
+USER 10001:10001
+WORKDIR /data
 VOLUME /data
 EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
+    CMD ["python", "-c", "import httpx; httpx.get('http://127.0.0.1:8000/healthz').raise_for_status()"]
 # Everything in one container; docker-compose.yml has one per process. Requests need API keys, as the API does not listen
 # on loopback: docker exec CONTAINER timetuner keys create --name admin --scope admin
 CMD ["timetuner", "up", "--host", "0.0.0.0"]

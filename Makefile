@@ -1,7 +1,7 @@
 INSTALLED := .venv/installed
 BIN := .venv/bin
 
-.PHONY: demo up test lint format bench lock
+.PHONY: demo up test lint format bench audit lock
 
 demo: $(INSTALLED)  ## the main job, end to end; writes demo.png
 	$(BIN)/python examples/demo.py
@@ -24,6 +24,9 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)  ## all tuners on all shipped models; half an hour on two cores
 	$(BIN)/timetuner compare
+
+audit:  ## known vulnerabilities of what requirements.lock pins (needs uv, and where it asks)
+	uv tool run pip-audit -r requirements.lock --disable-pip --require-hashes
 
 lock:  ## pin the newest versions pyproject.toml allows
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --upgrade \

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 from fastapi.routing import APIRoute
 from fastapi.telemetry import TelemetryConfig
+from starlette.middleware.cors import CORSMiddleware
 
 from service import health, telemetry
 from service.access import endpoints as audit
@@ -26,9 +27,12 @@ from service.errors import (
 from service.metrics import Metrics, MetricsMiddleware, QueueCollector
 from service.models import endpoints as models
 from service.models.schemas import BuiltinModelRequest
+from service.request_ids import HEADER as REQUEST_ID_HEADER
+from service.request_ids import RequestIdMiddleware
 from service.samples import endpoints as samples
 from service.samples.admission import AdmissionMiddleware
 from service.schedules import endpoints as schedules
+from service.security_headers import SecurityHeadersMiddleware
 from service.settings import Settings
 from service.state import open_state
 from service.tuning_jobs import endpoints as tuning_jobs
@@ -67,15 +71,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         telemetry=TRACED,
         responses={"default": {**problem_content(), "description": "Any other error."}},
     )
-    app.add_middleware(AdmissionMiddleware, admission=lambda: app.state.timetuner.admission, path="/v1/samples")
-    app.add_middleware(AuthenticationMiddleware, state=lambda: app.state.timetuner)
-    app.add_middleware(
-        BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes, max_json_bytes=settings.max_json_bytes
-    )
     app.state.metrics = metrics
     areas = (models, tuning_jobs, schedules, samples, audit, health)
     paths = [route.path for area in areas for route in area.router.routes if isinstance(route, APIRoute)]
-    app.add_middleware(MetricsMiddleware, metrics=metrics, paths=paths)  # last, so that it is around the others
+    _add_middleware(app, settings, metrics, paths)
     install_error_handlers(app)
     of_keys = error_responses(UnauthenticatedError, ForbiddenError, TooManyRequestsError)
     for area in areas:
@@ -87,6 +86,29 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     _add_schemas(app)
     return app
+
+
+def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, paths: list[str]) -> None:
+    """From the innermost to the outermost."""
+    app.add_middleware(AdmissionMiddleware, admission=lambda: app.state.timetuner.admission, path="/v1/samples")
+    app.add_middleware(AuthenticationMiddleware, state=lambda: app.state.timetuner)
+    app.add_middleware(
+        BodyLimitMiddleware,
+        max_body_bytes=settings.max_body_bytes,
+        max_json_bytes=settings.max_json_bytes,
+        body_seconds=settings.body_seconds,
+    )
+    app.add_middleware(MetricsMiddleware, metrics=metrics, paths=paths)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["Content-Location", "ETag", "Location", "Retry-After", REQUEST_ID_HEADER],
+        )
+    app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(SecurityHeadersMiddleware)
 
 
 def _add_schemas(app: FastAPI) -> None:

@@ -12,6 +12,8 @@ import uvicorn
 
 from service.access.cli import keys
 from service.access.local import is_loopback
+from service.http_protocol import BoundedHttpProtocol
+from service.logs import start_logging
 from service.registry.database import Registry
 from service.settings import Settings
 
@@ -50,7 +52,18 @@ def up(
 def api(host: Host = "127.0.0.1", port: Port = 8000) -> None:
     """Run the API alone."""
     _settle_authentication("api", host)
-    uvicorn.run("service.app:create_app", factory=True, host=host, port=port, log_level="warning")
+    start_logging(Settings().log_level)
+    uvicorn.run(
+        "service.app:create_app",
+        factory=True,
+        host=host,
+        port=port,
+        http=BoundedHttpProtocol,
+        ws="none",
+        server_header=False,
+        access_log=False,
+        log_config=None,
+    )
 
 
 def _settle_authentication(command: str, host: str) -> None:
@@ -156,4 +169,5 @@ def upgrade() -> None:
 
 def main() -> None:
     """The console script."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # whatever a model's configuration may say, nothing is fetched
     app()

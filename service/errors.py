@@ -1,7 +1,6 @@
 """The errors of the service, and their one map to RFC 9457 problem documents."""
 
 import json
-import logging
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -12,7 +11,7 @@ from pydantic import BaseModel
 from sqlalchemy.exc import IntegrityError
 from starlette.exceptions import HTTPException
 
-logger = logging.getLogger(__name__)
+from service.logs import request_id
 
 Location = tuple[str | int, ...]
 
@@ -33,6 +32,7 @@ class Problem(BaseModel):
     status: int
     detail: str
     errors: list[ErrorItem] = []
+    request_id: str | None = None
 
 
 class ServiceError(Exception):
@@ -107,14 +107,16 @@ class DeadlineError(ServiceError):
 def problem_response(
     status: int, detail: str, errors: list[ErrorItem] | None = None, headers: Mapping[str, str] | None = None
 ) -> Response:
-    problem = Problem(title=HTTPStatus(status).phrase, status=status, detail=detail, errors=errors or [])
+    title = HTTPStatus(status).phrase
+    problem = Problem(title=title, status=status, detail=detail, errors=errors or [], request_id=request_id())
     # ASCII only: what a request had wrong may be half a surrogate pair, which UTF-8 cannot carry.
     content = json.dumps(problem.model_dump(), allow_nan=False)
     return Response(content, status, headers=headers, media_type="application/problem+json")
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Answer every error, the framework's own included, with a problem document."""
+    """Answer every error that is known, the framework's own included, with a problem document; see `request_ids` for
+    those that are not."""
 
     @app.exception_handler(ServiceError)
     def service_error(_request: Request, error: ServiceError) -> Response:
@@ -134,11 +136,6 @@ def install_error_handlers(app: FastAPI) -> None:
     def changed_meanwhile(_request: Request, _error: IntegrityError) -> Response:
         detail = "what this request refers to was changed or deleted by another at the same time; accepted: a new try"
         return problem_response(HTTPStatus.CONFLICT, detail)
-
-    @app.exception_handler(Exception)
-    def unexpected_error(request: Request, error: Exception) -> Response:
-        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return problem_response(HTTPStatus.INTERNAL_SERVER_ERROR, "an unexpected error; the server's log has it")
 
 
 def error_responses(*errors: type[ServiceError]) -> dict[int | str, dict[str, Any]]:

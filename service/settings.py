@@ -32,6 +32,7 @@ class Settings(BaseSettings):
     metrics_port: int = Field(0, ge=0, le=65535)  # of a worker's metrics; 0: none
     metrics_host: str = "127.0.0.1"
     otel_exporter_otlp_endpoint: str = ""  # of traces, by OTLP over HTTP; none without it
+    log_level: Literal["debug", "info", "warning", "error"] = "warning"  # info: also each request and each job's end
 
     lease_seconds: float = Field(15.0, gt=0)  # a worker silent for longer has lost its job
     max_attempts: int = Field(5, ge=1)
@@ -41,6 +42,8 @@ class Settings(BaseSettings):
 
     max_body_bytes: int = Field(2 * 2**30, ge=1)  # model archives are the largest bodies
     max_json_bytes: int = Field(2**20, ge=1)
+    body_seconds: float = Field(30.0, gt=0)  # how long a body may keep us waiting
+    cors_origins: list[str] = []  # whose pages' scripts may use the API, such as '["https://example.org"]'; none
     max_images: int = Field(256, ge=1)  # per sampling request
     max_pixel_steps: int = Field(2**28, ge=1)  # values x steps x images x network calls per step
     max_tuning_batch_values: int = Field(2**26, ge=1)  # values of one iteration's network batch

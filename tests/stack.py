@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 
@@ -45,6 +45,7 @@ class Stack:
     def __init__(self, home: Path, database_url: str) -> None:
         self.home = home
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.logs: IO[bytes] | None = None  # where processes log to; default: where we do
         command, broker_socket = valkey_command(home)
         environment = {
             "TIMETUNER_HOME": str(home),
@@ -86,7 +87,8 @@ class Stack:
     def start(self, *names: str) -> None:
         for name in names:
             own = {"AUTH": "on"} if name == "guarded api" else {}
-            self.processes[name] = subprocess.Popen(self._commands[name], env=self.environment | own)
+            environment = self.environment | own
+            self.processes[name] = subprocess.Popen(self._commands[name], env=environment, stderr=self.logs)
 
     def start_all(self) -> None:
         self.start(*self._started_at_first)

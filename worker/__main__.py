@@ -3,6 +3,7 @@
 import argparse
 import os
 
+from service.logs import start_logging
 from service.queue import QUEUES
 from service.telemetry import start_tracing
 from worker import metrics
@@ -14,6 +15,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--queues", default=",".join(QUEUES), help="comma-separated; default: %(default)s")
     queues = parser.parse_args().queues
+    os.environ["HF_HUB_OFFLINE"] = "1"  # whatever a model's configuration may say, nothing is fetched
+    start_logging(settings.log_level)
     metrics.serve(settings)
     start_tracing("timetuner-worker", settings.otel_exporter_otlp_endpoint)
     # Why threads, and one: see worker.app.

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from celery.platforms import SecurityWarning
-from celery.signals import worker_ready, worker_shutting_down
+from celery.signals import setup_logging, worker_ready, worker_shutting_down
 
 from service.bus import SAMPLE_QUEUE, SAMPLE_TASK
 from service.queue import TASKS, celery_app
@@ -58,6 +58,11 @@ def _sample_server() -> SampleServer:
 def serve_samples() -> None:
     """Run sampling jobs until none is left."""
     _sample_server().serve()
+
+
+@setup_logging.connect  # type: ignore[untyped-decorator]
+def _leave_logging(**_: Any) -> None:
+    """As it is: that there is a receiver keeps Celery from setting it up."""
 
 
 @worker_ready.connect  # type: ignore[untyped-decorator]

@@ -10,9 +10,11 @@ import threading
 from datetime import timedelta
 
 from celery import Celery
+from prometheus_client import Gauge, start_http_server
 
 from service.artifacts import ArtifactStore
 from service.bus import Bus
+from service.logs import start_logging
 from service.queue import TASKS, celery_app, publish
 from service.registry.database import Registry
 from service.registry.jobs import JOB_CLASSES, PUBLISHED_CLASSES, take_back_expired, unpublished
@@ -22,6 +24,7 @@ from worker.joining import join_all
 
 logger = logging.getLogger(__name__)
 
+LAST_ROUND = Gauge("timetuner_dispatch_time_seconds", "Unix time at which the dispatcher last ended a whole round.")
 RING_AFTER = timedelta(seconds=1)  # a worker that is free hears of a request for samples much sooner
 
 
@@ -66,8 +69,10 @@ def queue_length(app: Celery, queue: str) -> int:
 
 def main() -> None:
     """Run until SIGTERM or SIGINT."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s dispatcher %(levelname)s %(message)s")
     settings = Settings()
+    start_logging(settings.log_level)
+    if settings.metrics_port:
+        start_http_server(settings.metrics_port, settings.metrics_host)
     registry, app = Registry(settings.database_url), celery_app(settings.broker_url)
     artifacts, bus = ArtifactStore(settings.artifacts_url), Bus(app, settings.broker_url)
     stop = threading.Event()
@@ -76,6 +81,7 @@ def main() -> None:
     while not stop.wait(settings.dispatch_interval_seconds):
         try:
             dispatch_once(registry, artifacts, app, bus, settings.max_attempts, settings.republish_seconds)
+            LAST_ROUND.set_to_current_time()
         except Exception:  # database or broker away: the next round may find them back
             logger.exception("a round failed")
     bus.close()

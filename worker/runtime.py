@@ -12,6 +12,7 @@ from celery import Celery
 
 from service.artifacts import ArtifactStore
 from service.bus import Bus
+from service.logs import about
 from service.registry.database import Registry
 from service.registry.jobs import LeaseLostError, claim, finish
 from service.registry.samples import models_sampled_last
@@ -104,7 +105,8 @@ class Runtime:
             claimed = claim(session, job_class, job_id, self.owner, self.settings.lease_seconds)
         if claimed is None:
             return False
-        with Lease(self.registry, claimed, self.settings.lease_seconds) as lease, tuning_span(claimed):
+        ids = about(job_id=job_id, request_id=claimed.request_id)
+        with ids, Lease(self.registry, claimed, self.settings.lease_seconds) as lease, tuning_span(claimed):
             try:
                 work(self, lease)
                 _note_end(job_class, JobState.SUCCEEDED)
@@ -138,6 +140,7 @@ def pick_device(name: str) -> torch.device:
 def _note_end(job_class: type[Job], state: JobState, error: str | None = None) -> None:
     metrics.job_ended(job_class, state)
     tuning_ended(state, error)
+    logger.info("job ended", extra={"state": state.value})
 
 
 def _finish(lease: Lease, state: JobState, error: str | None = None) -> None:

@@ -143,7 +143,7 @@ class SampleServer:
             try:
                 self._join(claim, found.get(claim.job.schedule_id or ""))
             except Exception as error:
-                logger.exception("%s failed", claim.job_id)
+                logger.exception("%s failed", claim.job_id, extra=_ids([claim]))
                 self._fail([claim], error, leases)
         self._end([], late)
         return more
@@ -196,7 +196,7 @@ class SampleServer:
                 self._report(cohort, advance)
                 self._hand_in(cohort, advance, leases)
             except Exception as error:
-                logger.exception("a batch of %d failed", len(cohort.claims))
+                logger.exception("a batch of %d failed", len(cohort.claims), extra=_ids(cohort.claims.values()))
                 self._fail(cohort.claims.values(), error, leases)
                 self._cohorts.remove(cohort)
                 continue
@@ -271,6 +271,7 @@ class SampleServer:
                     self._runtime.artifacts.put_array(ends[0][1].artifact, images)
                 over = {one.job_id for one in self._end(ends, [])}
             trace_samples([(claim, end) for claim, end in ends if claim.job_id in over], handed_in)
+            logger.info("jobs ended", extra={"state": ends[0][1].state.value, **_ids(claim for claim, _ in ends)})
         finally:
             if leases is not None:  # if that failed, the leases run out, and others make them again
                 leases.drop(claim.job_id for claim, _ in ends)
@@ -294,3 +295,9 @@ class SampleServer:
                 self._writing.pop(0).result()
             except Exception:
                 logger.exception("results could not be stored")
+
+
+def _ids(claims: Iterable[SampleClaim]) -> dict[str, list[str | None]]:
+    """What a log line is about."""
+    pairs = [(claim.job_id, claim.request_id) for claim in claims]
+    return {"job_ids": [job_id for job_id, _ in pairs], "request_ids": [request_id for _, request_id in pairs]}

@@ -1,7 +1,6 @@
 """Who makes a request, found out before anything else of it is read; and the refusals, written down."""
 
 import logging
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -16,13 +15,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.access.callers import CALLER, Caller
 from service.access.local import check_local
 from service.errors import ServiceError, problem_response
+from service.logs import request_id
 
 if TYPE_CHECKING:
     from service.state import AppState
 
 GUARDED = ("/v1/", "/metrics")  # all else is for everybody: the documentation, and whether the process is well
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-WELL_FORMED = re.compile(r"[A-Za-z0-9_.\-]{1,64}")  # as all identifiers are
 WRITTEN = RateLimitItemPerMinute(60)  # refusals of each key, and of all that have none
 
 logger = logging.getLogger(__name__)
@@ -74,15 +73,14 @@ class AuthenticationMiddleware:
         """None where nobody asks. Raises: UnauthenticatedError, ForbiddenError, KeyLimitError."""
         headers, state = Headers(scope=scope), self.state()
         authorization = headers.get("authorization")
-        request_id = _request_id(headers)
         if not await state.keys.is_needed(authorization):
             check_local(scope, headers)
-            return Caller(None, request_id)
+            return Caller(None, request_id())
         if not scope["path"].startswith(GUARDED):
             return None
         key = await state.keys.find(authorization)
         await state.rates.count(key)
-        return Caller(key, request_id)
+        return Caller(key, request_id())
 
     def _write(self, caller: Caller, scope: Scope, status: int) -> None:
         action = getattr(scope.get("route"), "operation_id", None) or scope["method"]
@@ -91,9 +89,3 @@ class AuthenticationMiddleware:
                 caller.record(session, action, scope["path"], f"refused: {status}")
         except SQLAlchemyError:
             logger.warning("a refusal of %s could not be written into the audit log", caller.owner)
-
-
-def _request_id(headers: Headers) -> str | None:
-    """What the client calls its request, if that is well formed."""
-    given = headers.get("x-request-id", "")
-    return given if WELL_FORMED.fullmatch(given) else None

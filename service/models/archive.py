@@ -1,17 +1,30 @@
-"""Unpacking an uploaded model: only the files a model consists of, checked before a byte is written."""
+"""Unpacking an uploaded model: only the files a model consists of, checked before a byte is written.
 
+Formats and compressions are few on purpose: those of bzip2 and LZMA let a few bytes ask for gigabytes of memory.
+"""
+
+import gzip
+import io
+import math
 import shutil
 import tarfile
+import unicodedata
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, TypeAlias
+from typing import IO, Any, TypeAlias, cast
 
 from service.errors import InvalidError, TooLargeError
 from timetuner_core.loading import MODEL_FILES, TRANSFORMER_CONFIG, UNET_CONFIG
 
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 MAX_FILES = 1000
+MAX_NAME = 1000
+MAX_DIRECTORY_BYTES = 2**20  # of a zip, which has it at its end
+MAX_HEADER_BYTES = 2**18  # of one member of a tar
+MAX_PAX_HEADERS = 100
+GZIP_MAGIC = b"\x1f\x8b"
+ENCRYPTED = 0x1
 LOC = ("body", "archive")
 
 
@@ -24,17 +37,54 @@ def unpack(file: IO[bytes], destination: Path, max_bytes: int) -> None:
     """
     try:
         if zipfile.is_zipfile(file):
-            file.seek(0)
-            with zipfile.ZipFile(file) as archive:
+            metered = _Metered(file, MAX_DIRECTORY_BYTES)
+            with zipfile.ZipFile(cast(IO[bytes], metered)) as archive:
+                metered.allowance = math.inf
                 _extract(list(_zip_members(archive)), destination, max_bytes)
         else:
             file.seek(0)
-            with tarfile.open(fileobj=file) as archive:
-                _extract(list(_tar_members(archive, max_bytes)), destination, max_bytes)
+            compressed = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+            file.seek(0)
+            content = cast(IO[bytes], gzip.GzipFile(fileobj=file, mode="rb")) if compressed else file
+            metered = _Metered(content, MAX_HEADER_BYTES)
+            with tarfile.open(fileobj=cast(IO[bytes], metered), mode="r:") as archive:
+                members = list(_tar_members(archive, metered, max_bytes))
+                metered.allowance = math.inf
+                _extract(members, destination, max_bytes)
     except (InvalidError, TooLargeError):
         raise
     except Exception as error:  # whatever the formats and their compressions raise
-        raise InvalidError(f"the archive cannot be read ({error}); accepted: a whole zip, tar or tar.gz", LOC) from None
+        message = f"the archive cannot be read ({str(error)[:200]}); accepted: a whole zip, tar or tar.gz"
+        raise InvalidError(message, LOC) from None
+
+
+class _Metered(io.RawIOBase):
+    """A file of which no more than an allowance can be read: archives say how long their directories and names are."""
+
+    def __init__(self, file: IO[bytes], allowance: float) -> None:
+        self._file = file
+        self.allowance = allowance
+        self.seek(0)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def read(self, size: int = -1) -> bytes:
+        most = min(math.inf if size < 0 else size, self.allowance + 1)
+        content = self._file.read(-1 if most == math.inf else int(most))
+        self.allowance -= len(content)
+        if self.allowance < 0:
+            raise TooLargeError(f"the archive's headers are too large; accepted: up to {MAX_FILES} files", LOC)
+        return content
 
 
 Member: TypeAlias = tuple[str, int, Any]  # name, size, and a function that opens it
@@ -42,23 +92,34 @@ Member: TypeAlias = tuple[str, int, Any]  # name, size, and a function that open
 
 def _zip_members(archive: zipfile.ZipFile) -> Iterator[Member]:
     for info in archive.infolist():
-        if (info.external_attr >> 16) & 0o170000 == 0o120000:
-            raise InvalidError(f"{info.filename!r} is a link; accepted: plain files and folders", LOC)
-        if not info.is_dir():
+        if (info.external_attr >> 16) & 0o170000 not in (0, 0o100000, 0o040000):
+            raise InvalidError(f"{info.filename!r} is a link or device; accepted: plain files and folders", LOC)
+        if info.flag_bits & ENCRYPTED:
+            raise InvalidError(f"{info.filename!r} is encrypted; accepted: files that are not", LOC)
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise InvalidError(f"{info.filename!r} is compressed by another method; accepted: stored, deflated", LOC)
+        if info.is_dir():
+            _safe_path(info.filename)
+        else:
             yield info.filename, info.file_size, lambda info=info: archive.open(info)
 
 
-def _tar_members(archive: tarfile.TarFile, max_bytes: int) -> Iterator[Member]:
+def _tar_members(archive: tarfile.TarFile, metered: _Metered, max_bytes: int) -> Iterator[Member]:
     total = 0
     for count, info in enumerate(archive):
+        metered.allowance = MAX_HEADER_BYTES
         total += info.size  # reading on inflates what is skipped, too
         if total > 2 * max_bytes:
             raise TooLargeError(f"the archive unpacks to over {2 * max_bytes} bytes", LOC)
         if count > 2 * MAX_FILES:
             raise TooLargeError(f"the archive has over {MAX_FILES} files", LOC)
-        if not (info.isfile() or info.isdir()):
-            raise InvalidError(f"{info.name!r} is a link or device; accepted: plain files and folders", LOC)
-        if info.isfile():
+        if info.size < 0 or len(info.pax_headers) > MAX_PAX_HEADERS:
+            raise InvalidError(f"{info.name[:200]!r} has headers that make no sense", LOC)
+        if not (info.isfile() or info.isdir()) or info.issparse():
+            raise InvalidError(f"{info.name!r} is a link, device or sparse; accepted: plain files and folders", LOC)
+        if info.isdir():
+            _safe_path(info.name)
+        else:
             yield info.name, info.size, lambda info=info: archive.extractfile(info)
 
 
@@ -66,13 +127,12 @@ def _extract(members: list[Member], destination: Path, max_bytes: int) -> None:
     if len(members) > MAX_FILES:
         raise TooLargeError(f"the archive has {len(members)} files; accepted: up to {MAX_FILES}", LOC)
     paths = [_safe_path(name) for name, _, _ in members]
+    _check_unique(paths)
     root = _model_root(paths)
     wanted: dict[str, Member] = {}
     for path, member in zip(paths, members, strict=True):
         name = path.relative_to(root).as_posix() if path.is_relative_to(root) else ""
         if name in MODEL_FILES:
-            if name in wanted:
-                raise InvalidError(f"{name!r} is in the archive twice", LOC)
             wanted[name] = member
     total = sum(size for _, size, _ in wanted.values())
     if total > max_bytes:
@@ -88,11 +148,24 @@ def _extract(members: list[Member], destination: Path, max_bytes: int) -> None:
 
 def _safe_path(name: str) -> PurePosixPath:
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
-        raise InvalidError(f"{name!r} leads out of the archive; accepted: relative names without '..'", LOC)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or (path.parts and ":" in path.parts[0]):
+        raise InvalidError(f"{name[:200]!r} leads out of the archive; accepted: relative names without '..'", LOC)
+    if len(name) > MAX_NAME or any(unicodedata.category(character) in ("Cc", "Cf", "Cs") for character in name):
+        accepted = f"up to {MAX_NAME} printable characters"
+        raise InvalidError(f"{name[:200]!r} is no name of a file; accepted: {accepted}", LOC)
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise InvalidError(f"{name!r} may be a pickle; accepted: weights as .safetensors only", LOC)
     return path
+
+
+def _check_unique(paths: list[PurePosixPath]) -> None:
+    """Refuse what would be one file where case does not count: which of them was meant cannot be known."""
+    seen = set()
+    for path in paths:
+        key = unicodedata.normalize("NFC", path.as_posix()).casefold()
+        if key in seen:
+            raise InvalidError(f"{path.as_posix()!r} is in the archive twice; accepted: once, in whatever case", LOC)
+        seen.add(key)
 
 
 def _model_root(paths: list[PurePosixPath]) -> PurePosixPath:

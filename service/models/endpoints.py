@@ -78,7 +78,7 @@ async def _parse(request: Request) -> tuple[BuiltinModelRequest | None, UploadFi
     if not isinstance(archive, UploadFile):
         raise InvalidError("archive is missing; accepted: a zip, tar or tar.gz file", ("body", "archive"))
     name = name if isinstance(name, str) and name else archive.filename or "model"
-    if len(name) > 200 or not re.match(PRINTABLE, name):
+    if len(name) > 200 or not re.fullmatch(PRINTABLE, name):
         raise InvalidError("accepted as name: up to 200 printable characters", ("body", "name"), name[:300])
     return None, archive, name
 

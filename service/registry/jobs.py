@@ -29,6 +29,7 @@ class Claim:
     job_class: type[Job]
     job_id: str
     fencing_token: int
+    request_id: str | None  # of the HTTP request that the job came by
 
 
 def add_event(session: Session, job: Job, type: str, **data: Any) -> None:
@@ -58,7 +59,7 @@ def claim(session: Session, job_class: type[Job], job_id: str, owner: str, lease
         return None
     job = session.get_one(job_class, job_id)
     add_event(session, job, "started", attempt=job.attempt, worker=owner)
-    return Claim(job_class, job_id, token)
+    return Claim(job_class, job_id, token, job.request_id)
 
 
 def claimed_by(job_class: type[Job], owner: Any, expires_at: Any, now: Any) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def add_tasks(session: Session, job: TuningJob, step_indices: list[int]) -> list
     of_the_job = select(TuningTask).where(TuningTask.job_id == job.id).order_by(TuningTask.step_index)
     there = {task.step_index for task in session.scalars(of_the_job)}
     missing = [i for i in step_indices if i not in there]
-    session.add_all(TuningTask(job_id=job.id, step_index=i, request={}) for i in missing)
+    session.add_all(TuningTask(job_id=job.id, step_index=i, request={}, request_id=job.request_id) for i in missing)
     return [task.id for task in session.scalars(of_the_job)]
 
 

@@ -95,7 +95,7 @@ def claim_samples(
         expires_at = now + timedelta(seconds=lease_seconds)
         values = {"ids": [job.id for job in taken], "owner": owner, "expires_at": expires_at, "now": now}
         session.connection().execute(_CLAIM, values)
-    claims = [SampleClaim(SampleJob, job.id, job.fencing_token + 1, job) for job in taken]
+    claims = [SampleClaim(SampleJob, job.id, job.fencing_token + 1, job.request_id, job) for job in taken]
     more = len(taken) + len(late) < len(candidates) or len(candidates) == most
     return claims, [ended(job, job.state, error=job.error) for job in late], more
 

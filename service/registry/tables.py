@@ -80,6 +80,7 @@ class Job(Base):
     request: Mapped[dict[str, Any]]
     progress: Mapped[float] = mapped_column(default=0.0)  # 0..1
     error: Mapped[str | None] = mapped_column(String(2000))
+    request_id: Mapped[str | None] = mapped_column(String(64))  # of the HTTP request it came by
     attempt: Mapped[int] = mapped_column(default=0)
     fencing_token: Mapped[int] = mapped_column(default=0)
     lease_owner: Mapped[str | None]

@@ -89,7 +89,8 @@ async def sample(
     respond_async, seconds = _preference(prefer, state.settings.max_wait_seconds)
     job_id = new_id("smp")
     with state.news.follow(job_id) as news:
-        submission = logic.Submission(job_id, body, None if respond_async else accept, telemetry.traceparent(), caller)
+        waits_for = None if respond_async else accept
+        submission = logic.Submission(job_id, body, waits_for, telemetry.traceparent(), caller)
         with state.admission.admit(body.num_images):
             job = await state.submissions.add(submission)
         if job.state == JobState.SUCCEEDED:

@@ -147,6 +147,7 @@ def _make_job(session: Session, settings: Settings, catalog: Catalog, submission
         priority=int(submission.accept is None),
         deadline_at=None if deadline is None else utc_now() + timedelta(seconds=deadline),
         traceparent=submission.traceparent,
+        request_id=submission.caller.request_id,
     )
 
 
@@ -206,6 +207,7 @@ def _parts(job: SampleJob, most: int) -> list[SampleJob]:
             parent_id=job.id,
             first_image=first,
             traceparent=job.traceparent,
+            request_id=job.request_id,
         )
         for first in starts
     ]

@@ -61,6 +61,7 @@ class SampleJobOut(BaseModel):
     state: JobState
     progress: float
     error: str | None
+    request_id: str | None = Field(description="Of the HTTP request it came by: see X-Request-Id.")
     schedule: str | None = Field(validation_alias="schedule_id", description="The schedule used; null: untuned.")
     request: SampleRequest
     created_at: datetime

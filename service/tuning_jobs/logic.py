@@ -61,6 +61,7 @@ def submit(
                 model_id=model.id,
                 request=request.model_dump(mode="json"),
                 idempotency_key=idempotency_key,
+                request_id=caller.request_id,
                 request_hash=request_hash,
                 schedule=None,
             )

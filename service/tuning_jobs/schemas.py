@@ -201,6 +201,7 @@ class TuningJobOut(BaseModel):
     progress: float = Field(description="0 to 1.")
     attempt: int = Field(description="How many workers have started it.")
     error: str | None
+    request_id: str | None = Field(description="Of the HTTP request it came by: see X-Request-Id.")
     cancel_requested: bool
     request: dict[str, Any]
     schedule: str | None = Field(validation_alias="schedule_id", description="The schedule it made.")

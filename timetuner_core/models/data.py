@@ -9,6 +9,8 @@ from torch import Tensor
 
 from timetuner_core.models.files import DATA, METADATA, ModelFormatError, Shape, read_json, read_tensors
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 @dataclass(frozen=True)
 class ModelData:
@@ -83,7 +85,7 @@ def _labels(labels: Tensor | None, images: Tensor | None, num_classes: int) -> T
 
 def _with_conditions(tensors: dict[str, Tensor], images: Tensor | None, condition_dim: int) -> ModelData:
     conditions, uncond_condition = tensors.get("conditions"), tensors.get("uncond_condition")
-    if images is not None and (conditions is None or len(conditions) != len(images)):
+    if images is not None and (conditions is None or conditions.shape[:1] != images.shape[:1]):
         raise ModelFormatError(DATA, f"tensor 'conditions': accepted: one row for each of {len(images)} images")
     for name, tensor, rows in (("conditions", conditions, "P"), ("uncond_condition", uncond_condition, "1")):
         if tensor is None:
@@ -92,7 +94,7 @@ def _with_conditions(tensors: dict[str, Tensor], images: Tensor | None, conditio
         if not fits or (rows == "1" and len(tensor) != 1):
             accepted = f"shape ({rows}, L, {condition_dim})"
             raise ModelFormatError(DATA, f"tensor {name!r}: shape {tuple(tensor.shape)}; accepted: {accepted}")
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+        if tensor.dtype not in FLOATS or not bool(torch.isfinite(tensor).all()):
             raise ModelFormatError(DATA, f"tensor {name!r}: accepted: finite floating-point values")
     if conditions is not None and uncond_condition is not None and conditions.shape[1] != uncond_condition.shape[1]:
         raise ModelFormatError(DATA, "tensors 'conditions' and 'uncond_condition': accepted: the same length L")

@@ -26,8 +26,12 @@ from timetuner_core.models.files import (
 
 UNETS = ("UNet2DModel", "UNet2DConditionModel")
 TRANSFORMERS = ("DiTTransformer2DModel",)
+BLOCKS = ("block_out_channels", "down_block_types", "up_block_types")  # have an entry for each block
+LAYERS = ("layers_per_block", "num_layers", "transformer_layers_per_block")  # say how many layers a block has
 MAX_SAMPLE_SIZE = 4096
 MAX_PATCHES = 2**16  # of a transformer: its position table is no weight, so nothing else bounds it
+MAX_POSITION_VALUES = 2**28  # of that table
+MAX_FEATURES = 2**30  # values of an image's largest feature map: likewise, small weights can make large ones
 
 # What attention layers saved by older versions of diffusers call theirs.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -150,15 +154,25 @@ def load_module(
 
 def _check_depth(config: dict[str, Any], config_name: str, num_tensors: int) -> None:
     """Building takes time by the number of layers, each of which has tensors in the file."""
-    for key in ("layers_per_block", "num_layers", "transformer_layers_per_block"):
-        for number in _flat(config.get(key)):
-            if isinstance(number, int) and number > num_tensors:
-                message = f"{key} is {config[key]!r}, but the weights are {num_tensors} tensors only"
-                raise ModelFormatError(config_name, message)
+    numbers = {key: max((n for n in _flat(config.get(key)) if isinstance(n, int)), default=1) for key in LAYERS}
+    lists = [value for key in BLOCKS if isinstance(value := config.get(key), list)]
+    num_layers = max(map(len, lists), default=1) * math.prod(max(number, 1) for number in numbers.values())
+    if num_layers > num_tensors:
+        given = ", ".join(f"{key} is {config[key]!r}"[:100] for key in (*LAYERS, *BLOCKS) if key in config)
+        message = f"{given}: up to {num_layers} layers, but the weights are {num_tensors} tensors only"
+        raise ModelFormatError(config_name, message)
 
 
 def _flat(value: Any) -> list[Any]:
     return [number for item in value for number in _flat(item)] if isinstance(value, list) else [value]
+
+
+def check_features(channels: Any, height: int, width: int, config_name: str) -> None:
+    """Refuse a network whose feature maps for one image would fill a device. Raises: ModelFormatError."""
+    values = height * width * channels
+    if values > MAX_FEATURES:
+        message = f"{channels} channels of {height} x {width} are {values} values for one image"
+        raise ModelFormatError(config_name, f"{message}; accepted: up to {MAX_FEATURES}")
 
 
 def _check_network(module: Any, config_name: str) -> None:
@@ -180,6 +194,8 @@ def _check_network(module: Any, config_name: str) -> None:
         raise ModelFormatError(config_name, "out_channels must equal in_channels")
     elif "cross_attention_dim" in config and not isinstance(config.cross_attention_dim, int):
         raise ModelFormatError(config_name, "cross_attention_dim: accepted: one number for all blocks")
+    else:
+        check_features(config.block_out_channels[0], *sizes, config_name)
 
 
 # Network by network, what would want other inputs than x, time and one condition, or integer times.
@@ -204,6 +220,10 @@ def _check_transformer(config: Any, config_name: str, sizes: tuple[int, int]) ->
         raise ModelFormatError(config_name, "sample_size: accepted: one number, a multiple of patch_size")
     if (sizes[0] // config.patch_size) ** 2 > MAX_PATCHES:
         raise ModelFormatError(config_name, f"sample_size: accepted: up to {MAX_PATCHES} patches")
+    width = config.num_attention_heads * config.attention_head_dim
+    if (sizes[0] // config.patch_size) ** 2 * width > MAX_POSITION_VALUES:
+        message = f"{width} values per patch, by num_attention_heads and attention_head_dim"
+        raise ModelFormatError(config_name, f"{message}; accepted: up to {MAX_POSITION_VALUES} for all patches")
 
 
 def _sample_size(config: Any) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from timetuner_core.models.files import VAE_CONFIG, VAE_WEIGHTS, ModelFormatError, Shape
-from timetuner_core.models.networks import Options, load_module, size_in_bytes
+from timetuner_core.models.networks import Options, check_features, load_module, size_in_bytes
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,10 @@ def load_vae(
         raise ModelFormatError(VAE_CONFIG, message)
     if vae.config.in_channels != vae.config.out_channels:
         raise ModelFormatError(VAE_CONFIG, "out_channels must equal in_channels")
+    upscale = 2 ** (len(vae.config.block_out_channels) - 1)
+    check_features(vae.config.block_out_channels[0], upscale * height, upscale * width, VAE_CONFIG)
     shift, scale = (factor.to(device) for factor in _normalisation(vae.config, channels))
     vae = Options(torch.float32, options.channels_last).apply(vae, device)
-    upscale = 2 ** (len(vae.config.block_out_channels) - 1)
 
     @torch.no_grad()
     def encode(images: Tensor) -> Tensor:

@@ -1,0 +1,59 @@
+"""An id for every request: the client's own if it is well formed, or a new one."""
+
+import logging
+import re
+import time
+from http import HTTPStatus
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import problem_response
+from service.logs import about
+from service.registry.types import new_id
+
+logger = logging.getLogger(__name__)
+
+HEADER = "X-Request-Id"
+WELL_FORMED = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
+UNLOGGED_PATHS = ("/healthz", "/readyz", "/metrics")
+
+
+class RequestIdMiddleware:
+    """Around all that may fail: the id is in the answer's header, in problems and logs, and with the jobs made.
+
+    What went wrong beyond all handlers is logged here, and told to nobody else.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = Headers(scope=scope).get(HEADER, "")
+        if not WELL_FORMED.fullmatch(request_id):
+            request_id = new_id("req")
+        began, status = time.perf_counter(), 0
+
+        async def tell(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[HEADER] = request_id
+            await send(message)
+
+        with about(request_id=request_id):
+            try:
+                await self.app(scope, receive, tell)
+            except Exception:
+                logger.exception("%s %s failed", scope["method"], scope["path"])
+                if status:  # too late for another answer: the server hangs up
+                    raise
+                detail = "an unexpected error; the server's log has it, by the request id"
+                await problem_response(HTTPStatus.INTERNAL_SERVER_ERROR, detail)(scope, receive, tell)
+            if logger.isEnabledFor(logging.INFO) and scope["path"] not in UNLOGGED_PATHS:
+                seconds = round(time.perf_counter() - began, 6)
+                facts = {"method": scope["method"], "path": scope["path"], "status": status, "seconds": seconds}
+                logger.info("request", extra=facts)

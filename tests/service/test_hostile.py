@@ -1,0 +1,147 @@
+"""Hostile input at the real API: refused with the right problem, soon, in little memory, and leaving nothing."""
+
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from sqlalchemy import func, select
+
+from service.registry.tables import Base
+from tests.conftest import ENGINES, MakeDatabaseUrl
+from tests.service.hostile import AUTHORIZATIONS, JSON, MODEL, RAW, Hostile, corpus, model_files, upload, zipped
+from tests.service.problems import assert_problem
+from tests.stack import Stack, wait_until
+
+SECONDS = 10.0  # of which a machine that has nothing else to do takes less than one; see docs/security.md
+GROWTH_KIB = 50 * 1024
+
+
+class Target:
+    """An API and its broker, without workers: what is refused needs none."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.temporary = stack.home / "tmp"
+        self.temporary.mkdir()
+        stack.environment |= {"TMPDIR": str(self.temporary), "MAX_BODY_BYTES": "20000000"}
+        stack.start("broker", "api")
+        wait_until(self._answers, "answer")
+        self.model = stack.register("mixture-ring")
+        welcome = upload(lambda: zipped(model_files()))  # what the API needs to load models, it has loaded then
+        assert self.send(welcome).status_code == 201
+
+    def send(self, request: Hostile) -> httpx.Response:
+        return self.send_made(request, request.content())
+
+    def send_made(self, request: Hostile, content: bytes) -> httpx.Response:
+        content = content.replace(MODEL.encode(), self.model.encode())
+        path = request.path.replace(MODEL, self.model)
+        headers = [(name.encode(), value.encode("latin-1")) for name, value in request.headers.items()]
+        return self.stack.client.request(request.method, path, content=content, headers=headers)
+
+    def kept(self) -> tuple[dict[str, int], set[str], list[Path]]:
+        """All that a request may leave behind: rows, artifacts and temporary files."""
+        with self.stack.registry.read() as session:
+            tables = {
+                t.name: session.scalar(select(func.count()).select_from(t)) or 0 for t in Base.metadata.sorted_tables
+            }
+        return tables, self.stack.files(), list(self.temporary.iterdir())
+
+    def resident_kib(self) -> int:
+        status = Path(f"/proc/{self.stack.processes['api'].pid}/status").read_text()
+        return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
+
+    def _answers(self) -> bool:
+        assert self.stack.processes["api"].poll() is None
+        try:
+            return self.stack.client.get("/healthz").is_success
+        except httpx.TransportError:
+            return False
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def target(request: pytest.FixtureRequest, make_database_url: MakeDatabaseUrl) -> Iterator[Target]:
+    with tempfile.TemporaryDirectory(prefix="timetuner-test-") as folder:
+        stack = Stack(Path(folder), make_database_url(request.param, Path(folder)))
+        try:
+            yield Target(stack)
+        finally:
+            stack.stop()
+
+
+def test_there_are_enough() -> None:
+    assert len(corpus()) + len(RAW) + len(AUTHORIZATIONS) >= 200
+
+
+@pytest.mark.parametrize("name", corpus())
+def test_a_hostile_request_is_refused_and_leaves_nothing(target: Target, name: str) -> None:
+    request, before = corpus()[name], target.kept()
+    response = target.send(request)
+    assert response.status_code in request.statuses, response.text
+    problem = assert_problem(response, response.status_code)
+    assert len(response.content) < 500_000
+    assert "Traceback" not in response.text
+    assert problem["request_id"] == response.headers.get("x-request-id")
+    assert target.kept() == before
+
+
+def test_refusing_all_of_them_takes_little_time_and_memory(
+    target: Target, record_property: Callable[[str, object], None]
+) -> None:
+    def seconds_of(request: Hostile) -> float:
+        content = request.content()
+        began = time.perf_counter()
+        target.send_made(request, content)
+        return time.perf_counter() - began
+
+    before = target.resident_kib()
+    times = {name: seconds_of(request) for name, request in corpus().items()}
+    growth = target.resident_kib() - before
+    slowest = max(times, key=lambda name: times[name])
+    record_property("figures", (len(times), statistics.median(times.values()), slowest, times[slowest], growth))
+    print(
+        f"{len(times)} inputs; median {statistics.median(times.values()):.4f} s; slowest {slowest!r} "
+        f"{times[slowest]:.3f} s; RSS grew by {growth} KiB"
+    )
+    assert times[slowest] < SECONDS
+    assert statistics.median(times.values()) < 1
+    assert growth < GROWTH_KIB
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_what_is_not_http_is_refused_and_hung_up_on(target: Target, name: str) -> None:
+    before = target.kept()
+    answer = exchange(target, RAW[name])
+    assert answer == b"" or 400 <= int(answer.split()[1]) < 500, answer[:500]
+    assert answer == b"" or b"application/problem+json" in answer
+    assert target.kept() == before
+    assert target.stack.client.get("/healthz").is_success
+
+
+@pytest.mark.parametrize("name", AUTHORIZATIONS)
+def test_a_malformed_authorization_never_is_the_services_fault(target: Target, name: str) -> None:
+    value = AUTHORIZATIONS[name].encode("latin-1")
+    response = target.stack.client.get("/v1/models", headers=[(b"Authorization", value)])
+    assert response.status_code < 500
+    body = target.stack.client.post("/v1/models", content=b"{}", headers=[(b"Authorization", value), *JSON.items()])
+    assert_problem(body, body.status_code)
+    assert body.status_code < 500
+
+
+def exchange(target: Target, content: bytes, seconds: float = 60) -> bytes:
+    """What a connection answers to these bytes until it is closed."""
+    url = target.stack.client.base_url
+    with socket.create_connection((url.host, url.port), timeout=seconds) as connection:
+        answer = b""
+        try:
+            connection.sendall(content)
+            while piece := connection.recv(65_536):
+                answer += piece
+        except (ConnectionResetError, BrokenPipeError):
+            pass
+        return answer

@@ -1,0 +1,156 @@
+"""The containers' deployment, as far as it can be tested without containers: what it promises, and its commands."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from service.supervisor import valkey_command
+from tests.conftest import MakeDatabaseUrl
+from tests.stack import free_port, wait_until
+
+ROOT = Path(__file__).parent.parent
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+ONCE = "migrate"
+OURS = [name for name, service in SERVICES.items() if service["image"] == "timetuner"]
+RUN_HERE = ["api", "dispatcher", "tuning-worker-cpu", "sampling-worker-cpu"]
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_can_do_no_more_than_it_must(name: str) -> None:
+    service = SERVICES[name]
+    uid = service["user"].partition(":")[0]
+    assert int(uid) > 0
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["pids_limit"] > 0
+    assert service["mem_limit"]
+    assert not service.get("privileged") and not service.get("cap_add") and "docker.sock" not in str(service)
+    assert ("healthcheck" in service) == (name != ONCE)
+
+
+def test_only_the_api_is_published_and_on_loopback_alone() -> None:
+    published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
+    assert list(published) == ["api"]
+    assert all(port.startswith("127.0.0.1:") for port in published["api"])
+    assert [name for name, service in SERVICES.items() if "outside" in service["networks"]] == ["api"]
+    assert COMPOSE["networks"]["inside"]["internal"] is True
+
+
+def test_no_secret_is_written_down() -> None:
+    text = (ROOT / "docker-compose.yml").read_text() + (ROOT / "Dockerfile").read_text()
+    written = re.sub(r"\$\{[^}]*\}", "", text)  # without what comes from whoever runs it
+    assert not re.search(r"(?i)(password|secret|token)\w*[:=] *[^\s.]", written)
+    assert not re.search(r"://[^\s/]+:[^\s/]+@", written)
+
+
+def test_the_image_gets_what_it_needs_and_nothing_else() -> None:
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert ignored[0] == "*"
+    sent = {line.removeprefix("!") for line in ignored if line.startswith("!")}
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert sent == set(" ".join(copied).split())
+
+
+@pytest.fixture(scope="module")
+def deployment(make_database_url: MakeDatabaseUrl, tmp_path_factory: pytest.TempPathFactory) -> Iterator["Deployment"]:
+    with ExitStack() as stopped_at_the_end:
+        yield Deployment(make_database_url("postgresql", tmp_path_factory.mktemp("home")), stopped_at_the_end)
+
+
+class Deployment:
+    """The commands of docker-compose.yml as processes here, in its order, with its environment but for addresses."""
+
+    def __init__(self, database_url: str, stopped_at_the_end: ExitStack) -> None:
+        home = Path(stopped_at_the_end.enter_context(TemporaryDirectory(prefix="timetuner-test-")))
+        command, broker_socket = valkey_command(home)
+        self.database_url = database_url
+        self.broker_url = f"redis+socket://{broker_socket}"
+        self.home = home
+        self.ports = {name: free_port() for name in RUN_HERE}
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        stopped_at_the_end.callback(self.stop)
+        self.processes["valkey"] = subprocess.Popen(command)
+        wait_until(broker_socket.exists, "broker")
+        migrate = self._here(SERVICES[ONCE]["command"], ONCE)
+        subprocess.run(migrate, env=self._environment(ONCE), timeout=300, check=True)
+        for name in RUN_HERE:
+            self.processes[name] = subprocess.Popen(
+                self._here(SERVICES[name]["command"], name), env=self._environment(name)
+            )
+
+    def is_healthy(self, name: str) -> bool:
+        """What the service's health check says."""
+        assert self.processes[name].poll() is None, f"{name} ended"
+        kind, *check = SERVICES[name]["healthcheck"]["test"]
+        assert kind == "CMD"
+        command = self._here(shlex.join(check), name)
+        checked = subprocess.run(command, env=self._environment(name), stderr=subprocess.DEVNULL, check=False)
+        return checked.returncode == 0
+
+    def stop(self) -> None:
+        for process in reversed(self.processes.values()):
+            process.terminate()
+        for process in self.processes.values():
+            process.wait(120)
+
+    def _here(self, command: str, name: str) -> list[str]:
+        programs = {"timetuner": [sys.executable, "-m", "service"], "python": [sys.executable]}
+        program, *arguments = shlex.split(command)
+        port = str(self.ports.get(name, ""))
+        return [*programs[program], *(re.sub(r"\b(8000|9100)\b", port, argument) for argument in arguments)]
+
+    def _environment(self, name: str) -> dict[str, str]:
+        """The service's own, with values that are left to whoever runs it at their defaults."""
+        given = {key: re.sub(r"\$\{\w+:-(\w*)\}", r"\1", value) for key, value in SERVICES[name]["environment"].items()}
+        given |= {"DATABASE_URL": self.database_url, "BROKER_URL": self.broker_url, "OMP_NUM_THREADS": "1"}
+        given |= {"ARTIFACTS_URL": f"file://{self.home / 'artifacts'}"}
+        if "METRICS_PORT" in given:
+            given |= {"METRICS_PORT": str(self.ports[name]), "METRICS_HOST": "127.0.0.1"}
+        kept = {
+            key: value for key, value in os.environ.items() if key in ("PATH", "PYTHONPATH", "HOME", "LD_LIBRARY_PATH")
+        }
+        return {**kept, **given}
+
+
+@pytest.mark.parametrize("name", RUN_HERE)
+def test_a_service_becomes_healthy(deployment: Deployment, name: str) -> None:
+    wait_until(lambda: deployment.is_healthy(name), f"health of {name}")
+
+
+def test_all_of_them_together_serve(deployment: Deployment) -> None:
+    with httpx.Client(base_url=f"http://127.0.0.1:{deployment.ports['api']}", timeout=120) as client:
+
+        def answers() -> bool:
+            try:
+                return client.get("/readyz").is_success
+            except httpx.TransportError:
+                return False
+
+        wait_until(answers, "readiness")
+        model = client.post("/v1/models", json={"builtin": "mixture-ring"}).json()["id"]
+        samples = client.post(
+            "/v1/samples", json={"model": model, "num_steps": 2}, headers={"Accept": "application/json"}
+        )
+        assert samples.status_code == 200, samples.text
+
+
+def test_every_service_of_ours_is_run_here_or_is_a_twin_of_one_that_is() -> None:
+    twins = {f"{name}-cpu": name for name in OURS if f"{name}-cpu" in OURS}
+    assert set(OURS) == {*RUN_HERE, ONCE, *twins.values()}
+    for on_cpu, on_gpu in twins.items():
+        assert SERVICES[on_cpu]["command"] == SERVICES[on_gpu]["command"]
+        (device,) = SERVICES[on_gpu]["deploy"]["resources"]["reservations"]["devices"]
+        assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
