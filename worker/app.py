@@ -75,5 +75,6 @@ def _warm_up(**_: Any) -> None:
 
 @worker_shutting_down.connect  # type: ignore[untyped-decorator]
 def _stop_taking(**_: Any) -> None:
-    """What is being sampled is finished; what is not begun is left to others."""
-    _sample_server().stopping = True
+    """What is being sampled is finished, if there is time; tuning is handed back, and what is not begun."""
+    _runtime().stopping.set()
+    _sample_server().stop()

@@ -1,7 +1,7 @@
 """The dispatcher: `python -m worker.dispatcher`. Any number may run; one is enough.
 
 It takes jobs back from workers that fell silent, and tells the broker of jobs it has not heard of: those
-submitted while it was away, those it lost, those taken back.
+submitted while it was away, those it lost, those taken back. It also deletes what is not to be kept any longer.
 """
 
 import logging
@@ -18,9 +18,11 @@ from service.logs import start_logging
 from service.queue import TASKS, celery_app, publish
 from service.registry.database import Registry
 from service.registry.jobs import JOB_CLASSES, PUBLISHED_CLASSES, take_back_expired, unpublished
-from service.registry.samples import forgotten_parents, samples_wait
+from service.registry.samples import ended, forgotten_parents, samples_wait
+from service.registry.tables import SampleJob
 from service.settings import Settings
 from worker.joining import join_all
+from worker.retention import Sweeper
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,8 @@ def dispatch_once(
     """
     for job_class in JOB_CLASSES:
         with registry.write() as session:
-            take_back_expired(session, job_class, max_attempts)
+            over = take_back_expired(session, job_class, max_attempts)
+        bus.tell_ended(ended(job, job.state, error=job.error) for job in over if isinstance(job, SampleJob))
     for job_class in PUBLISHED_CLASSES:
         with registry.read() as session:
             surely = unpublished(session, job_class, published_before=timedelta(seconds=10 * republish_seconds))
@@ -75,12 +78,14 @@ def main() -> None:
         start_http_server(settings.metrics_port, settings.metrics_host)
     registry, app = Registry(settings.database_url), celery_app(settings.broker_url)
     artifacts, bus = ArtifactStore(settings.artifacts_url), Bus(app, settings.broker_url)
+    sweeper = Sweeper(registry, artifacts, settings.keep_samples_days)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     while not stop.wait(settings.dispatch_interval_seconds):
         try:
             dispatch_once(registry, artifacts, app, bus, settings.max_attempts, settings.republish_seconds)
+            sweeper.sweep_if_due()
             LAST_ROUND.set_to_current_time()
         except Exception:  # database or broker away: the next round may find them back
             logger.exception("a round failed")

@@ -2,14 +2,16 @@
 
 import logging
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from service.registry.database import Registry
+from service.registry.database import Registry, is_away
 from service.registry.jobs import Claim, LeaseLostError, renew
 from service.registry.samples import SampleClaim, renew_samples
 from service.registry.tables import FINAL_STATES, Job, TuningJob
@@ -17,8 +19,15 @@ from service.registry.tables import FINAL_STATES, Job, TuningJob
 logger = logging.getLogger(__name__)
 
 
+SAVE_AGAIN_SECONDS = 0.5
+
+
 class JobCancelledError(Exception):
     """A user asked for the job to be cancelled."""
+
+
+class WorkerStoppingError(Exception):
+    """The worker is to stop: others shall have the job."""
 
 
 class Renewing:
@@ -55,20 +64,39 @@ class Renewing:
 
 
 class Lease(Renewing):
-    """A claimed job. Renews its lease every third of it; `check()` raises once the job is lost or cancelled."""
+    """A claimed job. Renews its lease every third of it; `check()` raises once the job is lost or cancelled, or the
+    worker is `stopping`."""
 
-    def __init__(self, registry: Registry, claim: Claim, lease_seconds: float) -> None:
+    def __init__(
+        self, registry: Registry, claim: Claim, lease_seconds: float, stopping: threading.Event | None = None
+    ) -> None:
         super().__init__(registry, lease_seconds)
         self.claim = claim
+        self._stopping = stopping or threading.Event()
         self._lost = threading.Event()
         self._cancelled = threading.Event()
 
     def check(self) -> None:
-        """Cheap enough for every network call. Raises: LeaseLostError, JobCancelledError."""
+        """Cheap enough for every network call. Raises: LeaseLostError, JobCancelledError, WorkerStoppingError."""
         if self._lost.is_set():
             raise LeaseLostError(self.claim.job_id)
         if self._cancelled.is_set():
             raise JobCancelledError(self.claim.job_id)
+        if self._stopping.is_set():
+            raise WorkerStoppingError(self.claim.job_id)
+
+    def persist(self, write: Callable[[], object]) -> None:
+        """Do a transaction, again and again while the database is away. Raises: as `check`, and what `write` raises."""
+        while True:
+            try:
+                write()
+                return
+            except DBAPIError as error:
+                if not is_away(error):
+                    raise
+                logger.warning("the database is away; trying again: %s", error.orig)
+            self.check()
+            time.sleep(SAVE_AGAIN_SECONDS)
 
     @contextmanager
     def write(self) -> Iterator[tuple[Session, Job]]:

@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -13,8 +14,8 @@ from celery import Celery
 from service.artifacts import ArtifactStore
 from service.bus import Bus
 from service.logs import about
-from service.registry.database import Registry
-from service.registry.jobs import LeaseLostError, claim, finish
+from service.registry.database import Registry, is_away
+from service.registry.jobs import Claim, LeaseLostError, claim, finish, hand_back, unpublish
 from service.registry.samples import models_sampled_last
 from service.registry.tables import Job, JobState, Model
 from service.settings import Settings
@@ -23,7 +24,7 @@ from timetuner_core.generation import Guidance
 from timetuner_core.loading import DiffusionModel, load_builtin, load_folder
 from timetuner_core.tuning import TuningProblem
 from worker import metrics
-from worker.lease import JobCancelledError, Lease
+from worker.lease import JobCancelledError, Lease, WorkerStoppingError
 from worker.requests import guidance_of
 from worker.traces import tuning_ended, tuning_span
 
@@ -45,6 +46,7 @@ class Runtime:
         self._sizes: dict[Hashable, tuple[int, ...]] = {}
         self.give_way: Callable[[], None] = lambda: None  # to what is more urgent; called while tuning
         self._problem: tuple[str, TuningProblem] | None = None
+        self.stopping = threading.Event()  # set: hand back what there is to do
 
     def load_model(self, model_id: str) -> DiffusionModel:
         """The model on this worker's device. Those used last stay loaded, up to `max_model_bytes` together."""
@@ -98,15 +100,19 @@ class Runtime:
     def run(self, job_class: type[Job], job_id: str, work: Callable[["Runtime", Lease], None]) -> bool:
         """Claim a job and work on it; whatever happens, the registry says what became of it.
 
-        A job someone else has, or that is over, is left alone: then False. `work` finishes the job itself when all
-        went well.
+        A job someone else has, or that is over, is left alone: then False; so is any once the worker is to stop.
+        `work` finishes the job itself when all went well. If it fails because the database is away, the lease runs
+        out, and the job goes on elsewhere.
         """
         with self.registry.write() as session:
+            if self.stopping.is_set():
+                unpublish(session, job_class, job_id)
+                return False
             claimed = claim(session, job_class, job_id, self.owner, self.settings.lease_seconds)
         if claimed is None:
             return False
         ids = about(job_id=job_id, request_id=claimed.request_id)
-        with ids, Lease(self.registry, claimed, self.settings.lease_seconds) as lease, tuning_span(claimed):
+        with ids, self._lease(claimed) as lease, tuning_span(claimed):
             try:
                 work(self, lease)
                 _note_end(job_class, JobState.SUCCEEDED)
@@ -114,10 +120,17 @@ class Runtime:
                 logger.warning("%s is no longer ours", job_id)
             except JobCancelledError:
                 _finish(lease, JobState.CANCELLED)
+            except WorkerStoppingError:
+                _hand_back(lease)
             except Exception as error:
                 logger.exception("%s failed", job_id)
+                if is_away(error):
+                    return False
                 _finish(lease, JobState.FAILED, f"{type(error).__name__}: {error}")
         return True
+
+    def _lease(self, claimed: Claim) -> Lease:
+        return Lease(self.registry, claimed, self.settings.lease_seconds, self.stopping)
 
     def _load(self, model_id: str) -> DiffusionModel:
         with self.registry.read() as session:
@@ -148,5 +161,14 @@ def _finish(lease: Lease, state: JobState, error: str | None = None) -> None:
         with lease.write() as (session, job):
             finish(session, job, state, error)
         _note_end(lease.claim.job_class, state, error)
+    except LeaseLostError:
+        logger.warning("%s is no longer ours", lease.claim.job_id)
+
+
+def _hand_back(lease: Lease) -> None:
+    try:
+        with lease.write() as (session, job):
+            hand_back(session, job)
+        logger.info("handed back")
     except LeaseLostError:
         logger.warning("%s is no longer ours", lease.claim.job_id)

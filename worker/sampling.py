@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from sqlalchemy.exc import DBAPIError
 from ulid import ULID
 
-from service.registry.samples import Ended, SampleClaim, claim_samples, ended, finish_samples
+from service.registry.database import is_away
+from service.registry.samples import Ended, SampleClaim, claim_samples, ended, finish_samples, hand_back_samples
 from service.registry.tables import JobState, Schedule
 from service.registry.types import utc_now
 from service.samples.formats import to_preview
@@ -57,7 +58,16 @@ class SampleServer:
         self._writing: list[Future[None]] = []
         self._looked_at = self._called_at = 0.0
         self._steps_since_taking = 0
-        self.stopping = False  # take no more jobs
+        self._stop_by: float | None = None  # by then, jobs are handed back
+
+    @property
+    def stopping(self) -> bool:
+        """Whether to take no more jobs."""
+        return self._stop_by is not None
+
+    def stop(self) -> None:
+        """Take no more jobs, and soon hand back those there are."""
+        self._stop_by = time.monotonic() + self._runtime.settings.drain_seconds
 
     def serve_if_called(self) -> None:
         """For whoever is at something else: sampling goes first. Looks now and then only."""
@@ -87,7 +97,9 @@ class SampleServer:
             while not self.stopping or self._cohorts:
                 if more and not self.stopping and self._is_time_to_take():
                     more = self._try_to_take(leases)
-                if self._cohorts:
+                if self._stop_by is not None and time.monotonic() > self._stop_by:
+                    self._hand_back(leases)
+                elif self._cohorts:
                     self._move_on(leases)
                     more = bell.rung() or more
                     served = True
@@ -143,6 +155,9 @@ class SampleServer:
             try:
                 self._join(claim, found.get(claim.job.schedule_id or ""))
             except Exception as error:
+                if is_away(error):  # the lease runs out, and it is taken again
+                    leases.drop([claim.job_id])
+                    continue
                 logger.exception("%s failed", claim.job_id, extra=_ids([claim]))
                 self._fail([claim], error, leases)
         self._end([], late)
@@ -248,6 +263,16 @@ class SampleServer:
             first += claim.job.num_images
         metrics.IMAGES.labels(cohort.model_id).inc(first)
         self._submit(ends, images[ours], leases)
+
+    def _hand_back(self, leases: SampleLeases) -> None:
+        """Leave what is not done to others."""
+        claims = [claim for cohort in self._cohorts for claim in cohort.claims.values()]
+        self._cohorts = []
+        leases.drop(claim.job_id for claim in claims)
+        with self._runtime.registry.write() as session:
+            hand_back_samples(session, claims)
+        self._runtime.bus.wake()
+        logger.info("handed back %d jobs", len(claims))
 
     def _fail(self, claims: Iterable[SampleClaim], error: Exception, leases: SampleLeases) -> None:
         message = f"{type(error).__name__}: {error}"

@@ -31,11 +31,11 @@ def run_tuning_job(runtime: Runtime, lease: Lease) -> None:
         if spreads(job.request["tuner"]):
             state = tune_by_tasks(runtime, lease, sampler)
         else:
-            tune(sampler, state, lease.write, runtime.settings.save_seconds)
+            tune(sampler, state, lease, lease.write, runtime.settings.save_seconds)
     with TRACER.start_as_current_span("evaluate"):
         evaluation = sampler.evaluate(state)
     with TRACER.start_as_current_span("store"):
-        _store(lease, sampler, state, evaluation)
+        lease.persist(lambda: _store(lease, sampler, state, evaluation))
 
 
 def spreads(tuner: dict[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """Where tuning stands, kept in the registry: what makes an interrupted job go on, and parts of it merge."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -7,14 +8,19 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, selectinload
 from torch import Tensor
 
+from service.registry.database import is_away
 from service.registry.jobs import add_event
 from service.registry.tables import Job, TuningJob, TuningJobStep
 from timetuner_core.tuning import TuningState
+from worker.lease import Lease
 from worker.metrics import TUNING_ITERATIONS
 from worker.tuned_sampler import TunedSampler
+
+logger = logging.getLogger(__name__)
 
 TUNING_SHARE = 0.8  # of the progress bar; evaluation has the rest
 
@@ -23,9 +29,15 @@ Write = Callable[[], AbstractContextManager[tuple[Session, Job]]]
 
 
 def tune(
-    sampler: TunedSampler, state: TuningState, write: Write, save_seconds: float, steps: list[int] | None = None
+    sampler: TunedSampler,
+    state: TuningState,
+    lease: Lease,
+    write: Write,
+    save_seconds: float,
+    steps: list[int] | None = None,
 ) -> None:
-    """Tune to the end, saving `state` about every `save_seconds`, so that another worker could go on from there.
+    """Tune to the end, saving `state` about every `save_seconds`, so that another worker could go on from there. While
+    the database is away tuning goes on, and is saved later.
 
     Args:
         steps: tune and save only these; then the rest of `state` is not looked at.
@@ -35,9 +47,14 @@ def tune(
     for _ in sampler.tune(state, steps):
         iterations.inc()
         if time.monotonic() - saved > save_seconds:
-            saved = _save(sampler, state, write, steps, saved)
+            try:
+                saved = _save(sampler, state, write, steps, saved)
+            except DBAPIError as error:
+                if not is_away(error):
+                    raise
+                logger.warning("the database is away; to be saved later: %s", error.orig)
         sampler.runtime.give_way()
-    _save(sampler, state, write, steps, saved)
+    lease.persist(lambda: _save(sampler, state, write, steps, saved))
 
 
 def read_job(session: Session, job_id: str) -> TuningJob:
@@ -95,6 +112,7 @@ def _save(sampler: TunedSampler, state: TuningState, write: Write, steps: list[i
             job.timesteps = state.timesteps.tolist()
         job.network_calls += sampler.network_calls
         job.tuning_seconds += now - since
+        job.losses = 0
         _note_progress(session, job, load_state(job, sampler.timesteps), sampler.tuner.get("total_iters", 1))
     sampler.network_calls = 0
     return now

@@ -4,6 +4,7 @@ The job's own worker takes them too, one after another, so that a job ends even 
 """
 
 import time
+from functools import partial
 
 from sqlalchemy import select
 
@@ -48,9 +49,14 @@ def run_tuning_task(runtime: Runtime, lease: Lease) -> None:
         job = read_job(session, task.job_id)
     sampler = TunedSampler(runtime, job, lease.check)
     state = load_state(job, sampler.timesteps)
-    tune(sampler, state, lambda: lease.write_to(job.id), runtime.settings.save_seconds, [task.step_index])
-    with lease.write() as (session, current):
-        finish(session, current, JobState.SUCCEEDED)
+    write, seconds = partial(lease.write_to, job.id), runtime.settings.save_seconds
+    tune(sampler, state, lease, write, seconds, [task.step_index])
+    lease.persist(lambda: _finish(lease))
+
+
+def _finish(lease: Lease) -> None:
+    with lease.write() as (session, task):
+        finish(session, task, JobState.SUCCEEDED)
 
 
 def _make_tasks(lease: Lease, sampler: TunedSampler) -> None:

@@ -9,6 +9,7 @@ from typing import IO, Any
 from sqlalchemy import exists, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
+from ulid import ULID
 
 from service.access.callers import Caller
 from service.artifacts import ArtifactStore
@@ -53,11 +54,19 @@ def register_archive(
         content_hash = folder_hash(staging)
         if found := _find(registry, content_hash):
             return found, False
-        key = f"models/{content_hash}"
+        key = f"models/{ULID()}"  # its own: the same content may be deleted at this moment
         artifacts.put_folder(key, staging)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return _insert(registry, caller, Model(name=name, content_hash=content_hash, source={"artifact": key}, spec=spec))
+    model = Model(name=name, content_hash=content_hash, source={"artifact": key}, spec=spec)
+    try:
+        kept, created = _insert(registry, caller, model)
+    except BaseException:
+        artifacts.remove(key)
+        raise
+    if not created:
+        artifacts.remove(key)
+    return kept, created
 
 
 def get_model(session: Session, model_id: str) -> Model:

@@ -6,12 +6,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Engine, create_engine, event, make_url, update
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
 from service.registry.tables import Model, RegistryChanges, Schedule, ScheduleAlias
 
 if TYPE_CHECKING:
     from alembic.config import Config
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether an error says that the database cannot be used at the moment, and nothing of what was asked."""
+    return isinstance(error, OperationalError | InterfaceError) or (
+        isinstance(error, DBAPIError) and error.connection_invalidated
+    )
 
 
 class RegistrySession(Session):

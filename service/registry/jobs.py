@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import Select, func, or_, select, update
+from sqlalchemy import Select, case, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from service.registry.tables import FINAL_STATES, Job, JobState, SampleJob, TuningJob, TuningJobEvent, TuningTask
@@ -67,6 +67,7 @@ def claimed_by(job_class: type[Job], owner: Any, expires_at: Any, now: Any) -> d
     return {
         "state": JobState.RUNNING,
         "attempt": job_class.attempt + 1,
+        "losses": job_class.losses + case((job_class.state == JobState.RUNNING, 1), else_=0),
         "fencing_token": job_class.fencing_token + 1,
         "lease_owner": owner,
         "lease_expires_at": expires_at,
@@ -134,19 +135,47 @@ def _cancel_children(session: Session, job: Job) -> None:
         request_cancel(session, child)
 
 
-def take_back_expired(session: Session, job_class: type[Job], max_attempts: int) -> None:
-    """Queue again the jobs whose workers fell silent; fail those that did so too often."""
+def hand_back(session: Session, job: Job) -> None:
+    """Queue a job again that its worker cannot run to its end; that was no attempt."""
+    job.attempt -= 1
+    if job.cancel_requested:
+        finish(session, job, JobState.CANCELLED)
+    else:
+        _requeue(session, job)
+
+
+def unpublish(session: Session, job_class: type[Job], job_id: str) -> None:
+    """Have the broker told of a job again, if it is still queued: whoever heard of it will not run it."""
+    queued = job_class.state == JobState.QUEUED
+    session.execute(update(job_class).where(job_class.id == job_id, queued).values(published_at=None))
+
+
+def take_back_expired(session: Session, job_class: type[Job], max_attempts: int) -> list[Job]:
+    """Queue again the jobs whose workers fell silent; those that are over now: cancelled meanwhile, or failed because
+    too many workers were lost over them without getting on."""
+    over = []
     expired = select(job_class).where(job_class.state == JobState.RUNNING, job_class.lease_expires_at < utc_now())
     for job in session.scalars(expired.with_for_update(skip_locked=True)):
         if job.cancel_requested:
             finish(session, job, JobState.CANCELLED)
-        elif job.attempt >= max_attempts:
-            finish(session, job, JobState.FAILED, f"its worker was lost {job.attempt} times; accepted: {max_attempts}")
+            over.append(job)
+        elif job.losses + 1 >= max_attempts:
+            error = (
+                f"its worker was lost {job.losses + 1} times without getting on; accepted: fewer than {max_attempts}"
+            )
+            finish(session, job, JobState.FAILED, error)
+            over.append(job)
         else:
-            job.state = JobState.QUEUED
-            job.published_at = None
-            job.lease_owner = job.lease_expires_at = None
-            add_event(session, job, "requeued", attempt=job.attempt)
+            job.losses += 1
+            _requeue(session, job)
+    return over
+
+
+def _requeue(session: Session, job: Job) -> None:
+    job.state = JobState.QUEUED
+    job.published_at = None
+    job.lease_owner = job.lease_expires_at = None
+    add_event(session, job, "requeued", attempt=job.attempt)
 
 
 def add_tasks(session: Session, job: TuningJob, step_indices: list[int]) -> list[str]:

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Row, Select, Table, bindparam, case, exists, or_, select, update
+from sqlalchemy import Row, Select, Table, bindparam, case, delete, exists, or_, select, update
 from sqlalchemy.orm import Session, aliased
 
-from service.registry.jobs import Claim, claimed_by, finish
+from service.registry.jobs import Claim, claimed_by, finish, hand_back
 from service.registry.tables import FINAL_STATES, JobState, RegistryChanges, SampleJob
-from service.registry.types import utc_now
+from service.registry.types import first_id, utc_now
 
 PATIENCE_SECONDS = 1.0  # how long jobs of models that a worker holds may go before those of others
 LATE = "dropped: no worker was free before its deadline"
@@ -109,6 +109,14 @@ def renew_samples(session: Session, claims: Collection[SampleClaim], lease_secon
     return {claim.job_id for claim in claims} - ours, {job_id for job_id in ours if rows[job_id].cancel_requested}
 
 
+def hand_back_samples(session: Session, claims: Collection[SampleClaim]) -> None:
+    """Queue those jobs again that are still ours: their worker stops before they are done."""
+    rows = _locked(session, claims)
+    for claim in claims:
+        if _is_ours(claim, rows):
+            hand_back(session, session.get_one(SampleJob, claim.job_id, populate_existing=True))
+
+
 _END = (
     update(_ROWS)
     .where(_ROWS.c.id == bindparam("job_id"))
@@ -192,6 +200,27 @@ def models_sampled_last(session: Session, count: int) -> list[tuple[str, dict[st
     for job in jobs:
         requests.setdefault(job.model_id, job.request)
     return list(requests.items())[:count]
+
+
+def delete_old_samples(session: Session, before: datetime, limit: int) -> int:
+    """Delete requests that were over by then, with their parts, up to so many rows; how many. Their files stay."""
+    whole, part = aliased(SampleJob), aliased(SampleJob)
+    over = whole.state.in_(FINAL_STATES), whole.finished_at < before, whole.parent_id.is_(None)
+    # Ids are in the order of time: those to be deleted come first.
+    old = select(whole.id).where(whole.id < first_id("smp", before), *over).order_by(whole.id).limit(limit)
+    ids = list(session.scalars(old))
+    parts = session.scalars(select(part.id).where(part.parent_id.in_(ids), part.state.in_(FINAL_STATES)).limit(limit))
+    deleted = [*parts] or ids  # parts first, as they refer to the whole
+    session.execute(
+        delete(SampleJob).where(SampleJob.id.in_(deleted)), execution_options={"synchronize_session": False}
+    )
+    return len(deleted)
+
+
+def unreferenced(session: Session, artifacts: Collection[str]) -> set[str]:
+    """Those files that no sample job refers to."""
+    there = select(SampleJob.artifact).where(SampleJob.artifact.in_(artifacts)).distinct()
+    return set(artifacts) - set(session.scalars(there))
 
 
 def changes(session: Session) -> int:

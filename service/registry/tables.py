@@ -6,7 +6,7 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, MetaData, String, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, MetaData, String, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from service.registry.types import ExactDecimal, UtcDateTime, new_id, utc_now
@@ -82,6 +82,7 @@ class Job(Base):
     error: Mapped[str | None] = mapped_column(String(2000))
     request_id: Mapped[str | None] = mapped_column(String(64))  # of the HTTP request it came by
     attempt: Mapped[int] = mapped_column(default=0)
+    losses: Mapped[int] = mapped_column(default=0)  # of workers that fell silent over it, since it last got on
     fencing_token: Mapped[int] = mapped_column(default=0)
     lease_owner: Mapped[str | None]
     lease_expires_at: Mapped[datetime | None]
@@ -105,7 +106,7 @@ class TuningJob(Job):
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
     idempotency_key: Mapped[str | None] = mapped_column(unique=True)
     request_hash: Mapped[str]
-    network_calls: Mapped[int] = mapped_column(default=0)  # so far, over all attempts and workers
+    network_calls: Mapped[int] = mapped_column(BigInteger, default=0)  # so far, over all attempts and workers
     tuning_seconds: Mapped[float] = mapped_column(default=0.0)  # likewise
     timesteps: Mapped[list[float] | None] = mapped_column(JSON)  # the grid so far, as tuners may move it
 
@@ -151,7 +152,7 @@ class TuningJobEvent(Base):
     __tablename__ = "tuning_job_events"
     __table_args__ = (Index(None, "job_id", "id"),)
 
-    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("tuning_jobs.id"))
     type: Mapped[str]
     data: Mapped[dict[str, Any]]
@@ -243,7 +244,7 @@ class Evaluation(Base):
     metrics: Mapped[dict[str, Any]] = mapped_column(default=dict)  # {name: {before, after, change, low, high}}
     reason: Mapped[str | None] = mapped_column(String(2000))  # why the schedule was accepted or rejected
     wall_time_seconds: Mapped[float]  # of tuning, evaluation not counted
-    network_calls: Mapped[int]  # samples through the network while tuning
+    network_calls: Mapped[int] = mapped_column(BigInteger)  # samples through the network while tuning
 
     schedule: Mapped["Schedule"] = relationship(back_populates="evaluation")
 
@@ -271,7 +272,7 @@ class SampleJob(Job):
     first_image: Mapped[int] = mapped_column(default=0)  # of the parent's that this part makes
     num_parts: Mapped[int] = mapped_column(default=0)
     traceparent: Mapped[str | None]  # W3C trace context of the request
-    artifact: Mapped[str | None]  # a .npy file, which may hold other jobs' images too ...
+    artifact: Mapped[str | None] = mapped_column(index=True)  # a .npy file, which may hold other jobs' images too ...
     artifact_row: Mapped[int] = mapped_column(default=0)  # ... ours from this one on
 
 

@@ -14,6 +14,11 @@ def new_id(prefix: str) -> str:
     return f"{prefix}_{ULID()}"
 
 
+def first_id(prefix: str, time: datetime) -> str:
+    """An identifier before all that were made at `time` or later."""
+    return f"{prefix}_{ULID.from_datetime(time)!s:.10}"
+
+
 def utc_now() -> datetime:
     return datetime.now(UTC)
 

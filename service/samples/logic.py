@@ -107,7 +107,7 @@ def submit_all(
                 outcomes.append(_make_job(session, settings, catalog, submission))
             except ServiceError as refusal:
                 outcomes.append(refusal)
-        _reuse(session, [job for job in outcomes if isinstance(job, SampleJob)])
+        _reuse(session, [job for job in outcomes if isinstance(job, SampleJob)], settings.keep_samples_days)
         _charge(session, catalog, submissions, outcomes)
         jobs = [job for job in outcomes if isinstance(job, SampleJob)]
         session.add_all(jobs)
@@ -158,11 +158,13 @@ def _hash(model_id: str, schedule_id: str | None, request: dict[str, Any]) -> st
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _reuse(session: Session, jobs: Sequence[SampleJob]) -> None:
-    """Give jobs the images that were made for the same request before."""
+def _reuse(session: Session, jobs: Sequence[SampleJob], keep_days: float) -> None:
+    """Give jobs the images that were made for the same request before, but not those about to be deleted."""
     hashes = {job.request_hash for job in jobs}
     query = select(SampleJob.request_hash, SampleJob.artifact, SampleJob.artifact_row)
     query = query.where(SampleJob.request_hash.in_(hashes), SampleJob.state == JobState.SUCCEEDED)
+    if keep_days:
+        query = query.where(SampleJob.finished_at > utc_now() - timedelta(days=keep_days))
     made = {row.request_hash: row for row in session.execute(query.order_by(SampleJob.id))}
     for job in jobs:
         if job.request_hash in made:

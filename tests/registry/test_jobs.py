@@ -18,6 +18,7 @@ from service.registry.jobs import (
     claim,
     count_queued,
     finish,
+    hand_back,
     mark_published,
     renew,
     request_cancel,
@@ -169,6 +170,43 @@ def test_a_job_that_lost_its_worker_too_often_is_parked_as_failed(registry: Regi
     assert (job.state, job.attempt) == (JobState.FAILED, MAX_ATTEMPTS)
     assert "3 times" in str(job.error)
     assert take(registry, job_id) is None
+
+
+def test_a_job_that_gets_on_in_between_may_lose_any_number_of_workers(registry: Registry, job_id: str) -> None:
+    for _ in range(2 * MAX_ATTEMPTS):
+        taken(registry, job_id, EXPIRED)
+        take_back(registry)
+        with registry.write() as session:
+            session.get_one(TuningJob, job_id).losses = 0  # as saving does
+    assert read(registry, job_id).state == JobState.QUEUED
+
+
+def test_workers_that_were_lost_count_whoever_takes_the_job_from_them(registry: Registry, job_id: str) -> None:
+    for _ in range(MAX_ATTEMPTS):
+        taken(registry, job_id, EXPIRED)  # from the one before, with no dispatcher in between
+    take_back(registry)
+    assert read(registry, job_id).state == JobState.FAILED
+
+
+def test_a_job_that_is_handed_back_is_queued_as_if_it_had_not_been_taken(registry: Registry, job_id: str) -> None:
+    for _ in range(2 * MAX_ATTEMPTS):
+        claimed = taken(registry, job_id)
+        with registry.write() as session:
+            hand_back(session, renew(session, claimed, LEASE_SECONDS))
+    job = read(registry, job_id)
+    assert (job.state, job.attempt, job.losses, job.lease_owner) == (JobState.QUEUED, 0, 0, None)
+    with registry.read() as session:
+        assert unpublished(session, TuningJob, timedelta(days=1)) == [job_id]
+    with pytest.raises(LeaseLostError):
+        end(registry, claimed)
+
+
+def test_a_job_that_is_to_be_cancelled_is_not_handed_back_but_cancelled(registry: Registry, job_id: str) -> None:
+    claimed = taken(registry, job_id)
+    cancel(registry, job_id)
+    with registry.write() as session:
+        hand_back(session, renew(session, claimed, LEASE_SECONDS))
+    assert read(registry, job_id).state == JobState.CANCELLED
 
 
 def test_a_cancelled_queued_job_cannot_be_claimed(registry: Registry, job_id: str) -> None:
