@@ -4,10 +4,10 @@ from itertools import pairwise
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, WithJsonSchema
+from sqlalchemy.orm import Session
 
 from service.api import Eta, ExactNumber, GuidanceScale, Identifier, NumSteps
 from service.errors import InvalidError, TooManyRequestsError
-from service.registry.database import Registry
 from service.registry.jobs import count_queued
 from service.registry.tables import Job
 from timetuner_core.grids import GridName
@@ -100,9 +100,8 @@ def check_timesteps(timesteps: Timesteps, num_steps: int, T: float) -> None:
         raise InvalidError(f"accepted as timesteps: strictly falling within [0, {T}]", loc, timesteps)
 
 
-def check_room(registry: Registry, job_class: type[Job], max_queued_jobs: int) -> None:
+def check_room(session: Session, job_class: type[Job], max_queued_jobs: int) -> None:
     """Refuse a job when too many are waiting. Raises: TooManyRequestsError."""
-    with registry.read() as session:
-        queued = count_queued(session, job_class)
+    queued = count_queued(session, job_class)
     if queued >= max_queued_jobs:
         raise TooManyRequestsError(f"{queued} jobs are queued; accepted: fewer than {max_queued_jobs}")

@@ -5,11 +5,13 @@ import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 
+from sqlalchemy import delete
 from ulid import ULID
 
 from service.artifacts import ArtifactStore
 from service.registry.database import Registry
 from service.registry.samples import delete_old_samples, unreferenced
+from service.registry.tables import IdempotencyKey
 from service.registry.types import utc_now
 
 logger = logging.getLogger(__name__)
@@ -22,7 +24,8 @@ GRACE = timedelta(hours=1)  # nobody begins to refer to what is older than the p
 class Sweeper:
     """Deletes requests for samples `keep_days` after they were over, and then their files; 0: keeps all.
 
-    Files of the same age that no job refers to, as a worker wrote them and was lost before it could say so, go too.
+    Files of the same age that no job refers to, as a worker wrote them and was lost before it could say so, go too; so
+    do idempotency keys.
     Any number may run at the same time.
     """
 
@@ -37,6 +40,8 @@ class Sweeper:
             self._swept_at = time.monotonic()
 
     def sweep(self, before: datetime) -> None:
+        with self._registry.write() as session:
+            session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at < before))
         rows = sum(self._delete_rows(before))
         old = [key for key in self._artifacts.files("samples") if _made_at(key) < before]
         files = 0

@@ -21,6 +21,7 @@ from service.errors import (
     UnsupportedMediaTypeError,
     error_responses,
 )
+from service.idempotency import GivenKey
 from service.models import logic
 from service.models.schemas import BuiltinModelRequest, ModelOut, ModelPage
 from service.registry.keys import Scope
@@ -90,7 +91,7 @@ async def _parse(request: Request) -> tuple[BuiltinModelRequest | None, UploadFi
     openapi_extra=REQUEST_BODY,
     responses={
         200: {"model": ModelOut, "description": "The same content was registered before."},
-        **error_responses(UnsupportedMediaTypeError, TooLargeError, InvalidError),
+        **error_responses(UnsupportedMediaTypeError, TooLargeError, InvalidError, ConflictError),
     },
 )
 async def register_model(
@@ -98,18 +99,19 @@ async def register_model(
     parsed: Annotated[tuple[BuiltinModelRequest | None, UploadFile | None, str | None], Depends(_parse)],
     state: State,
     response: Response,
+    idempotency_key: GivenKey = None,
 ) -> ModelOut:
     """Register a model: a built-in one by name, or an uploaded archive of a diffusers-format folder."""
     builtin, archive, name = parsed
     if builtin is not None:
         model, created = await run_in_threadpool(
-            logic.register_builtin, state.registry, caller, builtin.builtin, builtin.name
+            logic.register_builtin, state.registry, caller, builtin.builtin, builtin.name, idempotency_key
         )
     else:
         assert archive is not None and name is not None
         limit = 2 * state.settings.max_body_bytes
         model, created = await run_in_threadpool(
-            logic.register_archive, state.registry, caller, state.artifacts, archive.file, name, limit
+            logic.register_archive, state.registry, caller, state.artifacts, archive.file, name, limit, idempotency_key
         )
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/v1/models/{model.id}"

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from sqlalchemy import exists, select
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 from ulid import ULID
 
 from service.access.callers import Caller
 from service.artifacts import ArtifactStore
 from service.errors import ConflictError, InvalidError, NotFoundError
+from service.idempotency import Once, make_once
 from service.models.archive import LOC, unpack
 from service.registry.database import Registry
 from service.registry.tables import Model, SampleJob, Schedule, TuningJob
@@ -27,17 +27,25 @@ from timetuner_core.loading import (
 )
 
 
-def register_builtin(registry: Registry, caller: Caller, builtin: str, name: str | None) -> tuple[Model, bool]:
+def register_builtin(
+    registry: Registry, caller: Caller, builtin: str, name: str | None, idempotency_key: str | None = None
+) -> tuple[Model, bool]:
     """The built-in's row and whether it was made now: registering it again finds the same row."""
     folder = BUILTIN_FOLDERS.get(builtin)
     content_hash = folder_hash(folder) if folder else hashlib.sha256(f"builtin:{builtin}".encode()).hexdigest()
     spec = describe(load_builtin(builtin))
     model = Model(name=name or builtin, content_hash=content_hash, source={"builtin": builtin}, spec=spec)
-    return _insert(registry, caller, model)
+    return _insert(registry, caller, model, Once.of(caller, "register_model", idempotency_key, content_hash))
 
 
 def register_archive(
-    registry: Registry, caller: Caller, artifacts: ArtifactStore, file: IO[bytes], name: str, max_bytes: int
+    registry: Registry,
+    caller: Caller,
+    artifacts: ArtifactStore,
+    file: IO[bytes],
+    name: str,
+    max_bytes: int,
+    idempotency_key: str | None = None,
 ) -> tuple[Model, bool]:
     """Check an uploaded archive by loading it, keep its folder, and make its row; content seen before is found.
 
@@ -52,15 +60,14 @@ def register_archive(
         except ModelFormatError as error:
             raise InvalidError(str(error), (*LOC, error.field)) from None
         content_hash = folder_hash(staging)
-        if found := _find(registry, content_hash):
-            return found, False
         key = f"models/{ULID()}"  # its own: the same content may be deleted at this moment
         artifacts.put_folder(key, staging)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     model = Model(name=name, content_hash=content_hash, source={"artifact": key}, spec=spec)
+    once = Once.of(caller, "register_model", idempotency_key, content_hash)
     try:
-        kept, created = _insert(registry, caller, model)
+        kept, created = _insert(registry, caller, model, once)
     except BaseException:
         artifacts.remove(key)
         raise
@@ -132,21 +139,23 @@ def folder_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _insert(registry: Registry, caller: Caller, model: Model) -> tuple[Model, bool]:
-    if found := _find(registry, model.content_hash):
-        return found, False
-    try:
-        with registry.write() as session:
-            session.add(model)
-            session.flush()
-            caller.record(session, "register_model", model.id)
-    except IntegrityError:  # registered by someone else in between
-        if found := _find(registry, model.content_hash):
-            return found, False
-        raise
-    return model, True
+def _insert(registry: Registry, caller: Caller, model: Model, once: Once | None) -> tuple[Model, bool]:
+    """The model's row, or that of the same content which is there already; and whether it was made now."""
+    created = False
+
+    def make(session: Session) -> Model:
+        nonlocal created
+        found = _find(session, model.content_hash)
+        created = found is None
+        if found is not None:
+            return found
+        session.add(model)
+        session.flush()
+        caller.record(session, "register_model", model.id)
+        return model
+
+    return make_once(registry, once, get_model, make)[0], created
 
 
-def _find(registry: Registry, content_hash: str) -> Model | None:
-    with registry.read() as session:
-        return session.scalar(select(Model).where(Model.content_hash == content_hash))
+def _find(session: Session, content_hash: str) -> Model | None:
+    return session.scalar(select(Model).where(Model.content_hash == content_hash))

@@ -58,7 +58,7 @@ _ROWS: Table = SampleJob.__table__  # type: ignore[assignment]
 _CLAIM = (
     update(_ROWS)
     .where(_ROWS.c.id.in_(bindparam("ids", expanding=True)))
-    .values(claimed_by(SampleJob, bindparam("owner"), bindparam("expires_at"), bindparam("now")))
+    .values(claimed_by(SampleJob, bindparam("by"), bindparam("until"), bindparam("now")))
 )
 
 
@@ -93,7 +93,7 @@ def claim_samples(
         finish(session, job, JobState.FAILED, LATE)
     if taken:
         expires_at = now + timedelta(seconds=lease_seconds)
-        values = {"ids": [job.id for job in taken], "owner": owner, "expires_at": expires_at, "now": now}
+        values = {"ids": [job.id for job in taken], "by": owner, "until": expires_at, "now": now}
         session.connection().execute(_CLAIM, values)
     claims = [SampleClaim(SampleJob, job.id, job.fencing_token + 1, job.request_id, job) for job in taken]
     more = len(taken) + len(late) < len(candidates) or len(candidates) == most

@@ -104,8 +104,6 @@ class TuningJob(Job):
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("job"))
     owner: Mapped[str | None]  # the API key that asked; null: none was needed
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
-    idempotency_key: Mapped[str | None] = mapped_column(unique=True)
-    request_hash: Mapped[str]
     network_calls: Mapped[int] = mapped_column(BigInteger, default=0)  # so far, over all attempts and workers
     tuning_seconds: Mapped[float] = mapped_column(default=0.0)  # likewise
     timesteps: Mapped[list[float] | None] = mapped_column(JSON)  # the grid so far, as tuners may move it
@@ -283,6 +281,17 @@ class RegistryChanges(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     number: Mapped[int] = mapped_column(BigInteger, default=0)
+
+
+class IdempotencyKey(Base):
+    """A request that was done, so that it is not done again: see `service.idempotency`."""
+
+    __tablename__ = "idempotency_keys"
+
+    key: Mapped[str] = mapped_column(primary_key=True)  # a hash of whose it is, of what, and of its text
+    request_hash: Mapped[str]
+    object_id: Mapped[str]  # of what the request made
+    created_at: Mapped[datetime] = mapped_column(default=utc_now, index=True)
 
 
 class ApiKey(Base):

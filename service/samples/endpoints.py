@@ -28,6 +28,7 @@ from service.errors import (
     UnsupportedMediaTypeError,
     error_responses,
 )
+from service.idempotency import GivenKey, Once
 from service.models.logic import get_model
 from service.registry.jobs import request_cancel
 from service.registry.keys import Scope
@@ -79,27 +80,34 @@ CONTENT: dict[int | str, dict[str, Any]] = {
     },
 )
 async def sample(
-    caller: Sampler, body: SampleRequest, request: Request, state: State, accept: Accept = "*/*", prefer: Prefer = None
+    caller: Sampler,
+    body: SampleRequest,
+    request: Request,
+    state: State,
+    accept: Accept = "*/*",
+    prefer: Prefer = None,
+    idempotency_key: GivenKey = None,
 ) -> Response:
     """Sample images and wait for them; or, with `Prefer: respond-async`, answer 202 with the job at once.
 
     A request that was served before, seed and all, gets the same images without sampling. A client that hangs up
-    while it waits cancels its job.
+    while it waits cancels its job, unless it gave an `Idempotency-Key`: then it may ask again for what came of it.
     """
     respond_async, seconds = _preference(prefer, state.settings.max_wait_seconds)
     job_id = new_id("smp")
     with state.news.follow(job_id) as news:
+        once = Once.of(caller, "sample", idempotency_key, body.model_dump_json())
         waits_for = None if respond_async else accept
-        submission = logic.Submission(job_id, body, waits_for, telemetry.traceparent(), caller)
+        submission = logic.Submission(job_id, body, waits_for, telemetry.traceparent(), caller, once)
         with state.admission.admit(body.num_images):
             job = await state.submissions.add(submission)
-        if job.state == JobState.SUCCEEDED:
+        if job.state == JobState.SUCCEEDED or job.id != job_id:
             state.admission.spared(body.num_images)
         if respond_async:
             return _accepted(job)
-        end = await _end(state, caller, request, job, news, seconds)
+        end = await _end(state, caller, request if once is None else None, job, news, seconds)
     if end is None:
-        return _accepted(await run_in_threadpool(_read, state, caller, job_id))
+        return _accepted(await run_in_threadpool(_read, state, caller, job.id))
     return await run_in_threadpool(_content, state, job, end, accept, None)
 
 
@@ -161,9 +169,9 @@ def _accepted(job: SampleJob) -> Response:
 
 
 async def _end(
-    state: AppState, caller: Caller, request: Request, job: SampleJob, news: "asyncio.Queue[Any]", seconds: float
+    state: AppState, caller: Caller, request: Request | None, job: SampleJob, news: "asyncio.Queue[Any]", seconds: float
 ) -> Ended | None:
-    """How a job ends, or None if that takes more than `seconds`. Cancels it if the client hangs up."""
+    """How a job ends, or None if that takes more than `seconds`. Cancels it if the client of `request` hangs up."""
     if job.state in FINAL_STATES:
         return _end_of(job)
     hung_up = asyncio.create_task(_hung_up(request))
@@ -188,9 +196,11 @@ async def _end(
         hung_up.cancel()
 
 
-async def _hung_up(request: Request) -> None:
-    """Until the client does."""
-    while (await request.receive())["type"] != "http.disconnect":
+async def _hung_up(request: Request | None) -> None:
+    """Until the client does; without a request, for ever."""
+    if request is None:
+        await asyncio.Event().wait()
+    while request is not None and (await request.receive())["type"] != "http.disconnect":
         pass
 
 

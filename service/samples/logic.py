@@ -18,6 +18,7 @@ from service.access.callers import ANYBODY, Caller
 from service.access.limits import quota_error
 from service.arrays import decode_array, encode_array
 from service.errors import InvalidError, NotAcceptableError, NotFoundError, ServiceError, TooLargeError
+from service.idempotency import Once
 from service.models.logic import get_requested_model
 from service.registry.database import Registry
 from service.registry.keys import charge
@@ -48,6 +49,7 @@ class Submission:
     accept: str | None
     traceparent: str | None = None
     caller: Caller = ANYBODY
+    once: Once | None = None
 
 
 class Catalog:
@@ -104,19 +106,34 @@ def submit_all(
         catalog.refresh(session)
         for submission in submissions:
             try:
-                outcomes.append(_make_job(session, settings, catalog, submission))
+                outcomes.append(_made_before(session, submission) or _make_job(session, settings, catalog, submission))
             except ServiceError as refusal:
                 outcomes.append(refusal)
-        _reuse(session, [job for job in outcomes if isinstance(job, SampleJob)], settings.keep_samples_days)
+        _reuse(session, [job for _, job in _new(submissions, outcomes)], settings.keep_samples_days)
         _charge(session, catalog, submissions, outcomes)
-        jobs = [job for job in outcomes if isinstance(job, SampleJob)]
-        session.add_all(jobs)
-        for submission, outcome in zip(submissions, outcomes, strict=True):
-            if isinstance(outcome, SampleJob):
-                submission.caller.record(session, "sample", outcome.id)
+        new = _new(submissions, outcomes)
+        session.add_all(job for _, job in new)
         session.flush()  # parents before their parts
-        session.add_all(part for job in jobs for part in _parts(job, settings.sample_batch_size))
+        for submission, job in new:
+            submission.caller.record(session, "sample", job.id)
+            if submission.once is not None:
+                submission.once.remember(session, job.id)
+        session.add_all(part for _, job in new for part in _parts(job, settings.sample_batch_size))
     return outcomes
+
+
+def _made_before(session: Session, submission: Submission) -> SampleJob | None:
+    """The job of the same request, if it came before with the same key. Raises: ConflictError, if it was another."""
+    job_id = submission.once and submission.once.found(session)
+    return session.get(SampleJob, job_id) if job_id else None
+
+
+def _new(
+    submissions: Sequence[Submission], outcomes: Sequence[SampleJob | ServiceError]
+) -> list[tuple[Submission, SampleJob]]:
+    """Those that made a job of their own."""
+    pairs = zip(submissions, outcomes, strict=True)
+    return [(sub, job) for sub, job in pairs if isinstance(job, SampleJob) and job.id == sub.job_id]
 
 
 def _make_job(session: Session, settings: Settings, catalog: Catalog, submission: Submission) -> SampleJob:
@@ -178,8 +195,9 @@ def _charge(
     """Count what is to be sampled against the quotas of the keys that have one; put refusals in place of jobs."""
     limited: dict[str, list[int]] = defaultdict(list)
     for i, (submission, outcome) in enumerate(zip(submissions, outcomes, strict=True)):
-        key, to_do = submission.caller.key, isinstance(outcome, SampleJob) and outcome.state != JobState.SUCCEEDED
-        if to_do and key is not None and key.pixel_steps_per_day is not None:
+        key = submission.caller.key
+        new = isinstance(outcome, SampleJob) and outcome.id == submission.job_id and outcome.state != JobState.SUCCEEDED
+        if new and key is not None and key.pixel_steps_per_day is not None:
             limited[key.id].append(i)
     for key_id, indices in sorted(limited.items()):
         requests = [submissions[i].request for i in indices]

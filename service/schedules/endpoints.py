@@ -3,13 +3,16 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Response
+from sqlalchemy.orm import Session
 
 from service.access.callers import Caller
 from service.access.needs import needs
 from service.api import PathId, require_json
 from service.errors import ConflictError, InvalidError, NotFoundError, UnsupportedMediaTypeError, error_responses
+from service.idempotency import GivenKey, Once, make_once
 from service.models.logic import get_model, get_requested_model
 from service.registry.keys import Scope
+from service.registry.tables import Schedule
 from service.requests import check_setting
 from service.schedules import logic
 from service.schedules.schemas import (
@@ -46,15 +49,22 @@ def list_schedules(state: State, query: ScheduleFilters) -> SchedulePage:
     status_code=201,
     operation_id="import_schedule",
     dependencies=[Depends(require_json)],
-    responses=error_responses(InvalidError, UnsupportedMediaTypeError),
+    responses=error_responses(InvalidError, ConflictError, UnsupportedMediaTypeError),
 )
-def import_schedule(caller: Writer, body: ScheduleImport, state: State, response: Response) -> ScheduleOut:
+def import_schedule(
+    caller: Writer, body: ScheduleImport, state: State, response: Response, idempotency_key: GivenKey = None
+) -> ScheduleOut:
     """Store a schedule made elsewhere, to sample with by id or alias; `auto` goes by evaluations, so it skips it."""
-    with state.registry.write() as session:
-        schedule = ScheduleOut.model_validate(logic.import_schedule(session, body))
+    once = Once.of(caller, "import_schedule", idempotency_key, body.model_dump_json())
+
+    def make(session: Session) -> Schedule:
+        schedule = logic.import_schedule(session, body)
         caller.record(session, "import_schedule", schedule.id)
+        return schedule
+
+    schedule, _ = make_once(state.registry, once, logic.get_schedule, make)
     response.headers["Location"] = f"/v1/schedules/{schedule.id}"
-    return schedule
+    return ScheduleOut.model_validate(schedule)
 
 
 @router.get(

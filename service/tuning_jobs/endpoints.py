@@ -20,6 +20,7 @@ from service.errors import (
     UnsupportedMediaTypeError,
     error_responses,
 )
+from service.idempotency import GivenKey
 from service.queue import publish
 from service.registry.keys import Scope
 from service.registry.tables import FINAL_STATES, JobState, TuningJob
@@ -39,10 +40,7 @@ router = APIRouter(prefix="/v1/tuning-jobs", tags=["tuning jobs"])
 Tuner = Annotated[Caller, needs(Scope.TUNE)]
 SSE_TYPE = "text/event-stream"
 EVENT_POLL_SECONDS = 0.25
-LAST_ID = 2**31 - 1  # the column is a 32-bit integer
-IdempotencyKey = Annotated[
-    str | None, Header(min_length=1, max_length=200, description="Repeating a request with its key makes no new job.")
-]
+LAST_ID = 2**63 - 1  # the column is a 64-bit integer
 
 
 @router.post(
@@ -55,7 +53,7 @@ IdempotencyKey = Annotated[
     ),
 )
 def submit_tuning_job(
-    caller: Tuner, body: TuningJobRequest, state: State, response: Response, idempotency_key: IdempotencyKey = None
+    caller: Tuner, body: TuningJobRequest, state: State, response: Response, idempotency_key: GivenKey = None
 ) -> TuningJobOut:
     """Queue a tuning job; follow it at its `Location`."""
     job, created = logic.submit(state.registry, state.settings, caller, body, idempotency_key)

@@ -1,18 +1,17 @@
 """Submitting, reading and cancelling tuning jobs."""
 
-import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import select
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, joinedload, selectinload
 
 from service.access.callers import Caller
 from service.access.limits import quota_error
 from service.api import PageQuery, newest_first
 from service.errors import ConflictError, InvalidError, NotFoundError, TooLargeError
+from service.idempotency import Once, make_once
 from service.models.logic import get_requested_model
 from service.registry.database import Registry
 from service.registry.jobs import add_event, request_cancel
@@ -43,37 +42,31 @@ def submit(
         KeyLimitError: the job costs more than is left of the API key's quota.
         ConflictError: the key was used with another request.
     """
-    if idempotency_key and caller.owner:
-        idempotency_key = f"{caller.owner}/{idempotency_key}"  # of this caller's requests alone
-    text = request.model_dump_json()
-    request_hash = hashlib.sha256(text.encode()).hexdigest()
-    if idempotency_key and (job := _submitted_before(registry, idempotency_key, request_hash)):
-        return job, False
-    check_room(registry, TuningJob, settings.max_queued_jobs)
-    try:
-        with registry.write() as session:
-            model = get_requested_model(session, request.model)
-            _check(request, model.spec)
-            calls = _check_size(request, model.spec, settings)
-            _charge(session, caller, calls * math.prod(model.spec["sample_shape"]))
-            job = TuningJob(
-                owner=caller.owner,
-                model_id=model.id,
-                request=request.model_dump(mode="json"),
-                idempotency_key=idempotency_key,
-                request_id=caller.request_id,
-                request_hash=request_hash,
-                schedule=None,
-            )
-            session.add(job)
-            session.flush()
-            add_event(session, job, "queued")
-            caller.record(session, "submit_tuning_job", job.id)
-            return job, True
-    except IntegrityError:  # the same key, at the same time
-        if idempotency_key and (found := _submitted_before(registry, idempotency_key, request_hash)):
-            return found, False
-        raise
+    once = Once.of(caller, "submit_tuning_job", idempotency_key, request.model_dump_json())
+
+    def find(session: Session, job_id: str) -> TuningJob:
+        return get_job(session, caller, job_id)
+
+    def make(session: Session) -> TuningJob:
+        check_room(session, TuningJob, settings.max_queued_jobs)
+        model = get_requested_model(session, request.model)
+        _check(request, model.spec)
+        calls = _check_size(request, model.spec, settings)
+        _charge(session, caller, calls * math.prod(model.spec["sample_shape"]))
+        job = TuningJob(
+            owner=caller.owner,
+            model_id=model.id,
+            request=request.model_dump(mode="json"),
+            request_id=caller.request_id,
+            schedule=None,
+        )
+        session.add(job)
+        session.flush()
+        add_event(session, job, "queued")
+        caller.record(session, "submit_tuning_job", job.id)
+        return job
+
+    return make_once(registry, once, find, make)
 
 
 def get_job(session: Session, caller: Caller, job_id: str, *, lock: bool = False) -> TuningJob:
@@ -236,13 +229,3 @@ def _tuning_calls(request: TuningJobRequest, calls_per_step: int) -> int:
 
 def _num_candidates(tuner: AysTuner | GitsTuner, num_steps: int) -> int:
     return tuner.num_candidates or max(61 if isinstance(tuner, GitsTuner) else 40, 4 * num_steps)
-
-
-def _submitted_before(registry: Registry, idempotency_key: str, request_hash: str) -> TuningJob | None:
-    with registry.read() as session:
-        query = select(TuningJob).where(TuningJob.idempotency_key == idempotency_key)
-        job = session.scalar(query.options(joinedload(TuningJob.schedule)))
-    if job is not None and job.request_hash != request_hash:
-        message = "this Idempotency-Key was used with another request; accepted: a new key, or the same request"
-        raise ConflictError(message, ("header", "Idempotency-Key"), idempotency_key)
-    return job

@@ -45,7 +45,7 @@ Result = TypeVar("Result")
 
 def add_job(registry: Registry, model_id: str) -> str:
     with registry.write() as session:
-        job = TuningJob(model_id=model_id, request={}, request_hash="")
+        job = TuningJob(model_id=model_id, request={})
         session.add(job)
     return job.id
 

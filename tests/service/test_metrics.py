@@ -66,7 +66,7 @@ def test_queues_are_told_by_length_and_by_the_age_of_the_oldest(
     add(registry, model_id, 1000, state=JobState.RUNNING)
     add(registry, model_id, 1000, num_parts=2)  # its parts wait for workers, it does not
     with registry.write() as session:
-        job = TuningJob(model_id=model_id, request={}, request_hash="", state=JobState.RUNNING)
+        job = TuningJob(model_id=model_id, request={}, state=JobState.RUNNING)
         session.add(job)
         session.flush()
         session.add(TuningTask(job_id=job.id, step_index=0, request={}, created_at=utc_now() - timedelta(seconds=50)))

@@ -16,7 +16,7 @@ WORKERS, WRITES = 4, 10
 @pytest.fixture
 def job_id(registry: Registry, model_id: str) -> str:
     with registry.write() as session:
-        job = TuningJob(model_id=model_id, request={}, request_hash="")
+        job = TuningJob(model_id=model_id, request={})
         session.add(job)
     return job.id
 
