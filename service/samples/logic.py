@@ -14,7 +14,7 @@ import numpy as np
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from service.access.callers import ANYBODY, Caller
+from service.access.callers import ANYBODY, Caller, record_all
 from service.access.limits import quota_error
 from service.arrays import decode_array, encode_array
 from service.errors import InvalidError, NotAcceptableError, NotFoundError, ServiceError, TooLargeError
@@ -111,10 +111,9 @@ def submit_all(
         _charge(session, catalog, submissions, outcomes)
         jobs = [job for job in outcomes if isinstance(job, SampleJob)]
         session.add_all(jobs)
-        for submission, outcome in zip(submissions, outcomes, strict=True):
-            if isinstance(outcome, SampleJob):
-                submission.caller.record(session, "sample", outcome.id)
         session.flush()  # parents before their parts
+        accepted = [s for s, outcome in zip(submissions, outcomes, strict=True) if isinstance(outcome, SampleJob)]
+        record_all(session, "sample", [(submission.caller, submission.job_id) for submission in accepted])
         session.add_all(part for job in jobs for part in _parts(job, settings.sample_batch_size))
     return outcomes
 
