@@ -80,6 +80,17 @@ def test_refusing_a_key_again_and_again_writes_only_so_much(stack: Stack, new_us
     assert 60 <= entries(stack) - before <= 120
 
 
+def test_what_no_database_keeps_is_written_down_as_it_was_sent(stack: Stack, new_user: NewUser) -> None:
+    user, path = new_user(), "/v1/schedules/a%00%0Ab"
+    assert_problem(user.client.delete(path), 403)
+
+    def objects() -> list[str]:
+        with stack.registry.read() as session:
+            return list(session.scalars(select(AuditEntry.object).where(AuditEntry.actor == user.id)))
+
+    assert wait_until(objects, "entry") == [path]
+
+
 def test_the_audit_log_comes_in_pages_with_the_requests_ids(ring: str, new_user: NewUser) -> None:
     admin, user = new_user(Scope.ADMIN), new_user(Scope.TUNE)
     jobs = [
