@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 class AuthenticationMiddleware:
     """401 for requests without a valid key, if one is needed; 429 for keys that ask too often.
 
-    What else a key is refused is an entry of the audit log. Refusals here are lines of the process's log, as nobody should
-    be able to fill the database without a key; of either only so many a minute.
+    What else a key is refused is an entry of the audit log. Refusals here are lines of the process's log, as nobody
+    should be able to fill the database without a key; of either only so many a minute.
     """
 
     def __init__(self, app: ASGIApp, state: "Callable[[], AppState]") -> None:

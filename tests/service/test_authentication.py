@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import socket
 import subprocess
 import sys
 import time
@@ -50,6 +51,20 @@ def test_a_key_that_is_revoked_is_refused_within_seconds(stack: Stack, new_user:
     wait_until(lambda: user.client.get("/v1/models").status_code == 401, "refusal")
     assert time.monotonic() - began < 10  # a second, and time for a busy machine
     assert_problem(user.client.get("/v1/models"), 401, accepted="revoked")
+
+
+@pytest.mark.parametrize(("path", "has_key"), [("/v1/samples", False), ("/v1/models", False), ("/v1/models", True)])
+def test_who_may_not_upload_is_told_so_before_it(guarded: str, new_user: NewUser, path: str, has_key: bool) -> None:
+    """The body never comes."""
+    head = f"POST {path} HTTP/1.1\r\nHost: {guarded}\r\nContent-Length: 50000\r\n"
+    head += "Content-Type: multipart/form-data; boundary=b\r\n"
+    if has_key:
+        head += f"Authorization: Bearer {new_user(Scope.TUNE).key}\r\n"
+    url = httpx.URL(guarded)
+    with socket.create_connection((url.host, url.port), timeout=60) as connection:
+        connection.sendall(f"{head}\r\n".encode())
+        answer = connection.recv(1000)
+    assert answer.startswith(b"HTTP/1.1 403 " if has_key else b"HTTP/1.1 401 ")
 
 
 def test_when_a_key_was_last_used_is_noted(stack: Stack, new_user: NewUser) -> None:
@@ -238,6 +253,11 @@ def test_no_web_page_elsewhere_can_use_an_api_that_asks_for_no_key(client: httpx
     ):
         assert_problem(answer, 403, field, "127.0.0.1")
     assert client.get("/v1/models").json() == before
+
+
+def test_nobody_elsewhere_can_use_an_api_that_asks_for_no_key_by_a_proxy_here(client: httpx.Client) -> None:
+    answer = client.get("/v1/models", headers={"X-Forwarded-For": "203.0.113.7"})
+    assert_problem(answer, 403, accepted="203.0.113.7; accepted: this machine")
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1234", "127.0.0.1:80", "127.1.2.3", "[::1]:8000"])
