@@ -132,7 +132,7 @@ def test_lists_have_ones_own_jobs_and_an_admins_has_all(ring: str, new_user: New
         for user in (ann, bob)
     }
 
-    def listed(user: User, **query: object) -> list[Json]:
+    def listed(user: User, **query: str | int) -> list[Json]:
         items: list[Json] = user.client.get("/v1/tuning-jobs", params=query).json()["items"]
         return items
 
