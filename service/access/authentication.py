@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 GUARDED = ("/v1/", "/metrics")  # all else is for everybody: the documentation, and whether the process is well
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-WRITTEN = RateLimitItemPerMinute(60)  # refusals of each key, and of all that have none
+WRITTEN = RateLimitItemPerMinute(60)  # refusals of each key, and of each kind of those that are refused at once
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 class AuthenticationMiddleware:
     """401 for requests without a valid key, if one is needed; 429 for keys that ask too often.
 
-    Refusals of keys are entries of the audit log. Those of unknown origin are lines of the process's log, as nobody
-    should be able to fill the database without a key; of either kind only so many a minute.
+    What else a key is refused is an entry of the audit log. Refusals here are lines of the process's log, as nobody
+    should be able to fill the database without a key; of either only so many a minute.
     """
 
     def __init__(self, app: ASGIApp, state: "Callable[[], AppState]") -> None:
@@ -46,9 +46,9 @@ class AuthenticationMiddleware:
         try:
             caller = await self._caller(scope)
         except ServiceError as refusal:
-            if self._written.hit(WRITTEN, "unknown"):
+            if self._written.hit(WRITTEN, f"{refusal.status}"):
                 client = scope["client"] or ["a Unix socket"]
-                logger.warning("%s %s from %s refused: %s", scope["method"], scope["path"], client[0], refusal.detail)
+                logger.warning("%s %s from %s refused: %s", scope["method"], _path(scope), client[0], refusal.detail)
             answer = problem_response(refusal.status, refusal.detail, refusal.errors, refusal.headers)
             await answer(scope, receive, send)
             return
@@ -86,6 +86,12 @@ class AuthenticationMiddleware:
         action = getattr(scope.get("route"), "operation_id", None) or scope["method"]
         try:
             with self.state().registry.write() as session:
-                caller.record(session, action, scope["path"], f"refused: {status}")
+                caller.record(session, action, _path(scope), f"refused: {status}")
         except SQLAlchemyError:
             logger.warning("a refusal of %s could not be written into the audit log", caller.owner)
+
+
+def _path(scope: Scope) -> str:
+    """As it was sent: decoded, it could have line breaks, or what no database keeps."""
+    path: bytes = scope.get("raw_path") or b""
+    return path.decode("ascii", "backslashreplace")

@@ -44,7 +44,7 @@ def create(
     expires_in: Annotated[
         timedelta | None, typer.Option(parser=_duration, metavar="DURATION", help="Such as 12h or 90d. [never]")
     ] = None,
-    requests_per_minute: Annotated[int | None, typer.Option(min=1, max=1_000_000, help="[no limit]")] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(min=1, max=100_000, help="[no limit]")] = None,
     pixel_steps_per_day: Annotated[
         int | None, typer.Option(min=1, max=2**62, help="Values x steps x images x network calls. [no limit]")
     ] = None,

@@ -14,7 +14,7 @@ import numpy as np
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from service.access.callers import ANYBODY, Caller
+from service.access.callers import ANYBODY, Caller, record_all
 from service.access.limits import quota_error
 from service.arrays import decode_array, encode_array
 from service.errors import InvalidError, NotAcceptableError, NotFoundError, ServiceError, TooLargeError
@@ -114,8 +114,8 @@ def submit_all(
         new = _new(submissions, outcomes)
         session.add_all(job for _, job in new)
         session.flush()  # parents before their parts
+        record_all(session, "sample", [(submission.caller, job.id) for submission, job in new])
         for submission, job in new:
-            submission.caller.record(session, "sample", job.id)
             if submission.once is not None:
                 submission.once.remember(session, job.id)
         session.add_all(part for _, job in new for part in _parts(job, settings.sample_batch_size))

@@ -10,7 +10,8 @@ from alembic.migration import MigrationContext
 from sqlalchemy import inspect, text
 
 from service.registry.database import Registry, alembic_config
-from service.registry.tables import Base, Schedule, ScheduleAlias, TuningJob
+from service.registry.keys import create_key
+from service.registry.tables import Base, SampleJob, Schedule, ScheduleAlias, TuningJob
 
 MODEL = "INSERT INTO models VALUES ('mdl_1', 'm', 'hash', '{}', '{}', '2026-01-01')"
 SCHEDULE = """INSERT INTO schedules (id, model_id, sampler, num_steps, guidance_type, guidance_scale, eta, version,
@@ -22,6 +23,9 @@ JOB = """INSERT INTO tuning_jobs (id, model_id, request_hash, network_calls, tun
     VALUES ('{id}', 'mdl_1', '', 0, 0, '{state}', '{{"tuner": {{"objective": "next_eps", "lr": 0.002}}}}', 0, 1, 1,
     false, '2026-01-01')"""
 STEP = "INSERT INTO tuning_job_steps VALUES ('{job}', 0, 0.9, 7, 0.1, 0.2, 0.3, 0.4)"
+SAMPLE = """INSERT INTO sample_jobs (id, model_id, request_hash, num_images, priority, first_image, num_parts,
+    artifact_row, state, request, progress, attempt, fencing_token, cancel_requested, created_at)
+    VALUES ('{id}', 'mdl_1', '', 1, 0, 0, 0, 0, 'succeeded', '{{}}', 1, 1, 1, false, '2026-01-01')"""
 EVALUATION = "INSERT INTO evaluations VALUES ('sch_1', 16, 100, 0, 2, 1, -1.5, -0.5, NULL, NULL, 3, 4)"
 ALIAS = "INSERT INTO schedule_aliases VALUES ('mdl_1', '{name}', '{schedule}')"
 
@@ -116,3 +120,17 @@ def test_schedules_and_what_names_them_outlive_the_change_of_their_table(empty: 
     assert ids(empty) == ["sch_1"]
     with empty.read() as session:
         assert list(session.scalars(text("SELECT name FROM schedule_aliases"))) == ["production"]
+
+
+def test_jobs_outlive_the_coming_and_going_of_their_owners(empty: Registry) -> None:
+    config = alembic_config(empty.url.render_as_string(hide_password=False))
+    command.upgrade(config, "0006")
+    execute(empty, MODEL, JOB.format(id="job_1", state="succeeded"), SAMPLE.format(id="smp_1"))
+    for _ in range(2):
+        empty.upgrade()
+        with empty.write() as session:
+            for job in (session.get_one(TuningJob, "job_1"), session.get_one(SampleJob, "smp_1")):
+                assert (job.owner, job.state) == (None, "succeeded")
+                job.owner = "key_1"
+            create_key(session, "somebody")
+        command.downgrade(config, "0006")

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import socket
 import subprocess
 import sys
 import time
@@ -52,6 +53,20 @@ def test_a_key_that_is_revoked_is_refused_within_seconds(stack: Stack, new_user:
     assert_problem(user.client.get("/v1/models"), 401, accepted="revoked")
 
 
+@pytest.mark.parametrize(("path", "has_key"), [("/v1/samples", False), ("/v1/models", False), ("/v1/models", True)])
+def test_who_may_not_upload_is_told_so_before_it(guarded: str, new_user: NewUser, path: str, has_key: bool) -> None:
+    """The body never comes."""
+    head = f"POST {path} HTTP/1.1\r\nHost: {guarded}\r\nContent-Length: 50000\r\n"
+    head += "Content-Type: multipart/form-data; boundary=b\r\n"
+    if has_key:
+        head += f"Authorization: Bearer {new_user(Scope.TUNE).key}\r\n"
+    url = httpx.URL(guarded)
+    with socket.create_connection((url.host, url.port), timeout=60) as connection:
+        connection.sendall(f"{head}\r\n".encode())
+        answer = connection.recv(1000)
+    assert answer.startswith(b"HTTP/1.1 403 " if has_key else b"HTTP/1.1 401 ")
+
+
 def test_when_a_key_was_last_used_is_noted(stack: Stack, new_user: NewUser) -> None:
     user = new_user()
 
@@ -80,6 +95,17 @@ def test_refusing_a_key_again_and_again_writes_only_so_much(stack: Stack, new_us
     assert 60 <= entries(stack) - before <= 120
 
 
+def test_what_no_database_keeps_is_written_down_as_it_was_sent(stack: Stack, new_user: NewUser) -> None:
+    user, path = new_user(), "/v1/schedules/a%00%0Ab"
+    assert_problem(user.client.delete(path), 403)
+
+    def objects() -> list[str]:
+        with stack.registry.read() as session:
+            return list(session.scalars(select(AuditEntry.object).where(AuditEntry.actor == user.id)))
+
+    assert wait_until(objects, "entry") == [path]
+
+
 def test_the_audit_log_comes_in_pages_with_the_requests_ids(ring: str, new_user: NewUser) -> None:
     admin, user = new_user(Scope.ADMIN), new_user(Scope.TUNE)
     jobs = [
@@ -106,7 +132,7 @@ def test_lists_have_ones_own_jobs_and_an_admins_has_all(ring: str, new_user: New
         for user in (ann, bob)
     }
 
-    def listed(user: User, **query: object) -> list[Json]:
+    def listed(user: User, **query: str | int) -> list[Json]:
         items: list[Json] = user.client.get("/v1/tuning-jobs", params=query).json()["items"]
         return items
 
@@ -227,6 +253,11 @@ def test_no_web_page_elsewhere_can_use_an_api_that_asks_for_no_key(client: httpx
     ):
         assert_problem(answer, 403, field, "127.0.0.1")
     assert client.get("/v1/models").json() == before
+
+
+def test_nobody_elsewhere_can_use_an_api_that_asks_for_no_key_by_a_proxy_here(client: httpx.Client) -> None:
+    answer = client.get("/v1/models", headers={"X-Forwarded-For": "203.0.113.7"})
+    assert_problem(answer, 403, accepted="203.0.113.7; accepted: this machine")
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1234", "127.0.0.1:80", "127.1.2.3", "[::1]:8000"])

@@ -107,7 +107,8 @@ class World:
 
     def send(self, client: httpx.Client, operation: Operation, owner: str | None) -> httpx.Response:
         """A request that is right in everything, but perhaps for who sends it."""
-        path, body, params = operation.path, None, None
+        path, body = operation.path, None
+        params: dict[str, str | int] = {}
         if "{schedule_id}" in path or operation.id == "set_alias":
             schedule = self._schedule()
             path = path.replace("{schedule_id}", schedule)
@@ -183,7 +184,7 @@ def strangers(stack: Stack, guarded: str, new_user: NewUser) -> Iterator[dict[st
     }
     clients = {}
     for name, value in headers.items():
-        given = {} if value is None else {"Authorization": value.encode("latin-1")}
+        given = {} if value is None else {b"Authorization": value.encode("latin-1")}
         clients[name] = httpx.Client(base_url=guarded, timeout=60, headers=given)
     yield clients
     for client in clients.values():
@@ -235,7 +236,7 @@ def test_a_key_may_do_what_its_scopes_say_with_what_is_its_own(
         answer = world.send(user.client, operation, "key_others" if whose == "other's" else user.id)
         allowed = operation.scopes is PUBLIC or kind == "admin" or operation.scopes <= {kind}
         if not allowed:
-            (needed,) = operation.scopes or ()
+            needed = min(operation.scopes or ())
             assert_problem(answer, 403, accepted=f"accepted: one that has {needed!r}")
         elif whose == "other's" and kind != "admin":
             assert_problem(answer, 404)

@@ -136,6 +136,7 @@ CONTRACT = {
     "/v1/samples": {"post"},
     "/v1/samples/{job_id}": {"get"},
     "/v1/samples/{job_id}/content": {"get"},
+    "/v1/audit": {"get"},
     "/healthz": {"get"},
     "/readyz": {"get"},
 }
