@@ -1,5 +1,6 @@
 """All settings, read once from the environment."""
 
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Literal
 
@@ -38,6 +39,11 @@ class Settings(BaseSettings):
     dispatch_interval_seconds: float = Field(0.5, gt=0)
     republish_seconds: float = Field(30.0, gt=0)  # a message to the broker this old, its queue empty, was lost
     save_seconds: float = Field(1.0, gt=0)  # how much of a tuning job a killed worker loses at most
+
+    webhook_secret: str = Field("", pattern=r"^(whsec_[A-Za-z0-9+/]{32,}=*)?$")  # signs webhooks; none without it
+    webhook_networks: list[IPv4Network | IPv6Network] = []  # that webhooks may reach, beside all public addresses
+    webhook_attempts: int = Field(8, ge=1)
+    webhook_retry_seconds: float = Field(5.0, gt=0)  # to the second attempt; each later wait is four times as long
 
     max_body_bytes: int = Field(2 * 2**30, ge=1)  # model archives are the largest bodies
     max_json_bytes: int = Field(2**20, ge=1)

@@ -21,6 +21,7 @@ from service.registry.jobs import JOB_CLASSES, PUBLISHED_CLASSES, take_back_expi
 from service.registry.samples import forgotten_parents, samples_wait
 from service.settings import Settings
 from worker.joining import join_all
+from worker.webhooks import WebhookSender
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,9 @@ def main() -> None:
         start_http_server(settings.metrics_port, settings.metrics_host)
     registry, app = Registry(settings.database_url), celery_app(settings.broker_url)
     artifacts, bus = ArtifactStore(settings.artifacts_url), Bus(app, settings.broker_url)
+    sender = WebhookSender(registry, settings) if settings.webhook_secret else None
+    if sender is not None:
+        sender.start()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -84,6 +88,8 @@ def main() -> None:
             LAST_ROUND.set_to_current_time()
         except Exception:  # database or broker away: the next round may find them back
             logger.exception("a round failed")
+    if sender is not None:
+        sender.stop()
     bus.close()
     registry.close()
 

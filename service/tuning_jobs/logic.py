@@ -14,7 +14,7 @@ from service.logs import request_id
 from service.models.logic import get_requested_model
 from service.registry.database import Registry
 from service.registry.jobs import add_event, request_cancel
-from service.registry.tables import FINAL_STATES, JobState, TuningJob, TuningJobEvent
+from service.registry.tables import FINAL_STATES, JobState, TuningJob, TuningJobEvent, Webhook
 from service.requests import check_room, check_setting, check_timesteps, check_uncond
 from service.settings import Settings
 from service.tuning_jobs.schemas import (
@@ -26,6 +26,7 @@ from service.tuning_jobs.schemas import (
     TeacherStepTuner,
     TuningJobRequest,
 )
+from service.webhooks import check_webhook
 from timetuner_core.samplers import get_sampler
 
 
@@ -39,7 +40,7 @@ def submit(
         TooManyRequestsError: too many jobs are waiting.
         ConflictError: the key was used with another request.
     """
-    text = request.model_dump_json()
+    text = request.model_dump_json(exclude={"webhook_url"}) + (request.webhook_url or "")
     request_hash = hashlib.sha256(text.encode()).hexdigest()
     if idempotency_key and (job := _submitted_before(registry, idempotency_key, request_hash)):
         return job, False
@@ -49,6 +50,7 @@ def submit(
             model = get_requested_model(session, request.model)
             _check(request, model.spec)
             _check_size(request, model.spec, settings)
+            check_webhook(request.webhook_url, settings)
             job = TuningJob(
                 model_id=model.id,
                 request=request.model_dump(mode="json"),
@@ -59,6 +61,8 @@ def submit(
             )
             session.add(job)
             session.flush()
+            if request.webhook_url:
+                session.add(Webhook(tuning_job_id=job.id, url=request.webhook_url))
             add_event(session, job, "queued")
             return job, True
     except IntegrityError:  # the same key, at the same time
