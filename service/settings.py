@@ -30,6 +30,7 @@ class Settings(BaseSettings):
     sample_batch_size: int = Field(24, ge=1, le=1024)  # images a worker samples at once
 
     metrics_port: int = Field(0, ge=0, le=65535)  # of a worker's metrics; 0: none
+    dispatcher_metrics_port: int = Field(0, ge=0, le=65535)
     metrics_host: str = "127.0.0.1"
     otel_exporter_otlp_endpoint: str = ""  # of traces, by OTLP over HTTP; none without it
     log_level: Literal["debug", "info", "warning", "error"] = "warning"  # info: also each request and each job's end

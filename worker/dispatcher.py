@@ -72,8 +72,8 @@ def main() -> None:
     """Run until SIGTERM or SIGINT."""
     settings = Settings()
     start_logging(settings.log_level)
-    if settings.metrics_port:
-        start_http_server(settings.metrics_port, settings.metrics_host)
+    if settings.dispatcher_metrics_port:
+        start_http_server(settings.dispatcher_metrics_port, settings.metrics_host)
     registry, app = Registry(settings.database_url), celery_app(settings.broker_url)
     artifacts, bus = ArtifactStore(settings.artifacts_url), Bus(app, settings.broker_url)
     sender = WebhookSender(registry, settings) if settings.webhook_secret else None
