@@ -3,6 +3,7 @@
 import re
 from typing import Annotated, Any
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
@@ -27,6 +28,7 @@ from service.state import State
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
 MULTIPART = "multipart/form-data"
+REGISTRATIONS = CapacityLimiter(2)  # at once, as each has its model in memory; others wait, in no thread's way
 REQUEST_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -101,8 +103,8 @@ async def register_model(
     else:
         assert archive is not None and name is not None
         limit = 2 * state.settings.max_body_bytes
-        model, created = await run_in_threadpool(
-            logic.register_archive, state.registry, state.artifacts, archive.file, name, limit
+        model, created = await to_thread.run_sync(
+            logic.register_archive, state.registry, state.artifacts, archive.file, name, limit, limiter=REGISTRATIONS
         )
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/v1/models/{model.id}"
