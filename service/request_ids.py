@@ -6,6 +6,7 @@ import time
 from http import HTTPStatus
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import problem_response
@@ -47,8 +48,10 @@ class RequestIdMiddleware:
         with about(request_id=request_id):
             try:
                 await self.app(scope, receive, tell)
+            except ClientDisconnect:  # nobody is there to be answered
+                pass
             except Exception:
-                logger.exception("%s %s failed", scope["method"], scope["path"])
+                logger.exception("request failed", extra={"method": scope["method"], "path": scope["path"]})
                 if status:  # too late for another answer: the server hangs up
                     raise
                 detail = "an unexpected error; the server's log has it, by the request id"

@@ -1,5 +1,6 @@
 """All settings, read once from the environment."""
 
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +31,7 @@ class Settings(BaseSettings):
     sample_batch_size: int = Field(24, ge=1, le=1024)  # images a worker samples at once
 
     metrics_port: int = Field(0, ge=0, le=65535)  # of a worker's metrics; 0: none
+    dispatcher_metrics_port: int = Field(0, ge=0, le=65535)
     metrics_host: str = "127.0.0.1"
     otel_exporter_otlp_endpoint: str = ""  # of traces, by OTLP over HTTP; none without it
     log_level: Literal["debug", "info", "warning", "error"] = "warning"  # info: also each request and each job's end
@@ -41,6 +43,11 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(20.0, gt=0)  # how long a process that is stopped may go on with what it has begun
     keep_samples_days: float = Field(7.0, ge=0)  # samples and their requests, once they are over; 0: for ever
     save_seconds: float = Field(1.0, gt=0)  # how much of a tuning job a killed worker loses at most
+
+    webhook_secret: str = Field("", pattern=r"^(whsec_[A-Za-z0-9+/]{32,}=*)?$")  # signs webhooks; none without it
+    webhook_networks: list[IPv4Network | IPv6Network] = []  # that webhooks may reach, beside all public addresses
+    webhook_attempts: int = Field(8, ge=1)
+    webhook_retry_seconds: float = Field(5.0, gt=0)  # to the second attempt; each later wait is four times as long
 
     max_body_bytes: int = Field(2 * 2**30, ge=1)  # model archives are the largest bodies
     max_json_bytes: int = Field(2**20, ge=1)

@@ -70,7 +70,7 @@ class Supervisor:
 
     def _start_all(self, environment: dict[str, str]) -> None:
         python = sys.executable
-        self._start("dispatcher", [python, "-m", "worker.dispatcher"], {**environment, "METRICS_PORT": "0"})
+        self._start("dispatcher", [python, "-m", "worker.dispatcher"], environment)
         # Workers share the cores: threads that spin while they wait would take them from the others.
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **environment}
         # Sampling has a worker of its own, so that it never waits for tuning; and leaves a core to those who ask.

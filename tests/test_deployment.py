@@ -45,7 +45,7 @@ def test_only_the_api_is_published_and_on_loopback_alone() -> None:
     published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
     assert list(published) == ["api"]
     assert all(port.startswith("127.0.0.1:") for port in published["api"])
-    assert [name for name, service in SERVICES.items() if "outside" in service["networks"]] == ["api"]
+    assert [name for name, service in SERVICES.items() if "outside" in service["networks"]] == ["api", "dispatcher"]
     assert COMPOSE["networks"]["inside"]["internal"] is True
 
 
@@ -117,8 +117,8 @@ class Deployment:
         given = {key: re.sub(r"\$\{\w+:-(\w*)\}", r"\1", value) for key, value in SERVICES[name]["environment"].items()}
         given |= {"DATABASE_URL": self.database_url, "BROKER_URL": self.broker_url, "OMP_NUM_THREADS": "1"}
         given |= {"ARTIFACTS_URL": f"file://{self.home / 'artifacts'}"}
-        if "METRICS_PORT" in given:
-            given |= {"METRICS_PORT": str(self.ports[name]), "METRICS_HOST": "127.0.0.1"}
+        for port in given.keys() & {"METRICS_PORT", "DISPATCHER_METRICS_PORT"}:
+            given |= {port: str(self.ports[name]), "METRICS_HOST": "127.0.0.1"}
         kept = {
             key: value for key, value in os.environ.items() if key in ("PATH", "PYTHONPATH", "HOME", "LD_LIBRARY_PATH")
         }

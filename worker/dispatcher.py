@@ -23,6 +23,7 @@ from service.registry.tables import SampleJob
 from service.settings import Settings
 from worker.joining import join_all
 from worker.retention import Sweeper
+from worker.webhooks import WebhookSender
 
 logger = logging.getLogger(__name__)
 
@@ -74,11 +75,14 @@ def main() -> None:
     """Run until SIGTERM or SIGINT."""
     settings = Settings()
     start_logging(settings.log_level)
-    if settings.metrics_port:
-        start_http_server(settings.metrics_port, settings.metrics_host)
+    if settings.dispatcher_metrics_port:
+        start_http_server(settings.dispatcher_metrics_port, settings.metrics_host)
     registry, app = Registry(settings.database_url), celery_app(settings.broker_url)
     artifacts, bus = ArtifactStore(settings.artifacts_url), Bus(app, settings.broker_url)
     sweeper = Sweeper(registry, artifacts, settings.keep_samples_days)
+    sender = WebhookSender(registry, settings) if settings.webhook_secret else None
+    if sender is not None:
+        sender.start()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -89,6 +93,8 @@ def main() -> None:
             LAST_ROUND.set_to_current_time()
         except Exception:  # database or broker away: the next round may find them back
             logger.exception("a round failed")
+    if sender is not None:
+        sender.stop()
     bus.close()
     registry.close()
 

@@ -1,8 +1,10 @@
 """/v1/models"""
 
 import re
+from functools import partial
 from typing import Annotated, Any
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
@@ -32,6 +34,7 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 
 Writer = Annotated[Caller, needs(Scope.MODELS_WRITE)]
 MULTIPART = "multipart/form-data"
+REGISTRATIONS = CapacityLimiter(2)  # at once, as each has its model in memory; others wait, in no thread's way
 REQUEST_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -110,9 +113,8 @@ async def register_model(
     else:
         assert archive is not None and name is not None
         limit = 2 * state.settings.max_body_bytes
-        model, created = await run_in_threadpool(
-            logic.register_archive, state.registry, caller, state.artifacts, archive.file, name, limit, idempotency_key
-        )
+        register = partial(logic.register_archive, state.registry, caller, state.artifacts, archive.file, name, limit)
+        model, created = await to_thread.run_sync(register, idempotency_key, limiter=REGISTRATIONS)
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/v1/models/{model.id}"
     return ModelOut.model_validate(model)

@@ -274,6 +274,25 @@ class SampleJob(Job):
     artifact_row: Mapped[int] = mapped_column(default=0)  # ... ours from this one on
 
 
+class Webhook(Base):
+    """Where a job's end is to be told: made with the job, due when that is over. An entry of an outbox.
+
+    `next_attempt_at` is null when it was delivered or given up.
+    """
+
+    __tablename__ = "webhooks"
+
+    id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("whk"))
+    tuning_job_id: Mapped[str | None] = mapped_column(ForeignKey("tuning_jobs.id", ondelete="CASCADE"), index=True)
+    sample_job_id: Mapped[str | None] = mapped_column(ForeignKey("sample_jobs.id", ondelete="CASCADE"), index=True)
+    url: Mapped[str] = mapped_column(String(2000))
+    attempt: Mapped[int] = mapped_column(default=0)  # how many were made
+    next_attempt_at: Mapped[datetime | None] = mapped_column(default=utc_now, index=True)
+    delivered_at: Mapped[datetime | None]
+    error: Mapped[str | None] = mapped_column(String(2000))  # of the last attempt, if it was given up
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+
+
 class RegistryChanges(Base):
     """How often models, schedules and aliases have changed: whoever remembers any can tell whether they still hold."""
 

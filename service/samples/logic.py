@@ -23,17 +23,24 @@ from service.models.logic import get_requested_model
 from service.registry.database import Registry
 from service.registry.keys import charge
 from service.registry.samples import changes
-from service.registry.tables import JobState, Model, SampleJob, Schedule
+from service.registry.tables import JobState, Model, SampleJob, Schedule, Webhook
 from service.registry.types import utc_now
 from service.requests import check_setting, check_timesteps, check_uncond
 from service.samples.formats import FORMATS
 from service.samples.schemas import SampleRequest
 from service.schedules.logic import find_for_sampling, resolve
 from service.settings import Settings
+from service.webhooks import check_webhook
 from timetuner_core.samplers import get_sampler
 
 REMEMBERED = 10_000  # resolved schedules, before they are forgotten
-UNDECIDING = {"model", "schedule", "deadline_seconds", "previews"}  # of the images, as the model and schedule are known
+UNDECIDING = {
+    "model",
+    "schedule",
+    "deadline_seconds",
+    "previews",
+    "webhook_url",
+}  # of the images, as the model and schedule are known
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,8 @@ def submit_all(
         for submission, job in new:
             if submission.once is not None:
                 submission.once.remember(session, job.id)
+            if url := submission.request.webhook_url:
+                session.add(Webhook(sample_job_id=job.id, url=url))
         session.add_all(part for _, job in new for part in _parts(job, settings.sample_batch_size))
     return outcomes
 
@@ -144,6 +153,7 @@ def _make_job(session: Session, settings: Settings, catalog: Catalog, submission
     check_setting(model.spec, request)
     check_timesteps(request.timesteps, request.num_steps, model.spec["T"])
     _check_size(request, model, settings)
+    check_webhook(request.webhook_url, settings)
     labels = _class_labels(request, model)
     _check_conditions(request, model)
     if request.uncond_condition is None:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, computed_field
 from service.api import Identifier, Seed
 from service.registry.tables import JobState
 from service.requests import Setting, Timesteps
+from service.webhooks import WEBHOOK_URL, WebhookUrl
 
 
 class SampleRequest(Setting):
@@ -49,6 +50,7 @@ class SampleRequest(Setting):
     deadline_seconds: FiniteFloat | None = Field(
         None, gt=0, le=86_400, description="Not begun by then, the job is dropped: 504 for who waits for it."
     )
+    webhook_url: WebhookUrl | None = WEBHOOK_URL
     previews: bool = Field(False, description="Have the event stream show what each step predicts.")
 
 

@@ -16,7 +16,7 @@ from service.models.logic import get_requested_model
 from service.registry.database import Registry
 from service.registry.jobs import add_event, request_cancel
 from service.registry.keys import Scope, charge
-from service.registry.tables import FINAL_STATES, JobState, TuningJob, TuningJobEvent
+from service.registry.tables import FINAL_STATES, JobState, TuningJob, TuningJobEvent, Webhook
 from service.requests import check_room, check_setting, check_timesteps, check_uncond
 from service.settings import Settings
 from service.tuning_jobs.schemas import (
@@ -28,6 +28,7 @@ from service.tuning_jobs.schemas import (
     TeacherStepTuner,
     TuningJobRequest,
 )
+from service.webhooks import check_webhook
 from timetuner_core.samplers import get_sampler
 
 
@@ -52,6 +53,7 @@ def submit(
         model = get_requested_model(session, request.model)
         _check(request, model.spec)
         calls = _check_size(request, model.spec, settings)
+        check_webhook(request.webhook_url, settings)
         _charge(session, caller, calls * math.prod(model.spec["sample_shape"]))
         job = TuningJob(
             owner=caller.owner,
@@ -62,6 +64,8 @@ def submit(
         )
         session.add(job)
         session.flush()
+        if request.webhook_url:
+            session.add(Webhook(tuning_job_id=job.id, url=request.webhook_url))
         add_event(session, job, "queued")
         caller.record(session, "submit_tuning_job", job.id)
         return job

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 from service.api import Seed
 from service.registry.tables import JobState
 from service.requests import Setting, Timesteps
+from service.webhooks import WEBHOOK_URL, WebhookUrl
 from timetuner_core.tuning import Optimizer, Parameters, TuneType
 
 BatchSize = Annotated[int, Field(ge=1, le=1024)]
@@ -169,6 +170,7 @@ class TuningJobRequest(Setting):
     tuner: AnyTuner = Field(default_factory=EndToEndTuner)
     evaluation: EvaluationRequest = Field(default_factory=EvaluationRequest)
     seed: Seed = 0
+    webhook_url: WebhookUrl | None = WEBHOOK_URL
 
     @model_validator(mode="after")
     def _choose_start(self) -> Self:

@@ -593,6 +593,7 @@ SETTINGS: dict[str, Any] = {
     "seed": [-1, 2**63, 1.5],
     "timesteps": [[], [1], [1, 2, 3], [1e308, 0], "evil", [0.5] * 6, [[1]]],
     "surprise": [1],
+    "webhook_url": ["file:///etc/passwd", "http://169.254.169.254/", "http://a@b/", "gopher://x", "http://[", 7],
 }
 OWN: dict[str, dict[str, Any]] = {
     "/v1/tuning-jobs": {
@@ -636,7 +637,7 @@ def bodies() -> Iterator[tuple[str, Hostile]]:
         yield f"{path}: more than fits", Hostile((413,), path=path, headers=JSON, content=lambda: b" " * 200_000)
     for path, valid in VALID.items():
         for name, values in (SETTINGS | OWN[path]).items():
-            if path == "/v1/schedules" and name == "seed":
+            if path == "/v1/schedules" and name in ("seed", "webhook_url"):
                 continue
             for k, given in enumerate(values):
                 content = json.dumps({**valid, name: given}).encode()

@@ -197,8 +197,8 @@ def test_what_fails_unforeseen_is_told_to_the_log_alone(api: Stack) -> None:
     assert response.json()["request_id"] == response.headers["x-request-id"] == "unforeseen"
     assert response.headers["x-content-type-options"] == "nosniff"
     assert "sqlite" not in response.text.lower()
-    (line,) = wait_until(lambda: lines(api, "GET /v1/schedules failed"), "line")
-    assert line["request_id"] == "unforeseen"
+    (line,) = wait_until(lambda: lines(api, "request failed"), "line")
+    assert (line["request_id"], line["method"], line["path"]) == ("unforeseen", "GET", "/v1/schedules")
     assert "no such table" in line["exception"]
 
 
@@ -260,3 +260,13 @@ def test_no_other_page_may(api: Stack) -> None:
 def test_none_may_by_default(client: httpx.Client) -> None:
     answer = client.get("/v1/models", headers={"Origin": ORIGIN})
     assert not any(name.startswith("access-control") for name in answer.headers)
+
+
+def test_a_client_that_hangs_up_in_the_middle_of_an_upload_leaves_nothing_and_no_alarm(api: Stack) -> None:
+    files, failures = api.files(), lines(api, "request failed")
+    with connect(api) as connection:
+        head = b"POST /v1/models HTTP/1.1\r\nHost: x\r\nX-Request-Id: hung-up\r\nContent-Length: 100000\r\n"
+        connection.sendall(head + b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n" + b"x" * 1000)
+    wait_until(lambda: [line for line in lines(api, "request") if line["request_id"] == "hung-up"], "line")
+    assert lines(api, "request failed") == failures
+    assert api.files() == files

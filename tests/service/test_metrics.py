@@ -21,7 +21,8 @@ from service.registry.types import utc_now
 from service.samples.admission import Admission
 from service.settings import Settings
 from tests.registry.conftest import model_id, registry  # noqa: F401
-from worker import metrics as worker_metrics  # noqa: F401 (into REGISTRY)
+from worker import dispatcher  # noqa: F401 (into REGISTRY)
+from worker import metrics as worker_metrics  # noqa: F401 (likewise)
 
 ROOT = Path(__file__).parents[2]
 HERE = "http://127.0.0.1"

@@ -1,0 +1,191 @@
+"""Telling webhooks how jobs ended: signed, again and again until somebody hears, and never where they must not go."""
+
+import base64
+import contextlib
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpcore
+
+from service.addresses import Network, is_allowed
+from service.logs import about
+from service.registry.database import Registry
+from service.registry.tables import SampleJob
+from service.registry.types import utc_now
+from service.registry.webhooks import Delivery, end_webhook, take_due_webhooks
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+AT_ONCE = 8
+LOOK_SECONDS = 0.5
+SECONDS = 10.0  # for an attempt, from looking the name up to the end of the answer
+GONE = 410  # of an answer: do not come again
+
+
+class ForbiddenAddressError(Exception):
+    """A name that stands for an address which webhooks must not reach."""
+
+
+class WebhookSender:
+    """Sends what is due, from a thread, until it is stopped."""
+
+    def __init__(self, registry: Registry, settings: Settings) -> None:
+        self._registry = registry
+        self._settings = settings
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="webhooks", daemon=True)
+        self._pool = ThreadPoolExecutor(AT_ONCE, "webhooks")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """After the attempts that are being made."""
+        self._stop.set()
+        self._thread.join()
+        self._pool.shutdown()
+
+    def _run(self) -> None:
+        while not self._stop.wait(LOOK_SECONDS):
+            try:
+                with self._registry.write() as session:
+                    due = take_due_webhooks(session, self._settings.webhook_retry_seconds, AT_ONCE)
+                list(self._pool.map(self._deliver, due))
+            except Exception:  # the database is away: the next look may find it back
+                logger.exception("cannot look for webhooks")
+
+    def _deliver(self, delivery: Delivery) -> None:
+        webhook, job = delivery.webhook, delivery.job
+        last = webhook.attempt + 1 >= self._settings.webhook_attempts
+        with about(job_id=job.id, request_id=job.request_id):
+            try:
+                status = post(webhook.url, webhook.id, body_of(delivery), self._settings)
+                error = None if status // 100 == 2 else f"answered {status}"
+                last = last or status == GONE
+            except ForbiddenAddressError as refusal:
+                error, last = str(refusal), True
+            except Exception as fault:  # whatever names, connections, TLS and answers have wrong
+                error = f"{type(fault).__name__}: {fault}"
+            if error is not None:
+                logger.warning("webhook %s: %s%s", webhook.id, error, "; given up" if last else "")
+            if error is None or last:
+                with self._registry.write() as session:
+                    end_webhook(session, webhook.id, error, utc_now() if error is None else None)
+
+
+def body_of(delivery: Delivery) -> bytes:
+    """What is posted: the kind of end, and where to read more."""
+    job = delivery.job
+    kind, path = ("sampling", "samples") if isinstance(job, SampleJob) else ("tuning", "tuning-jobs")
+    data = {"id": job.id, "state": job.state, "error": job.error, "request_id": job.request_id}
+    finished = (job.finished_at or utc_now()).isoformat()
+    content = {"type": f"{kind}.{job.state}", "timestamp": finished, "data": {**data, "url": f"/v1/{path}/{job.id}"}}
+    return json.dumps(content).encode()
+
+
+def post(url: str, webhook_id: str, body: bytes, settings: Settings) -> int:
+    """The status that is answered; redirects are not followed, and of the answer no more than its head is read.
+
+    Raises:
+        ForbiddenAddressError, or what the network raises.
+    """
+    timestamp = str(int(time.time()))
+    headers = [
+        ("host", urlsplit(url).netloc),
+        ("content-type", "application/json"),
+        ("content-length", str(len(body))),
+        ("user-agent", "timetuner"),
+        ("webhook-id", webhook_id),
+        ("webhook-timestamp", timestamp),
+        ("webhook-signature", signature(settings.webhook_secret, webhook_id, timestamp, body)),
+    ]
+    backend = GuardedBackend(settings.webhook_networks, time.monotonic() + SECONDS)
+    with (
+        httpcore.ConnectionPool(ssl_context=ssl.create_default_context(), network_backend=backend) as pool,
+        pool.stream("POST", url, headers=headers, content=body) as response,
+    ):
+        return response.status
+
+
+def signature(secret: str, webhook_id: str, timestamp: str, body: bytes) -> str:
+    """By the Standard Webhooks specification, version 1."""
+    key = base64.b64decode(secret.removeprefix("whsec_"))
+    signed = b".".join([webhook_id.encode(), timestamp.encode(), body])
+    return "v1," + base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode()
+
+
+class GuardedBackend(httpcore.NetworkBackend):
+    """Connects to addresses it has checked, as it has checked them: a name is looked up once."""
+
+    def __init__(self, networks: Iterable[Network], deadline: float) -> None:
+        self._networks = list(networks)
+        self._deadline = deadline
+        self._backend = httpcore.SyncBackend()
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Any = None,
+    ) -> httpcore.NetworkStream:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = list(dict.fromkeys(str(sockaddr[0]).partition("%")[0] for *_, sockaddr in found))
+        for address in addresses:
+            if not is_allowed(ipaddress.ip_address(address), self._networks):
+                raise ForbiddenAddressError(f"{host} is {address}; accepted: names of public addresses")
+        for address in addresses[:-1]:
+            with contextlib.suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
+                return self._connect(address, port, socket_options)
+        return self._connect(addresses[-1], port, socket_options)
+
+    def _connect(self, address: str, port: int, socket_options: Any) -> httpcore.NetworkStream:
+        left = seconds_left(self._deadline)
+        return BoundedStream(self._backend.connect_tcp(address, port, left, None, socket_options), self._deadline)
+
+
+class BoundedStream(httpcore.NetworkStream):
+    """A connection that nothing is waited for beyond a deadline, however it is dripped."""
+
+    def __init__(self, stream: httpcore.NetworkStream, deadline: float) -> None:
+        self._stream = stream
+        self._deadline = deadline
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self._stream.read(max_bytes, seconds_left(self._deadline))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._stream.write(buffer, seconds_left(self._deadline))
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.NetworkStream:
+        inside = self._stream.start_tls(ssl_context, server_hostname, seconds_left(self._deadline))
+        return BoundedStream(inside, self._deadline)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
+
+
+def seconds_left(deadline: float) -> float:
+    """Raises: httpcore.ReadTimeout, if there are none."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise httpcore.ReadTimeout("the attempt took too long")
+    return left
