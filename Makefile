@@ -1,7 +1,7 @@
 INSTALLED := .venv/installed
 BIN := .venv/bin
 
-.PHONY: demo up test lint format bench audit lock
+.PHONY: demo up test chaos lint format bench audit lock
 
 demo: $(INSTALLED)  ## the main job, end to end; writes demo.png
 	$(BIN)/python examples/demo.py
@@ -21,6 +21,9 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+chaos: $(INSTALLED)  ## processes killed at random while they work; a quarter of an hour
+	$(BIN)/python -m tests.chaos
 
 bench: $(INSTALLED)  ## all tuners on all shipped models; half an hour on two cores
 	$(BIN)/timetuner compare

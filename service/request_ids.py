@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import problem_response
 from service.logs import about
+from service.registry.database import is_away
 from service.registry.types import new_id
 
 logger = logging.getLogger(__name__)
@@ -50,13 +51,20 @@ class RequestIdMiddleware:
                 await self.app(scope, receive, tell)
             except ClientDisconnect:  # nobody is there to be answered
                 pass
-            except Exception:
+            except Exception as error:
                 logger.exception("request failed", extra={"method": scope["method"], "path": scope["path"]})
                 if status:  # too late for another answer: the server hangs up
                     raise
-                detail = "an unexpected error; the server's log has it, by the request id"
-                await problem_response(HTTPStatus.INTERNAL_SERVER_ERROR, detail)(scope, receive, tell)
+                await _answer(error)(scope, receive, tell)
             if logger.isEnabledFor(logging.INFO) and scope["path"] not in UNLOGGED_PATHS:
                 seconds = round(time.perf_counter() - began, 6)
                 facts = {"method": scope["method"], "path": scope["path"], "status": status, "seconds": seconds}
                 logger.info("request", extra=facts)
+
+
+def _answer(error: Exception) -> ASGIApp:
+    if is_away(error):
+        detail = "the database cannot be used at the moment; accepted: a new try"
+        return problem_response(HTTPStatus.SERVICE_UNAVAILABLE, detail, headers={"Retry-After": "1"})
+    detail = "an unexpected error; the server's log has it, by the request id"
+    return problem_response(HTTPStatus.INTERNAL_SERVER_ERROR, detail)

@@ -114,7 +114,7 @@ def test_a_page_of_ones_own_jobs_is_found_by_their_owner_however_many_others_hav
 ) -> None:
     """Every hundredth job is one's own, every other one of these has succeeded."""
     key, _ = new_key(registry)
-    common = {"model_id": model_id, "request": {}, "request_hash": ""}
+    common = {"model_id": model_id, "request": {}}
     rows = [
         {
             **common,

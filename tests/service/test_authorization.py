@@ -128,10 +128,11 @@ class World:
         return client.request(operation.method, path, json=body, params=params)
 
     def _job(self, operation: Operation, owner: str | None) -> str:
-        common: dict[str, Any] = {"model_id": self.model, "request": self.request, "request_hash": "", "owner": owner}
+        common: dict[str, Any] = {"model_id": self.model, "request": self.request, "owner": owner}
         job: SampleJob | TuningJob
         if "/samples/" in operation.path:
-            made = {"artifact": self.artifact, "artifact_row": self.artifact_row, "num_images": 1}
+            made: dict[str, Any] = {"artifact": self.artifact, "artifact_row": self.artifact_row, "num_images": 1}
+            made["request_hash"] = ""
             job = SampleJob(**common, **made, state=JobState.SUCCEEDED)
         else:
             job = TuningJob(**common, state=JobState.CANCELLED)
