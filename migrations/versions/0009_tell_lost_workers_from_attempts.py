@@ -34,3 +34,4 @@ def _alter_counts(before: sa.types.TypeEngine[int], after: sa.types.TypeEngine[i
             batch.alter_column(column, existing_type=before, type_=after, existing_nullable=False)
     if op.get_bind().dialect.name == "postgresql":  # SQLite's row ids have 64 bits
         op.alter_column("tuning_job_events", "id", existing_type=before, type_=after, existing_nullable=False)
+        op.execute(f"ALTER SEQUENCE tuning_job_events_id_seq AS {after.compile(op.get_bind().dialect)}")
