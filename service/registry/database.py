@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 def is_away(error: BaseException) -> bool:
     """Whether an error says that the database cannot be used at the moment, and nothing of what was asked."""
+    if isinstance(error, OperationalError) and "no such" in str(error.orig):  # SQLite's word for a wrong schema
+        return False
     return isinstance(error, OperationalError | InterfaceError) or (
         isinstance(error, DBAPIError) and error.connection_invalidated
     )

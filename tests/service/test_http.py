@@ -88,7 +88,7 @@ def test_headers_that_do_not_come_are_not_waited_for(api: Stack, head: bytes, pi
 
 @pytest.mark.parametrize("piece", [b"", b"1\r\n \r\n"], ids=["silence", "a byte now and then"])
 def test_a_body_that_does_not_come_is_not_waited_for(api: Stack, piece: bytes) -> None:
-    head = b"POST /v1/tuning-jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = b"POST /v1/tuning-jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     with connect(api) as connection:
         connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
         began = time.monotonic()
@@ -101,7 +101,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(api: Stack, piece: bytes) -
 
 
 def test_a_connection_is_not_kept_for_the_rest_of_a_refused_body(api: Stack) -> None:
-    head = b"POST /v1/tuning-jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n"
+    head = b"POST /v1/tuning-jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 999999999\r\n\r\n"
     with connect(api) as connection:
         connection.sendall(head)
         drip(connection, b"x" * 1000, 60)  # ends as soon as we are hung up on
@@ -113,7 +113,7 @@ def test_many_slow_clients_do_not_keep_others_from_being_served(api: Stack) -> N
     slow = [connect(api) for _ in range(200)]
     try:
         for connection in slow:
-            connection.sendall(b"POST /v1/samples HTTP/1.1\r\nHost: x\r\n")
+            connection.sendall(b"POST /v1/samples HTTP/1.1\r\nHost: 127.0.0.1\r\n")
         assert api.client.get("/v1/models").is_success
     finally:
         for connection in slow:
@@ -265,7 +265,7 @@ def test_none_may_by_default(client: httpx.Client) -> None:
 def test_a_client_that_hangs_up_in_the_middle_of_an_upload_leaves_nothing_and_no_alarm(api: Stack) -> None:
     files, failures = api.files(), lines(api, "request failed")
     with connect(api) as connection:
-        head = b"POST /v1/models HTTP/1.1\r\nHost: x\r\nX-Request-Id: hung-up\r\nContent-Length: 100000\r\n"
+        head = b"POST /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Request-Id: hung-up\r\nContent-Length: 100000\r\n"
         connection.sendall(head + b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n" + b"x" * 1000)
     wait_until(lambda: [line for line in lines(api, "request") if line["request_id"] == "hung-up"], "line")
     assert lines(api, "request failed") == failures
