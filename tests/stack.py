@@ -56,6 +56,7 @@ class Stack:
             "DISPATCH_INTERVAL_SECONDS": "0.1",
             "REPUBLISH_SECONDS": "1",
             "SAVE_SECONDS": "0.1",
+            "DRAIN_SECONDS": "100",
             "MAX_JSON_BYTES": "100000",
             "MAX_BODY_BYTES": "5000000",
             "MAX_PIXEL_STEPS": "1000000",

@@ -115,6 +115,7 @@ class Deployment:
     def _environment(self, name: str) -> dict[str, str]:
         """The service's own, with values that are left to whoever runs it at their defaults."""
         given = {key: re.sub(r"\$\{\w+:-(\w*)\}", r"\1", value) for key, value in SERVICES[name]["environment"].items()}
+        given["AUTH"] = "off"  # what keys do is tested elsewhere
         given |= {"DATABASE_URL": self.database_url, "BROKER_URL": self.broker_url, "OMP_NUM_THREADS": "1"}
         given |= {"ARTIFACTS_URL": f"file://{self.home / 'artifacts'}"}
         for port in given.keys() & {"METRICS_PORT", "DISPATCHER_METRICS_PORT"}:
