@@ -49,6 +49,9 @@ def unpack(file: IO[bytes], destination: Path, max_bytes: int) -> None:
             metered = _Metered(content, MAX_HEADER_BYTES)
             with tarfile.open(fileobj=cast(IO[bytes], metered), mode="r:") as archive:
                 members = list(_tar_members(archive, metered, max_bytes))
+                metered.allowance = MAX_HEADER_BYTES
+                while metered.read(MAX_HEADER_BYTES):  # the padding: at its end gzip has its checksum
+                    pass
                 metered.allowance = math.inf
                 _extract(members, destination, max_bytes)
     except (InvalidError, TooLargeError):

@@ -14,8 +14,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler
 
+from tests.service.networks import small_unet
 from timetuner_core.loading import BUILTIN_FOLDERS
 
 CONFIG, WEIGHTS = "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
@@ -43,18 +44,8 @@ class Hostile:
 @lru_cache
 def model_files() -> Files:
     """A small model, of which nothing is wrong."""
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=3,
-        out_channels=3,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-    )
     with tempfile.TemporaryDirectory() as folder:
-        unet.save_pretrained(Path(folder) / "unet")
+        small_unet().save_pretrained(Path(folder) / "unet")
         DDPMScheduler(num_train_timesteps=20).save_pretrained(Path(folder) / "scheduler")  # type: ignore[no-untyped-call]
         return {name: (Path(folder) / name).read_bytes() for name in (CONFIG, WEIGHTS, SCHEDULER)}
 
@@ -233,6 +224,7 @@ TARS: dict[str, Callable[[], bytes]] = {
     "a file twice but for case": lambda: tar_with(CONFIG.upper()),
     "a truncated tar": lambda: tarred([])[:3000],
     "a truncated tar.gz": lambda: tarred([], "w:gz")[:-300],
+    "a tar.gz whose checksum lies": lambda: tarred([], "w:gz")[:-8] + bytes(8),
     "a tar.gz in a gz": lambda: gzip.compress(tarred([], "w:gz")),
     "a tar.bz2": lambda: tarred([], "w:bz2"),
     "a tar.xz": lambda: tarred([], "w:xz"),

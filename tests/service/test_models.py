@@ -13,9 +13,10 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler
 from safetensors.torch import load_file, save_file
 
+from tests.service.networks import small_unet
 from tests.service.problems import assert_problem
 from tests.stack import Stack
 
@@ -27,17 +28,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small diffusers-format folder: unconditional, RGB, 20 training steps."""
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=3,
-        out_channels=3,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-    )
-    unet.save_pretrained(folder / "unet")
+    small_unet().save_pretrained(folder / "unet")
     DDPMScheduler(num_train_timesteps=20, prediction_type="v_prediction").save_pretrained(folder / "scheduler")
     return folder
 
