@@ -1,5 +1,6 @@
 """Sessions on SQLite or PostgreSQL, by URL."""
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +18,16 @@ if TYPE_CHECKING:
 
 def is_away(error: BaseException) -> bool:
     """Whether an error says that the database cannot be used at the moment, and nothing of what was asked."""
-    if isinstance(error, OperationalError) and "no such" in str(error.orig):  # SQLite's word for a wrong schema
+    if not isinstance(error, DBAPIError):
         return False
-    return isinstance(error, OperationalError | InterfaceError) or (
-        isinstance(error, DBAPIError) and error.connection_invalidated
-    )
+    if (
+        getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR
+    ):  # a statement that the schema has no sense for
+        return False
+    return isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
+
+
+IDLE_SECONDS = 30  # that a transaction may do nothing
 
 
 class RegistrySession(Session):
@@ -43,7 +49,7 @@ class Registry:
         if url.drivername in ("postgresql", "postgres"):
             url = url.set(drivername="postgresql+psycopg")
         self.url = url
-        self.engine = _sqlite_engine(url) if self.is_sqlite else create_engine(url, pool_pre_ping=True)
+        self.engine = _sqlite_engine(url) if self.is_sqlite else _postgresql_engine(url)
 
     @property
     def is_sqlite(self) -> bool:
@@ -83,6 +89,18 @@ def alembic_config(database_url: str) -> "Config":
     config.set_main_option("script_location", "migrations:")
     config.attributes["database_url"] = database_url
     return config
+
+
+def _postgresql_engine(url: Any) -> Engine:
+    engine = create_engine(url, pool_pre_ping=True)
+
+    @event.listens_for(engine, "connect")
+    def configure(connection: Any, _record: Any) -> None:
+        # A process that hangs in the middle of a transaction must not keep its locks from all others.
+        connection.execute(f"SET idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'")
+        connection.commit()
+
+    return engine
 
 
 def _sqlite_engine(url: Any) -> Engine:

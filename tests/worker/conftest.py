@@ -23,3 +23,9 @@ def fragile(breakable: Stack) -> Iterator[Stack]:
     """The deployment, put right after each test: one that fails must not fail those after it."""
     yield breakable
     breakable.put_right()
+
+
+@pytest.fixture
+def gratings(fragile: Stack) -> str:
+    """Whose ratios no bound holds, which would end their tuning at once."""
+    return fragile.register("mixture-gratings")

@@ -28,12 +28,6 @@ def ring(fragile: Stack) -> str:
     return fragile.register("mixture-ring")
 
 
-@pytest.fixture
-def gratings(fragile: Stack) -> str:
-    """Whose ratios no bound holds, which would end their tuning at once."""
-    return fragile.register("mixture-gratings")
-
-
 @pytest.mark.parametrize("effort", [STEADY, STEP_BY_STEP], ids=["end to end, Adam", "step by step, Gauss-Newton"])
 def test_a_job_whose_worker_is_killed_ends_with_the_schedule_of_an_undisturbed_run(
     fragile: Stack, gratings: str, effort: Json

@@ -1,6 +1,7 @@
 """A worker that is told to stop leaves in an orderly way; one whose database goes away waits for it."""
 
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,30 +10,15 @@ from typing import Any
 import psycopg
 import pytest
 from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.exc import OperationalError
 
 from service.registry.tables import TuningJob
 from tests.service.problems import assert_problem
 from tests.stack import Json, Stack, wait_until
-
-EFFORT: Json = {
-    "tuner": {
-        "objective": "next_eps",
-        "tolerance": 1e-6,  # never reached: so the number of iterations is known
-        "tune_type": "sequential",
-        "total_iters": 600,
-        "population_size": 64,
-    },
-    "evaluation": {"num_samples": 32},
-}
-SPREAD: Json = {**EFFORT, "tuner": {"objective": "next_eps", "tolerance": 1e-6, "total_iters": 600}}
+from tests.worker.test_recovery import SPREAD, STEP_BY_STEP
 
 
-@pytest.fixture
-def gratings(fragile: Stack) -> str:
-    return fragile.register("mixture-gratings")
-
-
-@pytest.mark.parametrize("effort", [EFFORT, SPREAD], ids=["one task", "a task per step"])
+@pytest.mark.parametrize("effort", [STEP_BY_STEP, SPREAD], ids=["one task", "a task per step"])
 def test_a_worker_told_to_stop_hands_its_job_back_and_another_goes_on(
     fragile: Stack, gratings: str, effort: Json
 ) -> None:
@@ -94,8 +80,8 @@ def database_lost(engine: Engine, is_sqlite: bool) -> Iterator[None]:
 
 
 def test_a_job_whose_database_is_away_for_a_while_is_not_failed(fragile: Stack, gratings: str) -> None:
-    undisturbed = fragile.tune(gratings, num_steps=4, seed=9, **EFFORT)
-    job = fragile.submit(gratings, num_steps=4, seed=9, **EFFORT)
+    undisturbed = fragile.tune(gratings, num_steps=4, seed=9, **STEP_BY_STEP)
+    job = fragile.submit(gratings, num_steps=4, seed=9, **STEP_BY_STEP)
     fragile.running(job)
     with away(fragile):
         time.sleep(2)  # several saves and renewals
@@ -110,10 +96,10 @@ def test_a_job_whose_database_is_away_for_a_while_is_not_failed(fragile: Stack, 
 
 
 def test_a_worker_that_hung_for_longer_than_its_lease_writes_nothing(fragile: Stack, gratings: str) -> None:
-    job = fragile.submit(gratings, num_steps=4, seed=11, **EFFORT)
+    job = fragile.submit(gratings, num_steps=4, seed=11, **STEP_BY_STEP)
     fragile.running(job)
     hung = fragile.processes["worker"]
-    hung.send_signal(signal.SIGSTOP)
+    wait_until(lambda: stopped_without_the_lock(fragile, hung), "pause between the worker's transactions")
     fragile.start("worker 2")
     try:
         owner = _owner(fragile, job)
@@ -124,6 +110,24 @@ def test_a_worker_that_hung_for_longer_than_its_lease_writes_nothing(fragile: St
     assert (done["state"], done["attempt"]) == ("succeeded", 2)
     listed = fragile.client.get("/v1/schedules", params={"model": gratings, "num_steps": 4}).json()["items"]
     assert [schedule["id"] for schedule in listed if schedule["job"] == job["id"]] == [done["schedule"]]
+
+
+def stopped_without_the_lock(stack: Stack, process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process could be stopped where it does not hold SQLite's one lock, which nobody can take from it."""
+    process.send_signal(signal.SIGSTOP)
+    if not stack.registry.is_sqlite:
+        return True
+    probing = create_engine(stack.registry.url, connect_args={"timeout": 0.5}, isolation_level="AUTOCOMMIT")
+    try:
+        with probing.connect() as connection:
+            connection.execute(text("BEGIN IMMEDIATE"))
+            connection.execute(text("ROLLBACK"))
+        return True
+    except OperationalError:
+        process.send_signal(signal.SIGCONT)
+        return False
+    finally:
+        probing.dispose()
 
 
 def _owner(stack: Stack, job: Json) -> Any:
