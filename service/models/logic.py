@@ -60,12 +60,16 @@ def register_archive(
         except ModelFormatError as error:
             raise InvalidError(str(error), (*LOC, error.field)) from None
         content_hash = folder_hash(staging)
+        once = Once.of(caller, "register_model", idempotency_key, content_hash)
+        with registry.read() as session:
+            found = _find(session, content_hash)
+        if found is not None and once is None:
+            return found, False
         key = f"models/{ULID()}"  # its own: the same content may be deleted at this moment
         artifacts.put_folder(key, staging)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     model = Model(name=name, content_hash=content_hash, source={"artifact": key}, spec=spec)
-    once = Once.of(caller, "register_model", idempotency_key, content_hash)
     try:
         kept, created = _insert(registry, caller, model, once)
     except BaseException:

@@ -153,22 +153,18 @@ def unpublish(session: Session, job_class: type[Job], job_id: str) -> None:
 def take_back_expired(session: Session, job_class: type[Job], max_attempts: int) -> list[Job]:
     """Queue again the jobs whose workers fell silent; those that are over now: cancelled meanwhile, or failed because
     too many workers were lost over them without getting on."""
-    over = []
     expired = select(job_class).where(job_class.state == JobState.RUNNING, job_class.lease_expires_at < utc_now())
-    for job in session.scalars(expired.with_for_update(skip_locked=True)):
+    jobs = session.scalars(expired.with_for_update(skip_locked=True)).all()
+    for job in jobs:
+        job.losses += 1
         if job.cancel_requested:
             finish(session, job, JobState.CANCELLED)
-            over.append(job)
-        elif job.losses + 1 >= max_attempts:
-            error = (
-                f"its worker was lost {job.losses + 1} times without getting on; accepted: fewer than {max_attempts}"
-            )
+        elif job.losses >= max_attempts:
+            error = f"its worker was lost {job.losses} times without getting on; accepted: fewer than {max_attempts}"
             finish(session, job, JobState.FAILED, error)
-            over.append(job)
         else:
-            job.losses += 1
             _requeue(session, job)
-    return over
+    return [job for job in jobs if job.state in FINAL_STATES]
 
 
 def _requeue(session: Session, job: Job) -> None:

@@ -200,7 +200,8 @@ async def _hung_up(request: Request | None) -> None:
     """Until the client does; without a request, for ever."""
     if request is None:
         await asyncio.Event().wait()
-    while request is not None and (await request.receive())["type"] != "http.disconnect":
+        return
+    while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
