@@ -112,23 +112,28 @@ def throughput(args: argparse.Namespace) -> None:
 def overhead(args: argparse.Namespace) -> None:
     for guidance in args.guidance or ("uncond",):
         print(f"\n**overhead**, {guidance}, one client, {args.requests} requests, {args.threads} thread(s)\n")
-        latencies, padded, plain, added = [], [], [], []
+        latencies, padded, plain, steps, added, beside = [], [], [], [], [], []
         with bare(guidance, args.threads) as loop, serve(args.threads, args.database) as service:
             sizes = loop.ask("steady_sizes", Settings().sample_batch_size)
             loop.ask("times", BLOCK, sizes)
             target = service.target(guidance)
             asyncio.run(one_by_one(target, BLOCK))
             for _ in range(args.requests // BLOCK):
-                load = asyncio.run(one_by_one(target, BLOCK))
+                at_steps = [service.step_seconds()]
+                load = asyncio.run(one_by_one(target, BLOCK, lambda seen=at_steps: seen.append(service.step_seconds())))
                 own = loop.ask("times", BLOCK, sizes)
                 plain += loop.ask("times", BLOCK, None)
                 latencies += load.latencies
                 padded += own
                 added += [latency - statistics.median(own) for latency in load.latencies]
+                steps += (during := [1000 * (after - before) for before, after in itertools.pairwise(at_steps)])
+                beside += [latency - at for latency, at in zip(load.latencies, during, strict=True)]
         head("", "median, ms", "p99, ms")
         print(f"| latency | {percentiles(latencies)} |")
         print(f"| the model's own, as the worker calls it (batch sizes {sizes}) | {percentiles(padded)} |")
         print(f"| the model's own, one image alone | {percentiles(plain)} |")
+        print(f"| the worker's steps | {percentiles(steps)} |")
+        print(f"| latency less the worker's steps of that request | {percentiles(beside)} |")
         print(f"| latency less the model's median in the same block | {percentiles(added)} |", flush=True)
 
 

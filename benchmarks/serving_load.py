@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -169,10 +169,13 @@ async def closed_loop(target: Target, clients: int, seconds: float, warm_up: flo
     return Load(counted, seconds, (time.process_time() - cpu_seconds) * len(counted) / max(1, len(answers)))
 
 
-async def one_by_one(target: Target, requests: int) -> Load:
-    """So many requests, each after the last one's answer."""
+async def one_by_one(target: Target, requests: int, between: Callable[[], object] = lambda: None) -> Load:
+    """So many requests, each after the last one's answer, with `between` called after each."""
     begins = time.monotonic()
-    answers = [await target.ask() for _ in range(requests)]
+    answers = []
+    for _ in range(requests):
+        answers.append(await target.ask())
+        between()
     target.close()
     return Load(answers, time.monotonic() - begins)
 

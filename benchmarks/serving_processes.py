@@ -14,6 +14,7 @@ from socket import socket
 from typing import Any, Self
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 from serving_load import Target
 
 from service.registry.database import Registry
@@ -25,6 +26,7 @@ GUIDED = {"guidance_type": "classifier-free", "guidance_scale": 2, "class_labels
 START_SECONDS = 60.0
 STOP_SECONDS = 20.0
 PYTHON = sys.executable
+PHASES = "timetuner_phase_seconds_sum"
 
 
 @dataclass
@@ -89,10 +91,17 @@ class Service:
     processes: Processes
     port: int
     model: str
+    metrics_url: str
 
     def target(self, guidance: str) -> Target:
         body = {"model": self.model, "num_steps": NUM_STEPS, "schedule": "none", "seed": "$seed"}
         return Target(self.port, "/v1/samples", json.dumps(body | (GUIDED if guidance == "cfg" else {})))
+
+    def step_seconds(self) -> float:
+        """How long the worker has been at sampling steps, in all: nothing else is the model's own time."""
+        families = text_string_to_metric_families(httpx.get(self.metrics_url, trust_env=False).text)
+        samples = (sample for family in families for sample in family.samples)
+        return next(each.value for each in samples if each.name == PHASES and each.labels == {"phase": "step"})
 
 
 @contextmanager
@@ -111,7 +120,8 @@ def serve(threads: int, database: str = "sqlite", **variables: str) -> Iterator[
         Registry(database_url).upgrade()
         valkey, broker = valkey_command(home)
         variables |= {"TIMETUNER_HOME": str(home), "DATABASE_URL": database_url}
-        variables |= {"BROKER_URL": f"redis+socket://{broker}"}
+        metrics_port = free_port()
+        variables |= {"BROKER_URL": f"redis+socket://{broker}", "METRICS_PORT": str(metrics_port)}
         processes = stack.enter_context(Processes(environment(threads, **variables)))
         processes.start("broker", *valkey)
         processes.wait_until(broker.exists)
@@ -123,7 +133,7 @@ def serve(threads: int, database: str = "sqlite", **variables: str) -> Iterator[
         client = stack.enter_context(httpx.Client(base_url=url, trust_env=False, timeout=START_SECONDS))
         processes.wait_until(lambda: _answers(client, "GET", "/readyz"))
         model = client.post("/v1/models", json={"builtin": MODEL}).raise_for_status().json()["id"]
-        yield Service(processes, port, model)
+        yield Service(processes, port, model, f"http://127.0.0.1:{metrics_port}/metrics")
 
 
 @contextmanager
