@@ -9,10 +9,12 @@ Adam as published (500 iterations per step at 2e-3, all steps in one batch) and 
 objective on data and noise that neither has seen, its evaluation not timed; how much sooner Gauss-Newton is at or
 below Adam's last value.
 `memory`: the peak of sequential tuning by each, against that of sampling as many samples.
-`steps`: time of sequential tuning, with as many batches per step as the tuner takes at most.
+`steps`: time of sequential tuning, and the samples it puts through the network, with as many batches per step as the
+tuner takes at most.
 """
 
 import argparse
+import dataclasses
 import statistics
 import time
 import weakref
@@ -25,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from timetuner_core.grids import make_timesteps
-from timetuner_core.loading import load_builtin
+from timetuner_core.loading import DiffusionModel, load_builtin
 from timetuner_core.samplers import get_sampler, sample
 from timetuner_core.tuning import Optimizer, StepResiduals, TuneType, TuningProblem, TuningState, tune_per_step
 
@@ -37,9 +39,12 @@ BATCHES = 64  # the tuner's own limit
 TOLERANCE = 1e-3  # half the default: Adam's 8,000 samples per step are worth as much
 
 
-def problem_of(name: str, num_steps: int, seed: int, batch_size: int = BATCH_SIZE, data_seed: int = 0) -> TuningProblem:
+def problem_of(
+    model: str | DiffusionModel, num_steps: int, seed: int, batch_size: int = BATCH_SIZE, data_seed: int = 0
+) -> TuningProblem:
     """DDIM on the model's default grid, without guidance, and 1,024 of its data."""
-    model = load_builtin(name)
+    if isinstance(model, str):
+        model = load_builtin(model)
     model_fn = model.model_fn("uncond", 1.0)
     assert model.draw_data is not None
     x0, _ = model.draw_data(1024, torch.Generator().manual_seed(data_seed))
@@ -140,19 +145,34 @@ def compare_memory(name: str, batch_size: int) -> None:
 def compare_steps(name: str) -> None:
     """Sequential tuning, a fixed number of batches per step, in 5 to 40 steps."""
     print(f"**{name}**, sequential, Gauss-Newton, {BATCHES} batches per step\n")
-    print("| steps | s | of half as many |")
-    print("| ---: | ---: | ---: |")
-    last = None
+    print("| steps | samples through the network | of half as many steps | s | of half as many steps |")
+    print("| ---: | ---: | ---: | ---: | ---: |")
+    costs: list[tuple[int, float]] = []
     for num_steps in (5, 10, 20, 40):
-        problem = problem_of(name, num_steps, seed=0)
+        rows: list[int] = []
+        problem = problem_of(counting(load_builtin(name), rows), num_steps, seed=0)
         state = TuningState.start(problem.timesteps)
         started = time.process_time()
         for _ in tune_per_step(problem, state, "next_eps", "sequential", tolerance=1e-9, total_iters=BATCHES):
             pass
-        seconds = time.process_time() - started
-        print(f"| {num_steps} | {seconds:.1f} | {'' if last is None else f'{seconds / last:.2f}'} |", flush=True)
-        last = seconds
+        costs.append((sum(rows), time.process_time() - started))
+        calls, seconds = costs[-1]
+        by_calls, by_seconds = ("", "")
+        if len(costs) > 1:
+            by_calls, by_seconds = (f"{now / before:.2f}" for before, now in zip(*costs[-2:], strict=True))
+        print(f"| {num_steps} | {calls} | {by_calls} | {seconds:.1f} | {by_seconds} |", flush=True)
     print()
+
+
+def counting(model: DiffusionModel, rows: list[int]) -> DiffusionModel:
+    """The model, its network noting how many rows each call has."""
+    network = model.network
+
+    def counted(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows.append(len(x))
+        return network(x, *args, **kwargs)
+
+    return dataclasses.replace(model, network=counted)
 
 
 def main() -> None:

@@ -61,8 +61,8 @@ def generate(
         guidance_scales: one per seed, in place of `guidance.scale`.
         uncond_condition: `(1, ...)`, in place of the model's own.
         decode: False leaves a latent-diffusion model's samples `(len(seeds), *sample_shape)` in latent space.
-        batch_sizes: the only sizes to run the network at, in place of any up to `batch_size`. Batches are of the
-            largest, the last one of the least that holds the rest, filled up by repeating its last sample. With
+        batch_sizes: the only sizes to run the network at, rising, in place of any up to `batch_size`. Batches are of
+            the largest, the last one of the least that holds the rest, filled up by repeating its last sample. With
             `batching.steady_sizes`, a seed's sample has the same bits in whatever company.
         after_step: called after each step of each batch with (the batch's slice of the seeds, the step from 1, the
             x0 predicted there `(rows, *sample_shape)`); may raise to stop.
@@ -73,10 +73,9 @@ def generate(
     scale = guidance.scale if guidance_scales is None else _one_per_seed(guidance_scales, guidance.type, len(seeds))
     starting_std = model.noise_schedule.starting_std(timesteps[0])
 
-    def sample(rows: slice, size: int) -> Tensor:
-        held = rows.stop - rows.start
-        index = [min(i, rows.stop - 1) for i in range(rows.start, rows.start + size)]
-        x_T, generators = initial_noise(model.sample_shape, [seeds[i] for i in index], starting_std)
+    def sample(index: Tensor, held: int) -> Tensor:
+        rows = slice(int(index[0]), int(index[0]) + held)
+        x_T, generators = initial_noise(model.sample_shape, [seeds[i] for i in index.tolist()], starting_std)
         conditions: dict[str, Any] = model.conditions(
             guidance.type, None if condition is None else condition[index].to(device)
         )
@@ -97,14 +96,16 @@ def generate(
         return (model.decode(x0) if decode else x0)[:held]
 
     sizes = range(1, batch_size + 1) if batch_sizes is None else batch_sizes
-    return torch.cat([sample(rows, size) for rows, size in _batches(len(seeds), sizes)])
+    return torch.cat([sample(index, held) for index, held in batches(len(seeds), sizes)])
 
 
-def _batches(count: int, sizes: Sequence[int]) -> Iterator[tuple[slice, int]]:
-    """Slices of `count` rows, each with the size of the batch that holds it."""
-    for start in range(0, count, max(sizes)):
-        rows = slice(start, min(start + max(sizes), count))
-        yield rows, min(size for size in sizes if size >= rows.stop - start)
+def batches(count: int, batch_sizes: Sequence[int]) -> Iterator[tuple[Tensor, int]]:
+    """The indices `(B,)` of so many rows by batches, each with the number of rows it is for: it is filled up, by its
+    last, to the least of some rising sizes that holds them."""
+    for start in range(0, count, batch_sizes[-1]):
+        held = min(count - start, batch_sizes[-1])
+        size = next(size for size in batch_sizes if size >= held)
+        yield start + torch.arange(size).clamp(max=held - 1), held
 
 
 def _one_per_seed(scales: Sequence[float], guidance_type: GuidanceType, count: int) -> float | Tensor:

@@ -1,13 +1,13 @@
 """Sampling many requests at once, each at its own step: who is done leaves, and who comes joins at the next step."""
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from timetuner_core.generation import UNGUIDED_SCALES, Guidance
+from timetuner_core.generation import UNGUIDED_SCALES, Guidance, batches
 from timetuner_core.loading import DiffusionModel
 from timetuner_core.samplers import (
     Past,
@@ -199,15 +199,6 @@ class RollingBatch:
         """Each row's own; the padding's does not matter."""
         drawn = step_noise(x[: len(wanted)], [self.rows[int(k)].generator for k in wanted])
         return torch.cat([drawn, torch.zeros_like(x[len(wanted) :])])
-
-
-def batches(count: int, batch_sizes: Sequence[int]) -> Iterator[tuple[Tensor, int]]:
-    """The indices `(B,)` of so many rows by batches, each with the number of rows it is for: it is filled up, by its
-    last, to the least of some rising sizes that holds them."""
-    for start in range(0, count, batch_sizes[-1]):
-        held = min(count - start, batch_sizes[-1])
-        size = next(size for size in batch_sizes if size >= held)
-        yield start + torch.arange(size).clamp(max=held - 1), held
 
 
 def decode(model: DiffusionModel, x: Tensor, batch_sizes: Sequence[int]) -> Tensor:
