@@ -7,9 +7,11 @@ from torch import Tensor
 
 from timetuner_core.noise_schedule import NoiseSchedule
 
-GridName = Literal["default", "uniform", "quadratic", "log_snr", "edm"]
+NamedGrid = Literal["uniform", "quadratic", "log_snr", "edm"]
+GridName = Literal["default", NamedGrid]
 Timesteps: TypeAlias = Tensor | list[float]
 
+NAMED_GRIDS: tuple[NamedGrid, ...] = get_args(NamedGrid)
 EDM_RHO = 7.0
 
 
@@ -36,15 +38,20 @@ def make_timesteps(noise_schedule: NoiseSchedule, num_steps: int, grid: GridName
     if grid == "default":
         grid = noise_schedule.default_grid
     ends = torch.tensor([noise_schedule.T, noise_schedule.t_min], dtype=torch.float64)
+    return grid_between(noise_schedule, ends, num_steps, grid)
+
+
+def grid_between(noise_schedule: NoiseSchedule, ends: Tensor, num_steps: int, grid: NamedGrid) -> Tensor:
+    """`num_steps` steps between two times `(2,)`, float64, by the formulas of `make_timesteps`."""
     if grid == "uniform":
-        return _evenly(ends, num_steps)
-    if grid == "quadratic":
-        timesteps = _evenly(ends.sqrt(), num_steps).square()
+        timesteps = evenly(ends, num_steps)
+    elif grid == "quadratic":
+        timesteps = evenly(ends.sqrt(), num_steps).square()
     elif grid == "log_snr":
-        timesteps = noise_schedule.inverse_lambda(_evenly(noise_schedule.marginal_lambda(ends), num_steps))
+        timesteps = noise_schedule.inverse_lambda(evenly(noise_schedule.marginal_lambda(ends), num_steps))
     else:
         noise_to_signal = torch.exp(-noise_schedule.marginal_lambda(ends))
-        steps = _evenly(noise_to_signal ** (1 / EDM_RHO), num_steps) ** EDM_RHO
+        steps = evenly(noise_to_signal ** (1 / EDM_RHO), num_steps) ** EDM_RHO
         timesteps = noise_schedule.inverse_lambda(-torch.log(steps))
     timesteps[[0, -1]] = ends  # exactly, whatever the way there and back did to the last digit
     return timesteps
@@ -60,7 +67,8 @@ def teacher_timesteps(noise_schedule: NoiseSchedule, num_steps: int) -> Tensor:
     return make_timesteps(noise_schedule, min(num_steps, noise_schedule.max_num_steps or num_steps))
 
 
-def _evenly(ends: Tensor, num_steps: int) -> Tensor:
+def evenly(ends: Tensor, num_steps: int) -> Tensor:
+    """`(num_steps + 1,)`, float64."""
     return torch.linspace(float(ends[0]), float(ends[1]), num_steps + 1, dtype=torch.float64)
 
 

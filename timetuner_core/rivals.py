@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from timetuner_core.grids import EDM_RHO, check_timesteps
+from timetuner_core.grids import EDM_RHO, NAMED_GRIDS, check_timesteps, evenly, grid_between
 from timetuner_core.model_wrapper import GuidedModel, Prediction, expand_like
 from timetuner_core.noise_schedule import NoiseSchedule
 from timetuner_core.samplers import SAMPLERS, SamplerStep, sample_steps, scaled
@@ -114,7 +114,8 @@ def dmn_timesteps(problem: TuningProblem, power: float = 2.0, max_iters: int = 1
 
     from scipy.optimize import minimize  # type: ignore[import-untyped]  # a second of every start
 
-    grids = sorted(_named_grids(schedule, ends, problem.num_steps - _fixed_steps(problem)), key=bound_of)
+    num_steps = problem.num_steps - _fixed_steps(problem)
+    grids = sorted((grid_between(schedule, ends, num_steps, name) for name in NAMED_GRIDS), key=bound_of)
     for start in grids[:2]:
         shares = schedule.marginal_lambda(start).diff() / (lambda_last - lambda_first)
         logits = (shares - LEAST_STEP / len(shares)).clamp(min=1e-6).log()
@@ -177,9 +178,9 @@ def candidate_timesteps(problem: TuningProblem, num_candidates: int) -> Tensor:
         raise ValueError(f"num_candidates is {num_candidates}; accepted for {least - 1} steps: {least} or more")
     schedule, ends = problem.noise_schedule, _ends(problem)
     count = num_candidates - num_candidates // 2
-    in_lambda = schedule.inverse_lambda(_evenly(schedule.marginal_lambda(ends), count))
+    in_lambda = schedule.inverse_lambda(evenly(schedule.marginal_lambda(ends), count - 1))
     rho = EDM_RHO if schedule.default_grid == "edm" else 1.0
-    in_time = _evenly(ends ** (1 / rho), num_candidates - count + 2) ** rho
+    in_time = evenly(ends ** (1 / rho), num_candidates - count + 1) ** rho
     inner = torch.cat([in_lambda[1:-1], in_time[1:-1]])
     times = torch.cat([ends, inner[(inner < ends[0]) & (inner > ends[1])]]).sort(descending=True).values
     return times[torch.cat([times[:1] > 0, times.diff() < 0])]
@@ -346,25 +347,6 @@ def _with_end(problem: TuningProblem, timesteps: Tensor) -> Tensor:
 def _shortest(problem: TuningProblem, candidates: Tensor, cost: Tensor, discount: float = 1.0) -> Tensor:
     path = dp_path(cost, problem.num_steps - _fixed_steps(problem), discount)
     return _with_end(problem, candidates[path])
-
-
-def _named_grids(noise_schedule: NoiseSchedule, ends: Tensor, num_steps: int) -> list[Tensor]:
-    """The grids of `make_timesteps`, between other ends than the schedule's."""
-    lambdas = noise_schedule.marginal_lambda(ends)
-    edm = _evenly(torch.exp(-lambdas) ** (1 / EDM_RHO), num_steps + 1) ** EDM_RHO
-    grids = [
-        noise_schedule.inverse_lambda(_evenly(lambdas, num_steps + 1)),
-        noise_schedule.inverse_lambda(-torch.log(edm)),
-        _evenly(ends, num_steps + 1),
-        _evenly(ends.sqrt(), num_steps + 1).square(),
-    ]
-    for grid in grids:
-        grid[[0, -1]] = ends
-    return grids
-
-
-def _evenly(ends: Tensor, count: int) -> Tensor:
-    return torch.linspace(float(ends[0]), float(ends[1]), count, dtype=torch.float64)
 
 
 def _predict(problem: TuningProblem, x: Tensor, t: Tensor, rows: Tensor) -> Prediction:
