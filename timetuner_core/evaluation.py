@@ -325,7 +325,7 @@ class Evaluation:
     @property
     def better(self) -> bool:
         """Whether tuning helped beyond chance, and harmed nothing: the deciding metric's interval is below 0, the
-        Fréchet distance is not up at all, and no other metric's interval is above 0."""
+        Fréchet distances are not up at all, and no other metric's interval is above 0."""
         return self._objection is None
 
     @property
@@ -341,7 +341,8 @@ class Evaluation:
         for metric in self.metrics.values():
             if metric.name == "teacher_l2" and self.adds_noise:
                 continue
-            if metric.change.significantly_higher or (metric.name == "frechet" and metric.change.mean > 0):
+            is_frechet = metric.name in ("frechet", "frechet_features")
+            if metric.change.significantly_higher or (is_frechet and metric.change.mean > 0):
                 return f"rose: {metric}"
         return None
 
