@@ -192,7 +192,12 @@ def evaluation_of(adds_noise: bool, **intervals: tuple[float, float]) -> Evaluat
         (False, {"teacher_l2": FELL_PERHAPS, "frechet": FELL}, False, "did not fall beyond chance: teacher_l2"),
         (False, {"teacher_l2": (0.0, 0.0), "frechet": (0.0, 0.0)}, False, "did not fall beyond chance: teacher_l2"),
         (False, {"teacher_l2": FELL, "frechet": ROSE_PERHAPS}, False, "rose: frechet"),
-        (False, {"teacher_l2": FELL, "frechet": FELL, "frechet_features": ROSE_PERHAPS}, False, "rose: frechet_features"),
+        (
+            False,
+            {"teacher_l2": FELL, "frechet": FELL, "frechet_features": ROSE_PERHAPS},
+            False,
+            "rose: frechet_features",
+        ),
         (False, {"teacher_l2": FELL, "frechet": FELL, "sliced_wasserstein": ROSE_PERHAPS}, True, "fell: teacher_l2"),
         (False, {"teacher_l2": FELL, "frechet": FELL, "frechet_features": ROSE}, False, "rose: frechet_features"),
         (False, {"teacher_l2": FELL, "frechet": FELL, "kl": ROSE}, False, "rose: kl"),
