@@ -48,7 +48,7 @@ def showing(progress: Progress[Any], job: Job) -> Iterator[Callable[[Any], None]
     with tqdm(total=1.0, desc=f"{job.id} {job.state}", bar_format=form) as bar:
 
         def show(job: Job) -> None:
-            bar.set_description(f"{job.id} {job.state}", refresh=False)
+            bar.set_description_str(f"{job.id} {job.state}", refresh=False)
             bar.n = job.progress
             bar.refresh()
 
