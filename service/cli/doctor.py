@@ -34,6 +34,10 @@ class Finding:
     found: str
     mend: str = ""
 
+    def __post_init__(self) -> None:
+        if self.ok:
+            object.__setattr__(self, "mend", "")
+
 
 def doctor(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Where the service is, or is to be.")] = 8000,
@@ -47,7 +51,7 @@ def doctor(
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
-        rows = ((f.check, "ok" if f.ok else "BAD", f.found, "" if f.ok else f.mend) for f in findings)
+        rows = ((f.check, "ok" if f.ok else "BAD", f.found, f.mend) for f in findings)
         print_table(("check", "", "found", "to mend it"), rows)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(FAILED)

@@ -1,6 +1,5 @@
 """`timetuner sample`"""
 
-import io
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +23,7 @@ from service.cli.options import (
     given,
 )
 from service.cli.output import USAGE, AsJson, CommandError, print_json, stderr
+from service.cli.terminal import show_png
 from service.client import Samples
 from service.samples.formats import to_npy, to_png_zip
 
@@ -80,8 +80,8 @@ def sample(
     if as_json:
         print_json({"out": str(out), "job": samples.job, "schedule": samples.schedule, "shape": samples.array.shape})
         return
-    if show or (show is None and Console().is_terminal and samples.are_images):
-        _show(samples)
+    if samples.are_images and (Console().is_terminal if show is None else show):
+        show_png(samples.to_png())
     typer.echo(f"{out}: {samples.schedule or 'untuned'}")
 
 
@@ -92,10 +92,3 @@ def _write(samples: Samples, out: Path) -> None:
     if not samples.are_images:
         raise CommandError(f"--out is {str(out)!r}; accepted for this model, whose samples are no images: .npy", USAGE)
     out.write_bytes(samples.to_png() if out.suffix == ".png" else to_png_zip(samples.array))
-
-
-def _show(samples: Samples) -> None:
-    """By the terminal's own images if it has any (Kitty's protocol, Sixel), else by coloured half blocks."""
-    from textual_image.renderable import Image  # asks the terminal when it is imported
-
-    Console().print(Image(io.BytesIO(samples.to_png())))

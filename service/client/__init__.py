@@ -13,6 +13,7 @@ from service.client.errors import (
     TimeTunerError,
     TooManyRequestsError,
     UnauthenticatedError,
+    UnexpectedAnswerError,
     UnreachableError,
     WaitTimeoutError,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "TooManyRequestsError",
     "TuningJob",
     "UnauthenticatedError",
+    "UnexpectedAnswerError",
     "UnreachableError",
     "WaitTimeoutError",
 ]

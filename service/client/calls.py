@@ -18,7 +18,7 @@ from httpx_sse import ServerSentEvent
 from numpy.typing import NDArray
 from pydantic import BaseModel, TypeAdapter
 
-from service.client.errors import raise_for
+from service.client.errors import UnexpectedAnswerError, raise_for
 from service.client.requests import SampleRequest, ScheduleFilters, ScheduleImport, Setting, TuningJobRequest
 from service.client.results import (
     Alias,
@@ -74,10 +74,14 @@ class Call(Generic[T]):
             yield common | {"files": {"archive": (self.archive.name, file)}, "data": self.json}
 
     def result(self, response: httpx.Response) -> T:
-        """Raises: ApiError."""
+        """Raises: ApiError, UnexpectedAnswerError."""
         if response.status_code != self.also_accepts:
             raise_for(response)
-        return self.read(response)
+        try:
+            return self.read(response)
+        except (ValueError, KeyError) as error:
+            what = f"{response.status_code} {response.headers.get('Content-Type', '')} from {response.url}"
+            raise UnexpectedAnswerError(f"{what} is no answer of a TimeTuner service of this version") from error
 
     def after(self, cursor: str) -> "Call[T]":
         """The next page."""

@@ -17,6 +17,10 @@ class UnreachableError(TimeTunerError):
     """No answer came from the service."""
 
 
+class UnexpectedAnswerError(TimeTunerError):
+    """An answer that the service does not give: another program's, or of a version that is not this client's."""
+
+
 class WaitTimeoutError(TimeTunerError, TimeoutError):
     """A job was not over within the time that its waiter had. It goes on."""
 

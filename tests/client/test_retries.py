@@ -13,7 +13,15 @@ from typing import Any
 
 import pytest
 
-from service.client import AsyncTimeTuner, Model, ServerError, TimeTuner, TooManyRequestsError, UnreachableError
+from service.client import (
+    AsyncTimeTuner,
+    Model,
+    ServerError,
+    TimeTuner,
+    TooManyRequestsError,
+    UnexpectedAnswerError,
+    UnreachableError,
+)
 from service.client.calls import Call, delete_model, get_model, register_model
 from tests.stack import free_port
 
@@ -66,7 +74,7 @@ def serving(*answers: Answer) -> Iterator[Server]:
                 self.close_connection = True
                 return
             status, headers = (answer, {}) if isinstance(answer, int) else answer
-            content = json.dumps(MODEL).encode() if status < 300 else b"<html>of a proxy</html>"
+            content = json.dumps(MODEL).encode() if status in (200, 201) else b"<html>of a proxy</html>"
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(content))}.items():
                 self.send_header(name, value)
@@ -163,6 +171,15 @@ def test_an_error_that_does_not_pass_is_not_tried_again(kind: str, status: int) 
         with pytest.raises(Exception, match=str(status)):
             send(server.url, delete_model("mdl_1"), kind)
         assert len(server.keys) == 1
+
+
+@kinds
+def test_an_answer_of_another_program_is_told_as_such(kind: str) -> None:
+    with (
+        serving(203) as server,
+        pytest.raises(UnexpectedAnswerError, match=r"203 .* is no answer of a TimeTuner service"),
+    ):
+        send(server.url, get_model("mdl_1"), kind)
 
 
 @kinds
