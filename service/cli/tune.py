@@ -1,6 +1,6 @@
 """`timetuner tune`"""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -107,11 +107,22 @@ def _wait(job: TuningJob, watch: bool) -> TuningJob:
 
 
 @contextmanager
-def _display(job: TuningJob, watch: bool) -> Iterator[Any]:
-    """A function that shows the job as it is, on stderr."""
+def _display(job: TuningJob, watch: bool) -> Iterator[Callable[[TuningJob], None]]:
+    """A function that shows the job as it is, on stderr; where that is no terminal, a line for each state."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     progress = Progress(*columns, console=stderr)
-    bar = progress.add_task(f"{job.id} {job.state}", total=1.0)
+    bar = progress.add_task("", total=1.0)
+    state = ""
+
+    def tell(job: TuningJob) -> None:
+        nonlocal state
+        if job.state != state:
+            state = job.state
+            stderr.print(f"{job.id} {state}", soft_wrap=True)
+
+    if not stderr.is_terminal:
+        yield tell
+        return
     with Live(progress, console=stderr) as live:
 
         def show(job: TuningJob) -> None:

@@ -20,6 +20,7 @@ from service.access.local import is_loopback
 from service.registry.database import Registry
 from service.registry.keys import Scope, revoke_key
 from service.registry.tables import ApiKey, AuditEntry
+from tests.cli.conftest import Run, timetuner  # noqa: F401
 from tests.conftest import MakeDatabaseUrl
 from tests.service.conftest import NewUser, User, keys
 from tests.service.problems import assert_problem
@@ -275,7 +276,7 @@ def test_no_api_starts_beyond_this_machine_without_authentication(
     command: str,
     host: str,
     tmp_path: Path,
-    timetuner: Run,
+    timetuner: Run,  # noqa: F811
 ) -> None:
     result = timetuner(command, "--host", host, AUTH="off", TIMETUNER_HOME=str(tmp_path / "home"))
     assert result.code == 2
