@@ -1,7 +1,6 @@
 """The `timetuner` command as its users have it."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,13 +49,12 @@ def environment(stack: Stack, tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def process(environment: dict[str, str], tmp_path: Path) -> Run:
-    """`process(*arguments, **environment)`: the same as a process of its own, in an empty folder."""
+def connected(timetuner: Run, environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The same, in an empty folder and with the deployment's URL."""
+    monkeypatch.chdir(tmp_path)
+    own = ("TIMETUNER_URL", "TIMETUNER_HOME")
 
-    def run(*arguments: str, **own: str) -> Result:
-        done = subprocess.run(
-            [*COMMAND, *arguments], env=environment | own, cwd=tmp_path, capture_output=True, text=True, check=False
-        )
-        return Result(done.returncode, done.stdout, done.stderr)
+    def run(*arguments: str, **more: str) -> Result:
+        return timetuner(*arguments, **{name: environment[name] for name in own} | more)
 
     return run

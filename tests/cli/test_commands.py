@@ -1,4 +1,4 @@
-"""What commands do with a service, each a process of its own."""
+"""What commands do with a service."""
 
 import io
 import json
@@ -24,21 +24,21 @@ pytestmark = pytest.mark.parametrize("stack", ["sqlite"], indirect=True, scope="
 QUICK = ["--tuner", "total_iters=2", "--tuner", "population_size=16", "--evaluation", "num_samples=16"]
 
 
-def test_a_model_is_imported_listed_shown_and_removed(process: Run) -> None:
-    made = json.loads(process("models", "import", str(BUNDLED / "digits8"), "--name", "by-command", "--json").out)
+def test_a_model_is_imported_listed_shown_and_removed(connected: Run) -> None:
+    made = json.loads(connected("models", "import", str(BUNDLED / "digits8"), "--name", "by-command", "--json").out)
     assert (made["name"], made["spec"]["num_classes"]) == ("by-command", 10)
-    [header, *lines] = process("models", "list", "--limit", "1").out.splitlines()
+    [header, *lines] = connected("models", "list", "--limit", "1").out.splitlines()
     assert header.split()[:2] == ["id", "name"]
     assert [line.split()[:2] for line in lines] == [[made["id"], "by-command"]]
-    assert json.loads(process("models", "show", "by-command", "--json").out) == made
-    assert process("models", "rm", "by-command").out.strip() == made["id"]
-    gone = process("models", "show", "by-command")
+    assert json.loads(connected("models", "show", "by-command", "--json").out) == made
+    assert connected("models", "rm", "by-command").out.strip() == made["id"]
+    gone = connected("models", "show", "by-command")
     assert (gone.code, gone.out) == (5, "")
     assert "no model 'by-command'; accepted: an id or a name" in gone.err
 
 
-def test_a_schedule_is_tuned_named_moved_and_sampled_with(process: Run, gratings: str, tmp_path: Path) -> None:  # noqa: F811
-    tuned = process("tune", gratings, "--num-steps", "3", *QUICK, "--seed", "7", "--json")
+def test_a_schedule_is_tuned_named_moved_and_sampled_with(connected: Run, gratings: str, tmp_path: Path) -> None:  # noqa: F811
+    tuned = connected("tune", gratings, "--num-steps", "3", *QUICK, "--seed", "7", "--json")
     made = json.loads(tuned.out)
     schedule_id = made["schedule"]["id"]
     assert (made["job"]["state"], made["job"]["schedule"], made["job"]["request"]["seed"]) == (
@@ -47,42 +47,42 @@ def test_a_schedule_is_tuned_named_moved_and_sampled_with(process: Run, gratings
         7,
     )
     assert f"{made['job']['id']} succeeded" in tuned.err
-    shown = process("schedules", "show", schedule_id).out
+    shown = connected("schedules", "show", schedule_id).out
     assert made["schedule"]["evaluation"]["reason"] in shown
     assert "teacher_l2" in shown
 
-    assert process("schedules", "alias", "by-command", schedule_id).out.strip() == "by-command"
-    sampled = json.loads(process("sample", gratings, "--num-steps", "3", "--schedule", "by-command", "--json").out)
+    assert connected("schedules", "alias", "by-command", schedule_id).out.strip() == "by-command"
+    sampled = json.loads(connected("sample", gratings, "--num-steps", "3", "--schedule", "by-command", "--json").out)
     assert sampled["schedule"] == schedule_id
     assert Image.open(tmp_path / "samples.png").size == (262, 262)
     for out in ("four.npy", "four.zip"):
-        process("sample", gratings, "--num-steps", "3", "--num-images", "4", "--schedule", "by-command", "--out", out)
+        connected("sample", gratings, "--num-steps", "3", "--num-images", "4", "--schedule", "by-command", "--out", out)
     array = np.load(tmp_path / "four.npy")
     assert array.shape == (4, 1, 8, 8)
     with zipfile.ZipFile(tmp_path / "four.zip") as archive:
         last = np.asarray(Image.open(io.BytesIO(archive.read("003.png"))))
     assert np.abs(last / 127.5 - 1 - array[3, 0].clip(-1, 1)).max() < 1 / 127
 
-    process("schedules", "export", schedule_id, "--out", "schedule.json")
-    copy = json.loads(process("schedules", "import", "schedule.json", "--model", gratings, "--json").out)
+    connected("schedules", "export", schedule_id, "--out", "schedule.json")
+    copy = json.loads(connected("schedules", "import", "schedule.json", "--model", gratings, "--json").out)
     assert (copy["t_ratios"], copy["status"]) == (made["schedule"]["t_ratios"], "imported")
-    listed = process("schedules", "list", "--model", gratings, "--status", "imported", "--limit", "1", "--json").out
+    listed = connected("schedules", "list", "--model", gratings, "--status", "imported", "--limit", "1", "--json").out
     assert [each["id"] for each in json.loads(listed)] == [copy["id"]]
-    reason = json.loads(process("schedules", "resolve", gratings, "--num-steps", "55", "--json").out)["reason"]
+    reason = json.loads(connected("schedules", "resolve", gratings, "--num-steps", "55", "--json").out)["reason"]
     assert reason.startswith("untuned")
-    removed = process("schedules", "alias", "by-command", "--remove-from", gratings, "--json")
+    removed = connected("schedules", "alias", "by-command", "--remove-from", gratings, "--json")
     assert json.loads(removed.out) == {"deleted": "by-command", "model": gratings}
 
 
-def test_a_detached_job_is_followed_and_cancelled(process: Run, gratings: str) -> None:  # noqa: F811
+def test_a_detached_job_is_followed_and_cancelled(connected: Run, gratings: str) -> None:  # noqa: F811
     slow = ["--tuner", "total_iters=10000"]
-    job_id = process("tune", gratings, "--num-steps", "3", *slow, "--detach").out.strip()
-    assert job_id in process("jobs", "list", "--limit", "1").out
-    assert json.loads(process("jobs", "cancel", job_id, "--json").out)["id"] == job_id
-    events = [json.loads(line) for line in process("jobs", "logs", job_id, "--follow", "--json").out.splitlines()]
+    job_id = connected("tune", gratings, "--num-steps", "3", *slow, "--detach").out.strip()
+    assert job_id in connected("jobs", "list", "--limit", "1").out
+    assert json.loads(connected("jobs", "cancel", job_id, "--json").out)["id"] == job_id
+    events = [json.loads(line) for line in connected("jobs", "logs", job_id, "--follow", "--json").out.splitlines()]
     assert (events[0]["type"], events[-1]["type"]) == ("queued", "cancelled")
-    assert "cancelled" in process("jobs", "logs", job_id).out.splitlines()[-1]
-    assert "cancelled" in process("jobs", "show", job_id).out
+    assert "cancelled" in connected("jobs", "logs", job_id).out.splitlines()[-1]
+    assert "cancelled" in connected("jobs", "show", job_id).out
 
 
 @pytest.mark.parametrize("watch", [[], ["--watch"]])
@@ -128,7 +128,7 @@ def test_a_job_that_is_cancelled_by_another_is_a_failure(
 
 
 def test_refusals_are_one_line_and_a_code(
-    process: Run,
+    connected: Run,
     service: TimeTuner,  # noqa: F811
     gratings: str,  # noqa: F811
     new_user: NewUser,  # noqa: F811
@@ -147,7 +147,7 @@ def test_refusals_are_one_line_and_a_code(
     ]
     service.tuning_jobs.create(**quick(gratings)).wait()
     for arguments, own, code, message in refusals:
-        result = process(*arguments, **own)
+        result = connected(*arguments, **own)
         assert (result.code, result.out) == (code, ""), arguments
         lines = [line for line in result.err.splitlines() if line.startswith("timetuner: ")]
         assert len(lines) == 1
@@ -155,18 +155,18 @@ def test_refusals_are_one_line_and_a_code(
 
 
 def test_doctor_finds_a_service_well_and_says_how_to_mend_one_that_is_not(
-    process: Run,
+    connected: Run,
     environment: dict[str, str],
     guarded: str,  # noqa: F811
     new_user: NewUser,  # noqa: F811
 ) -> None:
-    well = process("doctor", "--json")
+    well = connected("doctor", "--json")
     assert well.code == 0, well.out
     findings = {finding["check"]: finding for finding in json.loads(well.out)}
     assert findings.keys() == {"python", "packages", "service", "parts", "key"}
-    without_key = process("doctor", "--json", "--url", guarded)
+    without_key = connected("doctor", "--json", "--url", guarded)
     assert without_key.code == 1
     [bad] = [finding for finding in json.loads(without_key.out) if not finding["ok"]]
     assert (bad["check"], bad["mend"]) == ("key", "set TIMETUNER_API_KEY to a key of timetuner keys create")
     key = new_user(Scope.SAMPLE).key
-    assert process("doctor", "--url", guarded, TIMETUNER_API_KEY=key).code == 0
+    assert connected("doctor", "--url", guarded, TIMETUNER_API_KEY=key).code == 0
