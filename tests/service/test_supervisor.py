@@ -1,5 +1,6 @@
 """`timetuner up`: one command, one process tree, nothing left behind, nothing forgotten."""
 
+import json
 import os
 import signal
 import subprocess
@@ -62,6 +63,19 @@ def descendants(pid: int) -> dict[int, str]:
     return found
 
 
+def listed_models(home: Path) -> list[str]:
+    """The ids that a command prints which is told the home alone, without starting a service of its own."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("TIMETUNER_URL", "TIMETUNER_API_KEY")
+    }
+    command = [sys.executable, "-m", "service", "models", "list", "--json"]
+    done = subprocess.run(
+        command, env=environment | {"TIMETUNER_HOME": str(home)}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return [model["id"] for model in json.loads(done.stdout)]
+
+
 def test_everything_stops_together_and_the_next_start_knows_all_that_was(database_url: str, home: Path) -> None:
     with up(database_url, home) as (process, client):
         model = client.post("/v1/models", json={"builtin": "mixture-ring"}).json()["id"]
@@ -72,10 +86,12 @@ def test_everything_stops_together_and_the_next_start_knows_all_that_was(databas
         started = descendants(process.pid)
         parts = ("valkey-server", "worker.dispatcher", "--queues sampling", "--queues tuning", "service api")
         assert all(any(part in command for command in started.values()) for part in parts), started
+        assert listed_models(home) == [model]
         process.terminate()
         assert process.wait(START_SECONDS) == 0
         assert [command for pid, command in started.items() if is_alive(pid)] == []
     assert not list(home.glob("timetuner-*"))  # the broker's folder
+    assert not (home / "url").exists()
 
     with up(database_url, home) as (process, client):
         assert client.get(f"/v1/schedules/{schedule['id']}").json() == schedule

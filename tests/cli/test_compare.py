@@ -1,23 +1,25 @@
-"""The command line."""
+"""`timetuner compare`"""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from service.cli import app
+from tests.cli.conftest import Run
 
 # A quick comparison.
 SMALL = ["--num-steps", "2", "--guidance", "uncond", "--samplers", "ddim", "--num-samples", "16", "--jobs", "1"]
 
 
-def test_compare_writes_a_report(tmp_path: Path) -> None:
+def test_compare_writes_a_report(tmp_path: Path, timetuner: Run) -> None:
     out = tmp_path / "compare"
     arguments = ["--model", "mixture-gratings", *SMALL, "--tuners", "log_snr, gits", "--seed", "3", "--out", str(out)]
-    result = CliRunner().invoke(app, ["compare", *arguments])
-    assert result.exit_code == 0, result.output
-    assert result.stdout.strip() == str(out / "report.html")
+    result = timetuner("compare", *arguments, "--json")
+    assert result.code == 0, result.err
+    printed = json.loads(result.out)
+    assert printed["report"] == str(out / "report.html")
+    assert [record["entrant"] for record in printed["results"]] == ["untuned", "log_snr", "gits"]
     kinds = ["quality", "ratios", "report", "results", "results", "trajectories"]
     assert sorted(path.name.replace(".", "-").partition("-")[0] for path in out.iterdir()) == kinds
     with (out / "results.csv").open() as file:
@@ -39,10 +41,12 @@ def test_compare_writes_a_report(tmp_path: Path) -> None:
         (["--out", __file__], f"--out is '{__file__}'; accepted: a folder that is new"),
     ],
 )
-def test_compare_refuses_a_bad_option_in_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_compare_refuses_a_bad_option_in_one_line(
+    tmp_path: Path, timetuner: Run, arguments: list[str], message: str
+) -> None:
     defaults = ["--model", "mixture-ring", "--out", str(tmp_path / "compare")]
-    result = CliRunner().invoke(app, ["compare", *(arguments if "--out" in arguments else [*defaults, *arguments])])
-    assert result.exit_code == 2
-    assert len(result.stderr.splitlines()) == 1
-    assert result.stderr.startswith(f"timetuner compare: {message}")
+    result = timetuner("compare", *(arguments if "--out" in arguments else [*defaults, *arguments]))
+    assert (result.code, result.out) == (2, "")
+    assert len(result.err.splitlines()) == 1
+    assert result.err.startswith(f"timetuner: compare: {message}")
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,38 @@
+"""The `timetuner` command."""
+
+import os
+import sys
+
+import typer
+
+from service.cli.compare import compare
+from service.cli.doctor import doctor
+from service.cli.jobs import jobs
+from service.cli.keys import keys
+from service.cli.models import models
+from service.cli.output import explain
+from service.cli.sample import sample
+from service.cli.schedules import schedules
+from service.cli.server import api, db, up
+from service.cli.tune import tune
+from service.client import TimeTunerError
+
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, help="Tuned timesteps for frozen diffusion models."
+)
+for command in (up, api, tune, sample, compare, doctor):
+    app.command()(command)
+for name, group in {"models": models, "jobs": jobs, "schedules": schedules, "keys": keys, "db": db}.items():
+    app.add_typer(group, name=name)
+
+
+def main() -> None:
+    """The console script. Whatever goes wrong is one line on stderr, and an exit code of docs/cli.md."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # whatever a model's configuration may say, nothing is fetched
+    try:
+        code = app(standalone_mode=False)
+    except (TimeTunerError, typer.TyperException, OSError) as error:
+        code = explain(error)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,108 @@
+"""Which service a command talks to: one by its URL; else that of the home, started for the command if need be."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import typer
+
+from service.announcement import running_url
+from service.cli.output import UNREACHABLE, CommandError, stderr
+from service.client import TimeTuner
+
+Url = Annotated[
+    str | None,
+    typer.Option(envvar="TIMETUNER_URL", help="The service's. [that of TIMETUNER_HOME, started if it does not run]"),
+]
+
+MAX_ATTEMPTS = 4
+STOP_SECONDS = 60.0
+
+
+@contextmanager
+def connected(url: str | None, outlives: bool = False) -> Iterator[TimeTuner]:
+    """A client of the service that is meant.
+
+    Args:
+        outlives: what the command begins goes on after it, so that a service of its own will not do.
+
+    Raises:
+        CommandError: no such service runs, or none could be started.
+    """
+    url = url or running_url(home := _home())
+    if url is not None:
+        with _client(url) as client:
+            yield client
+        return
+    if outlives:
+        accepted = "--url, or a service that runs: timetuner up"
+        raise CommandError(f"--detach needs a service that outlives this command; accepted: {accepted}", UNREACHABLE)
+    with _own_service(home) as url, _client(url) as client:
+        yield client
+
+
+def _client(url: str) -> TimeTuner:
+    try:
+        return TimeTuner(url, max_attempts=MAX_ATTEMPTS)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--url") from None
+
+
+def _home() -> Path:
+    from service.settings import Settings
+
+    return Settings().home.absolute()
+
+
+@contextmanager
+def _own_service(home: Path) -> Iterator[str]:
+    """A service for the time being; its processes end with us, whatever becomes of us."""
+    from service.supervisor import die_with_parent
+
+    stderr.print(f"starting a service in {home} for this command (timetuner up keeps one running)", soft_wrap=True)
+    home.mkdir(parents=True, exist_ok=True)
+    log = home / "service.log"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "service", "up", "--port", str(port), "--tuning-workers", "1", "--unlisted"]
+    environment = os.environ | {"TIMETUNER_HOME": str(home)}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # a terminal's Ctrl-C is for us, and we stop it in order
+            preexec_fn=die_with_parent,  # noqa: PLW1509 (we have no threads)
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait_until_ready(process, url, log)
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        finally:
+            process.kill()  # if it is still there, after a second Ctrl-C or that time; its children die with it
+            process.wait()
+
+
+def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
+    """The supervisor ends by itself if it is not ready in time."""
+    while process.poll() is None:
+        try:
+            if httpx.get(f"{url}/readyz", timeout=5, trust_env=False).is_success:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    raise CommandError(f"no service could be started; {log} says why", UNREACHABLE)

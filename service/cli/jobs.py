@@ -1,0 +1,83 @@
+"""`timetuner jobs`: tuning jobs; by their ids, sampling jobs too."""
+
+import json
+from itertools import islice
+from typing import Annotated, Any
+
+import typer
+
+from service.cli.connection import Url, connected
+from service.cli.output import AsJson, Limit, print_facts, print_json, print_table
+from service.client import SampleJob, TimeTuner, TuningJob
+from service.client.results import JobState
+
+jobs = typer.Typer(no_args_is_help=True, help="Follow and cancel jobs.")
+
+JobId = Annotated[str, typer.Argument(metavar="ID", help="A job's id.")]
+
+
+@jobs.command(name="list")
+def list_(
+    state: Annotated[JobState | None, typer.Option(help="Only those in this state.")] = None,
+    limit: Limit = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tuning jobs, newest first."""
+    with connected(url) as client:
+        found = list(islice(client.tuning_jobs.list(state=state), limit))
+    if as_json:
+        print_json(found)
+        return
+    columns = ("id", "state", "progress", "model", "steps", "schedule", "created")
+    rows = (
+        (j.id, j.state, f"{j.progress:.0%}", j.model, j.request["num_steps"], j.schedule, j.created_at) for j in found
+    )
+    print_table(columns, rows)
+
+
+@jobs.command()
+def show(job_id: JobId, url: Url = None, as_json: AsJson = False) -> None:
+    """One job, and where tuning stands for each step."""
+    with connected(url) as client:
+        job = _jobs(client, job_id).get(job_id)
+    _show(job, as_json)
+
+
+@jobs.command()
+def cancel(job_id: JobId, url: Url = None, as_json: AsJson = False) -> None:
+    """Cancel: a queued job at once, a running one as soon as its worker sees it."""
+    with connected(url) as client:
+        job = _jobs(client, job_id).cancel(job_id)
+    _show(job, as_json)
+
+
+@jobs.command()
+def logs(
+    job_id: JobId,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job is over.")] = False,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """What happened to a tuning job; with --json, an event on each line."""
+    with connected(url) as client:
+        for event in client.tuning_jobs.events(job_id, follow=follow):
+            if as_json:
+                typer.echo(event.model_dump_json())
+            else:
+                facts = " ".join(f"{name}={json.dumps(value)}" for name, value in event.data.items())
+                typer.echo(f"{event.created_at:%Y-%m-%dT%H:%M:%SZ} {event.type} {facts}".rstrip())
+
+
+def _jobs(client: TimeTuner, job_id: str) -> Any:
+    return client.samples if job_id.startswith("smp_") else client.tuning_jobs
+
+
+def _show(job: TuningJob | SampleJob, as_json: bool) -> None:
+    if as_json:
+        print_json(job)
+        return
+    print_facts(job.model_dump(exclude={"request", "timesteps", "steps"}) | {"request": json.dumps(job.request)})
+    if isinstance(job, TuningJob) and job.steps:
+        columns = ("step", "t_ratio", "iterations", "loss at first", "loss")
+        print_table(columns, ((s.step_index, s.t_ratio, s.iterations, s.initial_loss, s.loss) for s in job.steps))

@@ -1,0 +1,61 @@
+"""Options that several commands have. What they leave out, the service decides."""
+
+import json
+from typing import Annotated, Any, Literal
+
+import typer
+
+from service.cli.output import NOT_FOUND, CommandError
+from service.client import TimeTuner
+
+GuidanceKind = Literal["uncond", "classifier", "classifier-free"]
+
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model's id or name.")]
+NumSteps = Annotated[int, typer.Option(min=1, help="Steps of sampling.")]
+Sampler = Annotated[str | None, typer.Option(help="Such as ddim or dpmpp_2m. [ddim]")]
+GuidanceType = Annotated[GuidanceKind | None, typer.Option(help="[uncond]")]
+GuidanceScale = Annotated[float | None, typer.Option(help="[1]")]
+GuidanceRescale = Annotated[float | None, typer.Option(help="[0]")]
+GuidanceStart = Annotated[float | None, typer.Option(help="No guidance at times below. [0]")]
+GuidanceEnd = Annotated[float | None, typer.Option(help="No guidance at times above. [1000]")]
+Eta = Annotated[float | None, typer.Option(help="Noise of each step, for ddim. [0]")]
+
+
+def grid(text: str) -> str | list[float]:
+    """A grid's name, or its times."""
+    try:
+        return [float(time) for time in text.split(",")]
+    except ValueError:
+        return text
+
+
+Timesteps = Annotated[
+    Any, typer.Option(parser=grid, metavar="GRID", help="A grid's name, or num_steps + 1 times, by commas. [default]")
+]
+
+
+def given(**options: Any) -> Any:
+    """Those that were given."""
+    return {name: value for name, value in options.items() if value not in (None, [])}
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """A field of a request, and its value: JSON, or else text."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise typer.BadParameter(f"{text!r}; accepted: NAME=VALUE, such as total_iters=50")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def find_model(client: TimeTuner, name: str) -> str:
+    """The id of the model that is meant: an id, or else the newest of this name. Raises: CommandError."""
+    if name.startswith("mdl_"):
+        return name
+    for model in client.models.list(limit=200):
+        if model.name == name:
+            return model.id
+    accepted = "an id or a name of `timetuner models list`; a built-in model after `timetuner models import NAME`"
+    raise CommandError(f"no model {name!r}; accepted: {accepted}", NOT_FOUND)

@@ -1,0 +1,97 @@
+"""What commands print: results on stdout, all else on stderr; and what their exit codes say."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Annotated, Any
+
+import typer
+from pydantic_core import to_jsonable_python
+from rich.console import Console
+from rich.table import Table
+
+from service.client import (
+    ForbiddenError,
+    InvalidError,
+    NotFoundError,
+    TimeTunerError,
+    UnauthenticatedError,
+    UnreachableError,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else on stdout.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="How many at most. [all]")]
+
+FAILED, USAGE, UNREACHABLE, REFUSED, NOT_FOUND = 1, 2, 3, 4, 5
+CODES: dict[type[Exception], int] = {
+    InvalidError: USAGE,
+    UnreachableError: UNREACHABLE,
+    UnauthenticatedError: REFUSED,
+    ForbiddenError: REFUSED,
+    NotFoundError: NOT_FOUND,
+}
+
+stderr = Console(stderr=True, highlight=False)
+
+
+class CommandError(TimeTunerError):
+    """What a command itself finds wrong, and the exit code that says so."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def explain(error: Exception) -> int:
+    """Print one line; returns the exit code."""
+    if isinstance(error, typer.TyperException):
+        if message := error.format_message():  # none where the help was printed
+            typer.echo(f"timetuner: {' '.join(message.split())}", err=True)
+        return error.exit_code
+    typer.echo(f"timetuner: {' '.join(str(error).split())}", err=True)
+    if isinstance(error, CommandError):
+        return error.code
+    return next((code for kind, code in CODES.items() if isinstance(error, kind)), FAILED)
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(to_jsonable_python(value), indent=2))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A line for each row; on a terminal, as wide as that is."""
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(_text, row))
+    _print(table)
+
+
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """A line for each fact."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, _text(value))
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 1000  # one line each
+    console.print(table)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%dT%H:%M:%SZ}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return " ".join(map(_text, value))
+    return str(value)

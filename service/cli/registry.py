@@ -1,0 +1,36 @@
+"""The registry's database, for commands that are on it rather than on the API."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from service.cli.output import UNREACHABLE, CommandError
+from service.registry.database import Registry, alembic_config
+from service.settings import Settings
+
+
+@contextmanager
+def open_registry() -> Iterator[Registry]:
+    """Raises: CommandError, if it cannot be used."""
+    registry = Registry(Settings().database_url)
+    try:
+        yield registry
+    except SQLAlchemyError as error:
+        reason = str(getattr(error, "orig", error)).partition("\n")[0]
+        database = registry.url.render_as_string()
+        message = f"{database} cannot be used: {reason}; accepted: a database after `timetuner db upgrade`"
+        raise CommandError(message, UNREACHABLE) from None
+    finally:
+        registry.close()
+
+
+def revisions(registry: Registry) -> tuple[str | None, str | None]:
+    """The schema that the database has, and the newest one."""
+    from alembic.runtime.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+
+    with registry.engine.connect() as connection:
+        current = MigrationContext.configure(connection).get_current_revision()
+    url = registry.url.render_as_string(hide_password=False)
+    return current, ScriptDirectory.from_config(alembic_config(url)).get_current_head()

@@ -1,0 +1,94 @@
+"""`timetuner sample`"""
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+
+from service.cli.connection import Url, connected
+from service.cli.options import (
+    Eta,
+    GuidanceEnd,
+    GuidanceRescale,
+    GuidanceScale,
+    GuidanceStart,
+    GuidanceType,
+    ModelName,
+    NumSteps,
+    Sampler,
+    Timesteps,
+    find_model,
+    given,
+)
+from service.cli.output import USAGE, AsJson, CommandError, print_json, stderr
+from service.cli.terminal import show_png
+from service.client import Samples
+from service.samples.formats import to_npy, to_png_zip
+
+SUFFIXES = (".png", ".npy", ".zip")
+
+
+def sample(
+    model: ModelName,
+    num_steps: NumSteps,
+    num_images: Annotated[int, typer.Option(min=1)] = 16,
+    seed: Annotated[int | None, typer.Option(help="Image k is drawn from seed + k. [0]")] = None,
+    schedule: Annotated[str | None, typer.Option(help="auto, none, a schedule's id or alias. [auto]")] = None,
+    sampler: Sampler = None,
+    guidance_type: GuidanceType = None,
+    guidance_scale: GuidanceScale = None,
+    guidance_rescale: GuidanceRescale = None,
+    guidance_start: GuidanceStart = None,
+    guidance_end: GuidanceEnd = None,
+    eta: Eta = None,
+    timesteps: Timesteps = None,
+    class_label: Annotated[
+        list[int], typer.Option(help="For all images; repeated, one for each. [drawn at random]")
+    ] = [],  # noqa: B006
+    out: Annotated[
+        Path, typer.Option(help="A .png of all images, a .zip of one each, or a .npy of the numbers.")
+    ] = Path("samples.png"),
+    show: Annotated[
+        bool | None, typer.Option("--show/--no-show", help="In the terminal. [if it is one, without --json]")
+    ] = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sample images, write them into a file, and show them in the terminal."""
+    if out.suffix not in SUFFIXES:
+        raise CommandError(f"--out is {str(out)!r}; accepted: a name that ends with {', '.join(SUFFIXES)}", USAGE)
+    request = given(
+        num_steps=num_steps,
+        num_images=num_images,
+        seed=seed,
+        schedule=schedule,
+        sampler=sampler,
+        guidance_type=guidance_type,
+        guidance_scale=guidance_scale,
+        guidance_rescale=guidance_rescale,
+        guidance_start=guidance_start,
+        guidance_end=guidance_end,
+        eta=eta,
+        timesteps=timesteps,
+        class_labels=class_label[0] if len(class_label) == 1 else class_label,
+    )
+    with connected(url) as client, stderr.status("sampling"):
+        samples = client.samples.create(model=find_model(client, model), **request)
+    _write(samples, out)
+    if as_json:
+        print_json({"out": str(out), "job": samples.job, "schedule": samples.schedule, "shape": samples.array.shape})
+        return
+    if samples.are_images and (Console().is_terminal if show is None else show):
+        show_png(samples.to_png())
+    typer.echo(f"{out}: {samples.schedule or 'untuned'}")
+
+
+def _write(samples: Samples, out: Path) -> None:
+    if out.suffix == ".npy":
+        out.write_bytes(to_npy(samples.array.astype(np.float32)))
+        return
+    if not samples.are_images:
+        raise CommandError(f"--out is {str(out)!r}; accepted for this model, whose samples are no images: .npy", USAGE)
+    out.write_bytes(samples.to_png() if out.suffix == ".png" else to_png_zip(samples.array))

@@ -1,0 +1,203 @@
+"""`timetuner schedules`"""
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from service.cli.connection import Url, connected
+from service.cli.options import (
+    Eta,
+    GuidanceEnd,
+    GuidanceRescale,
+    GuidanceScale,
+    GuidanceStart,
+    GuidanceType,
+    ModelName,
+    NumSteps,
+    Sampler,
+    find_model,
+    given,
+)
+from service.cli.output import USAGE, AsJson, CommandError, Limit, print_facts, print_json, print_table
+from service.client import Schedule
+
+schedules = typer.Typer(no_args_is_help=True, help="List, move and name schedules.")
+
+ScheduleId = Annotated[str, typer.Argument(metavar="ID", help="A schedule's id.")]
+Status = Literal["accepted", "rejected", "imported"]
+
+
+@schedules.command(name="list")
+def list_(
+    model: Annotated[str | None, typer.Option(help="A model's id or name.")] = None,
+    num_steps: Annotated[int | None, typer.Option(min=1)] = None,
+    sampler: Annotated[str | None, typer.Option()] = None,
+    guidance_type: Annotated[str | None, typer.Option()] = None,
+    guidance_scale: Annotated[float | None, typer.Option()] = None,
+    status: Annotated[Status | None, typer.Option()] = None,
+    limit: Limit = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Schedules that match all that is given, newest first."""
+    filters = given(
+        num_steps=num_steps,
+        sampler=sampler,
+        guidance_type=guidance_type,
+        guidance_scale=guidance_scale,
+        status=status,
+    )
+    with connected(url) as client:
+        if model is not None:
+            filters["model"] = find_model(client, model)
+        found = list(islice(client.schedules.list(**filters), limit))
+    if as_json:
+        print_json(found)
+        return
+    columns = ("id", "model", "sampler", "steps", "guidance", "version", "status", "score", "created")
+    rows = (
+        (s.id, s.model, s.sampler, s.num_steps, _guidance(s), s.version, s.status, s.score, s.created_at) for s in found
+    )
+    print_table(columns, rows)
+
+
+@schedules.command()
+def show(schedule_id: ScheduleId, url: Url = None, as_json: AsJson = False) -> None:
+    """One schedule, and its evaluation."""
+    with connected(url) as client:
+        schedule = client.schedules.get(schedule_id)
+    if as_json:
+        print_json(schedule)
+    else:
+        show_schedule(schedule)
+
+
+@schedules.command()
+def resolve(
+    model: ModelName,
+    num_steps: NumSteps,
+    sampler: Sampler = None,
+    guidance_type: GuidanceType = None,
+    guidance_scale: GuidanceScale = None,
+    guidance_rescale: GuidanceRescale = None,
+    guidance_start: GuidanceStart = None,
+    guidance_end: GuidanceEnd = None,
+    eta: Eta = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """What sampling would use by itself, and why."""
+    setting = given(
+        num_steps=num_steps,
+        sampler=sampler,
+        guidance_type=guidance_type,
+        guidance_scale=guidance_scale,
+        guidance_rescale=guidance_rescale,
+        guidance_start=guidance_start,
+        guidance_end=guidance_end,
+        eta=eta,
+    )
+    with connected(url) as client:
+        resolution = client.schedules.resolve(model=find_model(client, model), **setting)
+    if as_json:
+        print_json(resolution)
+        return
+    typer.echo(resolution.reason)
+    if resolution.schedule is not None:
+        show_schedule(resolution.schedule)
+
+
+@schedules.command()
+def export(
+    schedule_id: ScheduleId,
+    out: Annotated[Path | None, typer.Option(help="A file. [stdout]")] = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a schedule as `import` reads it, which is JSON."""
+    with connected(url) as client:
+        content = client.schedules.get(schedule_id).to_import()
+    if out is None:
+        print_json(content)
+        return
+    out.write_text(json.dumps(content, indent=2) + "\n")
+    if as_json:
+        print_json({"out": str(out)})
+    else:
+        typer.echo(out)
+
+
+@schedules.command(name="import")
+def import_(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="What `export` wrote.")],
+    model: Annotated[str | None, typer.Option(help="A model's id or name. [the file's]")] = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Store a schedule made elsewhere."""
+    content = _read(file)
+    with connected(url) as client:
+        if model is not None:
+            content["model"] = find_model(client, model)
+        schedule = client.schedules.import_(**content)
+    if as_json:
+        print_json(schedule)
+    else:
+        typer.echo(schedule.id)
+
+
+@schedules.command()
+def alias(
+    name: Annotated[str, typer.Argument(help="Such as production.")],
+    schedule_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="The schedule to be called so.")] = None,
+    remove_from: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Take the name away from this model's schedule.")
+    ] = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Name a schedule, or move a name to it."""
+    if (schedule_id is None) == (remove_from is None):
+        raise CommandError("accepted: either a schedule's ID or --remove-from MODEL", USAGE)
+    with connected(url) as client:
+        if remove_from is not None:
+            result: Any = {"deleted": name, "model": (model := find_model(client, remove_from))}
+            client.aliases.delete(model, name)
+        else:
+            schedule = client.schedules.get(str(schedule_id))
+            result = client.aliases.set(schedule.model, name, schedule.id)
+    if as_json:
+        print_json(result)
+    else:
+        typer.echo(name)
+
+
+def show_schedule(schedule: Schedule) -> None:
+    """All of it but its provenance."""
+    print_facts(
+        schedule.model_dump(include={"id", "job", "model", "sampler", "num_steps", "eta", "version", "status", "score"})
+        | {"guidance": _guidance(schedule), "timesteps": schedule.timesteps, "t_ratios": schedule.t_ratios}
+    )
+    if schedule.evaluation is not None:
+        typer.echo(f"\n{schedule.evaluation.reason or ''}")
+        metrics = schedule.evaluation.metrics.items()
+        columns = ("metric", "untuned", "tuned", "change", "from", "to")
+        print_table(columns, ((name, m.before, m.after, m.change, m.low, m.high) for name, m in metrics))
+
+
+def _guidance(schedule: Schedule) -> str:
+    scale = f" x{schedule.guidance_scale:g}" if schedule.guidance_type != "uncond" else ""
+    return schedule.guidance_type + scale
+
+
+def _read(file: Path) -> Any:
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise CommandError(f"{file} is not JSON ({error}); accepted: what `schedules export` wrote", USAGE) from None
+    if not isinstance(content, dict):
+        raise CommandError(f"{file} is no JSON object; accepted: what `schedules export` wrote", USAGE)
+    return content

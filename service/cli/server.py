@@ -1,0 +1,90 @@
+"""`timetuner up`, `api` and `db`: running the service."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from service.cli.output import USAGE, AsJson, CommandError, print_json
+
+db = typer.Typer(no_args_is_help=True, help="The registry's database.")
+
+Host = Annotated[str, typer.Option(help="Address to listen on; on any but loopback, requests need API keys.")]
+Port = Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")]
+
+
+def up(
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    home: Annotated[Path | None, typer.Option(help="Folder of the database and all artifacts.")] = None,
+    tuning_workers: Annotated[int, typer.Option(min=1, help="Tuning jobs at once, sharing the cores.")] = 2,
+    listed: Annotated[bool, typer.Option("--listed/--unlisted", hidden=True)] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Run everything on this machine: broker, dispatcher, workers and API; Ctrl-C or SIGTERM stops it all.
+
+    DATABASE_URL, ARTIFACTS_URL and BROKER_URL replace the embedded parts.
+    """
+    from service.supervisor import Supervisor
+
+    _settle_authentication("up", host)
+    if home is not None:
+        os.environ["TIMETUNER_HOME"] = str(home.absolute())
+    supervisor = Supervisor(host, port, tuning_workers, listed)
+    ready = (
+        json.dumps({"url": supervisor.url}) if as_json else f"TimeTuner is ready at {supervisor.url} (Ctrl-C stops it)"
+    )
+    raise typer.Exit(supervisor.run(ready))
+
+
+def api(host: Host = "127.0.0.1", port: Port = 8000) -> None:
+    """Run the API alone."""
+    import uvicorn
+
+    from service.http_protocol import BoundedHttpProtocol
+    from service.logs import start_logging
+    from service.settings import Settings
+
+    _settle_authentication("api", host)
+    settings = Settings()
+    start_logging(settings.log_level)
+    uvicorn.run(
+        "service.app:create_app",
+        factory=True,
+        host=host,
+        port=port,
+        http=BoundedHttpProtocol,
+        ws="none",
+        server_header=False,
+        access_log=False,
+        log_config=None,
+        timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
+    )
+
+
+def _settle_authentication(command: str, host: str) -> None:
+    """Beyond this machine, have requests need API keys; where that was forbidden, do not start."""
+    from service.access.local import is_loopback
+    from service.settings import Settings
+
+    if is_loopback(host):
+        return
+    if Settings().auth == "off":
+        accepted = "a loopback address, such as 127.0.0.1; or AUTH=on"
+        raise CommandError(f"{command}: --host is {host!r} while AUTH is 'off'; accepted: {accepted}", USAGE)
+    os.environ["AUTH"] = "on"
+
+
+@db.command()
+def upgrade(as_json: AsJson = False) -> None:
+    """Bring the database to the newest schema, creating it if need be."""
+    from service.cli.registry import open_registry, revisions
+
+    with open_registry() as registry:
+        registry.upgrade()
+        revision, _ = revisions(registry)
+    if as_json:
+        print_json({"schema": revision})

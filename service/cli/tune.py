@@ -1,0 +1,144 @@
+"""`timetuner tune`"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from service.cli.connection import Url, connected
+from service.cli.options import (
+    Eta,
+    GuidanceEnd,
+    GuidanceRescale,
+    GuidanceScale,
+    GuidanceStart,
+    GuidanceType,
+    ModelName,
+    NumSteps,
+    Sampler,
+    Timesteps,
+    assignment,
+    find_model,
+    given,
+)
+from service.cli.output import USAGE, AsJson, CommandError, print_json, stderr
+from service.cli.schedules import show_schedule
+from service.client import TuningJob
+
+
+def tune(
+    model: ModelName,
+    num_steps: NumSteps,
+    sampler: Sampler = None,
+    guidance_type: GuidanceType = None,
+    guidance_scale: GuidanceScale = None,
+    guidance_rescale: GuidanceRescale = None,
+    guidance_start: GuidanceStart = None,
+    guidance_end: GuidanceEnd = None,
+    eta: Eta = None,
+    timesteps: Timesteps = None,
+    objective: Annotated[str | None, typer.Option(help="Which tuner. [end_to_end]")] = None,
+    tuner: Annotated[
+        list[Any], typer.Option(parser=assignment, metavar="NAME=VALUE", help="A field of the tuner; may be repeated.")
+    ] = [],  # noqa: B006
+    evaluation: Annotated[
+        list[Any],
+        typer.Option(parser=assignment, metavar="NAME=VALUE", help="A field of the evaluation; may be repeated."),
+    ] = [],  # noqa: B006
+    seed: Annotated[int | None, typer.Option(help="[0]")] = None,
+    webhook_url: Annotated[str | None, typer.Option(help="Who is told of the job's end.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Show each step's ratio as it is tuned.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not wait: print the job's id.")] = False,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tune a schedule, and show how good it is. Ctrl-C cancels the job."""
+    if watch and detach:
+        raise CommandError("--watch and --detach are given; accepted: one of them", USAGE)
+    request = given(
+        num_steps=num_steps,
+        sampler=sampler,
+        guidance_type=guidance_type,
+        guidance_scale=guidance_scale,
+        guidance_rescale=guidance_rescale,
+        guidance_start=guidance_start,
+        guidance_end=guidance_end,
+        eta=eta,
+        timesteps=timesteps,
+        tuner=given(objective=objective) | dict(tuner) or None,
+        evaluation=dict(evaluation) or None,
+        seed=seed,
+        webhook_url=webhook_url,
+    )
+    with connected(url, outlives=detach) as client:
+        job = client.tuning_jobs.create(model=find_model(client, model), **request)
+        if detach:
+            _print_job(job, as_json)
+            return
+        done = _wait(job, watch)
+        schedule = client.schedules.get(str(done.schedule))
+    if as_json:
+        print_json({"job": done, "schedule": schedule})
+    else:
+        show_schedule(schedule)
+
+
+def _print_job(job: TuningJob, as_json: bool) -> None:
+    if as_json:
+        print_json(job)
+    else:
+        typer.echo(job.id)
+
+
+def _wait(job: TuningJob, watch: bool) -> TuningJob:
+    """The job once it is over; cancelled if we are interrupted."""
+    try:
+        with _display(job, watch) as show:
+            return job.wait(progress=show)
+    except KeyboardInterrupt:
+        stderr.print(f"cancelling {job.id}")
+        job.cancel()
+        raise
+
+
+@contextmanager
+def _display(job: TuningJob, watch: bool) -> Iterator[Callable[[TuningJob], None]]:
+    """A function that shows the job as it is, on stderr; where that is no terminal, a line for each state."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    progress = Progress(*columns, console=stderr)
+    bar = progress.add_task("", total=1.0)
+    state = ""
+
+    def tell(job: TuningJob) -> None:
+        nonlocal state
+        if job.state != state:
+            state = job.state
+            stderr.print(f"{job.id} {state}", soft_wrap=True)
+
+    if not stderr.is_terminal:
+        yield tell
+        return
+    with Live(progress, console=stderr) as live:
+
+        def show(job: TuningJob) -> None:
+            progress.update(bar, description=f"{job.id} {job.state}", completed=job.progress)
+            live.update(Group(_steps(job), progress) if watch else progress)
+
+        yield show
+
+
+def _steps(job: TuningJob) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("step", "t", "t_ratio", "iterations", "loss"):
+        table.add_column(column, justify="right")
+    times = job.timesteps or []
+    for step in job.steps:
+        loss = "-" if step.loss is None else f"{step.loss:.4g}"
+        time = f"{times[step.step_index]:.4f}" if times else "-"
+        table.add_row(str(step.step_index), time, f"{step.t_ratio:.4f}", str(step.iterations), loss)
+    return table

@@ -1,0 +1,335 @@
+"""The client for asyncio: as the other, with `await`."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any, Self, TypeVar, Unpack
+
+import httpx
+from httpx_sse import EventSource
+from pydantic import BaseModel, PrivateAttr
+from tenacity import AsyncRetrying
+
+from service.client import calls
+from service.client.calls import Call
+from service.client.errors import raise_for
+from service.client.requests import SampleRequest, ScheduleFilters, ScheduleImport, Setting, TuningJobRequest
+from service.client.results import (
+    Alias,
+    AuditEntry,
+    Event,
+    Health,
+    JobState,
+    Model,
+    Page,
+    Readiness,
+    Resolution,
+    SampleEvent,
+    SampleJobFields,
+    Samples,
+    Schedule,
+    TuningJobFields,
+)
+from service.client.sending import MAX_ATTEMPTS, http_options, retries, telling_unreachable
+from service.client.waiting import LONGEST, J, Patience, Progress, showing
+
+T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
+
+
+class AsyncTimeTuner:
+    """A service, by its URL. Close it, or use it as a context manager.
+
+    Args:
+        url: default: TIMETUNER_URL, else http://127.0.0.1:8000. api_key: default: TIMETUNER_API_KEY.
+        timeout: seconds that one request may take. max_attempts: of each request, while that may help.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout: float = 60.0,
+        max_attempts: int = MAX_ATTEMPTS,
+    ) -> None:
+        self._http = httpx.AsyncClient(**http_options(url, api_key, timeout))
+        self._max_attempts = max_attempts
+        self.models = AsyncModels(self)
+        self.tuning_jobs = AsyncTuningJobs(self)
+        self.schedules = AsyncSchedules(self)
+        self.aliases = AsyncAliases(self)
+        self.samples = AsyncSampleJobs(self)
+
+    @property
+    def url(self) -> str:
+        return str(self._http.base_url).rstrip("/")
+
+    def audit(self, *, limit: int = 50) -> AsyncIterator[AuditEntry]:
+        """Who changed what, newest first; for a key with the scope admin."""
+        return self.pages(calls.list_audit(limit))
+
+    async def health(self) -> Health:
+        """Whether the API answers."""
+        return await self.send(calls.health())
+
+    async def readiness(self) -> Readiness:
+        """Whether requests can be served, and what is wrong if not."""
+        return await self.send(calls.readiness())
+
+    async def metrics(self) -> str:
+        """The API's metrics, in Prometheus's text format."""
+        return await self.send(calls.metrics())
+
+    async def send(self, call: Call[T]) -> T:
+        """Raises: ApiError, UnreachableError."""
+        return await AsyncRetrying(**retries(call, self._max_attempts))(self._attempt, call)
+
+    async def pages(self, call: Call[Page[T]]) -> AsyncIterator[T]:
+        """All items, page by page as they are wanted."""
+        page = await self.send(call)
+        for item in page.items:
+            yield item
+        while page.next_cursor is not None:
+            page = await self.send(call.after(page.next_cursor))
+            for item in page.items:
+                yield item
+
+    async def stream(self, call: Call[Any], event: type[M]) -> AsyncIterator[M]:
+        """Server-sent events, as they come."""
+        with telling_unreachable(self._http.base_url):
+            async with self._http.stream(call.method, call.path, headers={"Accept": "text/event-stream"}) as response:
+                if not response.is_success:
+                    await response.aread()
+                    raise_for(response)
+                async for sent in EventSource(response).aiter_sse():
+                    yield event.model_validate(calls.sent_event(sent))
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _attempt(self, call: Call[T]) -> T:
+        with telling_unreachable(self._http.base_url), call.content() as content:
+            response = await self._http.request(call.method, call.path, **content)
+        return call.result(response)
+
+
+class AsyncModels:
+    """`client.models`"""
+
+    def __init__(self, client: AsyncTimeTuner) -> None:
+        self._client = client
+
+    async def create(
+        self, *, builtin: str | None = None, archive: Path | str | None = None, name: str | None = None
+    ) -> Model:
+        """Register a model: a built-in one, or a diffusers-format folder, or an archive (zip, tar, tar.gz) of one."""
+        return await self._client.send(calls.register_model(builtin, archive, name))
+
+    def list(self, *, limit: int = 50) -> AsyncIterator[Model]:
+        """All models, newest first; `limit` is a page's."""
+        return self._client.pages(calls.list_models(limit))
+
+    async def get(self, model: str) -> Model:
+        return await self._client.send(calls.get_model(model))
+
+    async def delete(self, model: str) -> None:
+        """Delete a model that no schedule and no job refers to."""
+        await self._client.send(calls.delete_model(model))
+
+
+class AsyncSchedules:
+    """`client.schedules`"""
+
+    def __init__(self, client: AsyncTimeTuner) -> None:
+        self._client = client
+
+    def list(self, *, limit: int = 50, **filters: Unpack[ScheduleFilters]) -> AsyncIterator[Schedule]:
+        """All schedules that match, newest first; `limit` is a page's."""
+        return self._client.pages(calls.list_schedules(filters, limit))
+
+    async def get(self, schedule: str) -> Schedule:
+        return await self._client.send(calls.get_schedule(schedule))
+
+    async def resolve(self, **setting: Unpack[Setting]) -> Resolution:
+        """The schedule that `schedule="auto"` samples with, and why."""
+        return await self._client.send(calls.resolve_schedule(setting))
+
+    async def import_(self, **schedule: Unpack[ScheduleImport]) -> Schedule:
+        """Store a schedule made elsewhere."""
+        return await self._client.send(calls.import_schedule(schedule))
+
+    async def delete(self, schedule: str) -> None:
+        """Delete a schedule that no alias and no sampling job names."""
+        await self._client.send(calls.delete_schedule(schedule))
+
+
+class AsyncAliases:
+    """`client.aliases`: names of a model's schedules."""
+
+    def __init__(self, client: AsyncTimeTuner) -> None:
+        self._client = client
+
+    async def list(self, model: str) -> list[Alias]:
+        return (await self._client.send(calls.list_aliases(model))).items
+
+    async def set(self, model: str, name: str, schedule: str) -> Alias:
+        """Give one of the model's schedules a name, or move the name to it."""
+        return await self._client.send(calls.set_alias(model, name, schedule))
+
+    async def delete(self, model: str, name: str) -> None:
+        await self._client.send(calls.delete_alias(model, name))
+
+
+class AsyncTuningJobs:
+    """`client.tuning_jobs`"""
+
+    def __init__(self, client: AsyncTimeTuner) -> None:
+        self._client = client
+
+    async def create(self, **request: Unpack[TuningJobRequest]) -> "AsyncTuningJob":
+        """Queue a tuning job; `wait()` for it."""
+        return self._bound(await self._client.send(calls.submit_tuning_job(request)))
+
+    async def list(self, *, state: JobState | None = None, limit: int = 50) -> "AsyncIterator[AsyncTuningJob]":
+        """The caller's jobs, newest first; `limit` is a page's."""
+        async for fields in self._client.pages(calls.list_tuning_jobs(state, limit)):
+            yield self._bound(fields)
+
+    async def get(self, job: str) -> "AsyncTuningJob":
+        """The job, with the state of each step."""
+        return self._bound(await self._client.send(calls.get_tuning_job(job)))
+
+    async def cancel(self, job: str) -> "AsyncTuningJob":
+        return self._bound(await self._client.send(calls.cancel_tuning_job(job)))
+
+    async def events(self, job: str, *, after: int = 0, follow: bool = False) -> AsyncIterator[Event]:
+        """What happened to a job, after the event of that id; with `follow`, until it is over."""
+        while True:
+            is_last = not follow or (await self.get(job)).is_over  # asked first, so that nothing comes in between
+            events = (await self._client.send(calls.list_tuning_job_events(job, after))).items
+            for event in events:
+                yield event
+            if events:
+                after = events[-1].id
+            elif is_last:
+                return
+            else:
+                await asyncio.sleep(LONGEST)
+
+    def _bound(self, fields: TuningJobFields) -> "AsyncTuningJob":
+        job = AsyncTuningJob.model_construct(**dict(fields))
+        job._jobs = self
+        return job
+
+
+class AsyncTuningJob(TuningJobFields):
+    """A tuning job as it was when it was asked for."""
+
+    _jobs: AsyncTuningJobs = PrivateAttr()
+
+    async def refresh(self) -> "AsyncTuningJob":
+        """As it is now."""
+        return await self._jobs.get(self.id)
+
+    async def wait(
+        self, *, progress: "Progress[AsyncTuningJob]" = False, timeout: float | None = None
+    ) -> "AsyncTuningJob":
+        """The job once it has succeeded.
+
+        Args:
+            progress: True shows a bar; a function is called with the job at each look.
+
+        Raises:
+            JobFailedError: it failed or was cancelled. WaitTimeoutError: not over after `timeout` seconds.
+        """
+        return await _wait(self, self.refresh, progress, timeout)
+
+    async def cancel(self) -> "AsyncTuningJob":
+        return await self._jobs.cancel(self.id)
+
+    def events(self, *, follow: bool = False) -> AsyncIterator[Event]:
+        """What happened to it; with `follow`, until it is over."""
+        return self._jobs.events(self.id, follow=follow)
+
+
+class AsyncSampleJobs:
+    """`client.samples`"""
+
+    def __init__(self, client: AsyncTimeTuner) -> None:
+        self._client = client
+
+    async def create(
+        self,
+        *,
+        progress: "Progress[AsyncSampleJob]" = False,
+        timeout: float | None = None,
+        **request: Unpack[SampleRequest],
+    ) -> Samples:
+        """Sample, and wait for it, `timeout` seconds at most if it takes long. Raises: as `AsyncSampleJob.wait`."""
+        made = await self._client.send(calls.sample(request))
+        if isinstance(made, Samples):
+            return made
+        return await self._bound(made).wait(progress=progress, timeout=timeout)
+
+    async def submit(self, **request: Unpack[SampleRequest]) -> "AsyncSampleJob":
+        """Queue a sampling job; `wait()` for it. Those who wait in `create` are served first."""
+        return self._bound(await self._client.send(calls.submit_samples(request)))
+
+    async def get(self, job: str) -> "AsyncSampleJob":
+        return self._bound(await self._client.send(calls.get_sample_job(job)))
+
+    async def cancel(self, job: str) -> "AsyncSampleJob":
+        return self._bound(await self._client.send(calls.cancel_sample_job(job)))
+
+    async def content(self, job: str) -> Samples:
+        """What a job that is over has sampled, as often as wanted."""
+        return await self._client.send(calls.get_sample_content(job))
+
+    def events(self, job: str) -> AsyncIterator[SampleEvent]:
+        """The job as it is, its steps as they are done, and its end."""
+        return self._client.stream(calls.follow_sample_job(job), SampleEvent)
+
+    def _bound(self, fields: SampleJobFields) -> "AsyncSampleJob":
+        job = AsyncSampleJob.model_construct(**dict(fields))
+        job._jobs = self
+        return job
+
+
+class AsyncSampleJob(SampleJobFields):
+    """A sampling job as it was when it was asked for."""
+
+    _jobs: AsyncSampleJobs = PrivateAttr()
+
+    async def refresh(self) -> "AsyncSampleJob":
+        """As it is now."""
+        return await self._jobs.get(self.id)
+
+    async def wait(self, *, progress: "Progress[AsyncSampleJob]" = False, timeout: float | None = None) -> Samples:
+        """What was sampled. Raises: as `AsyncTuningJob.wait`."""
+        return await self._jobs.content((await _wait(self, self.refresh, progress, timeout)).id)
+
+    async def cancel(self) -> "AsyncSampleJob":
+        return await self._jobs.cancel(self.id)
+
+    def events(self) -> AsyncIterator[SampleEvent]:
+        """The job as it is, its steps as they are done, and its end."""
+        return self._jobs.events(self.id)
+
+
+async def _wait(job: J, refresh: Callable[[], Awaitable[J]], progress: "Progress[J]", timeout: float | None) -> J:
+    patience = Patience(timeout)
+    with showing(progress, job) as show:
+        show(job)
+        while not job.is_over:
+            await asyncio.sleep(patience.next_pause(job))
+            job = await refresh()
+            show(job)
+    job.check()
+    return job
