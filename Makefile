@@ -1,7 +1,7 @@
 INSTALLED := .venv/installed
 BIN := .venv/bin
 
-.PHONY: demo up test chaos lint format bench audit lock
+.PHONY: demo up test chaos fuzz soak lint format bench audit lock
 
 demo: $(INSTALLED)  ## the main job, end to end; writes demo.png
 	$(BIN)/python examples/demo.py
@@ -24,6 +24,12 @@ format: $(INSTALLED)
 
 chaos: $(INSTALLED)  ## processes killed at random while they work; a quarter of an hour
 	$(BIN)/python -m tests.chaos
+
+fuzz: $(INSTALLED)  ## 20,000 requests of all kinds against the OpenAPI document; a quarter of an hour
+	$(BIN)/python -m tests.fuzz
+
+soak: $(INSTALLED)  ## 10,000 small jobs, and whether processes grow; a quarter of an hour
+	$(BIN)/python -m tests.soak
 
 bench: $(INSTALLED)  ## all tuners on all shipped models; half an hour on two cores
 	$(BIN)/timetuner compare

@@ -1,15 +1,18 @@
 """What all endpoints share: JSON bodies, lists in pages, common field types."""
 
+import json
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from decimal import Decimal
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Path, Query, Request
 from pydantic import BaseModel, Field, PlainSerializer
 from sqlalchemy import Select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from service.errors import UnsupportedMediaTypeError
+from service.errors import InvalidError, UnsupportedMediaTypeError
 from service.registry.tables import AuditEntry, Model, TuningJob
 
 JSON_TYPE = "application/json"
@@ -28,13 +31,36 @@ PathId = Annotated[str, Path(**IDENTIFIER)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-def require_json(request: Request) -> None:
-    """A dependency of endpoints with a JSON body: 415 for anything else."""
+async def require_json(request: Request) -> None:
+    """A dependency of endpoints with a JSON body: 415 for anything else, 422 for fields that come twice."""
     given = request.headers.get("content-type", "")
     if given.partition(";")[0].strip().lower() != JSON_TYPE:
         raise UnsupportedMediaTypeError(
             f"Content-Type is {given!r}; accepted: {JSON_TYPE}", ("header", "Content-Type"), given
         )
+    check_fields(await request.body())
+
+
+def check_fields(body: bytes) -> None:
+    """Refuse JSON that says a field of an object twice: which was meant? What is no JSON is for others to refuse.
+
+    Raises: InvalidError.
+    """
+
+    def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            name, count = Counter(name for name, _ in pairs).most_common(1)[0]
+            raise InvalidError(
+                f"{name[:100]!r} is given {count} times; accepted: each field once", ("body", name[:100])
+            )
+        return fields
+
+    try:
+        with suppress(ValueError):
+            json.loads(body, object_pairs_hook=check)
+    except RecursionError:
+        raise InvalidError("JSON nested so deep cannot be read; accepted: a few levels", ("body",)) from None
 
 
 class PageQuery(BaseModel):

@@ -73,9 +73,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.metrics = metrics
     areas = (models, tuning_jobs, schedules, samples, audit, health)
-    paths = [route.path for area in areas for route in area.router.routes if isinstance(route, APIRoute)]
-    _add_middleware(app, settings, metrics, paths)
-    install_error_handlers(app)
+    routes = [route for area in areas for route in area.router.routes if isinstance(route, APIRoute)]
+    _add_middleware(app, settings, metrics, [route.path for route in routes])
+    install_error_handlers(app, routes)
     of_keys = error_responses(UnauthenticatedError, ForbiddenError, TooManyRequestsError)
     for area in areas:
         app.include_router(area.router, responses={} if area is health else of_keys)

@@ -1,15 +1,17 @@
 """The errors of the service, and their one map to RFC 9457 problem documents."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from sqlalchemy.exc import IntegrityError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from service.logs import request_id
 
@@ -114,9 +116,13 @@ def problem_response(
     return Response(content, status, headers=headers, media_type="application/problem+json")
 
 
-def install_error_handlers(app: FastAPI) -> None:
+def install_error_handlers(app: FastAPI, routes: Collection[APIRoute]) -> None:
     """Answer every error that is known, the framework's own included, with a problem document; see `request_ids` for
     those that are not."""
+
+    def methods_at(request: Request) -> set[str]:
+        path = next((route.path for route in routes if route.matches(request.scope)[0] != Match.NONE), None)
+        return {name for route in routes if route.path == path for name in route.methods}
 
     @app.exception_handler(ServiceError)
     def service_error(_request: Request, error: ServiceError) -> Response:
@@ -129,8 +135,11 @@ def install_error_handlers(app: FastAPI) -> None:
         return problem_response(HTTPStatus.UNPROCESSABLE_ENTITY, detail, items)
 
     @app.exception_handler(HTTPException)
-    def http_error(_request: Request, error: HTTPException) -> Response:
-        return problem_response(error.status_code, str(error.detail), headers=error.headers)
+    def http_error(request: Request, error: HTTPException) -> Response:
+        headers = error.headers
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED and (methods := methods_at(request)):
+            headers = {"Allow": ", ".join(sorted(methods))}  # of all routes of the path; the framework names one's
+        return problem_response(error.status_code, str(error.detail), headers=headers)
 
     @app.exception_handler(IntegrityError)
     def changed_meanwhile(_request: Request, _error: IntegrityError) -> Response:

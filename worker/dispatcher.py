@@ -28,7 +28,6 @@ from worker.webhooks import WebhookSender
 logger = logging.getLogger(__name__)
 
 LAST_ROUND = Gauge("timetuner_dispatch_time_seconds", "Unix time at which the dispatcher last ended a whole round.")
-RING_AFTER = timedelta(seconds=1)  # a worker that is free hears of a request for samples much sooner
 
 
 def dispatch_once(
@@ -58,7 +57,7 @@ def dispatch_once(
         if due:
             publish(app, registry, job_class, due)
     with registry.read() as session:
-        parents, waiting = forgotten_parents(session), samples_wait(session, RING_AFTER)
+        parents, waiting = forgotten_parents(session), samples_wait(session)
     bus.tell_ended(join_all(registry, artifacts, parents))
     if waiting:
         bus.ring()

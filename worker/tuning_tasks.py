@@ -33,9 +33,9 @@ def tune_by_tasks(runtime: Runtime, lease: Lease, sampler: TunedSampler) -> Tuni
     job_id = lease.claim.job_id
     _make_tasks(lease, sampler)
     publish(runtime.celery, runtime.registry, TuningTask, [task.id for task in _open_tasks(runtime, job_id)])
-    while tasks := _open_tasks(runtime, job_id):
+    while _open_tasks(runtime, job_id):
         lease.check()
-        ours = next((task.id for task in tasks if is_free(task)), None)
+        ours = _next_free(runtime, job_id)
         if ours is None or not runtime.run(TuningTask, ours, run_tuning_task):
             time.sleep(POLL_SECONDS)
     with runtime.registry.read() as session:
@@ -83,3 +83,9 @@ def _open_tasks(runtime: Runtime, job_id: str) -> list[TuningTask]:
         if task.state == JobState.CANCELLED:  # with the job
             raise JobCancelledError(job_id)
     return [task for task in tasks if task.state not in FINAL_STATES]
+
+
+def _next_free(runtime: Runtime, job_id: str) -> str | None:
+    free = select(TuningTask.id).where(TuningTask.job_id == job_id, is_free(TuningTask))
+    with runtime.registry.read() as session:
+        return session.scalar(free.order_by(TuningTask.step_index).limit(1))

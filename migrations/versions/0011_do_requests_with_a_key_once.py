@@ -19,15 +19,14 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("key", name=op.f("pk_idempotency_keys")),
     )
     op.create_index("ix_idempotency_keys_created_at", "idempotency_keys", ["created_at"])
+    # Processes of the release before write `idempotency_key` and `request_hash` of tuning jobs until they are replaced:
+    # they stay, for a later release to drop.
     with op.batch_alter_table("tuning_jobs") as batch:
-        batch.drop_constraint("uq_tuning_jobs_idempotency_key", type_="unique")
-        batch.drop_column("idempotency_key")
-        batch.drop_column("request_hash")
+        batch.alter_column("request_hash", existing_type=sa.String(length=255), nullable=True)
 
 
 def downgrade() -> None:
+    op.execute("UPDATE tuning_jobs SET request_hash = '' WHERE request_hash IS NULL")
     with op.batch_alter_table("tuning_jobs") as batch:
-        batch.add_column(sa.Column("request_hash", sa.String(length=255), nullable=False, server_default=""))
-        batch.add_column(sa.Column("idempotency_key", sa.String(length=255), nullable=True))
-        batch.create_unique_constraint("uq_tuning_jobs_idempotency_key", ["idempotency_key"])
+        batch.alter_column("request_hash", existing_type=sa.String(length=255), nullable=False)
     op.drop_table("idempotency_keys")

@@ -14,7 +14,7 @@ from starlette.datastructures import UploadFile
 
 from service.access.callers import Caller
 from service.access.needs import needs
-from service.api import JSON_TYPE, PRINTABLE, PageParams, PathId, newest_first
+from service.api import JSON_TYPE, PRINTABLE, PageParams, PathId, check_fields, newest_first
 from service.errors import (
     ConflictError,
     InvalidError,
@@ -47,13 +47,14 @@ REQUEST_BODY: dict[str, Any] = {
                 "schema": {
                     "type": "object",
                     "required": ["archive"],
+                    "additionalProperties": False,
                     "properties": {
                         "archive": {
                             "type": "string",
                             "format": "binary",
                             "description": "A zip, tar or tar.gz of a diffusers-format folder.",
                         },
-                        "name": {"type": "string", "maxLength": 200},
+                        "name": {"type": "string", "maxLength": 200, "pattern": PRINTABLE},
                     },
                 }
             },
@@ -68,16 +69,21 @@ async def _parse(request: Request) -> tuple[BuiltinModelRequest | None, UploadFi
     content_type = given.partition(";")[0].strip().lower()
     if content_type == JSON_TYPE:
         try:
-            return BuiltinModelRequest.model_validate_json(await request.body()), None, None
+            builtin = BuiltinModelRequest.model_validate_json(await request.body())
         except ValidationError as error:
             located = [{**e, "loc": ("body", *e["loc"])} for e in error.errors(include_url=False)]
             raise RequestValidationError(located) from None
+        check_fields(await request.body())
+        return builtin, None, None
     if content_type != MULTIPART:
         accepted = f"{JSON_TYPE} for a built-in model, {MULTIPART} for an archive"
         raise UnsupportedMediaTypeError(
             f"Content-Type is {given!r}; accepted: {accepted}", ("header", "Content-Type"), given
         )
     form = await request.form(max_files=1, max_fields=5)
+    if unknown := form.keys() - {"archive", "name"}:
+        field = min(unknown)[:100]
+        raise InvalidError(f"there is no field {field!r}; accepted: archive, name", ("body", field))
     archive, name = form.get("archive"), form.get("name")
     if not isinstance(archive, UploadFile):
         raise InvalidError("archive is missing; accepted: a zip, tar or tar.gz file", ("body", "archive"))

@@ -1,18 +1,18 @@
 """The life of a job, whatever its kind: submitted, published, claimed under a lease, finished or taken back.
 
 The registry is the truth and the broker only a doorbell: a job is run by whoever claims it here, so a
-message that is lost, late or doubled does no harm.
+message that is lost, late or doubled does no harm. When a lease has run out is for the database's clock to say.
 """
 
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import Select, case, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, case, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from service.registry.tables import FINAL_STATES, Job, JobState, SampleJob, TuningJob, TuningJobEvent, TuningTask
-from service.registry.types import utc_now
+from service.registry.types import FromNow, utc_now
 
 JOB_CLASSES: tuple[type[Job], ...] = (TuningJob, TuningTask, SampleJob)
 PUBLISHED_CLASSES: tuple[type[Job], ...] = (TuningJob, TuningTask)  # each job by a message of its own
@@ -44,15 +44,10 @@ def count_queued(session: Session, job_class: type[Job]) -> int:
 
 def claim(session: Session, job_class: type[Job], job_id: str, owner: str, lease_seconds: float) -> Claim | None:
     """Take a queued job, or one whose worker let the lease run out; None if there is nothing to take."""
-    now = utc_now()
-    free = or_(
-        job_class.state == JobState.QUEUED,
-        (job_class.state == JobState.RUNNING) & (job_class.lease_expires_at < now),
-    )
     token = session.scalar(
         update(job_class)
-        .where(job_class.id == job_id, free)
-        .values(claimed_by(job_class, owner, now + timedelta(seconds=lease_seconds), now))
+        .where(job_class.id == job_id, is_free(job_class))
+        .values(claimed_by(job_class, owner, lease_seconds, utc_now()))
         .returning(job_class.fencing_token)
     )
     if token is None:
@@ -62,7 +57,7 @@ def claim(session: Session, job_class: type[Job], job_id: str, owner: str, lease
     return Claim(job_class, job_id, token, job.request_id)
 
 
-def claimed_by(job_class: type[Job], owner: Any, expires_at: Any, now: Any) -> dict[str, Any]:
+def claimed_by(job_class: type[Job], owner: Any, lease_seconds: Any, now: Any) -> dict[str, Any]:
     """What claiming changes in a job's row: of values, or of parameters that stand for them."""
     return {
         "state": JobState.RUNNING,
@@ -70,15 +65,18 @@ def claimed_by(job_class: type[Job], owner: Any, expires_at: Any, now: Any) -> d
         "losses": job_class.losses + case((job_class.state == JobState.RUNNING, 1), else_=0),
         "fencing_token": job_class.fencing_token + 1,
         "lease_owner": owner,
-        "lease_expires_at": expires_at,
+        "lease_expires_at": FromNow(lease_seconds),
         "started_at": func.coalesce(job_class.started_at, now),
     }
 
 
-def is_free(job: Job) -> bool:
-    """Whether `claim` would take a job that was just read."""
-    expired = job.lease_expires_at is not None and job.lease_expires_at < utc_now()
-    return job.state == JobState.QUEUED or (job.state == JobState.RUNNING and expired)
+def is_free(job_class: type[Job]) -> ColumnElement[bool]:
+    """Whether `claim` would take a job."""
+    return or_(job_class.state == JobState.QUEUED, _is_expired(job_class))
+
+
+def _is_expired(job_class: type[Job]) -> ColumnElement[bool]:
+    return (job_class.state == JobState.RUNNING) & (job_class.lease_expires_at < FromNow())
 
 
 def renew(session: Session, claim: Claim, lease_seconds: float) -> Job:
@@ -90,7 +88,7 @@ def renew(session: Session, claim: Claim, lease_seconds: float) -> Job:
     job = session.get_one(claim.job_class, claim.job_id, with_for_update=True, populate_existing=True)
     if job.fencing_token != claim.fencing_token or job.state != JobState.RUNNING:
         raise LeaseLostError(claim.job_id)
-    job.lease_expires_at = utc_now() + timedelta(seconds=lease_seconds)
+    job.lease_expires_at = FromNow(lease_seconds)
     return job
 
 
@@ -153,8 +151,8 @@ def unpublish(session: Session, job_class: type[Job], job_id: str) -> None:
 def take_back_expired(session: Session, job_class: type[Job], max_attempts: int) -> list[Job]:
     """Queue again the jobs whose workers fell silent; those that are over now: cancelled meanwhile, or failed because
     too many workers were lost over them without getting on."""
-    expired = select(job_class).where(job_class.state == JobState.RUNNING, job_class.lease_expires_at < utc_now())
-    jobs = session.scalars(expired.with_for_update(skip_locked=True)).all()
+    expired = select(job_class).where(_is_expired(job_class)).with_for_update(skip_locked=True)
+    jobs = session.scalars(expired).all()
     for job in jobs:
         job.losses += 1
         if job.cancel_requested:
@@ -188,7 +186,7 @@ def add_tasks(session: Session, job: TuningJob, step_indices: list[int]) -> list
 
 def unpublished(session: Session, job_class: type[Job], published_before: timedelta, limit: int = 100) -> list[str]:
     """Queued jobs the broker was never told of, or was told so long ago that it may have forgotten."""
-    due = or_(job_class.published_at.is_(None), job_class.published_at < utc_now() - published_before)
+    due = or_(job_class.published_at.is_(None), job_class.published_at < FromNow(-published_before.total_seconds()))
     query = select(job_class.id).where(job_class.state == JobState.QUEUED, due)
     return list(session.scalars(query.order_by(job_class.id).limit(limit)))
 
@@ -196,4 +194,4 @@ def unpublished(session: Session, job_class: type[Job], published_before: timede
 def mark_published(session: Session, job_class: type[Job], job_ids: list[str]) -> None:
     named = job_class.id.in_(job_ids)
     session.execute(select(job_class.id).where(named).order_by(job_class.id).with_for_update())
-    session.execute(update(job_class).where(named).values(published_at=utc_now()))
+    session.execute(update(job_class).where(named).values(published_at=FromNow()))

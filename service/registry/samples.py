@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Row, Select, Table, bindparam, case, delete, exists, or_, select, update
+from sqlalchemy import Float, Row, Select, Table, bindparam, case, delete, exists, or_, select, update
 from sqlalchemy.orm import Session, aliased
 
 from service.registry.jobs import Claim, claimed_by, finish, hand_back
 from service.registry.tables import FINAL_STATES, JobState, RegistryChanges, SampleJob
-from service.registry.types import first_id, utc_now
+from service.registry.types import FromNow, first_id, utc_now
 
 PATIENCE_SECONDS = 1.0  # how long jobs of models that a worker holds may go before those of others
 LATE = "dropped: no worker was free before its deadline"
@@ -58,7 +58,7 @@ _ROWS: Table = SampleJob.__table__  # type: ignore[assignment]
 _CLAIM = (
     update(_ROWS)
     .where(_ROWS.c.id.in_(bindparam("ids", expanding=True)))
-    .values(claimed_by(SampleJob, bindparam("by"), bindparam("until"), bindparam("now")))
+    .values(claimed_by(SampleJob, bindparam("by"), bindparam("seconds", type_=Float), bindparam("now")))
 )
 
 
@@ -92,8 +92,7 @@ def claim_samples(
     for job in late:
         finish(session, job, JobState.FAILED, LATE)
     if taken:
-        expires_at = now + timedelta(seconds=lease_seconds)
-        values = {"ids": [job.id for job in taken], "by": owner, "until": expires_at, "now": now}
+        values = {"ids": [job.id for job in taken], "by": owner, "seconds": lease_seconds, "now": now}
         session.connection().execute(_CLAIM, values)
     claims = [SampleClaim(SampleJob, job.id, job.fencing_token + 1, job.request_id, job) for job in taken]
     more = len(taken) + len(late) < len(candidates) or len(candidates) == most
@@ -104,8 +103,8 @@ def renew_samples(session: Session, claims: Collection[SampleClaim], lease_secon
     """Extend the leases; the ids of jobs that are no longer ours, and of those to be cancelled."""
     rows = _locked(session, claims)
     ours = {claim.job_id for claim in claims if _is_ours(claim, rows)}
-    expires_at = utc_now() + timedelta(seconds=lease_seconds)
-    session.execute(update(SampleJob).where(SampleJob.id.in_(ours)).values(lease_expires_at=expires_at))
+    end = FromNow(lease_seconds)
+    session.execute(update(SampleJob).where(SampleJob.id.in_(ours)).values(lease_expires_at=end))
     return {claim.job_id for claim in claims} - ours, {job_id for job_id in ours if rows[job_id].cancel_requested}
 
 
@@ -187,10 +186,9 @@ def forgotten_parents(session: Session) -> list[str]:
     return list(session.scalars(query))
 
 
-def samples_wait(session: Session, longer_than: timedelta) -> bool:
-    """Whether a job has been queued for longer."""
-    queued = exists().where(SampleJob.state == JobState.QUEUED, SampleJob.num_parts == 0)
-    return bool(session.scalar(select(queued.where(SampleJob.created_at < utc_now() - longer_than))))
+def samples_wait(session: Session) -> bool:
+    """Whether a job is queued."""
+    return bool(session.scalar(select(exists().where(SampleJob.state == JobState.QUEUED, SampleJob.num_parts == 0))))
 
 
 def models_sampled_last(session: Session, count: int) -> list[tuple[str, dict[str, Any]]]:

@@ -6,13 +6,19 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from service.registry.tables import Model, Schedule
+from service.registry.tables import Model, Schedule, ScheduleVersion
 
 
 def next_version(session: Session, key: Mapping[str, Any]) -> int:
-    """One more than the newest version of a setting, given as the columns of `Schedule.KEY`.
+    """One more than the newest version that a setting, given as the columns of `Schedule.KEY`, ever had.
 
     The model's row stays locked until the transaction ends, so that two writers cannot get the same.
     """
     session.get_one(Model, key["model_id"], with_for_update={"key_share": True})
-    return (session.scalar(select(func.max(Schedule.version)).filter_by(**key)) or 0) + 1
+    stored = session.scalar(select(func.max(Schedule.version)).filter_by(**key)) or 0
+    last = session.scalar(select(ScheduleVersion).filter_by(**key))
+    if last is None:
+        last = ScheduleVersion(**key, newest=0)
+        session.add(last)
+    last.newest = max(last.newest, stored) + 1
+    return last.newest

@@ -69,8 +69,8 @@ class Job(Base):
     """What every job has: its request, its state, and the lease of the worker that runs it.
 
     A worker owns a job while `fencing_token` is the one it got by claiming it, and must renew
-    `lease_expires_at`; whoever lost the lease can write nothing more. `published_at` is null while the
-    broker has yet to be told: the job row is its own outbox.
+    `lease_expires_at`, a time of the database's clock; whoever lost the lease can write nothing more.
+    `published_at`, of the same clock, is null while the broker has yet to be told: the job row is its own outbox.
     """
 
     __abstract__ = True
@@ -104,6 +104,9 @@ class TuningJob(Job):
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("job"))
     owner: Mapped[str | None]  # the API key that asked; null: none was needed
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
+    # Written by processes of the release before `idempotency_keys`, for as long as it takes to replace them.
+    idempotency_key: Mapped[str | None] = mapped_column(unique=True)
+    request_hash: Mapped[str | None]
     network_calls: Mapped[int] = mapped_column(BigInteger, default=0)  # so far, over all attempts and workers
     tuning_seconds: Mapped[float] = mapped_column(default=0.0)  # likewise
     timesteps: Mapped[list[float] | None] = mapped_column(JSON)  # the grid so far, as tuners may move it
@@ -167,14 +170,9 @@ def _list_indexes(table: str, listed_by: Iterable[tuple[str, ...]], filters: tup
     return [index(first) for first in listed_by]
 
 
-class Schedule(Base):
-    """A tuned few-step schedule, its place in the registry, and its evaluation.
+class OfSetting:
+    """The setting that a schedule is for, by which it is found."""
 
-    `score` is the metric that decides, tuned over untuned: below 1 is better. Imported schedules have neither score
-    nor evaluation.
-    """
-
-    __tablename__ = "schedules"
     KEY = (
         "model_id",
         "sampler",
@@ -186,15 +184,7 @@ class Schedule(Base):
         "guidance_end",
         "eta",
     )
-    LISTED_BY = (("model_id", "num_steps"), ("model_id",), ())  # filters that lists are indexed by, the narrowest first
-    __table_args__ = (
-        UniqueConstraint(*KEY, "version", name="uq_schedules_version"),
-        Index("ix_schedules_resolve", *KEY, "status", "score", "id"),
-        *_list_indexes("schedules", LISTED_BY, (*KEY, "status")),
-    )
 
-    id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("sch"))
-    job_id: Mapped[str | None] = mapped_column(ForeignKey("tuning_jobs.id"), unique=True)
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"))
     sampler: Mapped[str]
     num_steps: Mapped[int]
@@ -204,6 +194,25 @@ class Schedule(Base):
     guidance_start: Mapped[Decimal] = mapped_column(default=Decimal(0))  # guidance at times from here ...
     guidance_end: Mapped[Decimal] = mapped_column(default=Decimal(1000))  # ... to here
     eta: Mapped[Decimal]
+
+
+class Schedule(OfSetting, Base):
+    """A tuned few-step schedule, its place in the registry, and its evaluation.
+
+    `score` is the metric that decides, tuned over untuned: below 1 is better. Imported schedules have neither score
+    nor evaluation.
+    """
+
+    __tablename__ = "schedules"
+    LISTED_BY = (("model_id", "num_steps"), ("model_id",), ())  # filters that lists are indexed by, the narrowest first
+    __table_args__ = (
+        UniqueConstraint(*OfSetting.KEY, "version", name="uq_schedules_version"),
+        Index("ix_schedules_resolve", *OfSetting.KEY, "status", "score", "id"),
+        *_list_indexes("schedules", LISTED_BY, (*OfSetting.KEY, "status")),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("sch"))
+    job_id: Mapped[str | None] = mapped_column(ForeignKey("tuning_jobs.id"), unique=True)
     version: Mapped[int]
     status: Mapped[ScheduleStatus] = mapped_column(String(16))
     score: Mapped[float | None]
@@ -214,6 +223,17 @@ class Schedule(Base):
 
     job: Mapped["TuningJob | None"] = relationship(back_populates="schedule")
     evaluation: Mapped["Evaluation | None"] = relationship(back_populates="schedule", cascade="all, delete-orphan")
+
+
+class ScheduleVersion(OfSetting, Base):
+    """The newest version that a setting ever had: that of a schedule which was deleted is not given to another."""
+
+    __tablename__ = "schedule_versions"
+    __table_args__ = (UniqueConstraint(*OfSetting.KEY, name="uq_schedule_versions_setting"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id", ondelete="CASCADE"))
+    newest: Mapped[int]
 
 
 class ScheduleAlias(Base):

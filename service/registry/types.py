@@ -4,7 +4,9 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import BigInteger, DateTime, Dialect
+from sqlalchemy import BigInteger, DateTime, Dialect, Float, literal
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 from ulid import ULID
 
@@ -55,3 +57,24 @@ class UtcDateTime(TypeDecorator[datetime]):
         if value is None:
             return None
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class FromNow(FunctionElement[datetime]):
+    """A time so many seconds from now, by the database's clock, with which no other has to agree."""
+
+    type = UtcDateTime()
+    inherit_cache = True
+
+    def __init__(self, seconds: Any = 0.0) -> None:
+        super().__init__(literal(seconds, Float) if isinstance(seconds, int | float) else seconds)
+
+
+@compiles(FromNow, "postgresql")
+def _from_now_postgresql(element: FromNow, compiler: Any, **options: Any) -> str:
+    return f"(statement_timestamp() + make_interval(secs => {compiler.process(element.clauses, **options)}))"
+
+
+@compiles(FromNow, "sqlite")
+def _from_now_sqlite(element: FromNow, compiler: Any, **options: Any) -> str:
+    seconds = compiler.process(element.clauses, **options)
+    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', ({seconds}) || ' seconds')"  # as `UtcDateTime` is kept

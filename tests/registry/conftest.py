@@ -1,6 +1,7 @@
 """An empty, migrated registry on each engine."""
 
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 
@@ -22,3 +23,8 @@ def model_id(registry: Registry) -> str:
         model = Model(name="ring", content_hash="0" * 64, source={"builtin": "mixture-ring"}, spec={})
         session.add(model)
     return model.id
+
+
+@pytest.fixture(params=[-1, 1], ids=["slow clock", "fast clock"])
+def wrong_by(request: pytest.FixtureRequest) -> timedelta:
+    return timedelta(days=request.param)

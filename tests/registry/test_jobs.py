@@ -28,12 +28,14 @@ from service.registry.jobs import (
 from service.registry.schedules import next_version
 from service.registry.tables import (
     JobState,
+    Model,
     Schedule,
     ScheduleStatus,
     TuningJob,
     TuningJobEvent,
     TuningTask,
 )
+from service.registry.types import utc_now
 
 LEASE_SECONDS = 60.0
 EXPIRED = -1.0  # a lease that is over as soon as it is given
@@ -311,6 +313,32 @@ def test_the_broker_is_told_of_a_job_once_and_again_when_it_may_have_forgotten(
     assert due(timedelta(seconds=-1)) == [first, second]
 
 
+def test_leases_and_messages_do_not_hang_on_the_clocks_of_workers_and_dispatchers(
+    registry: Registry, model_id: str, monkeypatch: pytest.MonkeyPatch, wrong_by: timedelta
+) -> None:
+    held, published = (add_job(registry, model_id) for _ in range(2))
+    with registry.write() as session:
+        mark_published(session, TuningJob, [held, published])
+    claimed = taken(registry, held)
+    right = utc_now()
+    for module in ("jobs", "types"):
+        monkeypatch.setattr(f"service.registry.{module}.utc_now", lambda: right + wrong_by)
+    take_back(registry)
+    assert take(registry, held) is None
+    with registry.write() as session:
+        renew(session, claimed, LEASE_SECONDS)
+    expires_at = read(registry, held).lease_expires_at
+    assert expires_at is not None
+    assert abs(expires_at - right - timedelta(seconds=LEASE_SECONDS)) < timedelta(seconds=LEASE_SECONDS / 2)
+    with registry.read() as session:
+        assert unpublished(session, TuningJob, timedelta(seconds=LEASE_SECONDS)) == []
+        assert unpublished(session, TuningJob, timedelta(seconds=-1)) == [published]
+    with registry.write() as session:
+        renew(session, claimed, EXPIRED)
+    take_back(registry)
+    assert read(registry, held).state == JobState.QUEUED
+
+
 def test_schedules_stored_at_the_same_time_get_different_versions(registry: Registry, model_id: str) -> None:
     key = {
         "model_id": model_id,
@@ -329,3 +357,25 @@ def test_schedules_stored_at_the_same_time_get_different_versions(registry: Regi
         return version
 
     assert sorted(at_once(store)) == list(range(1, THREADS + 1))
+
+
+def test_the_version_of_a_deleted_schedule_is_not_given_again(registry: Registry, model_id: str) -> None:
+    key = {
+        "model_id": model_id,
+        "sampler": "ddim",
+        "num_steps": 1,
+        "guidance_type": "uncond",
+        "guidance_scale": Decimal(1),
+        "eta": Decimal(0),
+    }
+    for expected in (1, 2, 3):
+        with registry.write() as session:
+            version = next_version(session, key)
+            assert version == expected
+            values = {"timesteps": [1.0, 0.0], "t_ratios": [1.0], "provenance": {}}
+            schedule = Schedule(**key, **values, version=version, status=ScheduleStatus.IMPORTED)
+            session.add(schedule)
+            session.flush()
+            session.delete(schedule)
+    with registry.write() as session:
+        session.delete(session.get_one(Model, model_id))  # and its counts

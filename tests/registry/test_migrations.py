@@ -8,10 +8,13 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import inspect, text
+from sqlalchemy.exc import IntegrityError
 
 from service.registry.database import Registry, alembic_config
+from service.registry.jobs import claim, finish, renew
 from service.registry.keys import create_key
-from service.registry.tables import Base, SampleJob, Schedule, ScheduleAlias, TuningJob
+from service.registry.schedules import next_version
+from service.registry.tables import Base, JobState, SampleJob, Schedule, ScheduleAlias, TuningJob
 
 MODEL = "INSERT INTO models VALUES ('mdl_1', 'm', 'hash', '{}', '{}', '2026-01-01')"
 SCHEDULE = """INSERT INTO schedules (id, model_id, sampler, num_steps, guidance_type, guidance_scale, eta, version,
@@ -26,6 +29,14 @@ STEP = "INSERT INTO tuning_job_steps VALUES ('{job}', 0, 0.9, 7, 0.1, 0.2, 0.3, 
 SAMPLE = """INSERT INTO sample_jobs (id, model_id, request_hash, num_images, priority, first_image, num_parts,
     artifact_row, state, request, progress, attempt, fencing_token, cancel_requested, created_at)
     VALUES ('{id}', 'mdl_1', '', 1, 0, 0, 0, 0, 'succeeded', '{{}}', 1, 1, 1, false, '2026-01-01')"""
+# As processes of the release before go on to do while they are replaced.
+JOB_OF_0010 = """INSERT INTO tuning_jobs (id, owner, model_id, idempotency_key, request_hash, network_calls,
+    tuning_seconds, state, request, progress, attempt, losses, fencing_token, cancel_requested, created_at)
+    VALUES ('{id}', NULL, 'mdl_1', '{key}', 'hash', 0, 0, 'queued', '{{}}', 0, 0, 0, 0, false, '2026-01-01')"""
+SCHEDULE_OF_0010 = """INSERT INTO schedules (id, job_id, model_id, sampler, num_steps, guidance_type, guidance_scale,
+    guidance_rescale, guidance_start, guidance_end, eta, version, status, score, timesteps, t_ratios, provenance,
+    created_at) VALUES ('{id}', NULL, 'mdl_1', 'ddim', 1, 'uncond', 1000000, 0, 0, 1000000000, 0, {version}, 'imported',
+    NULL, '[1, 0]', '[1]', '{{}}', '2026-01-01')"""
 EVALUATION = "INSERT INTO evaluations VALUES ('sch_1', 16, 100, 0, 2, 1, -1.5, -0.5, NULL, NULL, 3, 4)"
 ALIAS = "INSERT INTO schedule_aliases VALUES ('mdl_1', '{name}', '{schedule}')"
 
@@ -134,3 +145,48 @@ def test_jobs_outlive_the_coming_and_going_of_their_owners(empty: Registry) -> N
                 job.owner = "key_1"
             create_key(session, "somebody")
         command.downgrade(config, "0006")
+
+
+def test_the_release_before_works_on_the_new_schema_until_it_is_replaced(empty: Registry) -> None:
+    config = alembic_config(empty.url.render_as_string(hide_password=False))
+    command.upgrade(config, "0010")
+    execute(empty, MODEL, JOB_OF_0010.format(id="job_1", key="k1"), SCHEDULE_OF_0010.format(id="sch_1", version=1))
+    empty.upgrade()
+    # Older processes know their keys, take and end jobs, and store schedules ...
+    execute(empty, JOB_OF_0010.format(id="job_2", key="k2"), SCHEDULE_OF_0010.format(id="sch_2", version=2))
+    with pytest.raises(IntegrityError):
+        execute(empty, JOB_OF_0010.format(id="job_3", key="k1"))
+    with empty.read() as session:
+        found = session.scalars(
+            text("SELECT id FROM tuning_jobs WHERE idempotency_key = 'k2' AND request_hash = 'hash'")
+        )
+        assert found.all() == ["job_2"]
+    # ... beside newer ones, which take theirs, and whose own they can read.
+    with empty.write() as session:
+        session.add(TuningJob(id="job_4", model_id="mdl_1", request={}))
+        claimed = claim(session, TuningJob, "job_2", "newer", 60)
+        assert claimed is not None
+        finish(session, renew(session, claimed, 60), JobState.SUCCEEDED)
+        key = {name: getattr(session.get_one(Schedule, "sch_2"), name) for name in Schedule.KEY}
+        assert next_version(session, key) == 3
+    with empty.read() as session:
+        of_all = "SELECT id, state, idempotency_key, request_hash FROM tuning_jobs ORDER BY id"
+        assert [row[:2] for row in session.execute(text(of_all))] == [
+            ("job_1", "queued"),
+            ("job_2", "succeeded"),
+            ("job_4", "queued"),
+        ]
+    command.downgrade(config, "0010")
+    execute(empty, JOB_OF_0010.format(id="job_5", key="k5"))
+
+
+def test_a_version_that_was_given_before_the_upgrade_is_not_given_again(empty: Registry) -> None:
+    command.upgrade(alembic_config(empty.url.render_as_string(hide_password=False)), "0010")
+    execute(empty, MODEL, *(SCHEDULE_OF_0010.format(id=f"sch_{k}", version=k) for k in (1, 2)))
+    empty.upgrade()
+    with empty.write() as session:
+        newest = session.get_one(Schedule, "sch_2")
+        key = {name: getattr(newest, name) for name in Schedule.KEY}
+        session.delete(newest)
+        session.flush()
+        assert next_version(session, key) == 3

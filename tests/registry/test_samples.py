@@ -422,17 +422,32 @@ def test_a_part_that_is_late_makes_the_whole_late(registry: Registry, whole: str
     assert join(registry, whole)[0] == Ended(whole, F, error=LATE)
 
 
-def test_a_queue_is_noticed_once_it_is_old(registry: Registry, add: Callable[..., str], whole: str) -> None:
-    def waits(seconds: float) -> bool:
+def test_a_queue_is_noticed(registry: Registry, add: Callable[..., str], whole: str) -> None:
+    def waits() -> bool:
         with registry.read() as session:
-            return samples_wait(session, timedelta(seconds=seconds))
+            return samples_wait(session)
 
-    assert waits(-1)
-    assert not waits(60)
+    assert waits()
     take(registry)
-    assert not waits(-1)  # the whole has nothing left to take, though it is still queued
+    assert not waits()  # the whole has nothing left to take, though it is still queued
     add()
-    assert waits(-1)
+    assert waits()
+
+
+def test_leases_do_not_hang_on_the_clocks_of_workers(
+    registry: Registry, add: Callable[..., str], monkeypatch: pytest.MonkeyPatch, wrong_by: timedelta
+) -> None:
+    right = utc_now()
+    monkeypatch.setattr("service.registry.samples.utc_now", lambda: right + wrong_by)
+    job_id = add()
+    claims, _ = take(registry)
+    for renewed in (False, True):
+        if renewed:
+            with registry.write() as session:
+                assert renew_samples(session, claims, LEASE_SECONDS) == (set(), set())
+        expires_at = read(registry, job_id).lease_expires_at
+        assert expires_at is not None
+        assert abs(expires_at - right - timedelta(seconds=LEASE_SECONDS)) < timedelta(seconds=LEASE_SECONDS / 2)
 
 
 def test_the_models_sampled_last_come_with_their_last_requests(

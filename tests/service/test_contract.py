@@ -31,6 +31,22 @@ def test_an_unknown_route_or_method_is_a_problem(client: httpx.Client, method: s
     assert ("allow" in response.headers) == (status == 405)
 
 
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/v1/models", "GET, POST"),
+        ("/v1/schedules/sch_nope", "DELETE, GET"),
+        ("/healthz", "GET"),
+        ("/docs", "GET, HEAD"),
+    ],
+)
+def test_a_method_that_a_path_does_not_have_is_answered_with_those_it_has(
+    client: httpx.Client, path: str, allowed: str
+) -> None:
+    allow = client.patch(path).headers["allow"]
+    assert ", ".join(sorted(allow.split(", "))) == allowed
+
+
 POSTS = ["/v1/models", "/v1/tuning-jobs", "/v1/schedules", "/v1/samples"]
 
 
@@ -75,6 +91,25 @@ def test_a_body_that_is_too_large_is_refused(client: httpx.Client, path: str, co
 def test_a_body_of_nonsense_is_refused(client: httpx.Client, path: str, body: str) -> None:
     response = client.post(path, content=body.encode(), headers=JSON_TYPE)
     assert_problem(response, 400 if response.status_code == 400 else 422)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/models", '{"builtin": "mixture-ring", "builtin": "mixture-gratings"}'),
+        ("/v1/tuning-jobs", '{"model": "%s", "num_steps": 5, "tuner": {"objective": "grid", "objective": "grid"}}'),
+        (
+            "/v1/schedules",
+            '{"model": "%s", "num_steps": 1, "timesteps": [1, 0.001], "t_ratios": [1], "t_ratios": [0.9]}',
+        ),
+        ("/v1/samples", '{"model": "%s", "num_steps": 5, "seed": 1, "seed": 2}'),
+    ],
+)
+def test_a_field_that_is_given_twice_is_refused(stack: Stack, path: str, body: str) -> None:
+    content = body.replace("%s", stack.register("mixture-gratings")).encode()
+    answer = stack.client.post(path, content=content, headers=JSON_TYPE)
+    assert_problem(answer, 422, accepted="each field once")
+    assert "is given 2 times" in answer.json()["detail"]
 
 
 def test_a_name_no_database_can_keep_is_refused(client: httpx.Client) -> None:
