@@ -23,7 +23,7 @@ ABOUT: Json = {
     ],
 }
 REFERENCE = "#/components/schemas/"
-OF_TYPES: Json = {"integer": 1, "number": 1.0, "boolean": True, "null": None, "object": {}}
+OF_TYPES: Json = {"integer": 1, "number": 0.0, "boolean": False, "null": None, "object": {}}
 
 
 def complete(document: Json, *schemas: type[BaseModel]) -> None:

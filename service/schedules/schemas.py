@@ -92,10 +92,10 @@ class ScheduleOut(BaseModel):
     sampler: str = Field(examples=["ddim"])
     num_steps: int = Field(examples=[2])
     guidance_type: GuidanceType
-    guidance_scale: ExactNumber
+    guidance_scale: ExactNumber = Field(examples=[1.0])
     guidance_rescale: ExactNumber
     guidance_start: ExactNumber
-    guidance_end: ExactNumber
+    guidance_end: ExactNumber = Field(examples=[1000.0])
     eta: ExactNumber
     version: int
     status: ScheduleStatus = Field(
