@@ -1,7 +1,8 @@
 INSTALLED := .venv/installed
 BIN := .venv/bin
+REDOCLY := @redocly/cli@2.77.0
 
-.PHONY: demo up test chaos fuzz soak lint format bench audit lock
+.PHONY: demo up test chaos fuzz soak lint openapi docs format bench audit lock
 
 demo: $(INSTALLED)  ## the main job, end to end; writes demo.png
 	$(BIN)/python examples/demo.py
@@ -17,6 +18,14 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+openapi: $(INSTALLED)  ## the API's description against Redocly's rules, warnings counted
+	$(BIN)/python -c "import json, service.app; print(json.dumps(service.app.create_app().openapi()))" > .venv/openapi.json
+	PATH="$(CURDIR)/$(BIN):$$PATH" REDOCLY_TELEMETRY=off REDOCLY_SUPPRESS_UPDATE_NOTICE=true \
+		npx --yes $(REDOCLY) lint --extends=recommended-strict .venv/openapi.json
+
+docs: $(INSTALLED)  ## the documentation as a web site, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(INSTALLED)
 	$(BIN)/ruff format

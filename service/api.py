@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import datetime
 from decimal import Decimal
 from typing import Annotated, Any, TypeVar
 
@@ -12,7 +13,7 @@ from pydantic import BaseModel, Field, PlainSerializer
 from sqlalchemy import Select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from service.errors import InvalidError, UnsupportedMediaTypeError
+from service.errors import REQUEST, InvalidError, UnsupportedMediaTypeError
 from service.registry.tables import AuditEntry, Model, TuningJob
 
 JSON_TYPE = "application/json"
@@ -29,6 +30,17 @@ Identifier = Annotated[str, Field(**IDENTIFIER)]
 PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
 PathId = Annotated[str, Path(**IDENTIFIER)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+# Parts of answers, with examples for the OpenAPI document.
+ModelId = Annotated[str, Field(examples=["mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W"])]
+TuningJobId = Annotated[str, Field(examples=["job_01JD3K5V8Q2M4N6P7R9S0T1V2W"])]
+ScheduleId = Annotated[str, Field(examples=["sch_01JD3K5V8Q2M4N6P7R9S0T1V2W"])]
+SampleJobId = Annotated[str, Field(examples=["smp_01JD3K5V8Q2M4N6P7R9S0T1V2W"])]
+KeyId = Annotated[str, Field(examples=["key_01JD3K5V8Q2M4N6P7R9S0T1V2W"])]
+RequestId = Annotated[str, Field(examples=[REQUEST])]
+Fault = Annotated[str | None, Field(examples=[None])]
+Time = Annotated[datetime, Field(examples=["2026-11-26T03:00:00Z"])]
+NextCursor = Annotated[str | None, Field(examples=[None], description="Of the next page; null on the last.")]
 
 
 async def require_json(request: Request) -> None:

@@ -9,9 +9,10 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 from fastapi.routing import APIRoute
 from fastapi.telemetry import TelemetryConfig
+from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 
-from service import health, telemetry
+from service import health, openapi, telemetry
 from service.access import endpoints as audit
 from service.access.authentication import AuthenticationMiddleware
 from service.body_limit import BodyLimitMiddleware
@@ -37,8 +38,6 @@ from service.settings import Settings
 from service.state import open_state
 from service.tuning_jobs import endpoints as tuning_jobs
 
-DESCRIPTION = "Tuned timesteps for frozen diffusion models: tune, keep, resolve and sample with them."
-
 # A span per request to the API proper, of the client's trace if it has one; FastAPI makes none unless a tracer is set.
 TRACED: TelemetryConfig = {
     "metrics": False,
@@ -63,13 +62,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             yield
             listening.cancel()
 
-    app = FastAPI(
-        title="TimeTuner",
+    # FastAPI, but what its pages of the documentation load comes with the package.
+    app = FastAPIOffline(
+        **openapi.ABOUT,
         version=version("timetuner"),
-        description=DESCRIPTION,
         lifespan=lifespan,
         telemetry=TRACED,
         responses={"default": {**problem_content(), "description": "Any other error."}},
+        static_url="/docs/static",
     )
     app.state.metrics = metrics
     areas = (models, tuning_jobs, schedules, samples, audit, health)
@@ -84,7 +84,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     def root() -> RedirectResponse:
         return RedirectResponse("/docs")
 
-    _add_schemas(app)
+    _complete_openapi(app)
     return app
 
 
@@ -111,17 +111,12 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, paths: l
     app.add_middleware(SecurityHeadersMiddleware)
 
 
-def _add_schemas(app: FastAPI) -> None:
-    """Put the schemas that only errors and hand-parsed bodies refer to into the OpenAPI document."""
+def _complete_openapi(app: FastAPI) -> None:
     original = app.openapi
 
-    def openapi() -> dict[str, object]:
-        document = original()
-        schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        for schema in (Problem, BuiltinModelRequest):
-            own = schema.model_json_schema(ref_template="#/components/schemas/{model}")
-            schemas.update(own.pop("$defs", {}))
-            schemas[schema.__name__] = own
-        return document
+    def complete() -> dict[str, object]:
+        if app.openapi_schema is None:
+            openapi.complete(original(), Problem, BuiltinModelRequest)
+        return original()
 
-    app.openapi = openapi  # type: ignore[method-assign]
+    app.openapi = complete  # type: ignore[method-assign]

@@ -16,6 +16,7 @@ from starlette.routing import Match
 from service.logs import request_id
 
 Location = tuple[str | int, ...]
+REQUEST = "req_01JD3K5V8Q2M4N6P7R9S0T1V2W"  # as the ids of requests look
 
 
 class ErrorItem(BaseModel):
@@ -41,6 +42,7 @@ class ServiceError(Exception):
     """A request that cannot be served, and why. `loc` names the field, such as `("body", "num_steps")`."""
 
     status = HTTPStatus.BAD_REQUEST
+    example = "the body is not JSON"  # of a detail, for the OpenAPI document
     headers: Mapping[str, str] = {}
 
     def __init__(self, detail: str, loc: Location | None = None, input: Any = None) -> None:
@@ -53,6 +55,7 @@ class UnauthenticatedError(ServiceError):
     """A request without a valid API key, where one is needed; `why` does not repeat what was given."""
 
     status = HTTPStatus.UNAUTHORIZED
+    example = "this request has no API key; accepted: 'Authorization: Bearer tt_...', a valid API key"
     headers = {"WWW-Authenticate": "Bearer"}  # noqa: RUF012
 
     def __init__(self, why: str) -> None:
@@ -63,34 +66,42 @@ class UnauthenticatedError(ServiceError):
 
 class ForbiddenError(ServiceError):
     status = HTTPStatus.FORBIDDEN
+    example = "this API key has sample; accepted: one that has 'tune'"
 
 
 class NotFoundError(ServiceError):
     status = HTTPStatus.NOT_FOUND
+    example = "no model 'mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W'"
 
 
 class NotAcceptableError(ServiceError):
     status = HTTPStatus.NOT_ACCEPTABLE
+    example = "Accept is 'text/html'; accepted: image/png, application/zip, application/x-npy, application/json"
 
 
 class ConflictError(ServiceError):
     status = HTTPStatus.CONFLICT
+    example = "model 'mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W' has schedules; accepted: a model without any"
 
 
 class TooLargeError(ServiceError):
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    example = "the body has over 1048576 bytes; accepted: up to 1048576 bytes"
 
 
 class UnsupportedMediaTypeError(ServiceError):
     status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+    example = "Content-Type is 'text/plain'; accepted: application/json"
 
 
 class InvalidError(ServiceError):
     status = HTTPStatus.UNPROCESSABLE_ENTITY
+    example = "num_steps is 2000; accepted: 1 to 1000, the steps this model was trained on"
 
 
 class TooManyRequestsError(ServiceError):
     status = HTTPStatus.TOO_MANY_REQUESTS
+    example = "1000 jobs are queued; accepted: fewer than 1000"
     headers = {"Retry-After": "10"}  # noqa: RUF012
 
 
@@ -98,12 +109,14 @@ class JobFailedError(ServiceError):
     """A synchronous request whose job failed on the worker."""
 
     status = HTTPStatus.INTERNAL_SERVER_ERROR
+    example = "sampling job 'smp_01JD3K5V8Q2M4N6P7R9S0T1V2W' has failed: its images are not finite"
 
 
 class DeadlineError(ServiceError):
     """A request whose deadline passed before a worker was free."""
 
     status = HTTPStatus.GATEWAY_TIMEOUT
+    example = "sampling job 'smp_01JD3K5V8Q2M4N6P7R9S0T1V2W' has failed: no worker was free before its deadline"
 
 
 def problem_response(
@@ -149,12 +162,14 @@ def install_error_handlers(app: FastAPI, routes: Collection[APIRoute]) -> None:
 
 def error_responses(*errors: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
     """The `responses` of an endpoint that may answer with these errors, for the OpenAPI document."""
-    return {int(error.status): {"description": error.status.phrase, **problem_content()} for error in errors}
+    return {int(error.status): {"description": error.status.phrase, **problem_content(error)} for error in errors}
 
 
-def problem_content() -> dict[str, Any]:
+def problem_content(error: type[ServiceError] = ServiceError) -> dict[str, Any]:
     """How the OpenAPI document says that a response is a problem document."""
-    return {"content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}}
+    example = Problem(title=error.status.phrase, status=error.status, detail=error.example, request_id=REQUEST)
+    content = {"schema": {"$ref": "#/components/schemas/Problem"}, "example": example.model_dump(mode="json")}
+    return {"content": {"application/problem+json": content}}
 
 
 def _printable(value: Any) -> Any:

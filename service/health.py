@@ -1,10 +1,10 @@
 """/healthz, /readyz and /metrics"""
 
-from typing import Literal
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from sqlalchemy import text
 
 from service.access.needs import needs
@@ -13,6 +13,10 @@ from service.queue import QUEUES
 from service.state import AppState, State
 
 router = APIRouter(tags=["health"])
+
+PUBLIC: dict[str, Any] = {"security": []}  # no key is ever needed
+PROBE = Field(examples=["ok"])
+METRICS = {"schema": {"type": "string", "examples": ['timetuner_queue_jobs{kind="tuning"} 2.0\n']}}
 
 
 class Health(BaseModel):
@@ -23,18 +27,23 @@ class Readiness(BaseModel):
     """What each part said: `ok`, or what is wrong."""
 
     ready: bool
-    database: str
-    broker: str
-    workers: str
+    database: str = PROBE
+    broker: str = PROBE
+    workers: str = PROBE
 
 
-@router.get("/healthz", operation_id="health")
+@router.get("/healthz", operation_id="health", openapi_extra=PUBLIC, responses=error_responses(ForbiddenError))
 def healthz() -> Health:
     """Whether this process answers."""
     return Health()
 
 
-@router.get("/readyz", operation_id="readiness", responses={503: {"model": Readiness, "description": "Not ready."}})
+@router.get(
+    "/readyz",
+    operation_id="readiness",
+    openapi_extra=PUBLIC,
+    responses={503: {"model": Readiness, "description": "Not ready."}, **error_responses(ForbiddenError)},
+)
 def readyz(state: State, response: Response) -> Readiness:
     """Whether requests can be served: database and broker reachable, a worker for each queue."""
     database = _database(state)
@@ -50,7 +59,7 @@ def readyz(state: State, response: Response) -> Readiness:
     dependencies=[needs()],
     response_class=Response,
     responses={
-        200: {"description": "Prometheus's text format.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        200: {"description": "Prometheus's text format.", "content": {"text/plain": METRICS}},
         **error_responses(UnauthenticatedError, ForbiddenError, TooManyRequestsError),
     },
 )

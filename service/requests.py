@@ -34,8 +34,8 @@ class Setting(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: Identifier
-    num_steps: NumSteps
+    model: Identifier = Field(examples=["mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W"])
+    num_steps: NumSteps = Field(examples=[2])
     sampler: Sampler = "ddim"
     guidance_type: GuidanceType = "uncond"
     guidance_scale: GuidanceScale = Field(1, validate_default=True)

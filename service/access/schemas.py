@@ -1,24 +1,27 @@
 """What the audit log returns."""
 
-from datetime import datetime
-
 from pydantic import BaseModel, ConfigDict, Field
+
+from service.api import KeyId, NextCursor, RequestId, Time, TuningJobId
 
 
 class AuditEntryOut(BaseModel):
     model_config = ConfigDict(from_attributes=True)
 
-    id: str
-    actor: str = Field(description="The id of an API key; or `cli`, the `timetuner` command.")
-    action: str = Field(description="The operation's id, such as `cancel_tuning_job`; or what the command did.")
-    object: str = Field(
+    id: str = Field(examples=["aud_01JD3K5V8Q2M4N6P7R9S0T1V2W"])
+    actor: KeyId = Field(description="The id of an API key; or `cli`, the `timetuner` command.")
+    action: str = Field(
+        examples=["cancel_tuning_job"],
+        description="The operation's id, such as `cancel_tuning_job`; or what the command did.",
+    )
+    object: TuningJobId = Field(
         description="What it was done to: an id, of an alias its model's and its name; the path if refused."
     )
-    outcome: str = Field(description="`done`, or `refused: ` and the status.")
-    request_id: str | None = Field(description="The request's X-Request-Id.")
-    created_at: datetime
+    outcome: str = Field(examples=["done"], description="`done`, or `refused: ` and the status.")
+    request_id: RequestId | None = Field(description="The request's X-Request-Id.")
+    created_at: Time
 
 
 class AuditPage(BaseModel):
     items: list[AuditEntryOut]
-    next_cursor: str | None
+    next_cursor: NextCursor

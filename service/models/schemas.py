@@ -1,11 +1,10 @@
 """What the models endpoints accept and return."""
 
-from datetime import datetime
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.api import PRINTABLE
+from service.api import PRINTABLE, ModelId, NextCursor, Time
 from timetuner_core.loading import BUILTINS
 from timetuner_core.model_wrapper import GuidanceType, ModelType
 
@@ -24,18 +23,24 @@ class BuiltinModelRequest(BaseModel):
 class ModelSpec(BaseModel):
     """What a model is, as far as requests depend on it."""
 
-    sample_shape: list[int] = Field(description="Of what the network sees, such as [channels, height, width].")
-    image_shape: list[int] = Field(description="Of one sample as it is returned; a VAE decodes to another shape.")
+    sample_shape: list[int] = Field(
+        examples=[[1, 8, 8]], description="Of what the network sees, such as [channels, height, width]."
+    )
+    image_shape: list[int] = Field(
+        examples=[[1, 8, 8]], description="Of one sample as it is returned; a VAE decodes to another shape."
+    )
     model_type: ModelType = Field(description="What the network predicts.")
     T: float = Field(description="Where sampling starts: times of schedules are in [0, T].")
-    num_train_timesteps: int | None = Field(description="N, the most steps a sampler can take; null: no limit.")
-    num_classes: int = Field(description="0: not class-conditional.")
-    null_class_label: int | None = Field(description="The label that stands for no class.")
-    condition_shape: list[int | None] | None = Field(
-        description="[L, D] of tensor conditions, such as a text encoder's output; null L: any length."
+    num_train_timesteps: int | None = Field(
+        examples=[1000], description="N, the most steps a sampler can take; null: no limit."
     )
-    guidance_types: list[GuidanceType]
-    num_parameters: int
+    num_classes: int = Field(examples=[10], description="0: not class-conditional.")
+    null_class_label: int | None = Field(examples=[10], description="The label that stands for no class.")
+    condition_shape: list[int | None] | None = Field(
+        examples=[None], description="[L, D] of tensor conditions, such as a text encoder's output; null L: any length."
+    )
+    guidance_types: list[GuidanceType] = Field(examples=[["uncond", "classifier-free"]])
+    num_parameters: int = Field(examples=[1_135_649])
     has_uncond_condition: bool = Field(description="Whether it knows what stands for no condition.")
     has_conditions: bool = Field(description="Whether tuning can draw conditions for guidance.")
     has_data: bool = Field(description="Whether data came with it; else tuning generates its own.")
@@ -44,13 +49,13 @@ class ModelSpec(BaseModel):
 class ModelOut(BaseModel):
     model_config = ConfigDict(from_attributes=True)
 
-    id: str
-    name: str
-    content_hash: str
+    id: ModelId
+    name: str = Field(examples=["digits8"])
+    content_hash: str = Field(examples=["sha256:9f86d081884c7d65"])
     spec: ModelSpec
-    created_at: datetime
+    created_at: Time
 
 
 class ModelPage(BaseModel):
     items: list[ModelOut]
-    next_cursor: str | None
+    next_cursor: NextCursor

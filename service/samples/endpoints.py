@@ -15,7 +15,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from service import telemetry
 from service.access.callers import Caller
 from service.access.needs import AnyCaller, needs
-from service.api import PathId, require_json
+from service.api import JSON_TYPE, PathId, require_json
 from service.errors import (
     ConflictError,
     DeadlineError,
@@ -49,11 +49,13 @@ Prefer = Annotated[
 ]
 IfNoneMatch = Annotated[str | None, Header(description="ETags of the content that the client has.")]
 LOOK_SECONDS = 1.0  # between looks into the registry, should a worker's news get lost
+AS_JSON = {"type": "object", "examples": [{"images": ["iVBORw0KGgo="]}]}
+EVENTS = {"type": "string", "examples": ['event: step\ndata: {"step": 1, "num_steps": 10}\n\n']}
 CONTENT: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The images, in the format of the Accept header.",
         "content": {
-            name: {"schema": {"type": "object"} if name.endswith("json") else {"type": "string", "format": "binary"}}
+            name: {"schema": AS_JSON if name == JSON_TYPE else {"type": "string", "format": "binary"}}
             for name in FORMATS
         },
     }
@@ -148,7 +150,7 @@ def get_sample_content(
     operation_id="follow_sample_job",
     response_class=EventSourceResponse,
     responses={
-        200: {"description": "Server-sent events.", "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        200: {"description": "Server-sent events.", "content": {"text/event-stream": {"schema": EVENTS}}},
         **error_responses(NotFoundError),
     },
 )

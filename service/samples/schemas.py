@@ -1,10 +1,8 @@
 """What the sampling endpoints accept and return."""
 
-from datetime import datetime
-
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, computed_field
 
-from service.api import Identifier, Seed
+from service.api import Fault, Identifier, KeyId, ModelId, RequestId, SampleJobId, ScheduleId, Seed, Time
 from service.registry.tables import JobState
 from service.requests import Setting, Timesteps
 from service.webhooks import WEBHOOK_URL, WebhookUrl
@@ -16,15 +14,17 @@ class SampleRequest(Setting):
     model_config = ConfigDict(
         extra="forbid",
         json_schema_extra={
-            "example": {
-                "model": "mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W",
-                "num_steps": 10,
-                "num_images": 4,
-                "guidance_type": "classifier-free",
-                "guidance_scale": 2.0,
-                "class_labels": [0, 1, 2, 3],
-                "seed": 7,
-            }
+            "examples": [
+                {
+                    "model": "mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W",
+                    "num_steps": 10,
+                    "num_images": 4,
+                    "guidance_type": "classifier-free",
+                    "guidance_scale": 2.0,
+                    "class_labels": [0, 1, 2, 3],
+                    "seed": 7,
+                }
+            ]
         },
     )
 
@@ -57,20 +57,23 @@ class SampleRequest(Setting):
 class SampleJobOut(BaseModel):
     model_config = ConfigDict(from_attributes=True)
 
-    id: str
-    owner: str | None = Field(description="The API key that asked; null: none was needed.")
-    model: str = Field(validation_alias="model_id")
+    id: SampleJobId
+    owner: KeyId | None = Field(description="The API key that asked; null: none was needed.")
+    model: ModelId = Field(validation_alias="model_id")
     state: JobState
     progress: float
-    error: str | None
-    request_id: str | None = Field(description="Of the HTTP request it came by: see X-Request-Id.")
-    schedule: str | None = Field(validation_alias="schedule_id", description="The schedule used; null: untuned.")
+    error: Fault
+    request_id: RequestId | None = Field(description="Of the HTTP request it came by: see X-Request-Id.")
+    schedule: ScheduleId | None = Field(validation_alias="schedule_id", description="The schedule used; null: untuned.")
     request: SampleRequest
-    created_at: datetime
-    started_at: datetime | None
-    finished_at: datetime | None
+    created_at: Time
+    started_at: Time | None
+    finished_at: Time | None
 
-    @computed_field(description="Where the images are, once it succeeded.")  # type: ignore[prop-decorator]
+    @computed_field(  # type: ignore[prop-decorator]
+        examples=["/v1/samples/smp_01JD3K5V8Q2M4N6P7R9S0T1V2W/content"],
+        description="Where the images are, once it succeeded.",
+    )
     @property
     def content(self) -> str | None:
         return f"/v1/samples/{self.id}/content" if self.state == JobState.SUCCEEDED else None

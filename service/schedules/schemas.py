@@ -1,18 +1,29 @@
 """What the schedules endpoints accept and return."""
 
 import json
-from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import Query
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
 
-from service.api import Eta, ExactNumber, GuidanceScale, Identifier, NumSteps, PageQuery
+from service.api import (
+    Eta,
+    ExactNumber,
+    GuidanceScale,
+    Identifier,
+    ModelId,
+    NumSteps,
+    PageQuery,
+    ScheduleId,
+    Time,
+    TuningJobId,
+)
 from service.registry.tables import ScheduleStatus
 from service.requests import GuidanceTime, Sampler, Setting
 from timetuner_core.model_wrapper import GuidanceType
 
 MAX_DEPTH = 20
+GRID, RATIOS = [1.0, 0.55, 0.001], [0.98, 0.94]  # of the OpenAPI document's examples
 
 
 def _finite(value: Any) -> Any:
@@ -46,20 +57,26 @@ class EvaluationOut(BaseModel):
 
     model_config = ConfigDict(from_attributes=True)
 
-    num_samples: int
-    teacher_num_steps: int
-    seed: int
-    teacher_l2_before: float = Field(description="Mean Euclidean distance to the teacher's samples, untuned.")
-    teacher_l2_after: float
-    teacher_l2_change_low: float = Field(description="95 % confidence interval of the paired change.")
-    teacher_l2_change_high: float
+    num_samples: int = Field(examples=[512])
+    teacher_num_steps: int = Field(examples=[100])
+    seed: int = Field(examples=[0])
+    teacher_l2_before: float = Field(
+        examples=[1.07], description="Mean Euclidean distance to the teacher's samples, untuned."
+    )
+    teacher_l2_after: float = Field(examples=[0.78])
+    teacher_l2_change_low: float = Field(examples=[-0.32], description="95 % confidence interval of the paired change.")
+    teacher_l2_change_high: float = Field(examples=[-0.26])
     frechet_before: float | None = Field(description="Fréchet distance to the data, untuned, in pixel space.")
     frechet_after: float | None
     metrics: dict[str, MetricOut] = Field(
+        examples=[{"teacher_l2": {"before": 1.07, "after": 0.78, "change": -0.29, "low": -0.32, "high": -0.26}}],
         description="By name: `teacher_l2`, `sliced_wasserstein` and, where they could be measured, `frechet`, "
-        "`frechet_features` (of a classifier that came with the model), `wasserstein` and `kl` (of mixtures, exact)."
+        "`frechet_features` (of a classifier that came with the model), `wasserstein` and `kl` (of mixtures, exact).",
     )
-    reason: str | None = Field(description="Why the schedule was accepted or rejected.")
+    reason: str | None = Field(
+        examples=["closer to the teacher, and no metric is worse"],
+        description="Why the schedule was accepted or rejected.",
+    )
     wall_time_seconds: float = Field(description="Of tuning, summed over workers; evaluation not counted.")
     network_calls: int = Field(description="Samples put through the network while tuning, guidance counted.")
 
@@ -69,43 +86,52 @@ class ScheduleOut(BaseModel):
 
     model_config = ConfigDict(from_attributes=True)
 
-    id: str
-    job: str | None = Field(validation_alias="job_id")
-    model: str = Field(validation_alias="model_id")
-    sampler: str
-    num_steps: int
+    id: ScheduleId
+    job: TuningJobId | None = Field(validation_alias="job_id")
+    model: ModelId = Field(validation_alias="model_id")
+    sampler: str = Field(examples=["ddim"])
+    num_steps: int = Field(examples=[2])
     guidance_type: GuidanceType
-    guidance_scale: ExactNumber
+    guidance_scale: ExactNumber = Field(examples=[1.0])
     guidance_rescale: ExactNumber
     guidance_start: ExactNumber
-    guidance_end: ExactNumber
+    guidance_end: ExactNumber = Field(examples=[1000.0])
     eta: ExactNumber
     version: int
     status: ScheduleStatus = Field(
         description="Rejected: not better than untuned beyond chance, or worse in some respect; imported: not "
         "evaluated. `auto` skips both."
     )
-    score: float | None = Field(description="The metric that decides, tuned over untuned; below 1 is better.")
-    timesteps: list[float] = Field(description="num_steps + 1 falling times in [0, T].")
-    t_ratios: list[float] = Field(description="One per step: the network is conditioned on t * t_ratio.")
-    provenance: dict[str, Any] = Field(description="How it was tuned.")
+    score: float | None = Field(
+        examples=[0.73], description="The metric that decides, tuned over untuned; below 1 is better."
+    )
+    timesteps: list[float] = Field(examples=[GRID], description="num_steps + 1 falling times in [0, T].")
+    t_ratios: list[float] = Field(
+        examples=[RATIOS], description="One per step: the network is conditioned on t * t_ratio."
+    )
+    provenance: dict[str, Any] = Field(
+        examples=[{"tuner": {"objective": "end_to_end"}}], description="How it was tuned."
+    )
     evaluation: EvaluationOut | None
-    created_at: datetime
+    created_at: Time
 
 
 class ScheduleImport(Setting):
     """A schedule made elsewhere, or exported by another registry."""
 
-    timesteps: list[FiniteFloat] = Field(description="num_steps + 1 strictly falling times in [0, T].")
-    t_ratios: list[FiniteFloat] = Field(description="One per step; t * t_ratio stays within (0, T].")
-    provenance: dict[str, FiniteJson] = Field(default_factory=dict, description="How it was made.")
+    timesteps: list[FiniteFloat] = Field(examples=[GRID], description="num_steps + 1 strictly falling times in [0, T].")
+    t_ratios: list[FiniteFloat] = Field(examples=[RATIOS], description="One per step; t * t_ratio stays within (0, T].")
+    provenance: dict[str, FiniteJson] = Field(
+        examples=[{"made_by": "another registry"}], default_factory=dict, description="How it was made."
+    )
 
 
 class SchedulePage(BaseModel):
     items: list[ScheduleOut]
     next_cursor: str | None = Field(
+        examples=[None],
         description="Null on the last page. Where few schedules match, pages before it may have fewer than `limit` "
-        "items, or none: each looks at so many schedules only."
+        "items, or none: each looks at so many schedules only.",
     )
 
 
@@ -130,21 +156,23 @@ class Resolution(BaseModel):
     """What `schedule: "auto"` samples with, and why; a null schedule means untuned."""
 
     schedule: ScheduleOut | None
-    reason: str
+    reason: str = Field(examples=["the best score of the accepted schedules of this setting"])
 
 
 class AliasRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    schedule: Identifier = Field(description="The id of a schedule of this model.")
+    schedule: Identifier = Field(
+        examples=["sch_01JD3K5V8Q2M4N6P7R9S0T1V2W"], description="The id of a schedule of this model."
+    )
 
 
 class AliasOut(BaseModel):
     model_config = ConfigDict(from_attributes=True)
 
-    model: str = Field(validation_alias="model_id")
-    name: str
-    schedule: str = Field(validation_alias="schedule_id")
+    model: ModelId = Field(validation_alias="model_id")
+    name: str = Field(examples=["production"])
+    schedule: ScheduleId = Field(validation_alias="schedule_id")
 
 
 class AliasList(BaseModel):

@@ -40,6 +40,7 @@ router = APIRouter(prefix="/v1/tuning-jobs", tags=["tuning jobs"])
 Tuner = Annotated[Caller, needs(Scope.TUNE)]
 SSE_TYPE = "text/event-stream"
 EVENT_POLL_SECONDS = 0.25
+EVENTS = {"type": "string", "examples": ['id: 3\nevent: progress\ndata: {"id": 3, "type": "progress"}\n\n']}
 LAST_ID = 2**63 - 1  # the column is a 64-bit integer
 
 
@@ -98,7 +99,7 @@ def cancel_tuning_job(caller: Tuner, job_id: PathId, state: State) -> TuningJobO
     operation_id="list_tuning_job_events",
     response_model=EventPage,
     responses={
-        200: {"content": {SSE_TYPE: {"schema": {"type": "string"}}}, "description": "The events, or a stream."},
+        200: {"content": {SSE_TYPE: {"schema": EVENTS}}, "description": "The events, or a stream."},
         **error_responses(NotFoundError),
     },
 )

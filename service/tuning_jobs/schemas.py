@@ -1,11 +1,10 @@
 """What the tuning job endpoints accept and return."""
 
-from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from service.api import Seed
+from service.api import Fault, KeyId, ModelId, NextCursor, RequestId, ScheduleId, Seed, Time, TuningJobId
 from service.registry.tables import JobState
 from service.requests import Setting, Timesteps
 from service.webhooks import WEBHOOK_URL, WebhookUrl
@@ -151,23 +150,29 @@ class EvaluationRequest(BaseModel):
     batch_size: int = Field(64, ge=1, le=1024)
 
 
+EXAMPLE: dict[str, Any] = {
+    "model": "mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W",
+    "num_steps": 10,
+    "guidance_type": "classifier-free",
+    "guidance_scale": 2.0,
+}
+
+
+def _any_of(schema: dict[str, Any]) -> None:
+    """A tuner without an objective is valid as one of them only, which tools do not see: they want `anyOf`."""
+    schema["anyOf"] = schema.pop("oneOf")
+
+
 class TuningJobRequest(Setting):
     """Tune one schedule."""
 
     model_config = ConfigDict(
         extra="forbid",
-        json_schema_extra={
-            "example": {
-                "model": "mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W",
-                "num_steps": 10,
-                "guidance_type": "classifier-free",
-                "guidance_scale": 2.0,
-            }
-        },
+        json_schema_extra={"examples": [EXAMPLE]},
     )
 
     timesteps: Timesteps = Field("default", description="The grid to tune on: a name, or num_steps + 1 times.")
-    tuner: AnyTuner = Field(default_factory=EndToEndTuner)
+    tuner: AnyTuner = Field(default_factory=EndToEndTuner, json_schema_extra=_any_of)
     evaluation: EvaluationRequest = Field(default_factory=EvaluationRequest)
     seed: Seed = 0
     webhook_url: WebhookUrl | None = WEBHOOK_URL
@@ -196,30 +201,32 @@ class StepOut(BaseModel):
 class TuningJobOut(BaseModel):
     model_config = ConfigDict(from_attributes=True)
 
-    id: str
-    owner: str | None = Field(description="The API key that asked; null: none was needed.")
-    model: str = Field(validation_alias="model_id")
+    id: TuningJobId
+    owner: KeyId | None = Field(description="The API key that asked; null: none was needed.")
+    model: ModelId = Field(validation_alias="model_id")
     state: JobState
     progress: float = Field(description="0 to 1.")
     attempt: int = Field(description="How many workers have started it.")
-    error: str | None
-    request_id: str | None = Field(description="Of the HTTP request it came by: see X-Request-Id.")
+    error: Fault
+    request_id: RequestId | None = Field(description="Of the HTTP request it came by: see X-Request-Id.")
     cancel_requested: bool
-    request: dict[str, Any]
-    schedule: str | None = Field(validation_alias="schedule_id", description="The schedule it made.")
-    created_at: datetime
-    started_at: datetime | None
-    finished_at: datetime | None
+    request: dict[str, Any] = Field(examples=[EXAMPLE])
+    schedule: ScheduleId | None = Field(validation_alias="schedule_id", description="The schedule it made.")
+    created_at: Time
+    started_at: Time | None
+    finished_at: Time | None
 
 
 class TuningJobDetail(TuningJobOut):
-    timesteps: list[float] | None = Field(description="The grid so far, of num_steps + 1 times; null before the first.")
+    timesteps: list[float] | None = Field(
+        examples=[[1.0, 0.55, 0.001]], description="The grid so far, of num_steps + 1 times; null before the first."
+    )
     steps: list[StepOut]
 
 
 class TuningJobPage(BaseModel):
     items: list[TuningJobOut]
-    next_cursor: str | None
+    next_cursor: NextCursor
 
 
 class EventOut(BaseModel):
@@ -228,9 +235,9 @@ class EventOut(BaseModel):
     model_config = ConfigDict(from_attributes=True)
 
     id: int
-    type: str
-    data: dict[str, Any]
-    created_at: datetime
+    type: str = Field(examples=["progress"])
+    data: dict[str, Any] = Field(examples=[{"progress": 0.5}])
+    created_at: Time
 
 
 class EventPage(BaseModel):

@@ -1,10 +1,12 @@
 """What holds for the whole API: every error is a problem document, and the OpenAPI document tells the truth."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
+from jsonschema import Draft202012Validator
 
 from tests.service.problems import assert_problem
 from tests.stack import Json, Stack
@@ -212,6 +214,59 @@ def test_every_reference_in_the_document_leads_somewhere(document: Json) -> None
     assert {ref.removeprefix("#/components/schemas/") for ref in found} <= set(document["components"]["schemas"])
     operation_ids = [o["operationId"] for operations in document["paths"].values() for o in operations.values()]
     assert len(operation_ids) == len(set(operation_ids))
+
+
+def json_bodies(document: Json) -> Iterator[tuple[str, Json]]:
+    """Every JSON body of the document: what it is of, with its schema and example."""
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            messages = {"request": operation.get("requestBody", {}), **operation["responses"]}
+            for of, message in messages.items():
+                for media_type, content in message.get("content", {}).items():
+                    if media_type.endswith("json"):
+                        yield f"{method} {path} {of}", content
+
+
+def test_every_json_body_has_an_example_that_is_one(document: Json) -> None:
+    seen = []
+    for of, content in json_bodies(document):
+        examples = [content["example"]] if "example" in content else content["schema"]["examples"]
+        whole = {**content["schema"], "components": document["components"]}
+        for example in examples:
+            Draft202012Validator(whole, format_checker=Draft202012Validator.FORMAT_CHECKER).validate(example)
+        seen.append(of)
+    assert {"post /v1/tuning-jobs request", "get /v1/schedules 200", "get /v1/audit 403"} <= set(seen)
+
+
+def test_the_examples_of_requests_are_understood(client: httpx.Client, document: Json) -> None:
+    """They may name what does not exist, but nothing in them is of the wrong form."""
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            body = operation.get("requestBody", {}).get("content", {}).get("application/json")
+            if body is not None:
+                url = path.replace("{model_id}", "mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W").replace("{name}", "production")
+                answer = client.request(method, url, json=body["example"])
+                detail = "" if answer.is_success else answer.json()["detail"]
+                assert answer.is_success or "mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W" in detail, (method, path, detail)
+
+
+def test_every_operation_is_described(document: Json) -> None:
+    tags = {tag["name"] for tag in document["tags"] if tag["description"]}
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            assert operation["operationId"] and operation["summary"] and operation["description"], (method, path)
+            assert set(operation["tags"]) <= tags, (method, path)
+
+
+@pytest.mark.parametrize("path", ["/docs", "/redoc"])
+def test_the_documentation_loads_nothing_from_elsewhere(client: httpx.Client, path: str) -> None:
+    page = client.get(path)
+    assert "http" not in page.headers["content-security-policy"]
+    loaded = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert any(url.endswith(".js") for url in loaded)
+    for url in loaded:
+        assert url.startswith("/"), url
+        assert client.get(url).status_code == 200, url
 
 
 def test_the_documentation_is_served(client: httpx.Client) -> None:

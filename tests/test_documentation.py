@@ -1,0 +1,148 @@
+"""What the documentation shows is run: each page's Python in one process, its shell lines in one shell.
+
+A block after the comment `<!-- not run: why -->` is only looked at: its syntax, and the names in it.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import StartStack
+from tests.stack import Stack
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^(?:<!-- not run: (?P<why>[^\n]+) -->\n+)?```(?P<language>\S*)\n(?P<text>.*?)^```$", re.M | re.S)
+PARSERS: dict[str, Callable[[str], Any]] = {
+    "json": json.loads,
+    "toml": tomllib.loads,
+    "yaml": lambda text: list(yaml.safe_load_all(text)),
+}
+RUN = ("python", "sh")
+SHOWN = ("text", "bib", *PARSERS)
+SHOWN_URL = "http://127.0.0.1:8000"
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    line: int
+    language: str
+    text: str
+    why: str | None  # it is not run
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text = page.read_text()
+    return [
+        Block(page, text.count("\n", 0, found.start("text")) + 1, found["language"], found["text"], found["why"])
+        for found in FENCE.finditer(text)
+    ]
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+NOT_RUN = [block for block in BLOCKS if block.why is not None and block.language == "sh"]
+
+
+def in_one_piece(page: Path, language: str) -> str:
+    return "\n".join(block.text for block in blocks_of(page) if block.language == language and block.why is None)
+
+
+def pages_with(language: str) -> list[Any]:
+    return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES if in_one_piece(page, language)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where a reader would be, the checkout's top, but for what is written there."""
+    for name in ("benchmarks", "docs", "examples", "timetuner_core", "Makefile"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+def run(command: list[str], environment: dict[str, str], folder: Path) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    own = {"PATH": path, "PYTHONPATH": os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        command, env={**environment, **own}, cwd=folder, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("page", pages_with("python"))
+def test_the_python_of_a_page_runs(page: Path, folder: Path) -> None:
+    script = folder / f"{page.stem}.py"
+    script.write_text(in_one_piece(page, "python"))
+    run([sys.executable, str(script)], {**os.environ, "MPLBACKEND": "agg"}, folder)
+
+
+@pytest.fixture(scope="module", params=["sqlite"])
+def service(request: pytest.FixtureRequest, start_stack: StartStack) -> Iterator[Stack]:
+    """One of our own, as the pages make keys."""
+    stack = start_stack(request.param)
+    stack.wait_until_ready()
+    yield stack
+    stack.stop()
+
+
+@pytest.mark.parametrize("page", pages_with("sh"))
+def test_the_shell_lines_of_a_page_run(page: Path, folder: Path, service: Stack) -> None:
+    shown = in_one_piece(page, "sh").replace(SHOWN_URL, str(service.client.base_url).rstrip("/"))
+    # curl alone would take an error's answer for a success.
+    lines = f'set -euo pipefail\ncurl() {{ command curl --fail-with-body "$@"; }}\n{shown}'
+    run(["bash", "-c", lines], service.environment, folder)
+
+
+def test_every_block_says_what_it_is() -> None:
+    for block in BLOCKS:
+        assert block.language in RUN + SHOWN, block
+        assert block.why is None or block.language in RUN, block
+        PARSERS.get(block.language, str)(block.text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_command_hides_outside_a_block(page: Path) -> None:
+    outside = FENCE.sub("", page.read_text())
+    assert "```" not in outside
+    assert not re.search(r"^    (?!\s*(?:[-*]|\d+\.) )\S", outside, re.MULTILINE)
+
+
+@pytest.mark.parametrize("block", NOT_RUN, ids=str)
+def test_a_block_that_is_not_run_names_what_there_is(block: Block) -> None:
+    checked = subprocess.run(["bash", "-n", "-c", block.text], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0 and not checked.stderr, checked.stderr
+    for line in block.text.replace("\\\n", " ").splitlines():
+        words = [word for word in shlex.split(line, comments=True) if "=" not in word.partition("-")[0]]
+        options = [word.partition("=")[0] for word in words if word.startswith("--")]
+        match words:
+            case ["make", target]:
+                assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
+            case ["timetuner", command, *rest]:
+                named = [command, *rest[:1]] if command in ("db", "keys") else [command]
+                known = help_of("-m", "service", *named)
+                assert all(option in known for option in options), line
+            case ["python", file, *_] if file.endswith(".py"):
+                assert all(f'"{option}"' in (ROOT / file).read_text() for option in options), line
+
+
+@cache
+def help_of(*command: str) -> str:
+    environment = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, *command, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    ).stdout
