@@ -6,10 +6,10 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
-from fastapi.responses import RedirectResponse
 from fastapi.routing import APIRoute
 from fastapi.telemetry import TelemetryConfig
 from starlette.middleware.cors import CORSMiddleware
+from starlette.staticfiles import StaticFiles
 
 from service import health, telemetry
 from service.access import endpoints as audit
@@ -36,6 +36,9 @@ from service.security_headers import SecurityHeadersMiddleware
 from service.settings import Settings
 from service.state import open_state
 from service.tuning_jobs import endpoints as tuning_jobs
+from service.web import endpoints as web
+from service.web import forms as web_forms
+from service.web.error_pages import ErrorPageMiddleware
 
 DESCRIPTION = "Tuned timesteps for frozen diffusion models: tune, keep, resolve and sample with them."
 
@@ -73,17 +76,17 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.metrics = metrics
     areas = (models, tuning_jobs, schedules, samples, audit, health)
-    paths = [route.path for area in areas for route in area.router.routes if isinstance(route, APIRoute)]
+    routes = [route for area in (*areas, web, web_forms) for route in area.router.routes]
+    paths = [route.path for route in routes if isinstance(route, APIRoute)]
     _add_middleware(app, settings, metrics, paths)
     install_error_handlers(app)
     of_keys = error_responses(UnauthenticatedError, ForbiddenError, TooManyRequestsError)
     for area in areas:
         app.include_router(area.router, responses={} if area is health else of_keys)
 
-    @app.get("/", include_in_schema=False)
-    def root() -> RedirectResponse:
-        return RedirectResponse("/docs")
-
+    app.include_router(web.router)
+    app.include_router(web_forms.router)
+    app.mount("/static", StaticFiles(directory=web.STATIC), name="static")
     _add_schemas(app)
     return app
 
@@ -108,6 +111,7 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, paths: l
             expose_headers=["Content-Location", "ETag", "Location", "Retry-After", REQUEST_ID_HEADER],
         )
     app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(ErrorPageMiddleware)
     app.add_middleware(SecurityHeadersMiddleware)
 
 

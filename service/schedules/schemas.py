@@ -13,6 +13,7 @@ from service.requests import GuidanceTime, Sampler, Setting
 from timetuner_core.model_wrapper import GuidanceType
 
 MAX_DEPTH = 20
+ALIAS = r"^[a-z][a-z0-9\-]{0,62}$"
 
 
 def _finite(value: Any) -> Any:
