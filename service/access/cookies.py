@@ -22,7 +22,9 @@ def check_same_origin(headers: Headers) -> None:
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
     if site is not None:
         if site != "same-origin":
-            raise ForbiddenError(f"Sec-Fetch-Site is {site!r}; accepted: {ACCEPTED}", ("header", "Sec-Fetch-Site"), site)
+            raise ForbiddenError(
+                f"Sec-Fetch-Site is {site!r}; accepted: {ACCEPTED}", ("header", "Sec-Fetch-Site"), site
+            )
     elif origin is None or _host(origin) != headers.get("host"):
         raise ForbiddenError(f"Origin is {origin!r}; accepted: {ACCEPTED}", ("header", "Origin"), origin)
 

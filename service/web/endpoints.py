@@ -171,7 +171,8 @@ def playground(request: Request, caller: AnyCaller, state: State) -> HTMLRespons
     with state.registry.read() as session:
         choices = _choices(session)
         chosen = _chosen(session, request.query_params.get("model"), choices)
-    return render(request, "playground.html", caller, models=choices, chosen=chosen, samplers=sampler_names())
+    samplers = sampler_names()
+    return render(request, "playground.html", caller, models=choices, chosen=chosen, samplers=samplers, views=views)
 
 
 def _names(session: Session, rows: Any) -> dict[str, str]:

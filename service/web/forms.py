@@ -112,5 +112,3 @@ async def log_out(request: Request) -> Response:
     answer = see(request, "/login")
     answer.delete_cookie(COOKIE, httponly=True, samesite="strict")
     return answer
-
-

@@ -8,7 +8,8 @@ import torch
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from service.registry.tables import Schedule, ScheduleAlias, TuningJob
+from service.registry.tables import Model, Schedule, ScheduleAlias, TuningJob
+from service.requests import ALWAYS
 from service.tuning_jobs.logic import events_after
 from service.web.charts import Chart, Series, make_chart
 from timetuner_core.samplers import get_sampler
@@ -93,6 +94,28 @@ def count_schedules(session: Session, model_id: str) -> str:
     some = select(Schedule.id).where(Schedule.model_id == model_id).limit(MOST_COUNTED + 1).subquery()
     count = session.scalar(select(func.count()).select_from(some)) or 0
     return f"{count}" if count <= MOST_COUNTED else f"more than {MOST_COUNTED}"
+
+
+def labels_of(model: Model) -> list[int]:
+    """The classes that a model can be asked for."""
+    return [label for label in range(model.spec["num_classes"]) if label != model.spec["null_class_label"]]
+
+
+def sample_request(schedule: Schedule, model: Model) -> dict[str, Any]:
+    """What shows a schedule at work: a few samples of its setting, of all classes in turn."""
+    is_image = len(model.spec["image_shape"]) == 3
+    count, labels = 8 if is_image else 128, labels_of(model)
+    guided = schedule.guidance_type != "uncond"
+    return {
+        "model": model.id,
+        "sampler": schedule.sampler,
+        "num_steps": schedule.num_steps,
+        "guidance_type": schedule.guidance_type,
+        **{name: float(getattr(schedule, name)) for name in ("eta", *ALWAYS)},
+        "class_labels": [labels[k % len(labels)] for k in range(count)] if guided and labels else None,
+        "num_images": count,
+        "seed": 0,
+    }
 
 
 def schedule_charts(schedule: Schedule) -> list[Chart | None]:

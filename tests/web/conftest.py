@@ -33,6 +33,7 @@ class World:
 def stack(start_stack: StartStack) -> Iterator[Stack]:
     """On SQLite alone: the page asks the registry through functions that are tested on both engines."""
     stack = start_stack("sqlite")
+    stack.client.timeout = 300
     stack.wait_until_ready()
     yield stack
     stack.stop()

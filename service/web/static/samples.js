@@ -98,6 +98,13 @@ function requestOf(form) {
   for (const name of ["num_steps", "guidance_scale", "seed", "num_images", "class_labels"]) {
     if (name in request) request[name] = Number(request[name]);
   }
+  const labels = JSON.parse(form.dataset.labels);
+  if (request.guidance_type === "uncond") {
+    delete request.guidance_scale;
+    delete request.class_labels;
+  } else if (labels.length && !("class_labels" in request)) {
+    request.class_labels = Array.from({ length: request.num_images }, (_, k) => labels[k % labels.length]);
+  }
   return request;
 }
 
