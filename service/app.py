@@ -6,11 +6,11 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
-from fastapi.responses import RedirectResponse
 from fastapi.routing import APIRoute
 from fastapi.telemetry import TelemetryConfig
 from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
+from starlette.staticfiles import StaticFiles
 
 from service import health, openapi, telemetry
 from service.access import endpoints as audit
@@ -37,6 +37,9 @@ from service.security_headers import SecurityHeadersMiddleware
 from service.settings import Settings
 from service.state import open_state
 from service.tuning_jobs import endpoints as tuning_jobs
+from service.web import endpoints as web
+from service.web import forms as web_forms
+from service.web.error_pages import ErrorPageMiddleware
 
 # A span per request to the API proper, of the client's trace if it has one; FastAPI makes none unless a tracer is set.
 TRACED: TelemetryConfig = {
@@ -73,17 +76,17 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.metrics = metrics
     areas = (models, tuning_jobs, schedules, samples, audit, health)
-    routes = [route for area in areas for route in area.router.routes if isinstance(route, APIRoute)]
+    every = [route for area in (*areas, web, web_forms) for route in area.router.routes]
+    routes = [route for route in every if isinstance(route, APIRoute)]
     _add_middleware(app, settings, metrics, [route.path for route in routes])
     install_error_handlers(app, routes)
     of_keys = error_responses(UnauthenticatedError, ForbiddenError, TooManyRequestsError)
     for area in areas:
         app.include_router(area.router, responses={} if area is health else of_keys)
 
-    @app.get("/", include_in_schema=False)
-    def root() -> RedirectResponse:
-        return RedirectResponse("/docs")
-
+    app.include_router(web.router)
+    app.include_router(web_forms.router)
+    app.mount("/static", StaticFiles(directory=web.STATIC), name="static")
     _complete_openapi(app)
     return app
 
@@ -108,6 +111,7 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, paths: l
             expose_headers=["Content-Location", "ETag", "Location", "Retry-After", REQUEST_ID_HEADER],
         )
     app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(ErrorPageMiddleware)
     app.add_middleware(SecurityHeadersMiddleware)
 
 

@@ -33,8 +33,10 @@ class SecurityHeadersMiddleware:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers.setdefault("X-Content-Type-Options", "nosniff")
-                headers.setdefault("Referrer-Policy", "no-referrer")
-                headers.setdefault("Content-Security-Policy", _policy(scope["path"], headers.get("content-type", "")))
+                policy = _policy(scope["path"], headers.get("content-type", ""))
+                # Forms of pages that are told to name no referrer have no Origin, by which we know our own.
+                headers.setdefault("Referrer-Policy", "same-origin" if policy == PAGE_POLICY else "no-referrer")
+                headers.setdefault("Content-Security-Policy", policy)
                 if scope["path"].startswith(API):
                     # Images may be kept, as their ETag tells whether they still hold; states and lists change.
                     headers.setdefault("Cache-Control", "private, no-cache" if "etag" in headers else "no-store")

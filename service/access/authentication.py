@@ -13,14 +13,17 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.access.callers import CALLER, Caller
+from service.access.cookies import check_same_origin, cookie_authorization
 from service.access.local import check_local
-from service.errors import ServiceError, problem_response
+from service.errors import ServiceError, UnauthenticatedError, problem_response
 from service.logs import request_id
 
 if TYPE_CHECKING:
     from service.state import AppState
 
-GUARDED = ("/v1/", "/metrics")  # all else is for everybody: the documentation, and whether the process is well
+GUARDED = ("/v1/", "/metrics")  # for nobody without a key; of the rest, the web page's endpoints say themselves
+# For everybody, whatever their cookie is.
+OPEN = ("/docs", "/redoc", "/openapi.json", "/healthz", "/readyz", "/static/", "/login")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 WRITTEN = RateLimitItemPerMinute(60)  # refusals of each key, and of each kind of those that are refused at once
 
@@ -76,9 +79,18 @@ class AuthenticationMiddleware:
         if not await state.keys.is_needed(authorization):
             check_local(scope, headers)
             return Caller(None, request_id())
-        if not scope["path"].startswith(GUARDED):
+        guarded = scope["path"].startswith(GUARDED)
+        by_cookie = None if authorization else cookie_authorization(headers)
+        if not guarded and (by_cookie is None or scope["path"].startswith(OPEN)):
             return None
-        key = await state.keys.find(authorization)
+        try:
+            key = await state.keys.find(authorization or by_cookie)
+        except UnauthenticatedError:
+            if guarded:
+                raise
+            return None
+        if by_cookie and scope["method"] not in SAFE_METHODS:
+            check_same_origin(headers)
         await state.rates.count(key)
         return Caller(key, request_id())
 

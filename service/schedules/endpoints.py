@@ -16,6 +16,7 @@ from service.registry.tables import Schedule
 from service.requests import check_setting
 from service.schedules import logic
 from service.schedules.schemas import (
+    ALIAS,
     AliasList,
     AliasOut,
     AliasRequest,
@@ -30,8 +31,7 @@ from service.state import State
 
 router = APIRouter(tags=["schedules"])
 
-AliasName = Annotated[str, Path(pattern=r"^[a-z][a-z0-9\-]{0,62}$", description="Such as `production`.")]
-RESERVED_ALIASES = ("auto", "none")
+AliasName = Annotated[str, Path(pattern=ALIAS, description="Such as `production`.")]
 READS = [needs()]
 Writer = Annotated[Caller, needs(Scope.MODELS_WRITE)]
 
@@ -124,8 +124,6 @@ def list_aliases(model_id: PathId, state: State) -> AliasList:
 )
 def set_alias(caller: Writer, model_id: PathId, name: AliasName, body: AliasRequest, state: State) -> AliasOut:
     """Give one of a model's schedules a name, or move the name to another one."""
-    if name in RESERVED_ALIASES:
-        raise InvalidError(f"name is {name!r}; accepted: any but {RESERVED_ALIASES}", ("path", "name"), name)
     with state.registry.write() as session:
         get_model(session, model_id)
         caller.record(session, "set_alias", f"{model_id}/{name}")

@@ -18,6 +18,7 @@ from service.schedules.schemas import ScheduleImport, ScheduleQuery
 
 MAX_SCANNED = 10_000  # schedules that one page may look at
 MAX_COUNTED = 100
+RESERVED_ALIASES = ("auto", "none")
 
 
 def get_schedule(session: Session, schedule_id: str) -> Schedule:
@@ -153,6 +154,8 @@ def find_for_sampling(session: Session, model_id: str, name: str) -> Schedule:
 
 def set_alias(session: Session, model_id: str, name: str, schedule_id: str) -> ScheduleAlias:
     """Point a model's alias at one of its schedules. Raises: InvalidError."""
+    if name in RESERVED_ALIASES:
+        raise InvalidError(f"name is {name!r}; accepted: any but {RESERVED_ALIASES}", ("path", "name"), name)
     schedule = session.get(Schedule, schedule_id)
     if schedule is None or schedule.model_id != model_id:
         accepted = "the id of a schedule of this model"

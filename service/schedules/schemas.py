@@ -24,6 +24,7 @@ from timetuner_core.model_wrapper import GuidanceType
 
 MAX_DEPTH = 20
 GRID, RATIOS = [1.0, 0.55, 0.001], [0.98, 0.94]  # of the OpenAPI document's examples
+ALIAS = r"^[a-z][a-z0-9\-]{0,62}$"
 
 
 def _finite(value: Any) -> Any:

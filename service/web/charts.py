@@ -1,0 +1,114 @@
+"""Charts, reckoned here and drawn as SVG by the template `charts.html`."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+WIDTH, HEIGHT = 420, 240
+LEFT, RIGHT, TOP, BOTTOM = 54, 12, 12, 40
+TICKS = 5
+
+Kind = Literal["line", "dots"]
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points by rising x, and how they are shown; those that are not finite are left out."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    kind: Kind = "line"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A series in the picture's own coordinates."""
+
+    name: str
+    kind: Kind
+    points: list[tuple[float, float]]
+
+    @property
+    def line(self) -> str:
+        return " ".join(f"{x:.1f},{y:.1f}" for x, y in self.points)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What the template draws. Ticks are places in the picture and their labels."""
+
+    title: str
+    description: str
+    x_label: str
+    y_label: str
+    series: list[Drawn]
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    header: list[str]
+    rows: list[list[str]]
+
+    @property
+    def size(self) -> dict[str, int]:
+        return {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM}
+
+
+def make_chart(
+    title: str, description: str, x_label: str, y_label: str, series: Sequence[Series], *, log_y: bool = False
+) -> Chart | None:
+    """None where there is nothing to draw. A logarithmic axis needs positive values; others are left out."""
+    kept = [Series(one.name, [p for p in one.points if _fits(p, log_y)], one.kind) for one in series]
+    kept = [one for one in kept if one.points]
+    if not kept:
+        return None
+    xs = [x for one in kept for x, _ in one.points]
+    ys = [y for one in kept for _, y in one.points]
+    x_axis, y_axis = _Axis(xs, LEFT, WIDTH - RIGHT), _Axis(ys, HEIGHT - BOTTOM, TOP, log_y)
+    drawn = [Drawn(one.name, one.kind, [(x_axis.place(x), y_axis.place(y)) for x, y in one.points]) for one in kept]
+    header, rows = _table(x_label, kept)
+    return Chart(title, description, x_label, y_label, drawn, x_axis.ticks(), y_axis.ticks(), header, rows)
+
+
+class _Axis:
+    """From values to places between `start` and `end`."""
+
+    def __init__(self, values: Sequence[float], start: float, end: float, log: bool = False) -> None:
+        self._log = log
+        low, high = self._scaled(min(values)), self._scaled(max(values))
+        margin = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
+        self._low, self._high = low - margin, high + margin
+        self._start, self._end = start, end
+
+    def _scaled(self, value: float) -> float:
+        return math.log10(value) if self._log else value
+
+    def place(self, value: float) -> float:
+        share = (self._scaled(value) - self._low) / (self._high - self._low)
+        return self._start + share * (self._end - self._start)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Round values, about `TICKS` of them."""
+        values = self._powers() if self._log and self._high - self._low >= 2 else self._round_values()
+        return [(self.place(value), f"{value:.6g}") for value in values]
+
+    def _powers(self) -> list[float]:
+        first, last = math.ceil(self._low), math.floor(self._high)
+        every = max(1, math.ceil((last - first) / TICKS))
+        return [10.0**power for power in range(first, last + 1, every)]
+
+    def _round_values(self) -> list[float]:
+        low, high = (10**self._low, 10**self._high) if self._log else (self._low, self._high)
+        rough = (high - low) / TICKS
+        power = 10 ** math.floor(math.log10(rough))
+        step = next(power * k for k in (1, 2, 5, 10) if power * k >= rough)
+        return [step * k for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _fits(point: tuple[float, float], log_y: bool) -> bool:
+    return all(map(math.isfinite, point)) and (point[1] > 0 or not log_y)
+
+
+def _table(x_label: str, series: Sequence[Series]) -> tuple[list[str], list[list[str]]]:
+    """The same as text, a line per x and point: what people read who cannot see the picture."""
+    rows = [(x, one.name, y) for one in series for x, y in one.points]
+    return [x_label, "series", "value"], [[f"{x:.6g}", name, f"{y:.6g}"] for x, name, y in sorted(rows)]

@@ -1,0 +1,207 @@
+"""The web page: what the API has, for people."""
+
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse
+from pydantic import BaseModel, ValidationError
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from service.access.needs import AnyCaller
+from service.api import PageQuery, PathId, newest_first
+from service.errors import InvalidError
+from service.models.logic import get_model, get_requested_model
+from service.registry.tables import JobState, Model, ScheduleStatus
+from service.schedules import logic as schedules_logic
+from service.schedules.schemas import ScheduleQuery
+from service.state import State
+from service.tuning_jobs import logic as jobs_logic
+from service.web import views
+from service.web.rendering import render
+from timetuner_core.loading import BUILTINS
+from timetuner_core.model_wrapper import GuidanceType
+from timetuner_core.samplers import sampler_names
+
+router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
+
+STATIC = Path(__file__).parent / "static"
+LATEST = 8  # of each, on the first page
+CHOICES = 100  # models that a form offers
+COMPARED = 200
+
+Query = TypeVar("Query", bound=BaseModel)
+
+
+class JobsQuery(PageQuery):
+    state: JobState | None = None
+
+
+def read_query(request: Request, query: type[Query]) -> Query:
+    """The query as a form sends it: what was left blank is not given."""
+    given = {name: value for name, value in request.query_params.items() if value != ""}
+    try:
+        return query.model_validate(given)
+    except ValidationError as error:
+        located = [{**fault, "loc": ("query", *fault["loc"])} for fault in error.errors(include_url=False)]
+        raise RequestValidationError(located) from None
+
+
+@router.get("/")
+def overview(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
+    page = PageQuery(limit=LATEST)
+    with state.registry.read() as session:
+        models, _ = newest_first(session, select(Model), Model.id, page)
+        jobs, _ = jobs_logic.newest(session, caller, None, page)
+        schedules, _ = schedules_logic.newest(session, ScheduleQuery(limit=LATEST))
+        context = {
+            "models": models,
+            "counts": {model.id: views.count_schedules(session, model.id) for model in models},
+            "jobs": jobs,
+            "schedules": schedules,
+            "names": _names(session, (*jobs, *schedules)),
+            "aliases": views.aliases_of(session, schedules),
+        }
+    return render(request, "overview.html", caller, builtins=BUILTINS, views=views, **context)
+
+
+@router.get("/models")
+def models(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
+    with state.registry.read() as session:
+        rows, cursor = newest_first(session, select(Model), Model.id, read_query(request, PageQuery))
+        counts = {model.id: views.count_schedules(session, model.id) for model in rows}
+    return render(request, "models.html", caller, models=rows, counts=counts, cursor=cursor, builtins=BUILTINS)
+
+
+@router.get("/models/{model_id}")
+def model(model_id: PathId, request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
+    with state.registry.read() as session:
+        row = get_model(session, model_id)
+        schedules, _ = schedules_logic.newest(session, ScheduleQuery(model=model_id, limit=LATEST))
+        context = {
+            "model": row,
+            "count": views.count_schedules(session, model_id),
+            "schedules": schedules,
+            "aliases": views.aliases_of(session, schedules),
+            "of_model": schedules_logic.aliases(session, model_id),
+        }
+    samplers, names = sampler_names(), {row.id: row.name}
+    objectives = views.OBJECTIVES
+    return render(
+        request, "model.html", caller, samplers=samplers, objectives=objectives, views=views, names=names, **context
+    )
+
+
+@router.get("/jobs")
+def jobs(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
+    query = read_query(request, JobsQuery)
+    with state.registry.read() as session:
+        rows, cursor = jobs_logic.newest(session, caller, query.state, query)
+        names = _names(session, rows)
+    return render(request, "jobs.html", caller, jobs=rows, names=names, cursor=cursor, query=query, states=JobState)
+
+
+@router.get("/jobs/{job_id}")
+def job(job_id: PathId, request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
+    with state.registry.read() as session:
+        row = jobs_logic.get_job(session, caller, job_id)
+        charts = views.job_charts(session, row)
+        model = session.get_one(Model, row.model_id)
+    return render(request, "job.html", caller, job=row, model=model, charts=charts)
+
+
+@router.get("/schedules")
+def schedules(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
+    query = read_query(request, ScheduleQuery)
+    with state.registry.read() as session:
+        rows, cursor = schedules_logic.newest(session, query)
+        context = {
+            "schedules": rows,
+            "cursor": cursor,
+            "names": _names(session, rows),
+            "aliases": views.aliases_of(session, rows),
+            "models": _choices(session),
+        }
+    options = {"samplers": sampler_names(), "guidance_types": get_args(GuidanceType), "statuses": ScheduleStatus}
+    given = query.model_dump(mode="json", exclude_none=True, exclude={"cursor", "limit"})
+    return render(request, "schedules.html", caller, query=query, given=given, views=views, **options, **context)
+
+
+@router.get("/schedules/{schedule_id}")
+def schedule(schedule_id: PathId, request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
+    with state.registry.read() as session:
+        row = schedules_logic.get_schedule(session, schedule_id)
+        context = {
+            "schedule": row,
+            "model": session.get_one(Model, row.model_id),
+            "aliases": views.aliases_of(session, [row])[row.id],
+            "charts": views.schedule_charts(row),
+        }
+    base_url = str(request.base_url).rstrip("/")
+    return render(request, "schedule.html", caller, views=views, base_url=base_url, **context)
+
+
+@router.get("/compare")
+def compare(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
+    """Of the newest schedules of a model, those of one setting: the most common one, unless another is named."""
+    asked = request.query_params
+    with state.registry.read() as session:
+        choices = _choices(session)
+        chosen = _chosen(session, asked.get("model"), choices)
+        query = ScheduleQuery(model=chosen.id if chosen else None, limit=COMPARED)
+        rows = schedules_logic.newest(session, query)[0] if chosen else []
+        aliases = views.aliases_of(session, rows)
+    rows = [row for row in rows if row.evaluation is not None]
+    settings = views.shares(rows, views.setting_of)
+    setting = _choice("setting", asked.get("setting"), {one.value: one for one in settings})
+    rows = [row for row in rows if views.setting_of(row) == setting]
+    measured = [name for name in views.METRICS if any(views.figure(row, name) is not None for row in rows)]
+    metric = _choice("metric", asked.get("metric"), {name: name for name in measured})
+    context: dict[str, Any] = {"models": choices, "chosen": chosen, "settings": list(settings), "setting": setting}
+    context |= {"measured": measured, "metric": metric, "aliases": aliases}
+    context["schedules"] = sorted(rows, key=lambda row: (views.network_calls(row) or 0, row.score or 1.0))
+    context["chart_of"] = views.comparison_chart(rows, metric) if metric else None
+    return render(request, "compare.html", caller, views=views, **context)
+
+
+@router.get("/playground")
+def playground(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
+    with state.registry.read() as session:
+        choices = _choices(session)
+        chosen = _chosen(session, request.query_params.get("model"), choices)
+    samplers = sampler_names()
+    return render(request, "playground.html", caller, models=choices, chosen=chosen, samplers=samplers, views=views)
+
+
+def _names(session: Session, rows: Any) -> dict[str, str]:
+    """The names of the models of schedules or jobs."""
+    query = select(Model.id, Model.name).where(Model.id.in_({row.model_id for row in rows}))
+    return {row.id: row.name for row in session.execute(query)}
+
+
+def _choices(session: Session) -> list[Model]:
+    return list(session.scalars(select(Model).order_by(Model.id.desc()).limit(CHOICES)))
+
+
+def _chosen(session: Session, model_id: str | None, choices: list[Model]) -> Model | None:
+    """The model that the query names, or else the newest. Raises: InvalidError."""
+    if model_id:
+        return get_requested_model(session, model_id, "query")
+    return choices[0] if choices else None
+
+
+def _choice(name: str, value: str | None, choices: dict[str, Any]) -> Any:
+    """What the query names of some choices, or else the first. Raises: InvalidError."""
+    if not value:
+        return next(iter(choices.values()), None)
+    if value not in choices:
+        accepted = ", ".join(choices) or "none, as nothing was measured"
+        raise InvalidError(f"{name} is {value!r}; accepted: {accepted}", ("query", name), value)
+    return choices[value]
+
+
+@router.get("/login")
+def login(request: Request, next: str = "/") -> HTMLResponse:
+    return render(request, "login.html", None, next=next)

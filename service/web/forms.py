@@ -1,0 +1,114 @@
+"""What the web page's forms do: the same as the API, and then a page to look at."""
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Depends, Form, Request, Response
+
+from service.access.callers import Caller
+from service.access.cookies import COOKIE, check_same_origin
+from service.access.needs import needs
+from service.api import Identifier, PathId
+from service.errors import InvalidError, UnauthenticatedError
+from service.models.logic import register_builtin
+from service.models.schemas import BuiltinModelRequest
+from service.queue import publish
+from service.registry.keys import Scope
+from service.registry.tables import TuningJob
+from service.requests import Setting
+from service.schedules import logic as schedules_logic
+from service.schedules.schemas import ALIAS
+from service.state import State
+from service.tuning_jobs import logic as jobs_logic
+from service.tuning_jobs.schemas import TuningJobRequest
+from service.web.rendering import see
+from service.web.views import OBJECTIVES
+
+
+def _same_origin(request: Request) -> None:
+    check_same_origin(request.headers)
+
+
+router = APIRouter(include_in_schema=False, dependencies=[Depends(_same_origin)])
+
+Tuner = Annotated[Caller, needs(Scope.TUNE)]
+Writer = Annotated[Caller, needs(Scope.MODELS_WRITE)]
+
+
+class TuningForm(Setting):
+    """A tuning job by a few fields; all else by default."""
+
+    objective: Literal[tuple(OBJECTIVES)] = "end_to_end"  # type: ignore[valid-type]
+
+
+@router.post("/models")
+def register(form: Annotated[BuiltinModelRequest, Form()], caller: Writer, state: State, request: Request) -> Response:
+    model, _ = register_builtin(state.registry, caller, form.builtin, form.name)
+    return see(request, f"/models/{model.id}")
+
+
+@router.post("/jobs")
+def submit(form: Annotated[TuningForm, Form()], caller: Tuner, state: State, request: Request) -> Response:
+    setting = form.model_dump(exclude={"objective"})
+    tuning = TuningJobRequest.model_validate({**setting, "tuner": {"objective": form.objective}})
+    job, _ = jobs_logic.submit(state.registry, state.settings, caller, tuning, None)
+    publish(state.celery, state.registry, TuningJob, [job.id])
+    return see(request, f"/jobs/{job.id}")
+
+
+@router.post("/jobs/{job_id}/cancel")
+def cancel(job_id: PathId, caller: Tuner, state: State, request: Request) -> Response:
+    jobs_logic.cancel(state.registry, caller, job_id)
+    return see(request, f"/jobs/{job_id}")
+
+
+@router.post("/schedules/{schedule_id}/aliases")
+def set_alias(
+    schedule_id: PathId,
+    name: Annotated[str, Form(pattern=ALIAS)],
+    caller: Writer,
+    state: State,
+    request: Request,
+) -> Response:
+    with state.registry.write() as session:
+        schedule = schedules_logic.get_schedule(session, schedule_id)
+        schedules_logic.set_alias(session, schedule.model_id, name, schedule_id)
+        caller.record(session, "set_alias", f"{schedule.model_id}/{name}")
+    return see(request, f"/schedules/{schedule_id}")
+
+
+@router.post("/schedules/{schedule_id}/aliases/delete")
+def delete_alias(
+    schedule_id: PathId, name: Annotated[Identifier, Form()], caller: Writer, state: State, request: Request
+) -> Response:
+    with state.registry.write() as session:
+        schedule = schedules_logic.get_schedule(session, schedule_id)
+        schedules_logic.delete_alias(session, schedule.model_id, name)
+        caller.record(session, "delete_alias", f"{schedule.model_id}/{name}")
+    return see(request, f"/schedules/{schedule_id}")
+
+
+@router.post("/login")
+async def log_in(
+    key: Annotated[str, Form(max_length=200)],
+    state: State,
+    request: Request,
+    next: Annotated[str, Form(max_length=2000)] = "/",
+) -> Response:
+    """Keep a valid key in a cookie until the browser is closed."""
+    try:
+        await state.keys.find(f"Bearer {key.strip()}")
+    except UnauthenticatedError:
+        detail = "this is no valid API key; accepted: tt_..., as `timetuner keys create` printed it"
+        raise InvalidError(detail, ("body", "key")) from None
+    is_local = next.startswith("/") and not next.startswith(("//", "/\\"))
+    answer = see(request, next if is_local else "/")
+    secure = request.url.scheme == "https"
+    answer.set_cookie(COOKIE, key.strip(), httponly=True, samesite="strict", secure=secure)
+    return answer
+
+
+@router.post("/logout")
+async def log_out(request: Request) -> Response:
+    answer = see(request, "/login")
+    answer.delete_cookie(COOKIE, httponly=True, samesite="strict")
+    return answer

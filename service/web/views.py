@@ -1,0 +1,182 @@
+"""What pages show of the registry's rows: costs, charts, lines of code."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from service.registry.tables import Model, Schedule, ScheduleAlias, TuningJob
+from service.requests import ALWAYS
+from service.tuning_jobs.logic import events_after
+from service.web.charts import Chart, Series, make_chart
+from timetuner_core.samplers import get_sampler
+
+MOST_COUNTED = 1000
+MOST_EVENTS = 1000
+METRICS = {
+    "teacher_l2": "distance to the teacher",
+    "sliced_wasserstein": "sliced Wasserstein distance",
+    "frechet": "Fréchet distance to the data",
+    "frechet_features": "Fréchet distance of features",
+    "wasserstein": "Wasserstein distance",
+    "kl": "KL divergence",
+}
+OBJECTIVES = {
+    "end_to_end": "end to end: grid and ratios together, against a teacher",
+    "next_eps": "next_eps: the published procedure, step by step",
+    "teacher_step": "teacher_step: each step against a teacher's",
+    "ays": "ays: Align Your Steps",
+    "gits": "gits: nearest to a many-step trajectory",
+    "dmn": "dmn: bound on the result's error",
+}
+OBJECTIVE_OF_IMPORTED = "imported"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What schedules that can be compared have in common, in words, and by what it is told from others."""
+
+    sampler: str
+    guidance: str
+
+    @property
+    def value(self) -> str:
+        return f"{self.sampler} {self.guidance}"
+
+
+def setting_of(schedule: Schedule) -> Setting:
+    return Setting(schedule.sampler + ("" if schedule.eta == 0 else f" η={schedule.eta:g}"), guidance_of(schedule))
+
+
+def guidance_of(schedule: Schedule) -> str:
+    """The guidance in a word or two."""
+    if schedule.guidance_type == "uncond":
+        return "unguided"
+    parts = [f"{schedule.guidance_type} ×{schedule.guidance_scale:g}"]
+    if schedule.guidance_rescale:
+        parts.append(f"rescale {schedule.guidance_rescale:g}")
+    if schedule.guidance_start > 0 or schedule.guidance_end < 1000:
+        parts.append(f"at {schedule.guidance_start:g} to {schedule.guidance_end:g}")
+    return ", ".join(parts)
+
+
+def network_calls(schedule: Schedule) -> int | None:
+    """Per image; None if the sampler's package is gone."""
+    try:
+        sampler = get_sampler(schedule.sampler)
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return None
+    guided = schedule.guidance_type == "classifier-free" and schedule.guidance_scale != 1
+    return sampler.network_calls(torch.tensor(schedule.timesteps)) * (2 if guided else 1)
+
+
+def tuner_of(schedule: Schedule) -> str:
+    tuner = schedule.provenance.get("tuner")
+    objective = tuner.get("objective") if isinstance(tuner, dict) else None
+    return objective if isinstance(objective, str) else OBJECTIVE_OF_IMPORTED
+
+
+def aliases_of(session: Session, schedules: Iterable[Schedule]) -> dict[str, list[str]]:
+    """The aliases of schedules, by the schedule's id."""
+    ids = [schedule.id for schedule in schedules]
+    found: dict[str, list[str]] = {id: [] for id in ids}
+    query = select(ScheduleAlias).where(ScheduleAlias.schedule_id.in_(ids)).order_by(ScheduleAlias.name)
+    for alias in session.scalars(query):
+        found[alias.schedule_id].append(alias.name)
+    return found
+
+
+def count_schedules(session: Session, model_id: str) -> str:
+    """How many a model has, counted no further than anybody wants to know."""
+    some = select(Schedule.id).where(Schedule.model_id == model_id).limit(MOST_COUNTED + 1).subquery()
+    count = session.scalar(select(func.count()).select_from(some)) or 0
+    return f"{count}" if count <= MOST_COUNTED else f"more than {MOST_COUNTED}"
+
+
+def labels_of(model: Model) -> list[int]:
+    """The classes that a model can be asked for."""
+    return [label for label in range(model.spec["num_classes"]) if label != model.spec["null_class_label"]]
+
+
+def sample_request(schedule: Schedule, model: Model) -> dict[str, Any]:
+    """What shows a schedule at work: a few samples of its setting, of all classes in turn."""
+    is_image = len(model.spec["image_shape"]) == 3
+    count, labels = 8 if is_image else 128, labels_of(model)
+    guided = schedule.guidance_type != "uncond"
+    return {
+        "model": model.id,
+        "sampler": schedule.sampler,
+        "num_steps": schedule.num_steps,
+        "guidance_type": schedule.guidance_type,
+        **{name: float(getattr(schedule, name)) for name in ("eta", *ALWAYS)},
+        "class_labels": [labels[k % len(labels)] for k in range(count)] if guided and labels else None,
+        "num_images": count,
+        "seed": 0,
+    }
+
+
+def schedule_charts(schedule: Schedule) -> list[Chart | None]:
+    """Ratios and time grid by step."""
+    ratios, times = schedule.t_ratios, schedule.timesteps
+    return [ratio_chart(list(enumerate(ratios))), _grid_chart(times, ratios)]
+
+
+def ratio_chart(ratios: Sequence[tuple[int, float]]) -> Chart | None:
+    untuned = Series("untuned", [(step, 1.0) for step, _ in ratios])
+    description = "The ratio that each step's time is multiplied by before the network is told it; 1 is untuned."
+    return make_chart("Ratio of each step", description, "step", "ratio", [Series("tuned", ratios), untuned])
+
+
+def _grid_chart(times: Sequence[float], ratios: Sequence[float]) -> Chart | None:
+    told = [(step, time * ratio) for step, (time, ratio) in enumerate(zip(times, ratios, strict=False))]
+    series = [Series("time of the sample", list(enumerate(times))), Series("time the network is told", told)]
+    description = "Where the sampler is at each step, and the time that the network is told there."
+    return make_chart("Time grid", description, "step", "time", series)
+
+
+def job_charts(session: Session, job: TuningJob) -> list[Chart | None]:
+    """The loss so far, over the job's progress, and the ratios of now."""
+    events = events_after(session, job.id, 0, MOST_EVENTS)
+    losses = [
+        (100 * event.data["progress"], event.data["loss"])
+        for event in events
+        if event.type == "progress" and event.data.get("loss") is not None
+    ]
+    description = "The sum of all steps' losses as tuning went on, on a logarithmic scale."
+    loss = make_chart("Loss", description, "progress, %", "loss", [Series("loss", losses)], log_y=True)
+    return [loss, ratio_chart([(step.step_index, step.t_ratio) for step in job.steps])]
+
+
+def figure(schedule: Schedule, metric: str, when: str = "after") -> float | None:
+    """One figure of a schedule's evaluation; None where it was not measured."""
+    measured = schedule.evaluation.metrics.get(metric) if schedule.evaluation else None
+    value = measured and measured.get(when)
+    return float(value) if value is not None else None
+
+
+def comparison_chart(schedules: Sequence[Schedule], metric: str) -> Chart | None:
+    """Quality against network calls: the best of each tuner at each cost, and the untuned sampler."""
+    best: dict[str, dict[int, float]] = {}
+    points: list[tuple[str, int | None, float | None]] = []
+    for schedule in schedules:
+        points.append((tuner_of(schedule), network_calls(schedule), figure(schedule, metric)))
+        points.append(("untuned", network_calls(schedule), figure(schedule, metric, "before")))
+    for name, calls, value in points:
+        if calls is not None and value is not None:
+            of_tuner = best.setdefault(name, {})
+            of_tuner[calls] = min(value, of_tuner.get(calls, value))
+    series = [Series(name, sorted(of_tuner.items())) for name, of_tuner in sorted(best.items())]
+    label = METRICS[metric]
+    description = f"The lowest {label} of each tuner by network calls per image; lower is better."
+    return make_chart("Quality against cost", description, "network calls per image", label, series, log_y=True)
+
+
+def shares(schedules: Sequence[Schedule], of: Callable[[Schedule], Any]) -> dict[Any, int]:
+    """How many schedules have each value, those with the most first."""
+    counts: dict[Any, int] = {}
+    for schedule in schedules:
+        counts[of(schedule)] = counts.get(of(schedule), 0) + 1
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))

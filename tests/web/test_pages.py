@@ -1,0 +1,254 @@
+"""The web page in use."""
+
+import re
+
+from playwright.sync_api import BrowserContext, Page, expect
+
+from service.access.cookies import COOKIE
+from service.registry.keys import Scope
+from tests.service.conftest import NewUser
+from tests.stack import START_SECONDS, Json, wait_until
+from tests.web.conftest import World
+from tests.web.test_looks import settle
+
+LONG = {"total_iters": 10_000, "population_size": 64, "teacher_num_steps": 20}
+
+
+def test_a_model_is_registered_by_one_click_and_tuned_by_another(world: World, page: Page) -> None:
+    page.goto(f"{world.url}/models")
+    page.get_by_label("Built-in model").select_option("digits8")
+    page.get_by_role("button", name="Register").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("digits8")
+    page.get_by_label("Steps").fill("2")
+    page.get_by_label("Tuner").select_option("dmn")
+    page.get_by_role("button", name="Start tuning").click()
+    page.wait_for_url(re.compile("/jobs/job_"))
+    expect(page.locator(".state .badge")).to_have_text("succeeded")  # without loading the page again
+    page.get_by_role("link", name="See the schedule").click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("2 steps of ddim")
+
+
+def test_a_refused_form_says_why_beside_its_button(world: World, page: Page) -> None:
+    page.goto(f"{world.url}/models/{world.model}")
+    page.get_by_label("Guidance scale").fill("3")
+    page.get_by_role("button", name="Start tuning").click()
+    expect(page.get_by_role("alert")).to_contain_text("guidance_scale is 3; accepted: 1 when guidance_type is 'uncond'")
+    assert page.url == f"{world.url}/models/{world.model}"
+
+
+def test_a_running_job_shows_its_progress_and_curves_and_can_be_cancelled(world: World, page: Page) -> None:
+    job = world.stack.submit(world.model, num_steps=4, tuner=LONG)
+    page.goto(f"{world.url}/jobs/{job['id']}")
+    page.evaluate("window.sameDocument = true")
+    for title in ("Loss", "Ratio of each step"):
+        expect(page.locator("figure.chart", has_text=title).get_by_role("img")).to_be_visible()
+    shown = page.locator(".state")
+    before = shown.inner_text()
+    wait_until(lambda: page.wait_for_timeout(200) or shown.inner_text() != before, "progress", START_SECONDS)
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.locator(".state .badge")).to_have_text("cancelled")
+    expect(page.get_by_role("button", name="Cancel")).to_have_count(0)
+    assert world.stack.client.get(f"/v1/tuning-jobs/{job['id']}").json()["state"] == "cancelled"
+
+
+def test_filters_are_in_the_address(world: World, page: Page) -> None:
+    page.goto(f"{world.url}/schedules")
+    page.get_by_label("Model").select_option("digits8")
+    page.get_by_label("Steps").fill("8")
+    page.get_by_role("button", name="Filter").click()
+    page.wait_for_url(re.compile("num_steps=8"))
+    rows = page.locator("tbody tr")
+    expect(rows).to_have_count(1)
+    expect(rows).to_contain_text(world.schedules[1]["id"][-8:])
+    page.goto(f"{world.url}/schedules?num_steps=8&sampler=&status=")
+    expect(rows).to_have_count(1)
+    page.get_by_role("link", name="Clear").click()
+    expect(rows.nth(3)).to_be_visible()
+
+
+def test_a_schedule_shows_its_figures_its_curves_and_pictures_from_the_same_noise(world: World, page: Page) -> None:
+    schedule = world.schedules[0]
+    page.goto(f"{world.url}/schedules/{schedule['id']}")
+    settle(page)
+    table = page.get_by_role("region", name="Evaluation")
+    measured = schedule["evaluation"]["metrics"]["teacher_l2"]
+    for name in ("before", "after", "low", "high"):
+        expect(table).to_contain_text(f"{measured[name]:.4g}")
+    page.get_by_text("Ratio of each step as a table").click()
+    for ratio in schedule["t_ratios"]:
+        expect(page.get_by_role("region", name="Ratio of each step")).to_contain_text(f"{ratio:.6g}")
+    figures = page.locator("figure.sample")
+    expect(figures.nth(0).get_by_role("img")).to_have_attribute("alt", re.compile("Untuned: 8 samples in 4 steps"))
+    expect(figures.nth(1).get_by_role("link")).to_have_attribute("href", f"/schedules/{schedule['id']}")
+    sources = [figures.nth(k).locator("img").get_attribute("src") for k in (0, 1)]
+    assert sources[0] != sources[1]
+    code = page.locator("pre")
+    for text in ("from service.client import TimeTuner", "TimeTunerScheduler.from_schedule", f"curl {world.url}/v1/"):
+        expect(code.filter(has_text=text)).to_have_count(1)
+
+
+def test_an_alias_is_set_and_removed(world: World, page: Page) -> None:
+    schedule = world.schedules[1]
+    page.goto(f"{world.url}/schedules/{schedule['id']}")
+    page.get_by_label("New alias").fill("Nightly")
+    page.get_by_role("button", name="Set", exact=True).click()
+    expect(page.get_by_role("alert")).to_contain_text("name")
+    page.get_by_label("New alias").fill("nightly")
+    page.get_by_role("button", name="Set", exact=True).click()
+    remove = page.get_by_role("button", name="Remove the alias nightly")
+    expect(remove).to_be_visible()
+    aliases = world.stack.client.get(f"/v1/models/{world.model}/aliases").json()["items"]
+    assert {"model": world.model, "name": "nightly", "schedule": schedule["id"]} in aliases
+    remove.click()
+    expect(remove).to_have_count(0)
+    assert len(world.stack.client.get(f"/v1/models/{world.model}/aliases").json()["items"]) == len(aliases) - 1
+
+
+def test_tuners_are_compared_by_cost(world: World, page: Page) -> None:
+    page.goto(f"{world.url}/compare?model={world.model}")
+    figure = page.locator("figure.chart")
+    for name in ("end_to_end", "dmn", "untuned"):
+        expect(figure.get_by_role("list")).to_contain_text(name)
+    figure.locator("summary").click()
+    first = world.schedules[0]["evaluation"]["metrics"]["teacher_l2"]
+    expect(figure.get_by_role("region")).to_contain_text(f"{first['after']:.6g}")
+    page.get_by_label("Quality").select_option("sliced_wasserstein")
+    page.get_by_role("button", name="Compare").click()
+    page.wait_for_url(re.compile("metric=sliced_wasserstein"))
+    expect(page.locator("figure.chart .axis").nth(1)).to_have_text("sliced Wasserstein distance")
+
+
+def test_the_playground_streams_previews_and_ends_with_the_images_of_the_api(world: World, page: Page) -> None:
+    page.goto(f"{world.url}/playground?model={world.model}")
+    page.evaluate("""window.previews = new Set();
+        const note = () => document.querySelectorAll("#untuned img").forEach((image) => previews.add(image.src));
+        new MutationObserver(note).observe(document.body, {childList: true, subtree: true})""")
+    steps = page.get_by_label("Steps")
+    steps.focus()
+    for _ in range(25):
+        steps.press("ArrowRight")
+    expect(page.locator("output")).to_have_text("30")
+    page.get_by_label("Class").select_option("3")
+    page.get_by_label("Seed").fill("77")
+    page.get_by_label("Images").fill("4")
+    page.get_by_role("button", name="Sample").click()
+    for figure in ("#untuned", "#tuned"):
+        expect(page.locator(figure)).to_have_attribute("aria-busy", "false")
+    previews = page.evaluate("[...previews].filter((source) => source.startsWith('data:image/png'))")
+    assert len(previews) >= 2
+    expect(page.locator("#tuned")).to_contain_text("No accepted schedule")
+    body = {"model": world.model, "num_steps": 30, "num_images": 4, "seed": 77, "schedule": "none", "class_labels": 3}
+    body |= {"guidance_type": "classifier-free", "guidance_scale": 2}
+    png = world.stack.client.post("/v1/samples", json=body, headers={"Accept": "image/png"}).content
+    source = page.locator("#untuned img").get_attribute("src")
+    assert page.evaluate("async (url) => [...new Uint8Array(await (await fetch(url)).arrayBuffer())]", source) == [*png]
+
+
+def test_the_playground_draws_points_and_says_what_was_refused(world: World, page: Page) -> None:
+    page.goto(f"{world.url}/playground?model={world.points}")
+    page.get_by_label("Guidance", exact=True).select_option("uncond")
+    page.get_by_label("Images").fill("20")
+    page.get_by_role("button", name="Sample").click()
+    expect(page.locator("#tuned .picture circle")).to_have_count(20)
+    page.get_by_label("Sampler").select_option("own_broken")
+    page.get_by_role("button", name="Sample").click()
+    expect(page.locator("#tuned .error")).to_be_visible()
+
+
+def test_errors_are_pages_for_browsers_and_problems_for_programs(world: World, page: Page) -> None:
+    for path, status, text in (
+        ("/models/mdl_none", 404, "no model 'mdl_none'"),
+        ("/schedules?num_steps=many", 422, "query.num_steps"),
+        ("/compare?metric=beauty", 422, "accepted: "),
+    ):
+        answer = page.goto(world.url + path)
+        assert answer is not None and answer.status == status
+        expect(page.get_by_role("alert")).to_contain_text(text)
+        assert world.stack.client.get(path).headers["content-type"] == "application/problem+json"
+
+
+def test_the_keyboard_reaches_the_content_first(world: World, page: Page) -> None:
+    page.goto(f"{world.url}/schedules")
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    expect(page.get_by_label("Model")).to_be_focused()
+
+
+# Keys
+
+
+def log_in(page: Page, url: str, key: str) -> None:
+    page.get_by_label("API key").fill(key)
+    page.get_by_role("button", name="Log in").click()
+
+
+def test_pages_ask_for_a_key_and_show_what_it_may_do(
+    world: World, page: Page, context: BrowserContext, guarded: str, new_user: NewUser
+) -> None:
+    page.goto(f"{guarded}/schedules")
+    page.wait_for_url(f"{guarded}/login?next=/schedules")
+    log_in(page, guarded, "tt_nonsense")
+    expect(page.get_by_role("alert")).to_contain_text("no valid API key")
+    log_in(page, guarded, new_user(Scope.SAMPLE).key)
+    page.wait_for_url(f"{guarded}/schedules")
+    [cookie] = [one for one in context.cookies() if one["name"] == COOKIE]
+    assert (cookie["httpOnly"], cookie["sameSite"], cookie["secure"]) == (True, "Strict", False)
+    page.goto(f"{guarded}/models/{world.model}")
+    expect(page.get_by_text("Your API key may not tune.")).to_be_visible()
+    page.goto(f"{guarded}/schedules/{world.schedules[0]['id']}")
+    settle(page)  # scripts use the API by the same cookie
+    expect(page.locator("figure.sample img")).to_have_count(2)
+    expect(page.get_by_label("New alias")).to_have_count(0)
+    page.get_by_role("button", name="Log out").click()
+    page.wait_for_url(f"{guarded}/login")
+    page.goto(f"{guarded}/jobs")
+    page.wait_for_url(f"{guarded}/login?next=/jobs")
+
+
+def test_a_cookie_changes_nothing_for_another_site(world: World, guarded: str, new_user: NewUser) -> None:
+    user = new_user(Scope.MODELS_WRITE, Scope.SAMPLE)
+    client, cookie = user.client, {"Cookie": f"{COOKIE}={user.key}"}
+    del client.headers["Authorization"]
+    body: Json = {"model": world.points, "num_steps": 1, "schedule": "none"}
+    for other in ({}, {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "same-site"}):
+        answer = client.post("/v1/samples", json=body, headers=cookie | other)
+        assert answer.status_code == 403, other
+        answer = client.post("/models", data={"builtin": "mixture-ring"}, headers=cookie | other)
+        assert answer.status_code == 403, other
+    assert client.get("/v1/models", headers=cookie).status_code == 200
+    for own in ({"Origin": guarded}, {"Sec-Fetch-Site": "same-origin"}):
+        assert client.post("/v1/samples", json=body, headers=cookie | own).status_code == 200
+        assert client.post("/models", data={"builtin": "mixture-ring"}, headers=cookie | own).status_code == 303
+
+
+def test_a_key_may_do_by_forms_only_what_it_may_do_by_the_api(world: World, guarded: str, new_user: NewUser) -> None:
+    user = new_user(Scope.SAMPLE)
+    headers = {"Cookie": f"{COOKIE}={user.key}", "Origin": guarded}
+    del user.client.headers["Authorization"]
+    job = world.schedules[0]["job"]
+    for path, form in (
+        ("/models", {"builtin": "mixture-ring"}),
+        ("/jobs", {"model": world.model, "num_steps": "2"}),
+        (f"/jobs/{job}/cancel", {}),
+        (f"/schedules/{world.schedules[0]['id']}/aliases", {"name": "mine"}),
+        (f"/schedules/{world.schedules[0]['id']}/aliases/delete", {"name": "production"}),
+    ):
+        assert user.client.post(path, data=form, headers=headers).status_code == 403, path
+    assert user.client.get(f"/jobs/{job}", headers=headers).status_code == 404  # another's
+    assert job not in user.client.get("/jobs", headers=headers).text
+
+
+def test_links_to_elsewhere_are_not_followed_after_a_login(guarded: str, new_user: NewUser) -> None:
+    user = new_user()
+    for there in ("https://evil.example", "//evil.example", "/\\evil.example"):
+        form = {"key": user.key, "next": there}
+        answer = user.client.post("/login", data=form, headers={"Origin": guarded})
+        assert (answer.status_code, answer.headers["location"]) == (303, "/")
+
+
+def test_an_old_cookie_does_not_lock_anybody_out_while_no_key_is_needed(world: World) -> None:
+    headers = {"Cookie": f"{COOKIE}=tt_of_another_service"}
+    assert world.stack.client.get("/models", headers=headers).status_code == 200
+    assert world.stack.client.get("/v1/models", headers=headers).status_code == 200
