@@ -122,7 +122,7 @@ def install_error_handlers(app: FastAPI, routes: Collection[APIRoute]) -> None:
 
     def methods_at(request: Request) -> set[str]:
         path = next((route.path for route in routes if route.matches(request.scope)[0] != Match.NONE), None)
-        return {name for route in routes if route.path == path for name in route.methods}
+        return {name for route in routes if route.path == path for name in route.methods or ()}
 
     @app.exception_handler(ServiceError)
     def service_error(_request: Request, error: ServiceError) -> Response:
