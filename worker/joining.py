@@ -1,5 +1,6 @@
 """Joining the parts of large sampling requests."""
 
+import logging
 from collections.abc import Iterable
 
 import numpy as np
@@ -9,9 +10,14 @@ from service.artifacts import ArtifactStore
 from service.registry.database import Registry
 from service.registry.samples import Ended, join_parts
 
+logger = logging.getLogger(__name__)
+
 
 def join_all(registry: Registry, artifacts: ArtifactStore, parent_ids: Iterable[str]) -> list[Ended]:
-    """Bring requests that were split up to date with their parts; how those ended that are over by that."""
+    """Bring requests that were split up to date with their parts; how those ended that are over by that.
+
+    One whose images cannot be stored stays as it is: it is tried again by the dispatcher.
+    """
 
     def join(places: list[tuple[str, int, int]]) -> str:
         artifact = f"samples/{ULID()}.npy"
@@ -20,7 +26,11 @@ def join_all(registry: Registry, artifacts: ArtifactStore, parent_ids: Iterable[
 
     over = []
     for parent_id in sorted(parent_ids):
-        with registry.write() as session:
-            ended = join_parts(session, parent_id, join)
+        try:
+            with registry.write() as session:
+                ended = join_parts(session, parent_id, join)
+        except OSError:
+            logger.exception("the images of %s cannot be joined", parent_id)
+            continue
         over += [ended] if ended else []
     return over

@@ -292,14 +292,25 @@ class SampleServer:
     def _write(self, ends: Any, images: Any, leases: SampleLeases | None, handed_in: datetime) -> None:
         try:
             with metrics.STORE.time():
-                if len(images):
-                    self._runtime.artifacts.put_array(ends[0][1].artifact, images)
+                ends = self._store(ends, images)
                 over = {one.job_id for one in self._end(ends, [])}
             trace_samples([(claim, end) for claim, end in ends if claim.job_id in over], handed_in)
             logger.info("jobs ended", extra={"state": ends[0][1].state.value, **_ids(claim for claim, _ in ends)})
         finally:
             if leases is not None:  # if that failed, the leases run out, and others make them again
                 leases.drop(claim.job_id for claim, _ in ends)
+
+    def _store(self, ends: Any, images: Any) -> Any:
+        """Keep the images; how the jobs end: where there is no room, for one, not as they were to."""
+        if not len(images):
+            return ends
+        try:
+            self._runtime.artifacts.put_array(ends[0][1].artifact, images)
+        except OSError as error:
+            logger.exception("the images of %d jobs could not be stored", len(ends), extra=_ids(c for c, _ in ends))
+            message = f"the images could not be stored: {error}"
+            return [(claim, ended(claim.job, JobState.FAILED, error=message)) for claim, _ in ends]
+        return ends
 
     def _end(self, ends: list[tuple[SampleClaim, Ended]], others: list[Ended]) -> list[Ended]:
         """Enter how jobs ended, and tell who waits for them, or for the whole that they are parts of; all these."""
