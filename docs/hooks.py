@@ -45,7 +45,8 @@ def _operation(path: str, method: str, operation: dict[str, Any]) -> Iterator[st
     for status, answer in operation["responses"].items():
         if status.startswith("2"):
             yield from _example(status, answer)
-    errors = [f"{status} {answer['description']}" for status, answer in operation["responses"].items() if status > "3"]
+    answers = sorted(operation["responses"].items())
+    errors = [f"{status} {answer['description']}" for status, answer in answers if status.startswith(("4", "5"))]
     yield f"Errors: {', '.join(errors)}\n"
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -108,6 +109,7 @@ def service(request: pytest.FixtureRequest, start_stack: StartStack) -> Iterator
     stack.stop()
 
 
+@pytest.mark.skipif(shutil.which("curl") is None or shutil.which("jq") is None, reason="needs curl and jq")
 @pytest.mark.timeout(PAGE_SECONDS + 100)
 @pytest.mark.parametrize("page", pages_with("sh"))
 def test_the_shell_lines_of_a_page_run(page: Path, folder: Path, service: Stack) -> None:
