@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -33,6 +34,7 @@ PARSERS: dict[str, Callable[[str], Any]] = {
 RUN = ("python", "sh")
 SHOWN = ("text", "bib", *PARSERS)
 SHOWN_URL = "http://127.0.0.1:8000"
+PAGE_SECONDS = 800  # a minute or less, unless the machine does much else
 
 
 @dataclass(frozen=True)
@@ -79,16 +81,23 @@ def run(command: list[str], environment: dict[str, str], folder: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     own = {"PATH": path, "PYTHONPATH": os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])}
     done = subprocess.run(
-        command, env={**environment, **own}, cwd=folder, capture_output=True, text=True, timeout=280, check=False
+        command,
+        env={**environment, **own},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=PAGE_SECONDS,
+        check=False,
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 
+@pytest.mark.timeout(PAGE_SECONDS + 100)
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_the_python_of_a_page_runs(page: Path, folder: Path) -> None:
     script = folder / f"{page.stem}.py"
     script.write_text(in_one_piece(page, "python"))
-    run([sys.executable, str(script)], {**os.environ, "MPLBACKEND": "agg"}, folder)
+    run([sys.executable, str(script)], {**os.environ, "OMP_NUM_THREADS": "1"}, folder)
 
 
 @pytest.fixture(scope="module", params=["sqlite"])
@@ -100,6 +109,8 @@ def service(request: pytest.FixtureRequest, start_stack: StartStack) -> Iterator
     stack.stop()
 
 
+@pytest.mark.skipif(shutil.which("curl") is None or shutil.which("jq") is None, reason="needs curl and jq")
+@pytest.mark.timeout(PAGE_SECONDS + 100)
 @pytest.mark.parametrize("page", pages_with("sh"))
 def test_the_shell_lines_of_a_page_run(page: Path, folder: Path, service: Stack) -> None:
     shown = in_one_piece(page, "sh").replace(SHOWN_URL, str(service.client.base_url).rstrip("/"))

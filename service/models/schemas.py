@@ -30,7 +30,7 @@ class ModelSpec(BaseModel):
         examples=[[1, 8, 8]], description="Of one sample as it is returned; a VAE decodes to another shape."
     )
     model_type: ModelType = Field(description="What the network predicts.")
-    T: float = Field(description="Where sampling starts: times of schedules are in [0, T].")
+    T: float = Field(examples=[1.0], description="Where sampling starts: times of schedules are in [0, T].")
     num_train_timesteps: int | None = Field(
         examples=[1000], description="N, the most steps a sampler can take; null: no limit."
     )
@@ -41,9 +41,9 @@ class ModelSpec(BaseModel):
     )
     guidance_types: list[GuidanceType] = Field(examples=[["uncond", "classifier-free"]])
     num_parameters: int = Field(examples=[1_135_649])
-    has_uncond_condition: bool = Field(description="Whether it knows what stands for no condition.")
-    has_conditions: bool = Field(description="Whether tuning can draw conditions for guidance.")
-    has_data: bool = Field(description="Whether data came with it; else tuning generates its own.")
+    has_uncond_condition: bool = Field(examples=[True], description="Whether it knows what stands for no condition.")
+    has_conditions: bool = Field(examples=[True], description="Whether tuning can draw conditions for guidance.")
+    has_data: bool = Field(examples=[True], description="Whether data came with it; else tuning generates its own.")
 
 
 class ModelOut(BaseModel):

@@ -110,7 +110,9 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """From x_t to x_s, given what the network says at `timesteps[i]`; steps go in order.
 
         Args:
-            model_output, sample: `(B, ...)`. timestep: not looked at.
+            model_output: `(B, ...)`.
+            timestep: not looked at.
+            sample: x_t, of `model_output`'s shape.
             generator: for samplers that add noise, one, or one per sample.
         """
         i = self._step_index
