@@ -14,8 +14,8 @@ from tests.stack import Json, Stack
 
 NO_BROWSER = "no Chromium; install it by `apt-get install chromium`"
 WAIT_MILLISECONDS = 120_000  # the machine may be busy
-TUNER = {"total_iters": 12, "population_size": 64, "teacher_num_steps": 20}
-EVALUATION = {"num_samples": 64, "teacher_num_steps": 50}
+TUNER = {"total_iters": 3, "population_size": 16, "teacher_num_steps": 10}
+EVALUATION = {"num_samples": 16, "teacher_num_steps": 16}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from tests.stack import START_SECONDS, Json, wait_until
 from tests.web.conftest import World
 from tests.web.test_looks import settle
 
-LONG = {"total_iters": 10_000, "population_size": 64, "teacher_num_steps": 20}
+LONG = {"total_iters": 500, "population_size": 16, "teacher_num_steps": 10}
 
 
 def test_a_model_is_registered_by_one_click_and_tuned_by_another(world: World, page: Page) -> None:
