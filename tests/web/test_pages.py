@@ -16,9 +16,9 @@ LONG = {"total_iters": 500, "population_size": 16, "teacher_num_steps": 10}
 
 def test_a_model_is_registered_by_one_click_and_tuned_by_another(world: World, page: Page) -> None:
     page.goto(f"{world.url}/models")
-    page.get_by_label("Built-in model").select_option("digits8")
+    page.get_by_label("Built-in model").select_option("mixture-ring")
     page.get_by_role("button", name="Register").click()
-    expect(page.get_by_role("heading", level=1)).to_have_text("digits8")
+    expect(page.get_by_role("heading", level=1)).to_have_text("mixture-ring")
     page.get_by_label("Steps").fill("2")
     page.get_by_label("Tuner").select_option("dmn")
     page.get_by_role("button", name="Start tuning").click()
@@ -37,7 +37,7 @@ def test_a_refused_form_says_why_beside_its_button(world: World, page: Page) -> 
 
 
 def test_a_running_job_shows_its_progress_and_curves_and_can_be_cancelled(world: World, page: Page) -> None:
-    job = world.stack.submit(world.model, num_steps=4, tuner=LONG)
+    job = world.stack.submit(world.points, num_steps=4, tuner=LONG)
     page.goto(f"{world.url}/jobs/{job['id']}")
     page.evaluate("window.sameDocument = true")
     for title in ("Loss", "Ratio of each step"):
