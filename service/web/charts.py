@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-WIDTH, HEIGHT = 420, 240
-LEFT, RIGHT, TOP, BOTTOM = 54, 12, 12, 40
+WIDTH, HEIGHT = 360, 220
+LEFT, RIGHT, TOP, BOTTOM = 56, 10, 10, 40
 TICKS = 5
 
 Kind = Literal["line", "dots"]
@@ -74,6 +74,7 @@ class _Axis:
 
     def __init__(self, values: Sequence[float], start: float, end: float, log: bool = False) -> None:
         self._log = log
+        self._whole = all(float(value).is_integer() for value in values)
         low, high = self._scaled(min(values)), self._scaled(max(values))
         margin = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
         self._low, self._high = low - margin, high + margin
@@ -88,17 +89,21 @@ class _Axis:
 
     def ticks(self) -> list[tuple[float, str]]:
         """Round values, about `TICKS` of them."""
-        values = self._powers() if self._log and self._high - self._low >= 2 else self._round_values()
-        return [(self.place(value), f"{value:.6g}") for value in values]
+        values = self._logarithmic() if self._log else []
+        return [(self.place(value), f"{value:.6g}") for value in (values if len(values) > 1 else self._even())]
 
-    def _powers(self) -> list[float]:
-        first, last = math.ceil(self._low), math.floor(self._high)
-        every = max(1, math.ceil((last - first) / TICKS))
-        return [10.0**power for power in range(first, last + 1, every)]
+    def _logarithmic(self) -> list[float]:
+        """For a logarithmic axis: 1, 2 and 5 of each power of ten, or the powers alone, or only some of these."""
+        powers = range(math.floor(self._low), math.ceil(self._high) + 1)
+        every = max(1, math.ceil(len(powers) / TICKS))
+        digits = (1, 2, 5) if self._high - self._low < 2 else (1,)
+        values = (digit * 10.0**power for power in powers[::every] for digit in digits)
+        return [value for value in values if self._low <= math.log10(value) <= self._high]
 
-    def _round_values(self) -> list[float]:
+    def _even(self) -> list[float]:
+        """At even distances; whole numbers, if all values are."""
         low, high = (10**self._low, 10**self._high) if self._log else (self._low, self._high)
-        rough = (high - low) / TICKS
+        rough = max((high - low) / TICKS, 1.0 if self._whole else 0.0)
         power = 10 ** math.floor(math.log10(rough))
         step = next(power * k for k in (1, 2, 5, 10) if power * k >= rough)
         return [step * k for k in range(math.ceil(low / step), math.floor(high / step) + 1)]

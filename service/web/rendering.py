@@ -18,7 +18,8 @@ MINUTE, HOUR, DAY = 60, 3600, 86_400
 def render(request: Request, template: str, caller: Caller | None, **context: Any) -> HTMLResponse:
     """A page. `caller` is None where nobody has logged in."""
     shared = {"path": request.url.path, "caller": caller, "by_cookie": COOKIE in request.cookies}
-    return HTMLResponse(TEMPLATES.get_template(template).render(**shared, **context))
+    content = TEMPLATES.get_template(template).render(**shared, **context)
+    return HTMLResponse(content, headers={"Cache-Control": "no-store"})  # not to be had by going back after a logout
 
 
 def see(request: Request, path: str) -> Response:

@@ -11,16 +11,16 @@ from tests.stack import START_SECONDS, Json, wait_until
 from tests.web.conftest import World
 from tests.web.test_looks import settle
 
-LONG = {"total_iters": 10_000, "population_size": 64, "teacher_num_steps": 20}
+LONG = {"total_iters": 500, "population_size": 16, "teacher_num_steps": 10}
 
 
 def test_a_model_is_registered_by_one_click_and_tuned_by_another(world: World, page: Page) -> None:
     page.goto(f"{world.url}/models")
-    page.get_by_label("Built-in model").select_option("digits8")
+    page.get_by_label("Built-in model").select_option("mixture-ring")
     page.get_by_role("button", name="Register").click()
-    expect(page.get_by_role("heading", level=1)).to_have_text("digits8")
-    page.get_by_label("Steps").fill("2")
-    page.get_by_label("Tuner").select_option("dmn")
+    expect(page.get_by_role("heading", level=1)).to_have_text("mixture-ring")
+    page.locator("[name=num_steps]").fill("2")
+    page.locator("[name=objective]").select_option("dmn")
     page.get_by_role("button", name="Start tuning").click()
     page.wait_for_url(re.compile("/jobs/job_"))
     expect(page.locator(".state .badge")).to_have_text("succeeded")  # without loading the page again
@@ -37,7 +37,7 @@ def test_a_refused_form_says_why_beside_its_button(world: World, page: Page) -> 
 
 
 def test_a_running_job_shows_its_progress_and_curves_and_can_be_cancelled(world: World, page: Page) -> None:
-    job = world.stack.submit(world.model, num_steps=4, tuner=LONG)
+    job = world.stack.submit(world.points, num_steps=4, tuner=LONG)
     page.goto(f"{world.url}/jobs/{job['id']}")
     page.evaluate("window.sameDocument = true")
     for title in ("Loss", "Ratio of each step"):
@@ -112,7 +112,7 @@ def test_tuners_are_compared_by_cost(world: World, page: Page) -> None:
     figure.locator("summary").click()
     first = world.schedules[0]["evaluation"]["metrics"]["teacher_l2"]
     expect(figure.get_by_role("region")).to_contain_text(f"{first['after']:.6g}")
-    page.get_by_label("Quality").select_option("sliced_wasserstein")
+    page.locator("[name=metric]").select_option("sliced_wasserstein")
     page.get_by_role("button", name="Compare").click()
     page.wait_for_url(re.compile("metric=sliced_wasserstein"))
     expect(page.locator("figure.chart .axis").nth(1)).to_have_text("sliced Wasserstein distance")
@@ -123,12 +123,12 @@ def test_the_playground_streams_previews_and_ends_with_the_images_of_the_api(wor
     page.evaluate("""window.previews = new Set();
         const note = () => document.querySelectorAll("#untuned img").forEach((image) => previews.add(image.src));
         new MutationObserver(note).observe(document.body, {childList: true, subtree: true})""")
-    steps = page.get_by_label("Steps")
+    steps = page.locator("[name=num_steps]")
     steps.focus()
     for _ in range(25):
         steps.press("ArrowRight")
     expect(page.locator("output")).to_have_text("30")
-    page.get_by_label("Class").select_option("3")
+    page.locator("[name=class_labels]").select_option("3")
     page.get_by_label("Seed").fill("77")
     page.get_by_label("Images").fill("4")
     page.get_by_role("button", name="Sample").click()
@@ -146,11 +146,11 @@ def test_the_playground_streams_previews_and_ends_with_the_images_of_the_api(wor
 
 def test_the_playground_draws_points_and_says_what_was_refused(world: World, page: Page) -> None:
     page.goto(f"{world.url}/playground?model={world.points}")
-    page.get_by_label("Guidance", exact=True).select_option("uncond")
+    page.locator("[name=guidance_type]").select_option("uncond")
     page.get_by_label("Images").fill("20")
     page.get_by_role("button", name="Sample").click()
     expect(page.locator("#tuned .picture circle")).to_have_count(20)
-    page.get_by_label("Sampler").select_option("own_broken")
+    page.locator("[name=sampler]").select_option("own_broken")
     page.get_by_role("button", name="Sample").click()
     expect(page.locator("#tuned .error")).to_be_visible()
 
