@@ -42,7 +42,8 @@ class AsyncTimeTuner:
 
     Args:
         url: default: TIMETUNER_URL, else http://127.0.0.1:8000. api_key: default: TIMETUNER_API_KEY.
-        timeout: seconds that one request may take. max_attempts: of each request, while that may help.
+        timeout: seconds that an answer may take; a model's upload may take 20 times as long.
+        max_attempts: of each request, while that may help.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class AsyncTimeTuner:
         max_attempts: int = MAX_ATTEMPTS,
     ) -> None:
         self._http = httpx.AsyncClient(**http_options(url, api_key, timeout))
+        self._timeout = timeout
         self._max_attempts = max_attempts
         self.models = AsyncModels(self)
         self.tuning_jobs = AsyncTuningJobs(self)
@@ -116,7 +118,9 @@ class AsyncTimeTuner:
 
     async def _attempt(self, call: Call[T]) -> T:
         with telling_unreachable(self._http.base_url), call.content() as content:
-            response = await self._http.request(call.method, call.path, **content)
+            response = await self._http.request(
+                call.method, call.path, timeout=self._timeout * call.slowness, **content
+            )
         return call.result(response)
 
 

@@ -38,6 +38,7 @@ from service.client.results import (
 T = TypeVar("T")
 B = TypeVar("B", bound=BaseModel)
 ARRAY_TYPE = "application/x-npy"
+UPLOAD_SLOWNESS = 20
 WAIT_SECONDS = 30  # that the service may hold back the answer to a sampling request; then we ask for its job
 
 
@@ -50,6 +51,7 @@ class Call(Generic[T]):
         archive: a file or folder that is sent as a form, with `json` as its fields.
         is_repeatable: it may be sent again when nobody knows what became of it.
         also_accepts: a status that is an answer, though not of success.
+        slowness: how many times the client's timeout it may take.
     """
 
     operation: str
@@ -62,6 +64,7 @@ class Call(Generic[T]):
     headers: Mapping[str, str] = field(default_factory=dict)
     is_repeatable: bool = True
     also_accepts: int | None = None
+    slowness: int = 1
 
     @contextmanager
     def content(self) -> Iterator[dict[str, Any]]:
@@ -94,7 +97,9 @@ def register_model(builtin: str | None, archive: Path | str | None, name: str | 
     fields = {"builtin": builtin, "name": name}
     given = {key: value for key, value in fields.items() if value is not None}
     path = None if archive is None else Path(archive)
-    return _made_once(Call("register_model", "POST", "/v1/models", _reader(Model), json=given, archive=path))
+    slowness = 1 if path is None else UPLOAD_SLOWNESS  # the service looks at all weights before it answers
+    call = Call("register_model", "POST", "/v1/models", _reader(Model), json=given, archive=path, slowness=slowness)
+    return _made_once(call)
 
 
 def list_models(limit: int) -> Call[Page[Model]]:

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,9 @@ QUICK = ["--tuner", "total_iters=2", "--tuner", "population_size=16", "--evaluat
 
 
 def test_a_model_is_imported_listed_shown_and_removed(connected: Run) -> None:
-    made = json.loads(connected("models", "import", str(BUNDLED / "digits8"), "--name", "by-command", "--json").out)
+    imported = connected("models", "import", str(BUNDLED / "digits8"), "--name", "by-command", "--json")
+    assert imported.code == 0, imported.err
+    made = json.loads(imported.out)
     assert (made["name"], made["spec"]["num_classes"]) == ("by-command", 10)
     [header, *lines] = connected("models", "list", "--limit", "1").out.splitlines()
     assert header.split()[:2] == ["id", "name"]
@@ -94,7 +97,15 @@ def test_ctrl_c_cancels_the_job_that_is_waited_for(
 ) -> None:
     before = {job.id for job in service.tuning_jobs.list()}
     command = [*COMMAND, "tune", gratings, "--num-steps", "3", "--tuner", "total_iters=10000", *watch]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as running:
+    # Where the tests run in the background, Ctrl-C may have been turned off for them.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed,  # noqa: PLW1509
+    ) as running:
         try:
             job = wait_until(lambda: next((j for j in service.tuning_jobs.list() if j.id not in before), None), "job")
             wait_until(lambda: service.tuning_jobs.get(job.id).state == "running", "start of the job")

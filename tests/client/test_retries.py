@@ -47,7 +47,7 @@ MODEL = {
         "of_a_newer_service": "is not looked at",
     },
 }
-Answer = int | tuple[int, dict[str, str]] | None  # a status, with headers; None: the connection is closed
+Answer = int | tuple[int, dict[str, str]] | float | None  # a status, with headers; a wait; None: no answer
 BUSY = (429, {"Retry-After": "1"})
 
 
@@ -70,6 +70,9 @@ def serving(*answers: Answer) -> Iterator[Server]:
             server.bodies.append(self._body())
             server.times.append(time.monotonic())
             answer = server.answers.pop(0)
+            if isinstance(answer, float):
+                time.sleep(answer)
+                answer = 201
             if answer is None:
                 self.close_connection = True
                 return
@@ -104,13 +107,13 @@ def serving(*answers: Answer) -> Iterator[Server]:
         thread.join()
 
 
-def send(url: str, call: Call[Any], kind: str, max_attempts: int = 4) -> Any:
+def send(url: str, call: Call[Any], kind: str, max_attempts: int = 4, timeout: float = 60) -> Any:
     if kind == "sync":
-        with TimeTuner(url, max_attempts=max_attempts) as client:
+        with TimeTuner(url, max_attempts=max_attempts, timeout=timeout) as client:
             return client.send(call)
 
     async def ask() -> Any:
-        async with AsyncTimeTuner(url, max_attempts=max_attempts) as client:
+        async with AsyncTimeTuner(url, max_attempts=max_attempts, timeout=timeout) as client:
             return await client.send(call)
 
     return asyncio.run(ask())
@@ -141,6 +144,15 @@ def test_a_file_is_sent_again_whole(kind: str, tmp_path: Path) -> None:
         send(server.url, register_model(None, archive, "n"), kind)
         assert all(archive.read_bytes() in body for body in server.bodies)
         assert len(server.bodies) == 2
+
+
+@kinds
+def test_a_model_may_take_longer_than_other_requests(kind: str, tmp_path: Path) -> None:
+    (archive := tmp_path / "model.zip").write_bytes(b"0123456789")
+    with serving(3.0) as server:
+        send(server.url, register_model(None, archive, "n"), kind, max_attempts=1, timeout=1)
+    with serving(3.0) as server, pytest.raises(UnreachableError, match=r"timed out|Timeout"):
+        send(server.url, get_model("mdl_1"), kind, max_attempts=1, timeout=1)
 
 
 @kinds
