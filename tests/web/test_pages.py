@@ -1,7 +1,9 @@
 """The web page in use."""
 
+import io
 import re
 
+from PIL import Image
 from playwright.sync_api import BrowserContext, Page, expect
 
 from service.access.cookies import COOKIE
@@ -12,6 +14,19 @@ from tests.web.conftest import World
 from tests.web.test_looks import settle
 
 LONG = {"total_iters": 500, "population_size": 16, "teacher_num_steps": 10}
+
+
+def pixels(page: Page, selector: str) -> list[int]:
+    """Of a picture, as red, green, blue and alpha."""
+    script = """async (image) => {
+        await image.decode();
+        const size = [image.naturalWidth, image.naturalHeight];
+        const context = new OffscreenCanvas(...size).getContext("2d");
+        context.drawImage(image, 0, 0);
+        return [...context.getImageData(0, 0, ...size).data];
+    }"""
+    found: list[int] = page.locator(selector).evaluate(script)
+    return found
 
 
 def test_a_model_is_registered_by_one_click_and_tuned_by_another(world: World, page: Page) -> None:
@@ -140,8 +155,7 @@ def test_the_playground_streams_previews_and_ends_with_the_images_of_the_api(wor
     body = {"model": world.model, "num_steps": 30, "num_images": 4, "seed": 77, "schedule": "none", "class_labels": 3}
     body |= {"guidance_type": "classifier-free", "guidance_scale": 2}
     png = world.stack.client.post("/v1/samples", json=body, headers={"Accept": "image/png"}).content
-    source = page.locator("#untuned img").get_attribute("src")
-    assert page.evaluate("async (url) => [...new Uint8Array(await (await fetch(url)).arrayBuffer())]", source) == [*png]
+    assert pixels(page, "#untuned img") == [*Image.open(io.BytesIO(png)).convert("RGBA").tobytes()]
 
 
 def test_the_playground_draws_points_and_says_what_was_refused(world: World, page: Page) -> None:
