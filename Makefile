@@ -34,10 +34,10 @@ format: $(INSTALLED)
 chaos: $(INSTALLED)  ## processes killed at random while they work; a quarter of an hour
 	$(BIN)/python -m tests.chaos
 
-fuzz: $(INSTALLED)  ## 20,000 requests of all kinds against the OpenAPI document; a quarter of an hour
+fuzz: $(INSTALLED)  ## 15,000 requests of all kinds against the OpenAPI document; 21 minutes on a busy machine
 	$(BIN)/python -m tests.fuzz
 
-soak: $(INSTALLED)  ## 10,000 small jobs, and whether processes grow; a quarter of an hour
+soak: $(INSTALLED)  ## 10,000 small jobs, and whether processes grow; over an hour on a busy machine
 	$(BIN)/python -m tests.soak
 
 bench: $(INSTALLED)  ## all tuners on all shipped models; half an hour on two cores

@@ -81,12 +81,12 @@ async def _parse(request: Request) -> tuple[BuiltinModelRequest | None, UploadFi
             f"Content-Type is {given!r}; accepted: {accepted}", ("header", "Content-Type"), given
         )
     form = await request.form(max_files=1, max_fields=5)
-    if unknown := form.keys() - {"archive", "name"}:
-        field = min(unknown)[:100]
-        raise InvalidError(f"there is no field {field!r}; accepted: archive, name", ("body", field))
     archive, name = form.get("archive"), form.get("name")
     if not isinstance(archive, UploadFile):
         raise InvalidError("archive is missing; accepted: a zip, tar or tar.gz file", ("body", "archive"))
+    if unknown := form.keys() - {"archive", "name"}:
+        field = min(unknown)[:100]
+        raise InvalidError(f"there is no field {field!r}; accepted: archive, name", ("body", field))
     name = name if isinstance(name, str) and name else archive.filename or "model"
     if len(name) > 200 or not re.fullmatch(PRINTABLE, name):
         raise InvalidError("accepted as name: up to 200 printable characters", ("body", "name"), name[:300])

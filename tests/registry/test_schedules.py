@@ -222,9 +222,11 @@ def test_resolving_is_one_query_that_reads_an_index_and_sorts_nothing(filled: Re
 
 def test_the_next_version_is_read_off_an_index(filled: Registry) -> None:
     _, stored, ever = plans_of(filled, lambda session: next_version(session, SETTING.key()))
-    assert (stored.indexes, ever.indexes) == ([(*Schedule.KEY, "version")], [Schedule.KEY])
-    for plan in (stored, ever):
-        assert (plan.whole_tables, plan.sorts) == ([], False)
+    assert stored.indexes == [(*Schedule.KEY, "version")]
+    assert (stored.whole_tables, stored.sorts) == ([], False)
+    if filled.is_sqlite:  # PostgreSQL reads a small table as a whole
+        assert (ever.indexes, ever.whole_tables) == ([Schedule.KEY], [])
+    assert not ever.sorts
 
 
 @pytest.fixture

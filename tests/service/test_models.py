@@ -308,6 +308,7 @@ def test_an_unsafe_archive_is_refused_and_leaves_nothing(stack: Stack, model_fol
         ({"json": ["digits8"]}, 422, "body"),
         ({"content": b"{", "headers": {"Content-Type": "application/json"}}, 422, "body"),
         ({"files": {"wrong": ("a.zip", b"x")}}, 422, "archive"),
+        ({"files": {"archive": ("a.zip", b"x")}, "data": {"nmae": "x"}}, 422, "nmae"),
         ({"data": {"builtin": "digits8"}}, 415, "Content-Type"),
         ({"content": b"x" * 6_000_000, "headers": {"Content-Type": "multipart/form-data; boundary=b"}}, 413, None),
         ({"content": b"nonsense", "headers": {"Content-Type": "multipart/form-data"}}, 400, None),
