@@ -34,6 +34,7 @@ PARSERS: dict[str, Callable[[str], Any]] = {
 RUN = ("python", "sh")
 SHOWN = ("text", "bib", *PARSERS)
 SHOWN_URL = "http://127.0.0.1:8000"
+GROUPS = ("db", "jobs", "keys", "models", "schedules")  # commands that have commands
 PAGE_SECONDS = 800  # a minute or less, unless the machine does much else
 
 
@@ -92,12 +93,20 @@ def run(command: list[str], environment: dict[str, str], folder: Path) -> None:
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 
-@pytest.mark.timeout(PAGE_SECONDS + 100)
-@pytest.mark.parametrize("page", pages_with("python"))
-def test_the_python_of_a_page_runs(page: Path, folder: Path) -> None:
+def uses_the_service(page: Path) -> bool:
+    return "service.client" in in_one_piece(page, "python")
+
+
+def run_python(page: Path, folder: Path, url: str) -> None:
     script = folder / f"{page.stem}.py"
-    script.write_text(in_one_piece(page, "python"))
-    run([sys.executable, str(script)], {**os.environ, "OMP_NUM_THREADS": "1"}, folder)
+    script.write_text(in_one_piece(page, "python").replace(SHOWN_URL, url))
+    run([sys.executable, str(script)], {**os.environ, "OMP_NUM_THREADS": "1", "TIMETUNER_URL": url}, folder)
+
+
+@pytest.mark.timeout(PAGE_SECONDS + 100)
+@pytest.mark.parametrize("page", [page for page in pages_with("python") if not uses_the_service(page.values[0])])
+def test_the_python_of_a_page_runs(page: Path, folder: Path) -> None:
+    run_python(page, folder, "http://127.0.0.1:1")
 
 
 @pytest.fixture(scope="module", params=["sqlite"])
@@ -109,14 +118,21 @@ def service(request: pytest.FixtureRequest, start_stack: StartStack) -> Iterator
     stack.stop()
 
 
+@pytest.mark.timeout(PAGE_SECONDS + 100)
+@pytest.mark.parametrize("page", [page for page in pages_with("python") if uses_the_service(page.values[0])])
+def test_the_python_of_a_page_runs_with_a_service(page: Path, folder: Path, service: Stack) -> None:
+    run_python(page, folder, str(service.client.base_url).rstrip("/"))
+
+
 @pytest.mark.skipif(shutil.which("curl") is None or shutil.which("jq") is None, reason="needs curl and jq")
 @pytest.mark.timeout(PAGE_SECONDS + 100)
 @pytest.mark.parametrize("page", pages_with("sh"))
 def test_the_shell_lines_of_a_page_run(page: Path, folder: Path, service: Stack) -> None:
-    shown = in_one_piece(page, "sh").replace(SHOWN_URL, str(service.client.base_url).rstrip("/"))
+    url = str(service.client.base_url).rstrip("/")
+    shown = in_one_piece(page, "sh").replace(SHOWN_URL, url)
     # curl alone would take an error's answer for a success.
     lines = f'set -euo pipefail\ncurl() {{ command curl --fail-with-body "$@"; }}\n{shown}'
-    run(["bash", "-c", lines], service.environment, folder)
+    run(["bash", "-c", lines], {**service.environment, "TIMETUNER_URL": url}, folder)
 
 
 def test_every_block_says_what_it_is() -> None:
@@ -144,7 +160,7 @@ def test_a_block_that_is_not_run_names_what_there_is(block: Block) -> None:
             case ["make", target]:
                 assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
             case ["timetuner", command, *rest]:
-                named = [command, *rest[:1]] if command in ("db", "keys") else [command]
+                named = [command, *rest[:1]] if command in GROUPS else [command]
                 known = help_of("-m", "service", *named)
                 assert all(option in known for option in options), line
             case ["python", file, *_] if file.endswith(".py"):
