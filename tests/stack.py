@@ -58,7 +58,7 @@ class Stack:
             "BROKER_URL": f"redis+socket://{broker_socket}",
             "AUTH": "off",
             "LEASE_SECONDS": str(LEASE_SECONDS),
-            "DISPATCH_INTERVAL_SECONDS": "0.1",
+            "DISPATCH_INTERVAL_SECONDS": "0.3",
             "REPUBLISH_SECONDS": "1",
             "SAVE_SECONDS": "0.1",
             "DRAIN_SECONDS": "100",
