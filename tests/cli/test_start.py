@@ -1,5 +1,6 @@
 """What commands do before they do anything: start quickly, complete words, and refuse what makes no sense."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -55,7 +56,9 @@ def test_every_command_prints_json_on_request() -> None:
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_words_are_completed(shell: str) -> None:
     command = [sys.executable, "-c", "import sys; sys.argv[0] = 'timetuner'; from service.cli import main; main()"]
-    script = subprocess.run([*command, "--show-completion", shell], capture_output=True, text=True, check=True)
+    named = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}  # the test may be no shell's child
+    showing = [*command, "--show-completion", shell]
+    script = subprocess.run(showing, env=named, capture_output=True, text=True, check=True)
     assert "_TIMETUNER_COMPLETE" in script.stdout
     variables = {"COMP_WORDS": "timetuner sched", "COMP_CWORD": "1", "_TYPER_COMPLETE_ARGS": "timetuner sched"}
     fish = {"_TYPER_COMPLETE_FISH_ACTION": "get-args"}

@@ -61,10 +61,12 @@ def test_a_job_that_does_not_succeed_is_an_error(service: TimeTuner, gratings: s
 
 
 def test_lists_go_on_over_all_pages(service: TimeTuner, gratings: str, schedule: Schedule) -> None:
-    ids = [service.schedules.import_(**schedule.to_import()).id for _ in range(5)]
     filters = {"model": gratings, "num_steps": schedule.num_steps, "status": "imported"}
-    assert [each.id for each in service.schedules.list(**filters, limit=2)] == ids[::-1]  # type: ignore[arg-type]
-    assert [each.id for each in service.schedules.list(**filters)] == ids[::-1]  # type: ignore[arg-type]
+    expected = [each.id for each in service.schedules.list(**filters)]  # type: ignore[arg-type]
+    for _ in range(5):
+        expected.insert(0, service.schedules.import_(**schedule.to_import()).id)
+    assert [each.id for each in service.schedules.list(**filters, limit=2)] == expected  # type: ignore[arg-type]
+    assert [each.id for each in service.schedules.list(**filters)] == expected  # type: ignore[arg-type]
     jobs = [job.id for job in service.tuning_jobs.list(state="succeeded", limit=1)]
     assert schedule.job in jobs
     assert gratings in [model.id for model in service.models.list(limit=1)]
