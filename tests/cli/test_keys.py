@@ -9,8 +9,8 @@ from sqlalchemy import select
 from service.registry.database import Registry
 from service.registry.tables import ApiKey
 from tests.cli.conftest import Run
+from tests.keys import keys
 from tests.registry.conftest import registry  # noqa: F401
-from tests.service.conftest import keys
 
 
 def test_a_key_has_what_the_command_gives_it(registry: Registry) -> None:  # noqa: F811

@@ -26,7 +26,7 @@ from service.client import (
 )
 from service.registry.keys import Scope
 from tests.client.conftest import quick
-from tests.service.conftest import NewUser, guarded, new_user  # noqa: F401
+from tests.keys import NewUser
 from timetuner_core.integrations.diffusers import TimeTunerScheduler
 from timetuner_core.loading import BUNDLED
 
@@ -151,8 +151,8 @@ def test_a_refusal_says_in_one_line_which_field_is_wrong_and_what_is_accepted(
 def test_a_key_is_presented_and_what_it_lacks_is_said(
     service: TimeTuner,
     gratings: str,
-    new_user: NewUser,  # noqa: F811
-    guarded: str,  # noqa: F811
+    new_user: NewUser,
+    guarded: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     user = new_user(Scope.SAMPLE)

@@ -22,7 +22,7 @@ from service.registry.keys import Scope, revoke_key
 from service.registry.tables import ApiKey, AuditEntry
 from tests.cli.conftest import Run, timetuner  # noqa: F401
 from tests.conftest import MakeDatabaseUrl
-from tests.service.conftest import NewUser, User, keys
+from tests.keys import NewUser, User, keys
 from tests.service.problems import assert_problem
 from tests.stack import Json, Stack, free_port, wait_until
 

@@ -14,7 +14,7 @@ from service.app import create_app
 from service.registry.keys import Scope, revoke_key
 from service.registry.tables import AuditEntry, JobState, SampleJob, TuningJob
 from service.registry.types import new_id
-from tests.service.conftest import NewUser, User
+from tests.keys import NewUser, User
 from tests.service.problems import assert_problem
 from tests.stack import Json, Stack, wait_until
 

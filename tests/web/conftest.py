@@ -15,7 +15,7 @@ from service.registry.tables import Evaluation, JobState, Schedule, ScheduleStat
 from service.registry.types import utc_now
 from service.tuning_jobs.schemas import TuningJobRequest
 from tests.conftest import StartStack
-from tests.service.conftest import guarded, new_user  # noqa: F401 (fixtures)
+from tests.keys import guarded, new_user  # noqa: F401 (fixtures)
 from tests.stack import Json, Stack
 
 NO_BROWSER = "no Chromium; install it by `apt-get install chromium`"

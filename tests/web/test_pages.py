@@ -8,7 +8,7 @@ from playwright.sync_api import BrowserContext, Page, expect
 
 from service.access.cookies import COOKIE
 from service.registry.keys import Scope
-from tests.service.conftest import NewUser
+from tests.keys import NewUser
 from tests.stack import START_SECONDS, Json, wait_until
 from tests.web.conftest import World
 from tests.web.test_looks import settle
