@@ -8,16 +8,15 @@ connections to broker and database are read now and then. The first tenth of the
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 
+import psutil
 import redis
 from sqlalchemy import func, select, text
 
@@ -53,9 +52,8 @@ def look(stack: Stack, jobs: int) -> Look:
 
 
 def resident(pid: int) -> float:
-    """Megabytes of a process's memory that are its own, and in use."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    """Megabytes of a process's memory that are in use."""
+    return psutil.Process(pid).memory_info().rss / 2**20
 
 
 def run_job(stack: Stack, models: list[str], number: int) -> None:

@@ -129,7 +129,7 @@ def _room(home: Path) -> Iterator[Finding]:
 def _database(settings: "Settings") -> Finding:
     from sqlalchemy.exc import SQLAlchemyError
 
-    from service.cli.registry import revisions
+    from service.cli.registry import reason_of, revisions
     from service.registry.database import Registry
 
     registry = Registry(settings.database_url)
@@ -139,8 +139,9 @@ def _database(settings: "Settings") -> Finding:
     try:
         current, newest = revisions(registry)
     except SQLAlchemyError as error:
-        reason = str(getattr(error, "orig", error)).partition("\n")[0]
-        return Finding("database", False, f"{name}: {reason}", "start it, and set DATABASE_URL to where it is")
+        return Finding(
+            "database", False, f"{name}: {reason_of(error)}", "start it, and set DATABASE_URL to where it is"
+        )
     finally:
         registry.close()
     found = f"{name}: schema {current or 'none'}, newest {newest}"
@@ -150,9 +151,11 @@ def _database(settings: "Settings") -> Finding:
 def _broker(settings: "Settings") -> Finding:
     import redis
 
+    from service.bus import redis_url
+
     if "broker_url" not in settings.model_fields_set:
         return _embedded_broker()
-    url = settings.broker_url.replace("redis+socket://", "unix://")
+    url = redis_url(settings.broker_url)
     try:
         with redis.Redis.from_url(url, socket_connect_timeout=5, socket_timeout=5) as broker:
             broker.ping()

@@ -1,19 +1,17 @@
 """Options that several commands have. What they leave out, the service decides."""
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from service.cli.output import NOT_FOUND, CommandError
-from service.client import TimeTuner
-
-GuidanceKind = Literal["uncond", "classifier", "classifier-free"]
+from service.client import TimeTuner, requests
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model's id or name.")]
 NumSteps = Annotated[int, typer.Option(min=1, help="Steps of sampling.")]
 Sampler = Annotated[str | None, typer.Option(help="Such as ddim or dpmpp_2m. [ddim]")]
-GuidanceType = Annotated[GuidanceKind | None, typer.Option(help="[uncond]")]
+GuidanceType = Annotated[requests.GuidanceType | None, typer.Option(help="[uncond]")]
 GuidanceScale = Annotated[float | None, typer.Option(help="[1]")]
 GuidanceRescale = Annotated[float | None, typer.Option(help="[0]")]
 GuidanceStart = Annotated[float | None, typer.Option(help="No guidance at times below. [0]")]

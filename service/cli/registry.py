@@ -17,12 +17,16 @@ def open_registry() -> Iterator[Registry]:
     try:
         yield registry
     except SQLAlchemyError as error:
-        reason = str(getattr(error, "orig", error)).partition("\n")[0]
         database = registry.url.render_as_string()
-        message = f"{database} cannot be used: {reason}; accepted: a database after `timetuner db upgrade`"
+        message = f"{database} cannot be used: {reason_of(error)}; accepted: a database after `timetuner db upgrade`"
         raise CommandError(message, UNREACHABLE) from None
     finally:
         registry.close()
+
+
+def reason_of(error: SQLAlchemyError) -> str:
+    """What the database's driver says, in a line."""
+    return str(getattr(error, "orig", error)).partition("\n")[0]
 
 
 def revisions(registry: Registry) -> tuple[str | None, str | None]:

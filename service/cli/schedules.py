@@ -3,7 +3,7 @@
 import json
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -23,11 +23,11 @@ from service.cli.options import (
 )
 from service.cli.output import USAGE, AsJson, CommandError, Limit, print_facts, print_json, print_table
 from service.client import Schedule
+from service.client.requests import ScheduleStatus
 
 schedules = typer.Typer(no_args_is_help=True, help="List, move and name schedules.")
 
 ScheduleId = Annotated[str, typer.Argument(metavar="ID", help="A schedule's id.")]
-Status = Literal["accepted", "rejected", "imported"]
 
 
 @schedules.command(name="list")
@@ -37,7 +37,7 @@ def list_(
     sampler: Annotated[str | None, typer.Option()] = None,
     guidance_type: Annotated[str | None, typer.Option()] = None,
     guidance_scale: Annotated[float | None, typer.Option()] = None,
-    status: Annotated[Status | None, typer.Option()] = None,
+    status: Annotated[ScheduleStatus | None, typer.Option()] = None,
     limit: Limit = None,
     url: Url = None,
     as_json: AsJson = False,

@@ -9,14 +9,13 @@ from typing_extensions import TypedDict  # pydantic reads typing's own from Pyth
 
 GuidanceType: TypeAlias = Literal["uncond", "classifier", "classifier-free"]
 Timesteps: TypeAlias = Literal["default", "uniform", "quadratic", "log_snr", "edm"] | Sequence[float]
+ScheduleStatus: TypeAlias = Literal["accepted", "rejected", "imported"]
 Data: TypeAlias = Literal["auto", "model", "generated"]
 
 
-class Setting(TypedDict, total=False):
-    """What is sampled, and how: a schedule is tuned for one setting and resolved by it."""
+class SettingOptions(TypedDict, total=False):
+    """What a setting has beside its model and number of steps."""
 
-    model: Required[str]
-    num_steps: Required[int]
     sampler: str
     guidance_type: GuidanceType
     guidance_scale: float
@@ -24,6 +23,13 @@ class Setting(TypedDict, total=False):
     guidance_start: float
     guidance_end: float
     eta: float
+
+
+class Setting(SettingOptions, total=False):
+    """What is sampled, and how: a schedule is tuned for one setting and resolved by it."""
+
+    model: Required[str]
+    num_steps: Required[int]
 
 
 class EndToEndTuner(TypedDict, total=False):
@@ -125,16 +131,9 @@ class ScheduleImport(Setting, total=False):
     provenance: dict[str, Any]
 
 
-class ScheduleFilters(TypedDict, total=False):
+class ScheduleFilters(SettingOptions, total=False):
     """Each is exact; a schedule in a list matches all that are given."""
 
     model: str
-    sampler: str
     num_steps: int
-    guidance_type: GuidanceType
-    guidance_scale: float
-    guidance_rescale: float
-    guidance_start: float
-    guidance_end: float
-    eta: float
-    status: Literal["accepted", "rejected", "imported"]
+    status: ScheduleStatus

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, field_validator
 
 from service.client import display
 from service.client.errors import JobFailedError, NoScheduleError
-from service.client.requests import GuidanceType, ScheduleImport
+from service.client.requests import GuidanceType, ScheduleImport, ScheduleStatus
 from service.samples.formats import to_images, to_png_grid
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Schedule(BaseModel):
     guidance_end: float
     eta: float
     version: int
-    status: Literal["accepted", "rejected", "imported"]
+    status: ScheduleStatus
     score: float | None
     timesteps: list[float]
     t_ratios: list[float]

@@ -15,19 +15,16 @@ from service.registry.tables import Model, RegistryChanges, Schedule, ScheduleAl
 if TYPE_CHECKING:
     from alembic.config import Config
 
+IDLE_SECONDS = 30  # that a transaction may do nothing
+
 
 def is_away(error: BaseException) -> bool:
     """Whether an error says that the database cannot be used at the moment, and nothing of what was asked."""
     if not isinstance(error, DBAPIError):
         return False
-    if (
-        getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR
-    ):  # a statement that the schema has no sense for
+    if getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:  # the schema is a wrong one
         return False
     return isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
-
-
-IDLE_SECONDS = 30  # that a transaction may do nothing
 
 
 class RegistrySession(Session):

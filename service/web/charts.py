@@ -3,22 +3,18 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 56, 10, 10, 40
 TICKS = 5
 
-Kind = Literal["line", "dots"]
-
 
 @dataclass(frozen=True)
 class Series:
-    """Points by rising x, and how they are shown; those that are not finite are left out."""
+    """Points by rising x; those that are not finite are left out."""
 
     name: str
     points: Sequence[tuple[float, float]]
-    kind: Kind = "line"
 
 
 @dataclass(frozen=True)
@@ -26,7 +22,6 @@ class Drawn:
     """A series in the picture's own coordinates."""
 
     name: str
-    kind: Kind
     points: list[tuple[float, float]]
 
     @property
@@ -57,14 +52,14 @@ def make_chart(
     title: str, description: str, x_label: str, y_label: str, series: Sequence[Series], *, log_y: bool = False
 ) -> Chart | None:
     """None where there is nothing to draw. A logarithmic axis needs positive values; others are left out."""
-    kept = [Series(one.name, [p for p in one.points if _fits(p, log_y)], one.kind) for one in series]
+    kept = [Series(one.name, [p for p in one.points if _fits(p, log_y)]) for one in series]
     kept = [one for one in kept if one.points]
     if not kept:
         return None
     xs = [x for one in kept for x, _ in one.points]
     ys = [y for one in kept for _, y in one.points]
     x_axis, y_axis = _Axis(xs, LEFT, WIDTH - RIGHT), _Axis(ys, HEIGHT - BOTTOM, TOP, log_y)
-    drawn = [Drawn(one.name, one.kind, [(x_axis.place(x), y_axis.place(y)) for x, y in one.points]) for one in kept]
+    drawn = [Drawn(one.name, [(x_axis.place(x), y_axis.place(y)) for x, y in one.points]) for one in kept]
     header, rows = _table(x_label, kept)
     return Chart(title, description, x_label, y_label, drawn, x_axis.ticks(), y_axis.ticks(), header, rows)
 

@@ -1,6 +1,6 @@
 """What pages show of the registry's rows: costs, charts, lines of code."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,8 +162,9 @@ def comparison_chart(schedules: Sequence[Schedule], metric: str) -> Chart | None
     best: dict[str, dict[int, float]] = {}
     points: list[tuple[str, int | None, float | None]] = []
     for schedule in schedules:
-        points.append((tuner_of(schedule), network_calls(schedule), figure(schedule, metric)))
-        points.append(("untuned", network_calls(schedule), figure(schedule, metric, "before")))
+        calls = network_calls(schedule)
+        points.append((tuner_of(schedule), calls, figure(schedule, metric)))
+        points.append(("untuned", calls, figure(schedule, metric, "before")))
     for name, calls, value in points:
         if calls is not None and value is not None:
             of_tuner = best.setdefault(name, {})
@@ -172,11 +173,3 @@ def comparison_chart(schedules: Sequence[Schedule], metric: str) -> Chart | None
     label = METRICS[metric]
     description = f"The lowest {label} of each tuner by network calls per image; lower is better."
     return make_chart("Quality against cost", description, "network calls per image", label, series, log_y=True)
-
-
-def shares(schedules: Sequence[Schedule], of: Callable[[Schedule], Any]) -> dict[Any, int]:
-    """How many schedules have each value, those with the most first."""
-    counts: dict[Any, int] = {}
-    for schedule in schedules:
-        counts[of(schedule)] = counts.get(of(schedule), 0) + 1
-    return dict(sorted(counts.items(), key=lambda item: -item[1]))
