@@ -1,5 +1,7 @@
 """Whether there is room for one more request for samples, and if not, when there will be."""
 
+import asyncio
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -7,6 +9,7 @@ from contextlib import contextmanager
 
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy import func, select
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.errors import TooManyRequestsError, problem_response
@@ -16,6 +19,8 @@ from service.registry.tables import JobState, SampleJob
 LOOK_SECONDS = 0.1  # how old the count of the queue may be
 MEMORY_SECONDS = 10.0  # how far back the measured rate looks
 UNKNOWN_SECONDS = 10.0  # what to say while nothing has been measured
+
+logger = logging.getLogger(__name__)
 
 
 class Admission:
@@ -33,7 +38,7 @@ class Admission:
         self._jobs = self._images = 0
         self._unstored_jobs = self._unstored_images = 0  # on their way into the registry, which cannot count them yet
         self._looked_at = -math.inf
-        self._looking = False
+        self._looking: asyncio.Task[None] | None = None
         self._served, self._seconds = 0.0, 0.0  # images, and the time they took, the older the less
         self._last_end: float | None = None
 
@@ -43,22 +48,36 @@ class Admission:
         return self._served / self._seconds if self._seconds > 0 else None
 
     async def refusal(self) -> float | None:
-        """None if there is room; else how many seconds it will take until there is."""
-        if self._clock() - self._looked_at > LOOK_SECONDS and not self._looking:
-            self._looking = True
-            try:
-                jobs, images = await run_in_threadpool(self._count)
-                self._jobs, self._images = jobs + self._unstored_jobs, images + self._unstored_images
-                self._looked_at = self._clock()
-            finally:
-                self._looking = False
+        """None if there is room; else how many seconds it will take until there is.
+
+        Nobody is refused by an old count; who is let in by one need not wait for the next.
+        """
+        is_old = self._clock() - self._looked_at > LOOK_SECONDS
+        if is_old and self._looking is None:
+            self._looking = asyncio.create_task(self._look())
+        if is_old and self._looking is not None and (self._looked_at == -math.inf or self._seconds_to_room() > 0):
+            await asyncio.shield(self._looking)
+        return self._seconds_to_room() or None
+
+    def _seconds_to_room(self) -> float:
+        """Zero if there is room."""
         rate = self.rate
         excess = (self._jobs + 1 - self._max_jobs) / max(self._jobs, 1) * self._images
         if rate is not None:
             excess = max(excess, self._images - self._max_seconds * rate)
         if excess <= 0:
-            return None
+            return 0.0
         return UNKNOWN_SECONDS if rate is None else excess / rate
+
+    async def _look(self) -> None:
+        try:
+            jobs, images = await run_in_threadpool(self._count)
+            self._jobs, self._images = jobs + self._unstored_jobs, images + self._unstored_images
+            self._looked_at = self._clock()
+        except SQLAlchemyError:
+            logger.warning("the queue of samples cannot be counted")  # who comes with a request will hear of it
+        finally:
+            self._looking = None
 
     @contextmanager
     def admit(self, images: int) -> Iterator[None]:

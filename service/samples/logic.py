@@ -6,12 +6,12 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
 import numpy as np
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
 from service.access.callers import ANYBODY, Caller, record_all
@@ -185,14 +185,23 @@ def _hash(model_id: str, schedule_id: str | None, request: dict[str, Any]) -> st
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+# Made once: making a statement takes longer than running it.
+_MADE = (
+    select(SampleJob.request_hash, SampleJob.artifact, SampleJob.artifact_row)
+    .where(
+        SampleJob.request_hash.in_(bindparam("hashes", expanding=True)),
+        SampleJob.state == JobState.SUCCEEDED,
+        SampleJob.finished_at > bindparam("since"),
+    )
+    .order_by(SampleJob.id)
+)
+
+
 def _reuse(session: Session, jobs: Sequence[SampleJob], keep_days: float) -> None:
     """Give jobs the images that were made for the same request before, but not those about to be deleted."""
-    hashes = {job.request_hash for job in jobs}
-    query = select(SampleJob.request_hash, SampleJob.artifact, SampleJob.artifact_row)
-    query = query.where(SampleJob.request_hash.in_(hashes), SampleJob.state == JobState.SUCCEEDED)
-    if keep_days:
-        query = query.where(SampleJob.finished_at > utc_now() - timedelta(days=keep_days))
-    made = {row.request_hash: row for row in session.execute(query.order_by(SampleJob.id))}
+    since = utc_now() - timedelta(days=keep_days) if keep_days else datetime.fromtimestamp(0, UTC)
+    found = session.execute(_MADE, {"hashes": [job.request_hash for job in jobs], "since": since})
+    made = {row.request_hash: row for row in found}
     for job in jobs:
         if job.request_hash in made:
             _, job.artifact, job.artifact_row = made[job.request_hash]
