@@ -34,7 +34,7 @@ format: $(INSTALLED)
 chaos: $(INSTALLED)  ## processes killed at random while they work; a quarter of an hour
 	$(BIN)/python -m tests.chaos
 
-fuzz: $(INSTALLED)  ## 15,000 requests of all kinds against the OpenAPI document; 21 minutes on a busy machine
+fuzz: $(INSTALLED)  ## 20,000 requests of all kinds against the OpenAPI document; 10 to 30 minutes
 	$(BIN)/python -m tests.fuzz
 
 soak: $(INSTALLED)  ## 10,000 small jobs, and whether processes grow; over an hour on a busy machine

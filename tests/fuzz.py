@@ -1,7 +1,7 @@
 """Whether the API keeps to its OpenAPI document, whatever it is sent: a property-based test by Schemathesis.
 
     make fuzz
-    python -m tests.fuzz --max-examples 600 --database sqlite --seed 0
+    python -m tests.fuzz --max-examples 850 --database sqlite --seed 0
 
 All checks and phases, sequences of requests by the document's links included, with limits so low that the workers keep
 up. `schemathesis.toml` says which answers count as right, and why.
@@ -56,7 +56,7 @@ def requests_by_status(stack: Stack) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--max-examples", type=int, default=600, help="of each operation, in each phase")
+    parser.add_argument("--max-examples", type=int, default=850, help="of each operation, in each phase")
     parser.add_argument("--database", choices=("sqlite", "postgresql"), default="sqlite")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
