@@ -1,6 +1,9 @@
 """No accepted job is lost and none is applied twice, whatever part of a deployment dies."""
 
+import os
 import signal
+from datetime import datetime, timedelta
+from pathlib import Path
 
 import pytest
 from sqlalchemy import select
@@ -21,6 +24,19 @@ STEP_BY_STEP: Json = {
     "evaluation": {"num_samples": 32},
 }
 SPREAD: Json = {"tuner": {**NEVER_SURE, "total_iters": 600}, "evaluation": {"num_samples": 32}}
+
+# For Python to load first: all that asks for the time in our code, and most of what does in others', gets another one.
+WRONG_CLOCK = """
+import os
+import time
+from datetime import timedelta
+
+from service.registry import types
+
+right_time, right_now, off_by = time.time, types.utc_now, float(os.environ["CLOCK_OFF_BY"])
+time.time = lambda: right_time() + off_by
+types.utc_now = lambda: right_now() + timedelta(seconds=off_by)
+"""
 
 
 @pytest.fixture
@@ -124,3 +140,24 @@ def test_a_job_submitted_without_a_dispatcher_runs_at_once(fragile: Stack, ring:
     fragile.end("dispatcher")
     assert fragile.finished(fragile.submit(ring, num_steps=3, **QUICK))["attempt"] == 1
     fragile.start("dispatcher")
+
+
+def test_processes_with_a_wrong_clock_lose_nothing_and_take_nothing_from_others(
+    fragile: Stack, gratings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(WRONG_CLOCK)
+    packages = fragile.environment["PYTHONPATH"]
+    monkeypatch.setitem(fragile.environment, "PYTHONPATH", os.pathsep.join([str(tmp_path), packages]))
+    fragile.end("dispatcher")
+    for name, off_by in (("dispatcher", -3600), ("worker 2", 3600)):
+        monkeypatch.setitem(fragile.environment, "CLOCK_OFF_BY", str(off_by))
+        fragile.start(name)
+    fragile.wait_for_workers(2)
+    jobs = [fragile.submit(gratings, num_steps=4, seed=seed, **STEADY) for seed in (5, 6)]
+    started = [datetime.fromisoformat(fragile.running(job)["started_at"]) for job in jobs]  # one by each worker
+    assert abs(started[1] - started[0]) > timedelta(minutes=50)
+    fragile.end("worker 2", number=signal.SIGKILL)
+    done = [fragile.finished(job) for job in jobs]
+    fragile.end("dispatcher")
+    assert [job["state"] for job in done] == ["succeeded", "succeeded"]
+    assert sorted(job["attempt"] for job in done) == [1, 2]
