@@ -37,7 +37,7 @@ chaos: $(INSTALLED)  ## processes killed at random while they work; a quarter of
 fuzz: $(INSTALLED)  ## 20,000 requests of all kinds against the OpenAPI document; 10 to 30 minutes
 	$(BIN)/python -m tests.fuzz
 
-soak: $(INSTALLED)  ## 10,000 small jobs, and whether processes grow; over an hour on a busy machine
+soak: $(INSTALLED)  ## 10,000 small jobs, and whether processes grow; half an hour
 	$(BIN)/python -m tests.soak
 
 bench: $(INSTALLED)  ## all tuners on all shipped models; half an hour on two cores
