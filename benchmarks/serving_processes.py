@@ -14,6 +14,7 @@ from socket import socket
 from typing import Any, Self
 
 import httpx
+import psutil
 from prometheus_client.parser import text_string_to_metric_families
 from serving_load import Target
 
@@ -65,11 +66,8 @@ class Processes:
 
     def megabytes(self) -> dict[str, float]:
         """The resident memory of each process."""
-        pages = {
-            name: int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
-            for name, process in self.running.items()
-        }
-        return {name: number * os.sysconf("SC_PAGE_SIZE") / 2**20 for name, number in pages.items()}
+        running = self.running.items()
+        return {name: psutil.Process(process.pid).memory_info().rss / 2**20 for name, process in running}
 
 
 def environment(threads: int, **more: str) -> dict[str, str]:

@@ -52,11 +52,10 @@ class Admission:
 
         Nobody is refused by an old count; who is let in by one need not wait for the next.
         """
-        is_old = self._clock() - self._looked_at > LOOK_SECONDS
-        if is_old and self._looking is None:
-            self._looking = asyncio.create_task(self._look())
-        if is_old and self._looking is not None and (self._looked_at == -math.inf or self._seconds_to_room() > 0):
-            await asyncio.shield(self._looking)
+        if self._clock() - self._looked_at > LOOK_SECONDS:
+            self._looking = self._looking or asyncio.create_task(self._look())
+            if self._looked_at == -math.inf or self._seconds_to_room() > 0:
+                await asyncio.shield(self._looking)
         return self._seconds_to_room() or None
 
     def _seconds_to_room(self) -> float:
