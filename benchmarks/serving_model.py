@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from service.settings import Settings
 from timetuner_core.batching import steady_sizes
 from timetuner_core.generation import Guidance, generate
 from timetuner_core.grids import make_timesteps
 from timetuner_core.loading import load_builtin
+from worker.runtime import pick_device
 
 MODEL = "digits8"
 NUM_STEPS = 10
@@ -28,11 +30,12 @@ GUIDANCES = {"uncond": Guidance("uncond", 1.0), "cfg": Guidance("classifier-free
 
 
 class Sampler:
-    """digits8, 10 steps of DDIM."""
+    """digits8, 10 steps of DDIM, on the device that a worker takes."""
 
     def __init__(self, guidance: str) -> None:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # whatever a rival has set meanwhile
-        self.model = load_builtin(MODEL)
+        self.device = pick_device(Settings().device)
+        self.model = load_builtin(MODEL, self.device)
         self.guidance = GUIDANCES[guidance]
         self.timesteps = make_timesteps(self.model.noise_schedule, NUM_STEPS)
 
@@ -40,7 +43,8 @@ class Sampler:
         """One image per seed, `(B, 1, 8, 8)`; in one batch, unless `batch_sizes` says otherwise."""
         condition = None if self.guidance.type == "uncond" else torch.tensor(labels)
         sizes = batch_sizes or [len(seeds)]
-        return generate(self.model, self.guidance, seeds, condition, self.timesteps, batch_sizes=sizes)
+        steps = {"batch_sizes": sizes, "device": self.device}
+        return generate(self.model, self.guidance, seeds, condition, self.timesteps, **steps).cpu()
 
     def npy(self, images: list[Image]) -> list[bytes]:
         """In one batch, each as the service answers: a `.npy` file of `(1, 1, 8, 8)`."""
@@ -67,7 +71,8 @@ class Sampler:
 
     def steady_sizes(self, max_size: int) -> tuple[int, ...]:
         """The batch sizes that a worker with batches of at most `max_size` uses, and pads to."""
-        return steady_sizes(self.model, self.guidance.type, max_size, "cpu", guided=self.guidance.type != "uncond")
+        guided = self.guidance.type != "uncond"
+        return steady_sizes(self.model, self.guidance.type, max_size, self.device, guided=guided)
 
 
 def _npy(image: np.ndarray) -> bytes:

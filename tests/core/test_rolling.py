@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.core.conftest import DEVICES
 from timetuner_core.batching import steady_sizes
 from timetuner_core.generation import Guidance, generate
 from timetuner_core.grids import GridName, make_timesteps
@@ -24,13 +25,15 @@ load = cache(load_builtin)
 
 
 @cache
-def sizes_of(name: str, guidance: Guidance) -> tuple[int, ...]:
+def sizes_of(name: str, guidance: Guidance, device: str = "cpu") -> tuple[int, ...]:
     guided = None if guidance.interval else guidance.type != "uncond"
-    return steady_sizes(load(name), guidance.type, MAX_SIZE, guided=guided)
+    return steady_sizes(load(name, device), guidance.type, MAX_SIZE, device, guided=guided)
 
 
-def batch_of(name: str, sampler: str = "ddim", guidance: Guidance = UNGUIDED, eta: float = 0.0) -> RollingBatch:
-    return RollingBatch(load(name), sampler, guidance, eta, sizes_of(name, guidance))
+def batch_of(
+    name: str, sampler: str = "ddim", guidance: Guidance = UNGUIDED, eta: float = 0.0, device: str = "cpu"
+) -> RollingBatch:
+    return RollingBatch(load(name, device), sampler, guidance, eta, sizes_of(name, guidance, device), device)
 
 
 def row(name: str, k: int, guidance: Guidance = UNGUIDED, num_steps: int | None = None, **fields: Any) -> Row:
@@ -70,8 +73,8 @@ def run(
     return images
 
 
-def alone(name: str, sampler: str, guidance: Guidance, eta: float, one: Row) -> Tensor:
-    return run(batch_of(name, sampler, guidance, eta), {0: [one]})[one.owner]
+def alone(name: str, sampler: str, guidance: Guidance, eta: float, device: str, one: Row) -> Tensor:
+    return run(batch_of(name, sampler, guidance, eta, device), {0: [one]})[one.owner]
 
 
 MIXING = [
@@ -96,30 +99,32 @@ TOGETHER = [
 ]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("name", "sampler", "guidance", "eta"), MIXING)
 def test_a_row_is_the_same_bit_for_bit_whoever_joins_and_leaves_meanwhile(
-    name: str, sampler: str, guidance: Guidance, eta: float
+    name: str, sampler: str, guidance: Guidance, eta: float, device: str
 ) -> None:
     rows = [row(name, k, guidance) for k in range(11)]
     joining = {0: rows[:3], 1: rows[3:5], 2: rows[5:8], 4: rows[8:9], 7: rows[9:]}
-    images = run(batch_of(name, sampler, guidance, eta), joining, leaving={1: [0], 3: [7, 5]})
+    images = run(batch_of(name, sampler, guidance, eta, device), joining, leaving={1: [0], 3: [7, 5]})
     assert set(images) == set(range(11)) - {0, 5, 7}
     for owner, image in images.items():
-        assert torch.equal(image, alone(name, sampler, guidance, eta, rows[int(str(owner))]))
-    moved = run(batch_of(name, sampler, guidance, eta), {0: rows[8:2:-1]})
+        assert torch.equal(image, alone(name, sampler, guidance, eta, device, rows[int(str(owner))]))
+    moved = run(batch_of(name, sampler, guidance, eta, device), {0: rows[8:2:-1]})
     for owner in set(moved) & set(images):
         assert torch.equal(moved[owner], images[owner])
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("name", "sampler", "guidance", "eta"), TOGETHER)
 def test_a_row_is_the_same_bit_for_bit_among_others_that_start_with_it(
-    name: str, sampler: str, guidance: Guidance, eta: float
+    name: str, sampler: str, guidance: Guidance, eta: float, device: str
 ) -> None:
     rows = [row(name, k, guidance, num_steps=4) for k in range(7)]
-    images = run(batch_of(name, sampler, guidance, eta), {0: rows[:5], 4: rows[5:]}, leaving={2: [1]})
-    moved = run(batch_of(name, sampler, guidance, eta), {0: rows[::-1]})
+    images = run(batch_of(name, sampler, guidance, eta, device), {0: rows[:5], 4: rows[5:]}, leaving={2: [1]})
+    moved = run(batch_of(name, sampler, guidance, eta, device), {0: rows[::-1]})
     for one in rows[:1] + rows[2:]:
-        assert torch.equal(images[one.owner], alone(name, sampler, guidance, eta, one))
+        assert torch.equal(images[one.owner], alone(name, sampler, guidance, eta, device, one))
         assert torch.equal(images[one.owner], moved[one.owner])
 
 

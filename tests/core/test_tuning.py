@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests.core.conftest import Network, Recorded, linear_betas, normals, small_mixture, tiny_unet, tuner_of
+from tests.core.conftest import DEVICES, Network, Recorded, linear_betas, normals, small_mixture, tiny_unet, tuner_of
 from timetuner_core import NoiseScheduleVP, TimeTuner
 from timetuner_core.evaluation import teacher_l2
 from timetuner_core.gauss_newton import COARSE_BATCHES, GaussNewton
@@ -87,6 +87,22 @@ def loader(images: Tensor, batch_size: int = 8, labels: Tensor | None = None) ->
     if labels is None:
         return [{"image": images[i : i + batch_size]} for i in rows]
     return [{"image": images[i : i + batch_size], "label": labels[i : i + batch_size]} for i in rows]
+
+
+# Where the work is done
+
+
+@every_tuner
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_tuner_works_where_the_population_is(tune: Tune, device: str) -> None:
+    def tuned(device: str) -> TuningState:
+        problem = small_problem(small_mixture().to(device))
+        problem = dataclasses.replace(problem, population=problem.population.to(device))
+        return run(tune(problem, small_start()))
+
+    state = tuned(device)
+    assert {value.device.type for value in vars(state).values()} == {"cpu"}
+    torch.testing.assert_close(vars(state), vars(tuned("cpu")), equal_nan=True)
 
 
 # A step's derivative
