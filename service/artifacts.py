@@ -27,8 +27,9 @@ class ArtifactStore:
         try:
             self.fs.pipe_file(partial, content)
             self._publish(partial, key)
-        finally:
+        except BaseException:
             self._remove(partial)
+            raise
 
     def put_folder(self, key: str, folder: Path) -> None:
         """Keep a folder, under a key of its own: nobody may look for it before this returns."""

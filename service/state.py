@@ -62,7 +62,7 @@ def open_state(settings: Settings) -> Iterator[AppState]:
     registry.close()
 
 
-def _state(request: Request) -> AppState:
+async def _state(request: Request) -> AppState:  # async: no thread need be woken for it
     state: AppState = request.app.state.timetuner
     return state
 

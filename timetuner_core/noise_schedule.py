@@ -61,6 +61,8 @@ class NoiseSchedule(ABC):
 
     def starting_std(self, t: Tensor) -> float:
         """The standard deviation of the noise to start from at `t`: `prior_std` at `T`."""
+        if float(t) == self.T:  # where nearly all start
+            return self.prior_std
         T = torch.tensor(self.T, dtype=t.dtype)
         return self.prior_std * float(self.marginal_std(t) / self.marginal_std(T))
 

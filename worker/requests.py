@@ -35,11 +35,11 @@ def conditions_of(request: dict[str, Any]) -> tuple[Tensor | None, Tensor | None
 
 
 def timesteps_of(request: dict[str, Any], noise_schedule: NoiseSchedule) -> Tensor:
-    """The grid asked for, by name or in full: `(num_steps + 1,)`."""
+    """The grid asked for, by name or in full: `(num_steps + 1,)`. Raises: ValueError, as `check_timesteps`."""
     timesteps = request["timesteps"]
     if isinstance(timesteps, str):
         return make_timesteps(noise_schedule, request["num_steps"], timesteps)  # type: ignore[arg-type]
-    return torch.tensor(timesteps, dtype=torch.float64)
+    return check_timesteps(noise_schedule, timesteps)
 
 
 def rows_of(job: SampleJob, model: DiffusionModel, schedule: Schedule | None) -> list[Row]:
@@ -50,7 +50,7 @@ def rows_of(job: SampleJob, model: DiffusionModel, schedule: Schedule | None) ->
     """
     request, noise_schedule = job.request, model.noise_schedule
     if schedule is None:
-        timesteps, given = check_timesteps(noise_schedule, timesteps_of(request, noise_schedule)), None
+        timesteps, given = timesteps_of(request, noise_schedule), None
     else:
         timesteps, given = check_timesteps(noise_schedule, schedule.timesteps), schedule.t_ratios
     t_ratios = check_t_ratios(noise_schedule, timesteps, given)

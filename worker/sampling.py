@@ -40,12 +40,13 @@ MOST_STEPS = 3  # that a smaller room stays empty
 
 @dataclass
 class Cohort:
-    """A rolling batch, and the jobs whose rows are in it."""
+    """A rolling batch, and the jobs whose rows are in it; whether somebody may have followed one of them."""
 
     key: Hashable
     model_id: str
     batch: RollingBatch
     claims: dict[str, SampleClaim] = field(default_factory=dict)
+    followed: bool = False
 
 
 class SampleServer:
@@ -198,6 +199,7 @@ class SampleServer:
             self._cohorts.append(cohort)
         cohort.batch.add(rows)
         cohort.claims[claim.job_id] = claim
+        cohort.followed |= _may_be_followed(claim)
 
     def _move_on(self, leases: SampleLeases) -> None:
         """One step of every batch; results are handed in meanwhile."""
@@ -230,11 +232,13 @@ class SampleServer:
 
     def _report(self, cohort: Cohort, advance: Advance) -> None:
         """Tell of each step of the jobs that somebody may follow, with what can be seen so far if it was asked for."""
+        if not cohort.followed:
+            return
         steps: dict[str, list[Any]] = {}
         previews: dict[str, list[int]] = {}
         for k, travelling in enumerate(advance.travelling):
             claim = cohort.claims.get(str(travelling.row.owner))
-            if claim is None or not (claim.job.request["previews"] or claim.job.priority):
+            if claim is None or not _may_be_followed(claim):
                 continue
             shown = claim.job.parent_id or claim.job_id
             steps[shown] = [travelling.step, travelling.row.num_steps]
@@ -284,10 +288,15 @@ class SampleServer:
         images: NDArray[np.float32] | list[Any],
         leases: SampleLeases | None,
     ) -> None:
-        """Have results written, one batch after the other."""
-        if ends:
+        """Have results written, one batch after the other; beside the next step, if there is one."""
+        if not ends:
+            return
+        if any(cohort.batch.rows for cohort in self._cohorts):
             self._wait_for_results(2)
             self._writing.append(self._writer.submit(self._write, ends, images, leases, utc_now()))
+        else:
+            self._wait_for_results(0)
+            self._write(ends, images, leases, utc_now())
 
     def _write(self, ends: Any, images: Any, leases: SampleLeases | None, handed_in: datetime) -> None:
         try:
@@ -296,6 +305,8 @@ class SampleServer:
                 over = {one.job_id for one in self._end(ends, [])}
             trace_samples([(claim, end) for claim, end in ends if claim.job_id in over], handed_in)
             logger.info("jobs ended", extra={"state": ends[0][1].state.value, **_ids(claim for claim, _ in ends)})
+        except Exception:
+            logger.exception("results could not be stored")
         finally:
             if leases is not None:  # if that failed, the leases run out, and others make them again
                 leases.drop(claim.job_id for claim, _ in ends)
@@ -325,12 +336,14 @@ class SampleServer:
         return over
 
     def _wait_for_results(self, at_most: int) -> None:
-        """Until no more than so many are being written; what went wrong there is raised here."""
+        """Until no more than so many are being written."""
         while len(self._writing) > at_most:
-            try:
-                self._writing.pop(0).result()
-            except Exception:
-                logger.exception("results could not be stored")
+            self._writing.pop(0).result()
+
+
+def _may_be_followed(claim: SampleClaim) -> bool:
+    """Whether it was asked for previews of, or nobody waits for it within the request that made it."""
+    return bool(claim.job.request["previews"] or claim.job.priority)
 
 
 def _ids(claims: Iterable[SampleClaim]) -> dict[str, list[str | None]]:

@@ -47,6 +47,7 @@ class Registry:
             url = url.set(drivername="postgresql+psycopg")
         self.url = url
         self.engine = _sqlite_engine(url) if self.is_sqlite else _postgresql_engine(url)
+        self._writing = self.engine.execution_options(sqlite_begin="BEGIN IMMEDIATE")
 
     @property
     def is_sqlite(self) -> bool:
@@ -59,8 +60,7 @@ class Registry:
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        engine = self.engine.execution_options(sqlite_begin="BEGIN IMMEDIATE")
-        with RegistrySession(engine, expire_on_commit=False) as session, session.begin():
+        with RegistrySession(self._writing, expire_on_commit=False) as session, session.begin():
             yield session
             session.flush()
             if session.info.get("changed"):  # last, as it holds up all others that change something

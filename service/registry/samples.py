@@ -18,7 +18,8 @@ LATE = "dropped: no worker was free before its deadline"
 
 @dataclass(frozen=True)
 class SampleClaim(Claim):
-    """A claim, and the job as it was claimed."""
+    """A claim, and the job as it was claimed: a row with its columns, as making an object of it takes longer than the
+    query."""
 
     job: SampleJob
     claimed_at: datetime = field(default_factory=utc_now)
@@ -44,8 +45,11 @@ def ended(
     return Ended(job.id, state, artifact, row, error, job.parent_id, 0 if job.num_parts else job.num_images)
 
 
-def _next_jobs(*order: Any) -> Select[SampleJob]:
-    waiting = select(SampleJob).where(SampleJob.state == JobState.QUEUED, SampleJob.num_parts == 0)
+_ROWS: Table = SampleJob.__table__  # type: ignore[assignment]
+
+
+def _next_jobs(*order: Any) -> Select[Any]:
+    waiting = select(_ROWS).where(SampleJob.state == JobState.QUEUED, SampleJob.num_parts == 0)
     ordered = waiting.order_by(SampleJob.priority, *order, SampleJob.id).limit(bindparam("most"))
     return ordered.with_for_update(skip_locked=True)
 
@@ -54,7 +58,6 @@ def _next_jobs(*order: Any) -> Select[SampleJob]:
 _NEXT = _next_jobs()
 _HELD = SampleJob.model_id.in_(bindparam("models", expanding=True))
 _NEXT_BY_MODEL = _next_jobs(case((_HELD, 0), (SampleJob.created_at < bindparam("impatient_since"), 0), else_=1))
-_ROWS: Table = SampleJob.__table__  # type: ignore[assignment]
 _CLAIM = (
     update(_ROWS)
     .where(_ROWS.c.id.in_(bindparam("ids", expanding=True)))
@@ -75,13 +78,13 @@ def claim_samples(
     parameters: dict[str, Any] = {"most": most}
     if models:
         parameters |= {"models": list(models), "impatient_since": now - timedelta(seconds=PATIENCE_SECONDS)}
-    candidates = session.scalars(_NEXT_BY_MODEL if models else _NEXT, parameters).all()
+    candidates: Any = session.connection().execute(_NEXT_BY_MODEL if models else _NEXT, parameters).all()
     allowed = set(models)
     taken: list[SampleJob] = []
-    late: list[SampleJob] = []
+    late: list[SampleJob] = []  # as objects
     for job in candidates:
         if job.deadline_at is not None and job.deadline_at < now:
-            late.append(job)
+            late.append(session.get_one(SampleJob, job.id))
         elif job.num_images > room or (job.model_id not in allowed and (only_these or taken)):
             break
         else:
@@ -118,7 +121,11 @@ def hand_back_samples(session: Session, claims: Collection[SampleClaim]) -> None
 
 _END = (
     update(_ROWS)
-    .where(_ROWS.c.id == bindparam("job_id"))
+    .where(
+        _ROWS.c.id == bindparam("job_id"),
+        _ROWS.c.fencing_token == bindparam("token"),
+        _ROWS.c.state == JobState.RUNNING,
+    )
     .values(
         state=bindparam("new_state"),
         progress=bindparam("new_progress"),
@@ -134,17 +141,20 @@ _END = (
 
 def finish_samples(session: Session, ends: Sequence[tuple[SampleClaim, Ended]]) -> list[Ended]:
     """Enter the final state of each job that is still ours; those."""
-    rows = _locked(session, [claim for claim, _ in ends])
-    ours = [ended for claim, ended in ends if _is_ours(claim, rows)]
-    if ours:
-        session.connection().execute(_END, [_end_values(ended) for ended in ours])
-    return ours
+    if not ends:
+        return []
+    ends = sorted(ends, key=lambda end: end[0].job_id)  # the order in which everybody locks
+    entered = session.connection().execute(_END, [_end_values(claim, ended) for claim, ended in ends]).rowcount
+    if entered == len(ends):
+        return [ended for _, ended in ends]
+    rows = _locked(session, [claim for claim, _ in ends])  # as the update left them
+    return [ended for claim, ended in ends if _is_ours(claim, rows, ended.state)]
 
 
-def _end_values(ended: Ended) -> dict[str, object]:
+def _end_values(claim: SampleClaim, ended: Ended) -> dict[str, object]:
     error = ended.error[:2000] if ended.error else None
-    values: dict[str, object] = {"job_id": ended.job_id, "new_state": ended.state, "new_error": error, "now": utc_now()}
-    values["new_progress"] = float(ended.state == JobState.SUCCEEDED)
+    values: dict[str, object] = {"job_id": claim.job_id, "token": claim.fencing_token, "now": utc_now()}
+    values |= {"new_state": ended.state, "new_progress": float(ended.state == JobState.SUCCEEDED), "new_error": error}
     return values | {"new_artifact": ended.artifact, "new_row": ended.artifact_row}
 
 
@@ -221,9 +231,12 @@ def unreferenced(session: Session, artifacts: Collection[str]) -> set[str]:
     return set(artifacts) - set(session.scalars(there))
 
 
+_CHANGES = select(RegistryChanges.number)
+
+
 def changes(session: Session) -> int:
     """How often models, schedules and aliases have changed."""
-    return session.scalar(select(RegistryChanges.number)) or 0
+    return session.connection().scalar(_CHANGES) or 0
 
 
 _LOCK = (
@@ -239,6 +252,8 @@ def _locked(session: Session, claims: Collection[SampleClaim]) -> dict[str, Row[
     return {row.id: row for row in rows}
 
 
-def _is_ours(claim: SampleClaim, rows: dict[str, Row[str, JobState, int, bool]]) -> bool:
+def _is_ours(
+    claim: SampleClaim, rows: dict[str, Row[str, JobState, int, bool]], state: JobState = JobState.RUNNING
+) -> bool:
     row = rows.get(claim.job_id)
-    return row is not None and row.fencing_token == claim.fencing_token and row.state == JobState.RUNNING
+    return row is not None and row.fencing_token == claim.fencing_token and row.state == state

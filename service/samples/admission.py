@@ -50,13 +50,18 @@ class Admission:
     async def refusal(self) -> float | None:
         """None if there is room; else how many seconds it will take until there is.
 
-        Nobody is refused by an old count; who is let in by one need not wait for the next.
+        Nobody is refused by an old count; who is let in by one does not wait for a new one.
         """
-        if self._clock() - self._looked_at > LOOK_SECONDS:
-            self._looking = self._looking or asyncio.create_task(self._look())
-            if self._looked_at == -math.inf or self._seconds_to_room() > 0:
+        if self._looked_at == -math.inf or self._seconds_to_room() > 0:
+            self.refresh()
+            if self._looking is not None:
                 await asyncio.shield(self._looking)
         return self._seconds_to_room() or None
+
+    def refresh(self) -> None:
+        """Have an old count made anew, in the background: for those who come next, once who came has been served."""
+        if self._clock() - self._looked_at > LOOK_SECONDS:
+            self._looking = self._looking or asyncio.create_task(self._look())
 
     def _seconds_to_room(self) -> float:
         """Zero if there is room."""

@@ -105,6 +105,7 @@ async def sample(
             job = await state.submissions.add(submission)
         if job.state == JobState.SUCCEEDED or job.id != job_id:
             state.admission.spared(body.num_images)
+        state.admission.refresh()
         if respond_async:
             return _accepted(job)
         end = await _end(state, caller, request if once is None else None, job, news, seconds)

@@ -200,7 +200,7 @@ _MADE = (
 def _reuse(session: Session, jobs: Sequence[SampleJob], keep_days: float) -> None:
     """Give jobs the images that were made for the same request before, but not those about to be deleted."""
     since = utc_now() - timedelta(days=keep_days) if keep_days else datetime.fromtimestamp(0, UTC)
-    found = session.execute(_MADE, {"hashes": [job.request_hash for job in jobs], "since": since})
+    found = session.connection().execute(_MADE, {"hashes": [job.request_hash for job in jobs], "since": since})
     made = {row.request_hash: row for row in found}
     for job in jobs:
         if job.request_hash in made:

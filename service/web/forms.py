@@ -24,7 +24,7 @@ from service.web.rendering import see
 from service.web.views import OBJECTIVES
 
 
-def _same_origin(request: Request) -> None:
+async def _same_origin(request: Request) -> None:
     check_same_origin(request.headers)
 
 
