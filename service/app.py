@@ -1,6 +1,7 @@
 """The web application."""
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -62,6 +63,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             app.state.timetuner = state
             metrics.registry.register(QueueCollector(state.registry, state.admission))
             listening = asyncio.create_task(state.news.run())
+            gc.freeze()  # what is loaded by now stays: collections that look through it all hold up every request
             yield
             listening.cancel()
 

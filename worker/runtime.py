@@ -1,5 +1,6 @@
 """What a worker process holds: settings, registry, artifacts, device, and the models it has loaded."""
 
+import gc
 import logging
 import os
 import socket
@@ -47,6 +48,7 @@ class Runtime:
         self.give_way: Callable[[], None] = lambda: None  # to what is more urgent; called while tuning
         self._problem: tuple[str, TuningProblem] | None = None
         self.stopping = threading.Event()  # set: hand back what there is to do
+        gc.freeze()  # what is loaded by now stays, and need not be looked through; models come and go
 
     def load_model(self, model_id: str) -> DiffusionModel:
         """The model on this worker's device. Those used last stay loaded, up to `max_model_bytes` together."""
