@@ -5,6 +5,7 @@ No promise hangs on a message: the registry is the truth, the dispatcher rings a
 
 import json
 import logging
+import select
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -41,9 +42,8 @@ class Bell:
         heard, deadline = False, time.monotonic() + seconds
         while True:
             try:
-                connection = self._pubsub.connection
-                if not seconds and not heard and connection is not None and not connection.can_read():
-                    return False  # the short way: samplers ask before every step
+                if not seconds and not heard and self._is_silent():
+                    return False
                 left = 0.0 if heard else max(0.0, deadline - time.monotonic())
                 message = self._pubsub.get_message(ignore_subscribe_messages=True, timeout=left)
             except redis.RedisError:
@@ -51,6 +51,15 @@ class Bell:
             heard = heard or message is not None
             if message is None and (heard or time.monotonic() >= deadline):
                 return heard
+
+    def _is_silent(self) -> bool:
+        """Whether nothing has come: a system call, as samplers ask before every step; what came before was read."""
+        socket = getattr(self._pubsub.connection, "_sock", None)
+        if socket is None:
+            return False
+        poll = select.poll()
+        poll.register(socket, select.POLLIN)
+        return not poll.poll(0)
 
 
 class Bus:

@@ -1,11 +1,12 @@
 """Sampling jobs: taken by workers many at a time, finished many at a time, joined where they are parts of one."""
 
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Float, Row, Select, Table, bindparam, case, delete, exists, or_, select, update
+from sqlalchemy import Float, Row, Select, Table, bindparam, case, delete, exists, insert, or_, select, update
 from sqlalchemy.orm import Session, aliased
 
 from service.registry.jobs import Claim, claimed_by, finish, hand_back
@@ -58,11 +59,24 @@ def _next_jobs(*order: Any) -> Select[Any]:
 _NEXT = _next_jobs()
 _HELD = SampleJob.model_id.in_(bindparam("models", expanding=True))
 _NEXT_BY_MODEL = _next_jobs(case((_HELD, 0), (SampleJob.created_at < bindparam("impatient_since"), 0), else_=1))
+_ADD = insert(_ROWS)
 _CLAIM = (
     update(_ROWS)
     .where(_ROWS.c.id.in_(bindparam("ids", expanding=True)))
     .values(claimed_by(SampleJob, bindparam("by"), bindparam("seconds", type_=Float), bindparam("now")))
 )
+
+
+def add_samples(session: Session, jobs: Sequence[SampleJob]) -> None:
+    """Store jobs made by hand, as rows: as objects of the session they would take three times as long."""
+    if not jobs:
+        return
+    for job, column in itertools.product(jobs, _ROWS.columns):
+        if column.default is not None and getattr(job, column.key) is None:
+            default: Any = column.default
+            setattr(job, column.key, default.arg(None) if default.is_callable else default.arg)
+    rows = [{column.key: getattr(job, column.key) for column in _ROWS.columns} for job in jobs]
+    session.connection().execute(_ADD, rows)
 
 
 def claim_samples(

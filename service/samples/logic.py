@@ -22,7 +22,7 @@ from service.idempotency import Once
 from service.models.logic import get_requested_model
 from service.registry.database import Registry
 from service.registry.keys import charge
-from service.registry.samples import changes
+from service.registry.samples import add_samples, changes
 from service.registry.tables import JobState, Model, SampleJob, Schedule, Webhook
 from service.registry.types import utc_now
 from service.requests import check_setting, check_timesteps, check_uncond
@@ -119,15 +119,14 @@ def submit_all(
         _reuse(session, [job for _, job in _new(submissions, outcomes)], settings.keep_samples_days)
         _charge(session, catalog, submissions, outcomes)
         new = _new(submissions, outcomes)
-        session.add_all(job for _, job in new)
-        session.flush()  # parents before their parts
+        parts = [part for _, job in new for part in _parts(job, settings.sample_batch_size)]
+        add_samples(session, [*(job for _, job in new), *parts])
         record_all(session, "sample", [(submission.caller, job.id) for submission, job in new])
         for submission, job in new:
             if submission.once is not None:
                 submission.once.remember(session, job.id)
             if url := submission.request.webhook_url:
                 session.add(Webhook(sample_job_id=job.id, url=url))
-        session.add_all(part for _, job in new for part in _parts(job, settings.sample_batch_size))
     return outcomes
 
 
