@@ -43,8 +43,8 @@ class Sampler:
         """One image per seed, `(B, 1, 8, 8)`; in one batch, unless `batch_sizes` says otherwise."""
         condition = None if self.guidance.type == "uncond" else torch.tensor(labels)
         sizes = batch_sizes or [len(seeds)]
-        steps = {"batch_sizes": sizes, "device": self.device}
-        return generate(self.model, self.guidance, seeds, condition, self.timesteps, **steps).cpu()
+        given = (self.model, self.guidance, seeds, condition, self.timesteps)
+        return generate(*given, batch_sizes=sizes, device=self.device).cpu()
 
     def npy(self, images: list[Image]) -> list[bytes]:
         """In one batch, each as the service answers: a `.npy` file of `(1, 1, 8, 8)`."""
@@ -71,8 +71,8 @@ class Sampler:
 
     def steady_sizes(self, max_size: int) -> tuple[int, ...]:
         """The batch sizes that a worker with batches of at most `max_size` uses, and pads to."""
-        guided = self.guidance.type != "uncond"
-        return steady_sizes(self.model, self.guidance.type, max_size, self.device, guided=guided)
+        guidance = self.guidance
+        return steady_sizes(self.model, guidance.type, max_size, self.device, guided=guidance.guides)
 
 
 def _npy(image: np.ndarray) -> bytes:

@@ -68,7 +68,7 @@ _CLAIM = (
 
 
 def add_samples(session: Session, jobs: Sequence[SampleJob]) -> None:
-    """Store jobs made by hand, as rows: as objects of the session they would take three times as long."""
+    """Store jobs made by hand, as rows: as objects of the session they would take longer."""
     if not jobs:
         return
     for job, column in itertools.product(jobs, _ROWS.columns):
