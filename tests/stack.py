@@ -65,6 +65,7 @@ class Stack:
             "MAX_JSON_BYTES": "100000",
             "MAX_BODY_BYTES": "5000000",
             "MAX_PIXEL_STEPS": "1000000",
+            "MAX_QUEUE_SECONDS": "3600",  # samples may have to wait for other tests' tuning, on a busy machine
             "OMP_NUM_THREADS": "1",
         }
         packages = home / "packages"
@@ -106,7 +107,8 @@ class Stack:
         """Until so many listen to a queue."""
 
         def answer() -> bool:
-            replies = self.celery.control.inspect(timeout=0.5).ping() or {}
+            with self.celery.connection_for_write() as connection:  # new, as the broker may have been restarted
+                replies = self.celery.control.inspect(timeout=0.5, connection=connection).ping() or {}
             return len(replies) >= count
 
         wait_until(answer, f"{count} workers")

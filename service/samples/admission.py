@@ -17,6 +17,7 @@ from service.registry.database import Registry
 from service.registry.tables import JobState, SampleJob
 
 LOOK_SECONDS = 0.1  # how old the count of the queue may be
+LULL_SECONDS = 1.0  # without requests: what was reckoned before says little of the queue now
 MEMORY_SECONDS = 10.0  # how far back the measured rate looks
 UNKNOWN_SECONDS = 10.0  # what to say while nothing has been measured
 
@@ -50,9 +51,10 @@ class Admission:
     async def refusal(self) -> float | None:
         """None if there is room; else how many seconds it will take until there is.
 
-        Nobody is refused by an old count; who is let in by one does not wait for a new one.
+        Nobody is refused by an old count; who is let in by one does not wait for a new one, except after a lull: a
+        reckoning that is off would take that for time in which jobs were served.
         """
-        if self._looked_at == -math.inf or self._seconds_to_room() > 0:
+        if self._clock() - self._looked_at > LULL_SECONDS or self._seconds_to_room() > 0:
             self.refresh()
             if self._looking is not None:
                 await asyncio.shield(self._looking)
@@ -78,6 +80,8 @@ class Admission:
             jobs, images = await run_in_threadpool(self._count)
             self._jobs, self._images = jobs + self._unstored_jobs, images + self._unstored_images
             self._looked_at = self._clock()
+            if self._jobs == 0:
+                self._last_end = None
         except SQLAlchemyError:
             logger.warning("the queue of samples cannot be counted")  # who comes with a request will hear of it
         finally:

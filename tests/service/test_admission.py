@@ -78,3 +78,14 @@ def test_a_request_that_would_wait_too_long_is_told_when_it_would_not(registry: 
             pass
     clock.now -= 2.0  # as if that had been just now, so that it is not looked again
     assert asyncio.run(admission.refusal()) == pytest.approx((7 - 0.5 * 2) / 2)
+
+
+def test_a_lull_is_not_taken_for_time_in_which_jobs_were_served(registry: Registry, clock: Clock) -> None:
+    admission = Admission(registry, 1000, 1000, clock)
+    served(admission, clock, 1, 1, 1)  # and one is gone without a word: nobody waits
+    clock.now += 60.0
+    assert asyncio.run(admission.refusal()) is None
+    with admission.admit(2):
+        clock.now += 0.5
+        admission.ended(1)
+    assert admission.rate == pytest.approx(2)

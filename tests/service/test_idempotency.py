@@ -83,7 +83,8 @@ def test_a_request_that_was_refused_may_be_mended_and_sent_again_with_its_key(
 
     assert_problem(sample(num_steps=0), 422, "num_steps")
     assert_problem(sample(num_steps=3, num_images=10_000), 422, "num_images")
-    assert sample(num_steps=3).status_code == 202
+    answer = sample(num_steps=3)
+    assert answer.status_code == 202, answer.text
 
 
 def test_who_waits_for_images_with_a_key_gets_the_same_again(stack: Stack, ring: str, key: str) -> None:
