@@ -1,5 +1,6 @@
 """Tasks in processes of one thread each."""
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,10 @@ from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
 import torch
+
+# Of glibc's mallopt: freed blocks of less than the first are kept, up to the second.
+M_MMAP_THRESHOLD, MMAP_THRESHOLD = -3, 2**25
+M_TRIM_THRESHOLD, TRIM_THRESHOLD = -1, 2**29
 
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
@@ -74,6 +79,7 @@ class InWorkers:
 def _start_worker() -> None:
     """One thread; Ctrl-C is for the parent to answer, and without a parent there is nothing to do."""
     torch.set_num_threads(1)
+    _keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -83,3 +89,11 @@ def _start_worker() -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _keep_freed_memory() -> None:
+    """Rather than give activations back, to get them anew page by page at the next step: a fifth of sampling's time."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+        mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD)
