@@ -7,9 +7,10 @@
     python benchmarks/serving.py sizing         # docs/serving.md's queueing model against measured loads
     python benchmarks/serving.py all
 
-digits8, 10 steps of DDIM, one image to a request, each with another seed; `uncond`: unguided, `cfg`: classifier-free
-by 2, with class labels. Our service is its real processes; the settings of its environment (SAMPLE_BATCH_SIZE,
-MAX_QUEUE_SECONDS, ...) hold here too. `--seconds 5 --rounds 1` is a short look.
+digits8 or another `--model`, 10 steps of DDIM, one image to a request, each with another seed; `uncond`: unguided,
+`cfg`: classifier-free by 2, with class labels. Our service is its real processes; the settings of its environment
+(SAMPLE_BATCH_SIZE, MAX_QUEUE_SECONDS, DEVICE, DTYPE, ...) hold here too. The rivals always serve digits8.
+`--seconds 5 --rounds 1` is a short look.
 
 What is compared takes turns, `--rounds` times, so that a machine that is now faster and now slower favours nobody. Each
 process's arithmetic has `--threads` threads. Clients run in this process, which otherwise sleeps.
@@ -35,7 +36,7 @@ from typing import Any
 
 import numpy as np
 from serving_load import Answer, Load, Overload, Target, closed_loop, one_by_one, open_loop, overload
-from serving_processes import Processes, bare, rival, serve
+from serving_processes import Processes, Service, bare, rival, serve
 
 from service.settings import Settings
 
@@ -53,6 +54,14 @@ class Measured:
     """One entrant's loads, over the rounds."""
 
     loads: list[Load] = field(default_factory=list)
+    phases: dict[str, float] = field(default_factory=dict)
+
+    def measure_service(self, service: Service, guidance: str, seconds: float) -> None:
+        """Ours, and what its worker does meanwhile."""
+        before = service.phase_seconds()
+        self.measure(service.target(guidance), seconds)
+        for phase, after in service.phase_seconds().items():
+            self.phases[phase] = self.phases.get(phase, 0.0) + after - before[phase]
 
     def measure(self, target: Target, seconds: float) -> None:
         self.loads.append(asyncio.run(closed_loop(target, CLIENTS, seconds, WARM_UP_SECONDS)))
@@ -89,18 +98,23 @@ def throughput(args: argparse.Namespace) -> None:
         print(f"\n**throughput**, {guidance}, {CLIENTS} clients, {args.threads} thread(s)\n")
         rates: list[float] = []
         batched, unbatched = Measured(), Measured()
-        with bare(guidance, args.threads) as loop:
+        with bare(guidance, args.threads, args.model) as loop:
             for size in BARE_BATCH_SIZES:
                 loop.ask("rate", size, 0.5)
+            sizes = loop.ask("steady_sizes", Settings().sample_batch_size)
             sweep = {size: loop.ask("rate", size, args.seconds / 4) for size in BARE_BATCH_SIZES}
             best = max(sweep, key=lambda size: sweep[size])
             for _ in range(args.rounds):
                 rates.append(loop.ask("rate", best, args.seconds))
                 for measured, variables in ((batched, {}), (unbatched, {"SAMPLE_BATCH_SIZE": "1"})):
-                    with serve(args.threads, args.database, **variables) as service:
-                        measured.measure(service.target(guidance), args.seconds)
+                    with serve(args.threads, args.database, args.model, **variables) as service:
+                        measured.measure_service(service, guidance, args.seconds)
         bare_rate = statistics.mean(rates)
         print("bare loop, images/s by batch size:", ", ".join(f"{size}: {rate:.0f}" for size, rate in sweep.items()))
+        print("batch sizes that agree, of which the service uses none else:", ", ".join(map(str, sizes)))
+        for name, measured in (("the worker", batched), ("the worker, SAMPLE_BATCH_SIZE=1", unbatched)):
+            phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in measured.phases.items())
+            print(f"{name}, seconds by phase, warm-up included: {phases}")
         print()
         head("", "images/s", "of bare", "p50, ms", "p99, ms", "not 200", "client's ms per request")
         print(f"| bare loop, batches of {best} | {bare_rate:.1f} | 1 | | | | |")
@@ -113,7 +127,10 @@ def overhead(args: argparse.Namespace) -> None:
     for guidance in args.guidance or ("uncond",):
         print(f"\n**overhead**, {guidance}, one client, {args.requests} requests, {args.threads} thread(s)\n")
         latencies, padded, plain, steps, added, beside = [], [], [], [], [], []
-        with bare(guidance, args.threads) as loop, serve(args.threads, args.database) as service:
+        with (
+            bare(guidance, args.threads, args.model) as loop,
+            serve(args.threads, args.database, args.model) as service,
+        ):
             sizes = loop.ask("steady_sizes", Settings().sample_batch_size)
             loop.ask("times", BLOCK, sizes)
             target = service.target(guidance)
@@ -182,7 +199,10 @@ class Sizing:
 def sizing(args: argparse.Namespace) -> None:
     for guidance in args.guidance or ("uncond",):
         print(f"\n**sizing**, {guidance}, {args.threads} thread(s)\n")
-        with bare(guidance, args.threads) as loop, serve(args.threads, args.database) as service:
+        with (
+            bare(guidance, args.threads, args.model) as loop,
+            serve(args.threads, args.database, args.model) as service,
+        ):
             sizes = loop.ask("steady_sizes", Settings().sample_batch_size)
             step_ms = {size: 1000 * size / loop.ask("rate", size, args.seconds / 4) / 10 for size in sizes}
             target = service.target(guidance)  # one for all, as each of its requests has another seed
@@ -213,7 +233,7 @@ def rivals(args: argparse.Namespace) -> None:
         settings = {name: best_settings(args, name, guidance) for name in args.rivals}
         entrants |= {name: Measured() for name in args.rivals}
         for _ in range(args.rounds):
-            with serve(args.threads, args.database) as service:
+            with serve(args.threads, args.database, args.model) as service:
                 entrants["ours"].measure(service.target(guidance), args.seconds)
             for name in args.rivals:
                 with rival(name, args.rivals_python, guidance, args.threads, *settings[name]) as target:
@@ -242,7 +262,7 @@ def overloaded(args: argparse.Namespace) -> None:
     seconds = args.overload_seconds
     for guidance in args.guidance or ("uncond",):
         print(f"\n**overload**, {guidance}, {OVERLOAD} x saturation for {seconds:g} s, {args.threads} thread(s)\n")
-        with serve(args.threads, args.database) as service:
+        with serve(args.threads, args.database, args.model) as service:
             target = service.target(guidance)
             saturated = asyncio.run(closed_loop(target, CLIENTS, args.seconds, WARM_UP_SECONDS))
             time.sleep(1)
@@ -345,6 +365,7 @@ def main() -> None:
     parser.add_argument(
         "--guidance", nargs="+", choices=("uncond", "cfg"), help="default: throughput both, else uncond"
     )
+    parser.add_argument("--model", default="digits8", help="a built-in one, or a diffusers-format folder with classes")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--database", choices=("sqlite", "postgresql"), default="sqlite")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement under load")

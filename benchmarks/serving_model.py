@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from service.settings import Settings
 from timetuner_core.batching import steady_sizes
 from timetuner_core.generation import Guidance, generate
 from timetuner_core.grids import make_timesteps
-from timetuner_core.loading import load_builtin
+from timetuner_core.loading import BUILTINS, load_builtin, load_folder
 from worker.runtime import pick_device
 
 MODEL = "digits8"
@@ -30,24 +31,28 @@ GUIDANCES = {"uncond": Guidance("uncond", 1.0), "cfg": Guidance("classifier-free
 
 
 class Sampler:
-    """digits8, 10 steps of DDIM, on the device that a worker takes."""
+    """A built-in model, or a diffusers-format folder's, 10 steps of DDIM, on the device that a worker takes."""
 
-    def __init__(self, guidance: str) -> None:
+    def __init__(self, guidance: str, model: str = MODEL) -> None:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # whatever a rival has set meanwhile
-        self.device = pick_device(Settings().device)
-        self.model = load_builtin(MODEL, self.device)
+        settings = Settings()
+        self.device = pick_device(settings.device)
+        options = {"channels_last": settings.channels_last, "compile": settings.compile}
+        dtype = getattr(torch, settings.dtype)
+        load = load_builtin if model in BUILTINS else load_folder
+        self.model = load(model if model in BUILTINS else Path(model), self.device, dtype=dtype, **options)
         self.guidance = GUIDANCES[guidance]
         self.timesteps = make_timesteps(self.model.noise_schedule, NUM_STEPS)
 
     def __call__(self, seeds: list[int], labels: list[int], batch_sizes: Sequence[int] | None = None) -> Tensor:
-        """One image per seed, `(B, 1, 8, 8)`; in one batch, unless `batch_sizes` says otherwise."""
+        """One image per seed, `(B, C, H, W)`; in one batch, unless `batch_sizes` says otherwise."""
         condition = None if self.guidance.type == "uncond" else torch.tensor(labels)
         sizes = batch_sizes or [len(seeds)]
         given = (self.model, self.guidance, seeds, condition, self.timesteps)
         return generate(*given, batch_sizes=sizes, device=self.device).cpu()
 
     def npy(self, images: list[Image]) -> list[bytes]:
-        """In one batch, each as the service answers: a `.npy` file of `(1, 1, 8, 8)`."""
+        """In one batch, each as the service answers: a `.npy` file of `(1, C, H, W)`."""
         samples = self([image["seed"] for image in images], [image["class_labels"] for image in images])
         return [_npy(sample[None]) for sample in samples.numpy()]
 
@@ -82,7 +87,7 @@ def _npy(image: np.ndarray) -> bytes:
 
 
 def main() -> None:
-    sampler = Sampler(sys.argv[1])
+    sampler = Sampler(*sys.argv[1:])
     for line in sys.stdin:
         method, *arguments = json.loads(line)
         print(json.dumps(getattr(sampler, method)(*arguments)), flush=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from service.supervisor import valkey_command
 
 HERE = Path(__file__).parent
 MODEL, NUM_STEPS = "digits8", 10  # as in serving_model, which loads PyTorch
+UPLOAD_SECONDS = 600.0
 GUIDED = {"guidance_type": "classifier-free", "guidance_scale": 2, "class_labels": "$label"}
 START_SECONDS = 60.0
 STOP_SECONDS = 20.0
@@ -95,16 +97,24 @@ class Service:
         body = {"model": self.model, "num_steps": NUM_STEPS, "schedule": "none", "seed": "$seed"}
         return Target(self.port, "/v1/samples", json.dumps(body | (GUIDED if guidance == "cfg" else {})))
 
-    def step_seconds(self) -> float:
-        """How long the worker has been at sampling steps, in all: nothing else is the model's own time."""
+    def phase_seconds(self) -> dict[str, float]:
+        """How long the worker has been at claiming jobs, loading models, sampling steps and storing results, in all.
+        Of one at a time, but that it stores while it samples."""
         families = text_string_to_metric_families(httpx.get(self.metrics_url, trust_env=False).text)
         samples = (sample for family in families for sample in family.samples)
-        return next(each.value for each in samples if each.name == PHASES and each.labels == {"phase": "step"})
+        return {sample.labels["phase"]: sample.value for sample in samples if sample.name == PHASES}
+
+    def step_seconds(self) -> float:
+        """Of that the sampling steps: nothing else is the model's own time."""
+        return self.phase_seconds()["step"]
 
 
 @contextmanager
-def serve(threads: int, database: str = "sqlite", **variables: str) -> Iterator[Service]:
-    """Valkey, dispatcher, one worker and the API, with a new database and these environment variables."""
+def serve(threads: int, database: str = "sqlite", model: str = MODEL, **variables: str) -> Iterator[Service]:
+    """Valkey, dispatcher, one worker and the API, with a new database and these environment variables.
+
+    model: built-in, or a diffusers-format folder.
+    """
     with ExitStack() as stack:
         # A short path, as a Unix socket's is bounded.
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="timetuner-bench-")))
@@ -130,8 +140,7 @@ def serve(threads: int, database: str = "sqlite", **variables: str) -> Iterator[
         url = f"http://127.0.0.1:{port}"
         client = stack.enter_context(httpx.Client(base_url=url, trust_env=False, timeout=START_SECONDS))
         processes.wait_until(lambda: _answers(client, "GET", "/readyz"))
-        model = client.post("/v1/models", json={"builtin": MODEL}).raise_for_status().json()["id"]
-        yield Service(processes, port, model, f"http://127.0.0.1:{metrics_port}/metrics")
+        yield Service(processes, port, _register(client, model, home), f"http://127.0.0.1:{metrics_port}/metrics")
 
 
 @contextmanager
@@ -154,8 +163,8 @@ def rival(name: str, python: str, guidance: str, threads: int, batch_size: int, 
 class Bare:
     """The model in a process of its own, which sleeps unless it is asked: see `serving_model.Sampler`."""
 
-    def __init__(self, processes: Processes, guidance: str) -> None:
-        command = (PYTHON, str(HERE / "serving_model.py"), guidance)
+    def __init__(self, processes: Processes, guidance: str, model: str) -> None:
+        command = (PYTHON, str(HERE / "serving_model.py"), guidance, model)
         self._process = processes.start(f"bare {guidance}", *command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def ask(self, method: str, *arguments: Any) -> Any:
@@ -166,9 +175,21 @@ class Bare:
 
 
 @contextmanager
-def bare(guidance: str, threads: int) -> Iterator[Bare]:
+def bare(guidance: str, threads: int, model: str = MODEL) -> Iterator[Bare]:
     with Processes(environment(threads)) as processes:
-        yield Bare(processes, guidance)
+        yield Bare(processes, guidance, model)
+
+
+def _register(client: httpx.Client, model: str, scratch: Path) -> str:
+    """The model's id."""
+    if Path(model).is_dir():
+        archive = shutil.make_archive(str(scratch / "model"), "tar", model)
+        with open(archive, "rb") as file:
+            answer = client.post("/v1/models", files={"archive": file}, data={"name": "model"}, timeout=UPLOAD_SECONDS)
+    else:
+        answer = client.post("/v1/models", json={"builtin": model})
+    model_id: str = answer.raise_for_status().json()["id"]
+    return model_id
 
 
 def _answers(client: httpx.Client, method: str, url: str, **options: Any) -> bool:
