@@ -45,11 +45,21 @@ class Row:
 
 @dataclass
 class Travelling:
-    """A row on its way: how many steps it has made, and where its noise comes from."""
+    """A row on its way: how many steps it has made, and where its noise comes from.
+
+    Attributes:
+        times: t, s and t_ratio of each step; as numbers, since taking three elements of tensors for each row and step
+            would take half of a step's time beside the network
+    """
 
     row: Row
     generator: torch.Generator
     step: int = 0
+    times: list[tuple[float, float, float]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        timesteps, t_ratios = self.row.timesteps.tolist(), self.row.t_ratios.tolist()
+        self.times = list(zip(timesteps[:-1], timesteps[1:], t_ratios, strict=True))
 
 
 @dataclass(frozen=True)
@@ -172,8 +182,8 @@ class RollingBatch:
 
     def _times(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """t, s and t_ratio, `(B,)`; t and s `()` where all rows are at the same step."""
-        at = [(r.row.timesteps[r.step], r.row.timesteps[r.step + 1], r.row.t_ratios[r.step]) for r in self.rows]
-        t, s, t_ratio = (torch.stack(times) for times in zip(*at, strict=True))
+        at = [travelling.times[travelling.step] for travelling in self.rows]
+        t, s, t_ratio = torch.tensor(at, dtype=torch.float64).unbind(1)
         if not self.mixes_steps:
             return t[0], s[0], t_ratio[index]
         return t[index], s[index], t_ratio[index]
@@ -189,7 +199,7 @@ class RollingBatch:
         return get_sampler(self.sampler).step_fn(model_fn, self.model.noise_schedule)
 
     def _conditions(self, index: Tensor) -> dict[str, Tensor | None]:
-        rows = [self.rows[int(k)].row for k in index]
+        rows = [self.rows[k].row for k in index.tolist()]
         condition = _stack([row.condition for row in rows], self.device)
         conditions = self.model.conditions(self.guidance.type, condition)
         uncond = _stack([row.uncond_condition for row in rows], self.device)
@@ -197,7 +207,7 @@ class RollingBatch:
 
     def _noise(self, x: Tensor, wanted: Tensor) -> Tensor:
         """Each row's own; the padding's does not matter."""
-        drawn = step_noise(x[: len(wanted)], [self.rows[int(k)].generator for k in wanted])
+        drawn = step_noise(x[: len(wanted)], [self.rows[k].generator for k in wanted.tolist()])
         return torch.cat([drawn, torch.zeros_like(x[len(wanted) :])])
 
 
