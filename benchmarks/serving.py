@@ -38,8 +38,6 @@ import numpy as np
 from serving_load import Answer, Load, Overload, Target, closed_loop, one_by_one, open_loop, overload
 from serving_processes import Processes, Service, bare, rival, serve
 
-from service.settings import Settings
-
 CLIENTS = 32
 WARM_UP_SECONDS = 3.0
 BARE_BATCH_SIZES = (8, 16, 24, 32, 48)
@@ -101,7 +99,7 @@ def throughput(args: argparse.Namespace) -> None:
         with bare(guidance, args.threads, args.model) as loop:
             for size in BARE_BATCH_SIZES:
                 loop.ask("rate", size, 0.5)
-            sizes = loop.ask("steady_sizes", Settings().sample_batch_size)
+            sizes = loop.ask("worker_sizes")
             sweep = {size: loop.ask("rate", size, args.seconds / 4) for size in BARE_BATCH_SIZES}
             best = max(sweep, key=lambda size: sweep[size])
             for _ in range(args.rounds):
@@ -111,7 +109,7 @@ def throughput(args: argparse.Namespace) -> None:
                         measured.measure_service(service, guidance, args.seconds)
         bare_rate = statistics.mean(rates)
         print("bare loop, images/s by batch size:", ", ".join(f"{size}: {rate:.0f}" for size, rate in sweep.items()))
-        print("batch sizes that agree, of which the service uses none else:", ", ".join(map(str, sizes)))
+        print("batch sizes of the service:", ", ".join(map(str, sizes)))
         for name, measured in (("the worker", batched), ("the worker, SAMPLE_BATCH_SIZE=1", unbatched)):
             phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in measured.phases.items())
             print(f"{name}, seconds by phase, warm-up included: {phases}")
@@ -131,7 +129,7 @@ def overhead(args: argparse.Namespace) -> None:
             bare(guidance, args.threads, args.model) as loop,
             serve(args.threads, args.database, args.model) as service,
         ):
-            sizes = loop.ask("steady_sizes", Settings().sample_batch_size)
+            sizes = loop.ask("worker_sizes")
             loop.ask("times", BLOCK, sizes)
             target = service.target(guidance)
             asyncio.run(one_by_one(target, BLOCK))
@@ -203,7 +201,7 @@ def sizing(args: argparse.Namespace) -> None:
             bare(guidance, args.threads, args.model) as loop,
             serve(args.threads, args.database, args.model) as service,
         ):
-            sizes = loop.ask("steady_sizes", Settings().sample_batch_size)
+            sizes = loop.ask("worker_sizes")
             step_ms = {size: 1000 * size / loop.ask("rate", size, args.seconds / 4) / 10 for size in sizes}
             target = service.target(guidance)  # one for all, as each of its requests has another seed
             asyncio.run(one_by_one(target, BLOCK))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from service.settings import Settings
-from timetuner_core.batching import steady_sizes
+from timetuner_core.batching import all_sizes, steady_sizes
 from timetuner_core.generation import Guidance, generate
 from timetuner_core.grids import make_timesteps
 from timetuner_core.loading import BUILTINS, load_builtin, load_folder
@@ -74,9 +74,12 @@ class Sampler:
             times.append(1000 * (time.perf_counter() - began))
         return times
 
-    def steady_sizes(self, max_size: int) -> tuple[int, ...]:
-        """The batch sizes that a worker with batches of at most `max_size` uses, and pads to."""
-        guidance = self.guidance
+    def worker_sizes(self) -> tuple[int, ...]:
+        """The batch sizes that a worker of these settings uses, and pads to."""
+        guidance, settings = self.guidance, Settings()
+        max_size = settings.sample_batch_size
+        if not settings.same_bits:
+            return all_sizes(max_size)
         return steady_sizes(self.model, guidance.type, max_size, self.device, guided=guidance.guides)
 
 

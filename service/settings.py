@@ -29,6 +29,7 @@ class Settings(BaseSettings):
     max_model_bytes: int = Field(8 * 2**30, ge=0)  # of the models a worker keeps loaded, beside the one at work
     warm_models: int = Field(1, ge=0)  # how many of those sampled from last a worker loads when it starts
     sample_batch_size: int = Field(24, ge=1, le=1024)  # images a worker samples at once
+    same_bits: bool = True  # images do not depend on what is sampled with them, to the last bit; false: up to rounding
 
     metrics_port: int = Field(0, ge=0, le=65535)  # of a worker's metrics; 0: none
     dispatcher_metrics_port: int = Field(0, ge=0, le=65535)

@@ -25,6 +25,11 @@ ANY_LENGTH = 77  # of tensor conditions where the model leaves it open: CLIP's
 _Network = Callable[[Tensor], tuple[Tensor, ...]]
 
 
+def all_sizes(max_size: int) -> tuple[int, ...]:
+    """Those of `BATCH_SIZES` below `max_size`, and `max_size`, whatever they do to a sample's bits."""
+    return (*(size for size in BATCH_SIZES if size < max_size), max_size)
+
+
 @torch.no_grad()
 def steady_sizes(
     model: DiffusionModel,
@@ -65,7 +70,7 @@ def steady_sizes(
     order = torch.cat([torch.arange(SAMPLES), torch.randint(SAMPLES, (max_size,), generator=generator)])
     largest: list[Tensor] | None = None
     sizes = []
-    for size in sorted({max_size, *(size for size in BATCH_SIZES if size < max_size)}, reverse=True):
+    for size in reversed(all_sizes(max_size)):
         answers = _answers(networks, order[:size].to(device), largest)
         if answers is not None:
             largest = answers

@@ -20,7 +20,7 @@ from service.registry.jobs import Claim, LeaseLostError, claim, finish, hand_bac
 from service.registry.samples import models_sampled_last
 from service.registry.tables import Job, JobState, Model
 from service.settings import Settings
-from timetuner_core.batching import steady_sizes
+from timetuner_core.batching import all_sizes, steady_sizes
 from timetuner_core.generation import Guidance
 from timetuner_core.loading import DiffusionModel, load_builtin, load_folder
 from timetuner_core.tuning import TuningProblem
@@ -81,15 +81,26 @@ class Runtime:
                 logger.exception("model %s could not be loaded", model_id)
 
     def batch_sizes(self, model_id: str, guidance: Guidance, condition_shape: tuple[int, ...] | None) -> Sequence[int]:
-        """The batch sizes among which a sample's bits do not change, for this device and such requests."""
+        """The batch sizes among which a sample's bits do not change, for this device and such requests; or all sizes,
+        if nobody minds."""
+        most = self.settings.sample_batch_size
+        if not self.settings.same_bits:
+            return all_sizes(most)
         guided = None if guidance.interval else guidance.guides
         length = condition_shape[0] if condition_shape else None
         key = (model_id, guidance.type, guided, length)
         if key not in self._sizes:
-            model, most = self.load_model(model_id), self.settings.sample_batch_size
-            self._sizes[key] = steady_sizes(
-                model, guidance.type, most, self.device, guided=guided, condition_length=length
-            )
+            model = self.load_model(model_id)
+            sizes = steady_sizes(model, guidance.type, most, self.device, guided=guided, condition_length=length)
+            self._sizes[key] = sizes
+            found = {"model": model_id, "guidance": guidance.type, "batch_sizes": sizes}
+            if sizes[-1] == most:
+                logger.info("batch sizes with the same bits", extra=found)
+            else:
+                advice = (
+                    "no larger batches have the same bits: steps of %d rows take several calls, but for SAME_BITS=false"
+                )
+                logger.warning(advice, most, extra=found)
         return self._sizes[key]
 
     def problem(self, tuning_job_id: str, make: Callable[[], TuningProblem]) -> TuningProblem:

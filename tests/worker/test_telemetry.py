@@ -74,6 +74,7 @@ def watched(
         "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.server_port}",
         "OTEL_BSP_SCHEDULE_DELAY": "100",
         "METRICS_PORT": str(free_port()),
+        "SAME_BITS": "false",
     }
     stack.start_all()
     stack.wait_until_ready()
@@ -141,3 +142,12 @@ def test_a_worker_tells_what_it_has_done(watched: Stack) -> None:
     assert metrics_of_the_worker(watched)["timetuner_models_loaded",] == 2
     for phase in ("claim", "load", "step", "store"):
         assert gained("timetuner_phase_seconds_sum", phase) > 0
+
+
+def test_a_lone_image_is_not_padded_where_nobody_minds_its_last_bits(watched: Stack) -> None:
+    digits = watched.register("digits8")
+    body = {"model": digits, "num_steps": 4, "seed": 6}
+    assert watched.client.post("/v1/samples", json=body).status_code == 200  # loads the model
+    before = metrics_of_the_worker(watched)["timetuner_network_evaluations_total", digits]
+    assert watched.client.post("/v1/samples", json={**body, "seed": 7}).status_code == 200
+    assert metrics_of_the_worker(watched)["timetuner_network_evaluations_total", digits] == before + 4
