@@ -79,7 +79,8 @@ def _database(state: AppState) -> str:
 
 def _broker_and_workers(state: AppState) -> tuple[str, str]:
     try:
-        replies = state.celery.control.inspect(timeout=1.0).active_queues() or {}
+        with state.celery.connection_for_write() as connection:  # new, as the broker may have been restarted
+            replies = state.celery.control.inspect(timeout=1.0, connection=connection).active_queues() or {}
     except Exception as error:  # whatever the transport raises
         return f"unreachable ({type(error).__name__})", "unknown"
     served = {queue["name"] for queues in replies.values() for queue in queues}

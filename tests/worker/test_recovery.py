@@ -116,6 +116,7 @@ def test_a_job_the_broker_forgot_still_runs(fragile: Stack, ring: str) -> None:
     assert fragile.finished(busy)["state"] == "cancelled"
     done = fragile.finished(queued)
     assert (done["state"], done["attempt"]) == ("succeeded", 1)
+    assert fragile.readiness()[1]["broker"] == "ok"  # at once, though the API's connections are older than the broker
 
 
 def test_jobs_submitted_while_broker_and_dispatcher_are_away_run_once_they_are_back(fragile: Stack, ring: str) -> None:
