@@ -12,13 +12,13 @@ import argparse
 import csv
 import json
 import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from timetuner_core.compare import parse_guidance
+from timetuner_core.compare.processes import workers
 from timetuner_core.evaluation import frechet_distance
 from timetuner_core.experiment import Experiment
 from timetuner_core.grids import make_timesteps
@@ -40,8 +40,7 @@ class Change:
 
 
 def measure(row: Row, num_samples: int) -> Change:
-    """In a process of its own."""
-    torch.set_num_threads(1)
+    """In a process of one thread."""
     model = load_builtin(row["model"])
     experiment = Experiment(model, parse_guidance(row["guidance"]), get_sampler(row["sampler"]), rows_at_once=250)
     seeds = list(range(SEEDS, SEEDS + num_samples))
@@ -93,8 +92,9 @@ def main() -> None:
     rows = chosen([row for row in rows if not args.model or row["model"] in args.model], args.entrant)
     print("| model | guidance | sampler | steps | entrant | Fréchet, untuned | tuned | change | of features | |")
     print("| --- | --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for row, change in zip(rows, pool.map(measure, rows, [args.num_samples] * len(rows)), strict=True):
+    with workers(os.cpu_count() or 1) as in_workers:
+        each = in_workers.pool.map if in_workers.pool else map
+        for row, change in zip(rows, each(measure, rows, [args.num_samples] * len(rows)), strict=True):
             setting = " | ".join(row[name] for name in ("model", "guidance", "sampler", "num_steps", "entrant"))
             features = f"{change.features_before:.3f} | {change.features_after:.3f}" if change.features_after else " | "
             relative = change.after / change.before - 1
