@@ -21,7 +21,7 @@ def compare(
         list[str] | None, typer.Option(help="Built-in name or diffusers-format folder; may be repeated. [all built-in]")
     ] = None,
     num_steps: Annotated[str, typer.Option(help="Numbers of steps, by commas.")] = "3,5,8,10,20",
-    guidance: Annotated[str, typer.Option(help="uncond, cfg:SCALE, classifier:SCALE; by commas.")] = "uncond,cfg:2",
+    guidance: Annotated[str, typer.Option(help="uncond, cfg:SCALE, classifier:SCALE; by commas.")] = "uncond",
     samplers: Annotated[str, typer.Option(help="Samplers, by commas.")] = "ddim,dpmpp_2m",
     tuners: Annotated[str | None, typer.Option(help="Entrants, by commas; untuned is always one. [all]")] = None,
     num_samples: Annotated[int, typer.Option(help="Held-out noises that judge.")] = 256,

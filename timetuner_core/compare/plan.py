@@ -150,7 +150,7 @@ class Plan:
 
     models: tuple[str, ...] = BUILTINS
     num_steps: tuple[int, ...] = (3, 5, 8, 10, 20)
-    guidances: tuple[str, ...] = ("uncond", "cfg:2")
+    guidances: tuple[str, ...] = ("uncond",)
     samplers: tuple[str, ...] = ("ddim", "dpmpp_2m")
     entrants: tuple[str, ...] = tuple(ENTRANTS)
     num_samples: int = 256
