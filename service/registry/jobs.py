@@ -6,9 +6,10 @@ message that is lost, late or doubled does no harm. When a lease has run out is 
 
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, case, func, or_, select, update
+from sqlalchemy import ColumnElement, Float, Select, bindparam, case, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from service.registry.tables import FINAL_STATES, Job, JobState, SampleJob, TuningJob, TuningJobEvent, TuningTask
@@ -148,11 +149,23 @@ def unpublish(session: Session, job_class: type[Job], job_id: str) -> None:
     session.execute(update(job_class).where(job_class.id == job_id, queued).values(published_at=None))
 
 
+@cache  # these are asked several times a second, and making a statement takes longer than running it
+def _expired(job_class: type[Job]) -> Select[Any]:
+    return select(job_class).where(_is_expired(job_class)).with_for_update(skip_locked=True)
+
+
+@cache
+def _unpublished(job_class: type[Job]) -> Select[Any]:
+    long_ago = job_class.published_at < FromNow(bindparam("seconds", type_=Float))
+    due = or_(job_class.published_at.is_(None), long_ago)
+    query = select(job_class.id).where(job_class.state == JobState.QUEUED, due)
+    return query.order_by(job_class.id).limit(bindparam("most"))
+
+
 def take_back_expired(session: Session, job_class: type[Job], max_attempts: int) -> list[Job]:
     """Queue again the jobs whose workers fell silent; those that are over now: cancelled meanwhile, or failed because
     too many workers were lost over them without getting on."""
-    expired = select(job_class).where(_is_expired(job_class)).with_for_update(skip_locked=True)
-    jobs = session.scalars(expired).all()
+    jobs = session.scalars(_expired(job_class)).all()
     for job in jobs:
         job.losses += 1
         if job.cancel_requested:
@@ -186,9 +199,8 @@ def add_tasks(session: Session, job: TuningJob, step_indices: list[int]) -> list
 
 def unpublished(session: Session, job_class: type[Job], published_before: timedelta, limit: int = 100) -> list[str]:
     """Queued jobs the broker was never told of, or was told so long ago that it may have forgotten."""
-    due = or_(job_class.published_at.is_(None), job_class.published_at < FromNow(-published_before.total_seconds()))
-    query = select(job_class.id).where(job_class.state == JobState.QUEUED, due)
-    return list(session.scalars(query.order_by(job_class.id).limit(limit)))
+    parameters = {"seconds": -published_before.total_seconds(), "most": limit}
+    return list(session.scalars(_unpublished(job_class), parameters))
 
 
 def mark_published(session: Session, job_class: type[Job], job_ids: list[str]) -> None:

@@ -198,21 +198,28 @@ def join_parts(session: Session, parent_id: str, join: Callable[[list[tuple[str,
     return ended(parent, parent.state, parent.artifact, error=parent.error)
 
 
-def forgotten_parents(session: Session) -> list[str]:
-    """Requests that are not over although a part failed, or all are: whoever ended these did not live to say so."""
+def _forgotten_parents() -> Select[Any]:
     part = aliased(SampleJob)
     parts = select(part.id).where(part.parent_id == SampleJob.id)
-    query = select(SampleJob.id).where(
+    return select(SampleJob.id).where(
         SampleJob.state.in_((JobState.QUEUED, JobState.RUNNING)),
         SampleJob.num_parts > 0,
         or_(~exists(parts.where(part.state.not_in(FINAL_STATES))), exists(parts.where(part.state == JobState.FAILED))),
     )
-    return list(session.scalars(query))
+
+
+_FORGOTTEN_PARENTS = _forgotten_parents()
+_WAITING = select(exists().where(SampleJob.state == JobState.QUEUED, SampleJob.num_parts == 0))
+
+
+def forgotten_parents(session: Session) -> list[str]:
+    """Requests that are not over although a part failed, or all are: whoever ended these did not live to say so."""
+    return list(session.scalars(_FORGOTTEN_PARENTS))
 
 
 def samples_wait(session: Session) -> bool:
     """Whether a job is queued."""
-    return bool(session.scalar(select(exists().where(SampleJob.state == JobState.QUEUED, SampleJob.num_parts == 0))))
+    return bool(session.scalar(_WAITING))
 
 
 def models_sampled_last(session: Session, count: int) -> list[tuple[str, dict[str, Any]]]:

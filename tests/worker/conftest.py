@@ -9,9 +9,9 @@ from tests.registry.conftest import model_id, registry  # noqa: F401
 from tests.stack import Stack
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="session", params=ENGINES)
 def breakable(request: pytest.FixtureRequest, start_stack: StartStack) -> Iterator[Stack]:
-    """A deployment of this module's own."""
+    """One deployment for each engine, shared by all tests that break something."""
     stack = start_stack(request.param)
     stack.wait_until_ready()
     yield stack

@@ -14,16 +14,16 @@ from tests.stack import Json, Stack, wait_until
 QUICK: Json = {"tuner": {"total_iters": 2, "population_size": 16}, "evaluation": {"num_samples": 16}}
 # Long enough to be killed in the middle, many saves after its start and many before its end.
 STEADY: Json = {
-    "tuner": {"total_iters": 250, "population_size": 32, "teacher_num_steps": 10},
+    "tuner": {"total_iters": 120, "population_size": 32, "teacher_num_steps": 10},
     "evaluation": {"num_samples": 32},
 }
 ENDLESS: Json = {"tuner": {"total_iters": 10_000}}
 NEVER_SURE: Json = {"objective": "next_eps", "tolerance": 1e-6}  # so the number of iterations is known
 STEP_BY_STEP: Json = {
-    "tuner": {**NEVER_SURE, "tune_type": "sequential", "total_iters": 600, "population_size": 64},
+    "tuner": {**NEVER_SURE, "tune_type": "sequential", "total_iters": 250, "population_size": 64},
     "evaluation": {"num_samples": 32},
 }
-SPREAD: Json = {"tuner": {**NEVER_SURE, "total_iters": 600}, "evaluation": {"num_samples": 32}}
+SPREAD: Json = {"tuner": {**NEVER_SURE, "total_iters": 400}, "evaluation": {"num_samples": 32}}
 
 # For Python to load first: all that asks for the time in our code, and most of what does in others', gets another one.
 WRONG_CLOCK = """
