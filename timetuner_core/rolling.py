@@ -49,7 +49,7 @@ class Travelling:
 
     Attributes:
         times: t, s and t_ratio of each step; as numbers, since taking three elements of tensors for each row and step
-            would take half of a step's time beside the network
+            would take half of a step's time beside the network.
     """
 
     row: Row
