@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any
 
 from sqlalchemy import Float, Row, Select, Table, bindparam, case, delete, exists, insert, or_, select, update
@@ -198,6 +199,7 @@ def join_parts(session: Session, parent_id: str, join: Callable[[list[tuple[str,
     return ended(parent, parent.state, parent.artifact, error=parent.error)
 
 
+@cache  # made when a dispatcher first asks; nobody else does
 def _forgotten_parents() -> Select[Any]:
     part = aliased(SampleJob)
     parts = select(part.id).where(part.parent_id == SampleJob.id)
@@ -208,13 +210,12 @@ def _forgotten_parents() -> Select[Any]:
     )
 
 
-_FORGOTTEN_PARENTS = _forgotten_parents()
 _WAITING = select(exists().where(SampleJob.state == JobState.QUEUED, SampleJob.num_parts == 0))
 
 
 def forgotten_parents(session: Session) -> list[str]:
     """Requests that are not over although a part failed, or all are: whoever ended these did not live to say so."""
-    return list(session.scalars(_FORGOTTEN_PARENTS))
+    return list(session.scalars(_forgotten_parents()))
 
 
 def samples_wait(session: Session) -> bool:
