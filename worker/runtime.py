@@ -20,10 +20,10 @@ from service.registry.jobs import Claim, LeaseLostError, claim, finish, hand_bac
 from service.registry.samples import models_sampled_last
 from service.registry.tables import Job, JobState, Model
 from service.settings import Settings
-from timetuner_core.batching import all_sizes, steady_sizes
-from timetuner_core.generation import Guidance
-from timetuner_core.loading import DiffusionModel, load_builtin, load_folder
-from timetuner_core.tuning import TuningProblem
+from timetuner_core.models.loading import DiffusionModel, load_builtin, load_folder
+from timetuner_core.sampling.generate import Guidance
+from timetuner_core.sampling.same_bits import all_sizes, steady_sizes
+from timetuner_core.tuning.problem import TuningProblem
 from worker import metrics
 from worker.lease import JobCancelledError, Lease, WorkerStoppingError
 from worker.requests import guidance_of

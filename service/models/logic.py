@@ -17,7 +17,7 @@ from service.idempotency import Once, make_once
 from service.models.archive import LOC, unpack
 from service.registry.database import Registry
 from service.registry.tables import Model, SampleJob, Schedule, TuningJob
-from timetuner_core.loading import (
+from timetuner_core.models.loading import (
     BUILTIN_FOLDERS,
     MODEL_FILES,
     DiffusionModel,

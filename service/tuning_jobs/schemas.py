@@ -8,7 +8,7 @@ from service.api import Fault, KeyId, ModelId, NextCursor, RequestId, ScheduleId
 from service.registry.tables import JobState
 from service.requests import Setting, Timesteps
 from service.webhooks import WEBHOOK_URL, WebhookUrl
-from timetuner_core.tuning import Optimizer, Parameters, TuneType
+from timetuner_core.tuning.problem import Optimizer, Parameters, TuneType
 
 BatchSize = Annotated[int, Field(ge=1, le=1024)]
 PopulationSize = Annotated[int, Field(ge=1, le=65_536)]

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timetuner_core.generation import UNGUIDED_SCALES, Guidance, batches
-from timetuner_core.loading import DiffusionModel
+from timetuner_core.models.loading import DiffusionModel
 from timetuner_core.samplers import (
     Past,
     SamplerStep,
@@ -18,6 +17,7 @@ from timetuner_core.samplers import (
     step_noise,
     with_history,
 )
+from timetuner_core.sampling.generate import UNGUIDED_SCALES, Guidance, batches
 
 
 @dataclass(frozen=True)

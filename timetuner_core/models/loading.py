@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timetuner_core.features import digit_features
-from timetuner_core.mixtures import GaussianMixture, gratings_mixture, ring_mixture
 from timetuner_core.models.data import ModelData, read_data, read_null_class
 from timetuner_core.models.diffusion_model import DiffusionModel, draw_classes, draw_rows
-from timetuner_core.models.files import (
+from timetuner_core.models.digits_classifier import digit_features
+from timetuner_core.models.folder_files import (
     DATA,
     METADATA,
     MODEL_FILES,
@@ -26,6 +25,7 @@ from timetuner_core.models.files import (
     VAE_WEIGHTS,
     ModelFormatError,
 )
+from timetuner_core.models.mixtures import GaussianMixture, gratings_mixture, ring_mixture
 from timetuner_core.models.networks import LoadedNetwork, Options, load_network
 from timetuner_core.models.schedulers import read_scheduler, read_scheduler_config
 from timetuner_core.models.vae import load_vae
@@ -51,7 +51,7 @@ __all__ = [
     "read_scheduler_config",
 ]
 
-BUNDLED = Path(__file__).parent / "bundled"
+BUNDLED = Path(__file__).parents[1] / "bundled"
 BUILTIN_MIXTURES: dict[str, Callable[[], GaussianMixture]] = {
     "mixture-ring": ring_mixture,
     "mixture-gratings": gratings_mixture,

@@ -7,13 +7,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from timetuner_core import evaluation
-from timetuner_core.generation import Guidance, generate
+from timetuner_core.evaluation.distances import sampler_kl
+from timetuner_core.evaluation.verdict import Evaluation, evaluate
 from timetuner_core.grids import make_timesteps, teacher_timesteps
-from timetuner_core.loading import DiffusionModel
+from timetuner_core.models.loading import DiffusionModel
 from timetuner_core.samplers import Sampler, initial_noise, sample
+from timetuner_core.sampling.generate import Guidance, generate
 from timetuner_core.tuners import TUNERS
-from timetuner_core.tuning import TuningProblem
+from timetuner_core.tuning.problem import TuningProblem
 
 # Seeds of the noise that tuning and evaluation see: two ranges that neither meet each other nor, being
 # above 2**31, the seeds of users' samples.
@@ -84,7 +85,7 @@ class Experiment:
 
     def evaluate(
         self, timesteps: Tensor, t_ratios: Tensor, num_samples: int, teacher_num_steps: int = 100
-    ) -> evaluation.Evaluation:
+    ) -> Evaluation:
         """A schedule against the sampler's default grid, untuned, on `num_samples` noises that no tuner has seen."""
         seeds = self.seeds(num_samples, EVALUATION_SEEDS)
         condition = self.conditions(num_samples, EVALUATION_SEEDS)
@@ -93,7 +94,7 @@ class Experiment:
         def run(timesteps: Tensor, t_ratios: Tensor | None) -> Tensor:
             return self.sample(seeds, condition, timesteps, t_ratios).cpu()
 
-        return evaluation.evaluate(
+        return evaluate(
             run,
             timesteps,
             t_ratios,
@@ -157,7 +158,7 @@ class Experiment:
         ratios = torch.ones(len(timesteps) - 1, dtype=torch.float64) if t_ratios is None else t_ratios
         std = self.model.noise_schedule.starting_std(timesteps[0])
         x_T, _ = initial_noise(self.model.sample_shape, self.seeds(MOST_KL_ROWS, EVALUATION_SEEDS), std)
-        return evaluation.sampler_kl(
+        return sampler_kl(
             lambda x: sample(step_fn, x, timesteps, ratios), x_T.to(self.device), self.model.mixture, std=std
         )
 

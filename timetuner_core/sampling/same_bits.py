@@ -11,10 +11,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from timetuner_core.generation import UNGUIDED_SCALES
-from timetuner_core.loading import DiffusionModel
 from timetuner_core.model_wrapper import GuidanceType, GuidedModel
+from timetuner_core.models.loading import DiffusionModel
 from timetuner_core.samplers import initial_noise
+from timetuner_core.sampling.generate import UNGUIDED_SCALES
 
 BATCH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 SAMPLES = 3  # different ones in a probe's batches: each is seen at every position, among changing others

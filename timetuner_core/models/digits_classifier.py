@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 NUM_FEATURES = 32
-WEIGHTS = Path(__file__).parent / "bundled" / "digits-classifier" / "model.safetensors"
+WEIGHTS = Path(__file__).parents[1] / "bundled" / "digits-classifier" / "model.safetensors"
 
 
 class DigitsClassifier(nn.Module):
