@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from service.settings import Settings
+from service.shared.settings import Settings
 from timetuner_core.grids import make_timesteps
 from timetuner_core.models.loading import BUILTINS, load_builtin, load_folder
 from timetuner_core.sampling.generate import Guidance, generate

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from service.registry.samples import Ended
 from service.registry.tables import Job, JobState, SampleJob
-from service.settings import Settings
-from service.telemetry import KINDS
+from service.shared.settings import Settings
+from service.shared.telemetry import KINDS
 from timetuner_core.models.loading import DiffusionModel
 
 ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024)

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from service.arrays import decode_array
 from service.registry.tables import SampleJob, Schedule
+from service.shared.arrays import decode_array
 from timetuner_core.grids import check_t_ratios, check_timesteps, make_timesteps
 from timetuner_core.model_wrapper import repeat_to_batch
 from timetuner_core.models.loading import DiffusionModel

@@ -10,7 +10,7 @@ from service.registry.jobs import add_event, finish
 from service.registry.schedules import next_version
 from service.registry.tables import Evaluation as EvaluationRow
 from service.registry.tables import JobState, Schedule, ScheduleStatus, TuningJob
-from service.telemetry import TRACER
+from service.shared.telemetry import TRACER
 from timetuner_core.evaluation.verdict import Evaluation, Metric
 from timetuner_core.grids import teacher_timesteps
 from timetuner_core.tuning.problem import TuningState

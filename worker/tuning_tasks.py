@@ -8,9 +8,9 @@ from functools import partial
 
 from sqlalchemy import select
 
-from service.queue import publish
 from service.registry.jobs import add_tasks, finish, is_free
 from service.registry.tables import FINAL_STATES, JobState, TuningJob, TuningTask
+from service.shared.queue import publish
 from timetuner_core.tuning.problem import TuningState
 from worker.lease import JobCancelledError, Lease
 from worker.runtime import Runtime

@@ -12,8 +12,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from service.access.needs import AnyCaller
-from service.api import PageQuery, PathId, newest_first
-from service.errors import InvalidError
+from service.http.errors import InvalidError
+from service.http.fields import PageQuery, PathId, newest_first
 from service.models.logic import get_model, get_requested_model
 from service.registry.tables import JobState, Model, ScheduleStatus
 from service.schedules import logic as schedules_logic

@@ -12,14 +12,8 @@ from torch import Tensor
 from timetuner_core.models.mixtures import GaussianMixture
 
 MAX_FRECHET_DIMENSION = 4096
-
-
 MAX_WASSERSTEIN_SAMPLES = 1000  # the assignment's cost grows with their cube
-
-
 MAX_WASSERSTEIN_DIMENSION = 8  # see `wasserstein_estimate`
-
-
 NUM_PROJECTIONS = 128
 
 

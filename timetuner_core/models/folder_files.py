@@ -39,7 +39,6 @@ MAX_TENSORS = 20_000
 LENGTH_BYTES = 8  # a safetensors file begins with its header's length
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 
-
 # What the safetensors library raises for files that are none, or of dtypes that torch does not have.
 _UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError)
 

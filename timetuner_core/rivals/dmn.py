@@ -15,11 +15,9 @@ from timetuner_core.tuning.problem import TuningProblem
 # Of the average step in lambda: what DMN's search keeps every step above, lest samplers that divide by steps fail.
 LEAST_STEP = 0.01
 
-
 # Whose weights DMN takes for samplers whose own mislead it. UniPC: so does DMN's code. Those that extrapolate eps: a
 # network that answers x0 whatever x is lets their errors grow without bound, a real one does not.
 WEIGHTS_OF = {"unipc_2": "dpmpp_3m", "unipc_3": "dpmpp_3m", "ipndm": "dpmpp_3m", "deis": "dpmpp_3m"}
-
 
 # How many of the first steps have no error of theirs set off against later ones', in DMN's bound.
 SEPARATE_STEPS = 3

@@ -22,14 +22,8 @@ from timetuner_core.samplers import (
 from timetuner_core.tuning.gauss_newton import MEMORY
 
 TuneType = Literal["sequential", "parallel"]
-
-
 StepObjective = Literal["next_eps", "teacher_step"]
-
-
 Optimizer = Literal["gauss_newton", "adam"]
-
-
 Parameters = Literal["t_ratios", "timesteps", "both"]
 
 

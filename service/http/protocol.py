@@ -8,7 +8,7 @@ from http import HTTPStatus
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.errors import problem_response
+from service.http.errors import problem_response
 
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 64 * 1024  # the target of the request included

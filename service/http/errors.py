@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from service.logs import request_id
+from service.shared.logs import request_id
 
 Location = tuple[str | int, ...]
 REQUEST = "req_01JD3K5V8Q2M4N6P7R9S0T1V2W"  # as the ids of requests look

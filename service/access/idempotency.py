@@ -12,7 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from service.access.callers import Caller
-from service.errors import ConflictError
+from service.http.errors import ConflictError
 from service.registry.database import Registry
 from service.registry.tables import IdempotencyKey
 

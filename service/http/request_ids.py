@@ -9,10 +9,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import problem_response
-from service.logs import about
+from service.http.errors import problem_response
 from service.registry.database import is_away
 from service.registry.types import new_id
+from service.shared.logs import about
 
 logger = logging.getLogger(__name__)
 
