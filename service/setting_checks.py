@@ -8,11 +8,11 @@ from sqlalchemy.orm import Session
 from service.http.errors import InvalidError, TooManyRequestsError
 from service.registry.jobs import count_queued
 from service.registry.tables import Job
-from service.shared.sampling_setting import ALWAYS, Setting, Timesteps
+from service.shared.sampling_setting import ALWAYS, SamplingSetting, Timesteps
 from timetuner_core.samplers import get_sampler
 
 
-def check_setting(spec: dict[str, Any], setting: Setting, where: str = "body") -> None:
+def check_setting(spec: dict[str, Any], setting: SamplingSetting, where: str = "body") -> None:
     """Refuse what the model or the sampler does not have. Raises: InvalidError."""
 
     def refuse(name: str, accepted: str) -> None:
@@ -37,7 +37,7 @@ def check_setting(spec: dict[str, Any], setting: Setting, where: str = "body") -
         refuse("eta", f"0 for the sampler {setting.sampler!r}")
 
 
-def check_uncond(spec: dict[str, Any], setting: Setting, accepted: str) -> None:
+def check_uncond(spec: dict[str, Any], setting: SamplingSetting, accepted: str) -> None:
     """Refuse classifier-free guidance by more than the condition where nothing stands for "no condition".
 
     Raises: InvalidError.

@@ -115,7 +115,7 @@ def _make_job(session: Session, settings: Settings, catalog: Catalog, submission
         takes_arrays = model.spec["condition_shape"] is not None
         check_uncond(model.spec, request, "uncond_condition" if takes_arrays else "guidance_scale 1")
     schedule = catalog.schedule(session, request)
-    stored = {**request.model_dump(mode="json"), "class_labels": labels}
+    stored = request.model_copy(update={"class_labels": labels}).model_dump(mode="json")
     deadline, schedule_id = request.deadline_seconds, None if schedule is None else schedule.id
     return SampleJob(
         id=submission.job_id,

@@ -18,7 +18,7 @@ from service.schedules import logic as schedules_logic
 from service.schedules.schemas import ALIAS
 from service.shared.fields import Identifier
 from service.shared.queue import publish
-from service.shared.sampling_setting import Setting
+from service.shared.sampling_setting import SamplingSetting
 from service.shared.tuning_request import TuningJobRequest
 from service.state import State
 from service.tuning_jobs import logic as jobs_logic
@@ -36,7 +36,7 @@ Tuner = Annotated[Caller, needs(Scope.TUNE)]
 Writer = Annotated[Caller, needs(Scope.MODELS_WRITE)]
 
 
-class TuningForm(Setting):
+class TuningForm(SamplingSetting):
     """A tuning job by a few fields; all else by default."""
 
     objective: Literal[tuple(OBJECTIVES)] = "end_to_end"  # type: ignore[valid-type]
