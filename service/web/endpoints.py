@@ -11,11 +11,12 @@ from pydantic import BaseModel, ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from service.access.needs import AnyCaller
+from service.access.callers import AnyCaller
 from service.http.errors import InvalidError
 from service.http.fields import PageQuery, PathId, newest_first
-from service.models.logic import get_model, get_requested_model
+from service.models.logic import get_model
 from service.registry.tables import JobState, Model, ScheduleStatus
+from service.request_checks import get_requested_model
 from service.schedules import logic as schedules_logic
 from service.schedules.schemas import ScheduleQuery
 from service.state import State
