@@ -16,6 +16,7 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+	$(BIN)/python tools/synchronous_client.py --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
@@ -28,6 +29,7 @@ docs: $(INSTALLED)  ## the documentation as a web site, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(INSTALLED)
+	$(BIN)/python tools/synchronous_client.py
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
