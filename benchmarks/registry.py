@@ -28,9 +28,9 @@ from service.registry.database import Registry
 from service.registry.schedules import next_version
 from service.registry.tables import Evaluation, Model, Schedule, ScheduleStatus
 from service.registry.types import utc_now
-from service.requests import Setting
 from service.schedules import logic
 from service.schedules.schemas import ScheduleQuery
+from service.shared.sampling_setting import Setting
 
 BATCH_ROWS = 5_000
 SAMPLERS = ("ddim", "dpmpp_2m", "dpmpp_3m", "euler", "heun", "unipc")

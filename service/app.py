@@ -13,11 +13,13 @@ from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
-from service import health, openapi, telemetry
+from service import health
 from service.access import endpoints as audit
 from service.access.authentication import AuthenticationMiddleware
-from service.body_limit import BodyLimitMiddleware
-from service.errors import (
+from service.access.state import access_state
+from service.http import openapi
+from service.http.body_limit import BodyLimitMiddleware
+from service.http.errors import (
     ForbiddenError,
     Problem,
     TooManyRequestsError,
@@ -26,16 +28,18 @@ from service.errors import (
     install_error_handlers,
     problem_content,
 )
+from service.http.request_ids import HEADER as REQUEST_ID_HEADER
+from service.http.request_ids import RequestIdMiddleware
+from service.http.security_headers import SecurityHeadersMiddleware
 from service.metrics import Metrics, MetricsMiddleware, QueueCollector
 from service.models import endpoints as models
 from service.models.schemas import BuiltinModelRequest
-from service.request_ids import HEADER as REQUEST_ID_HEADER
-from service.request_ids import RequestIdMiddleware
 from service.samples import endpoints as samples
 from service.samples.admission import AdmissionMiddleware
+from service.samples.state import samples_state
 from service.schedules import endpoints as schedules
-from service.security_headers import SecurityHeadersMiddleware
-from service.settings import Settings
+from service.shared import telemetry
+from service.shared.settings import Settings
 from service.state import open_state
 from service.tuning_jobs import endpoints as tuning_jobs
 from service.web import endpoints as web
@@ -60,9 +64,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         telemetry.start_tracing("timetuner-api", settings.otel_exporter_otlp_endpoint)
         with open_state(settings) as state:
-            app.state.timetuner = state
-            metrics.registry.register(QueueCollector(state.registry, state.admission))
-            listening = asyncio.create_task(state.news.run())
+            app.state.timetuner, app.state.access = state, access_state(state)
+            app.state.samples = samples = samples_state(state)
+            metrics.registry.register(QueueCollector(state.registry, samples.admission))
+            listening = asyncio.create_task(samples.news.run())
             gc.freeze()  # what is loaded by now stays: collections that look through it all hold up every request
             yield
             listening.cancel()
@@ -95,8 +100,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, paths: list[str]) -> None:
     """From the innermost to the outermost."""
-    app.add_middleware(AdmissionMiddleware, admission=lambda: app.state.timetuner.admission, path="/v1/samples")
-    app.add_middleware(AuthenticationMiddleware, state=lambda: app.state.timetuner)
+    app.add_middleware(AdmissionMiddleware, admission=lambda: app.state.samples.admission, path="/v1/samples")
+    app.add_middleware(AuthenticationMiddleware, state=lambda: app.state.timetuner, access=lambda: app.state.access)
     app.add_middleware(
         BodyLimitMiddleware,
         max_body_bytes=settings.max_body_bytes,

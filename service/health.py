@@ -8,8 +8,8 @@ from pydantic import BaseModel, Field
 from sqlalchemy import text
 
 from service.access.needs import needs
-from service.errors import ForbiddenError, TooManyRequestsError, UnauthenticatedError, error_responses
-from service.queue import QUEUES
+from service.http.errors import ForbiddenError, TooManyRequestsError, UnauthenticatedError, error_responses
+from service.shared.queue import QUEUES
 from service.state import AppState, State
 
 router = APIRouter(tags=["health"])

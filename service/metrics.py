@@ -15,7 +15,7 @@ from service.registry.database import Registry
 from service.registry.tables import Job, JobState, SampleJob
 from service.registry.types import utc_now
 from service.samples.admission import Admission
-from service.telemetry import KINDS
+from service.shared.telemetry import KINDS
 
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 OTHER = "other"  # a method or a path of the client's own invention: labels must stay few

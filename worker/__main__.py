@@ -3,9 +3,9 @@
 import argparse
 import os
 
-from service.logs import start_logging
-from service.queue import QUEUES
-from service.telemetry import start_tracing
+from service.shared.logs import start_logging
+from service.shared.queue import QUEUES
+from service.shared.telemetry import start_tracing
 from worker import metrics
 from worker.app import app, settings
 

@@ -12,10 +12,10 @@ from typing import Any
 from celery.platforms import SecurityWarning
 from celery.signals import setup_logging, worker_ready, worker_shutting_down
 
-from service.bus import SAMPLE_QUEUE, SAMPLE_TASK
-from service.queue import TASKS, celery_app
 from service.registry.tables import Job, TuningJob, TuningTask
-from service.settings import Settings
+from service.shared.queue import TASKS, celery_app
+from service.shared.settings import Settings
+from service.shared.signals import SAMPLE_QUEUE, SAMPLE_TASK
 from worker.runtime import Runtime
 from worker.sampling import SampleServer
 from worker.tuning import run_tuning_job

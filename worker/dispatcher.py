@@ -12,15 +12,15 @@ from datetime import timedelta
 from celery import Celery
 from prometheus_client import Gauge, start_http_server
 
-from service.artifacts import ArtifactStore
-from service.bus import Bus
-from service.logs import start_logging
-from service.queue import TASKS, celery_app, publish
 from service.registry.database import Registry
 from service.registry.jobs import JOB_CLASSES, PUBLISHED_CLASSES, take_back_expired, unpublished
 from service.registry.samples import ended, forgotten_parents, samples_wait
 from service.registry.tables import SampleJob
-from service.settings import Settings
+from service.shared.artifacts import ArtifactStore
+from service.shared.logs import start_logging
+from service.shared.queue import TASKS, celery_app, publish
+from service.shared.settings import Settings
+from service.shared.signals import Bus
 from worker.joining import join_all
 from worker.retention import Sweeper
 from worker.webhooks import WebhookSender

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 import numpy as np
 from ulid import ULID
 
-from service.artifacts import ArtifactStore
 from service.registry.database import Registry
 from service.registry.samples import Ended, join_parts
+from service.shared.artifacts import ArtifactStore
 
 logger = logging.getLogger(__name__)
 

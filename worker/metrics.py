@@ -9,9 +9,9 @@ from torch import Tensor
 
 from service.registry.samples import Ended
 from service.registry.tables import Job, JobState, SampleJob
-from service.settings import Settings
-from service.telemetry import KINDS
-from timetuner_core.loading import DiffusionModel
+from service.shared.settings import Settings
+from service.shared.telemetry import KINDS
+from timetuner_core.models.loading import DiffusionModel
 
 ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024)
 SECOND_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)

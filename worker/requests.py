@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from service.arrays import decode_array
 from service.registry.tables import SampleJob, Schedule
-from timetuner_core.generation import Guidance
+from service.shared.arrays import decode_array
 from timetuner_core.grids import check_t_ratios, check_timesteps, make_timesteps
-from timetuner_core.loading import DiffusionModel
 from timetuner_core.model_wrapper import repeat_to_batch
+from timetuner_core.models.loading import DiffusionModel
 from timetuner_core.noise_schedule import NoiseSchedule
-from timetuner_core.rolling import Row
+from timetuner_core.sampling.generate import Guidance
+from timetuner_core.sampling.rolling_batch import Row
 
 
 def guidance_of(request: dict[str, Any]) -> Guidance:

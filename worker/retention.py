@@ -8,11 +8,11 @@ from datetime import datetime, timedelta
 from sqlalchemy import delete
 from ulid import ULID
 
-from service.artifacts import ArtifactStore
 from service.registry.database import Registry
 from service.registry.samples import delete_old_samples, unreferenced
 from service.registry.tables import IdempotencyKey
 from service.registry.types import utc_now
+from service.shared.artifacts import ArtifactStore
 
 logger = logging.getLogger(__name__)
 

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from celery import Celery
 
-from service.artifacts import ArtifactStore
-from service.bus import Bus
-from service.logs import about
 from service.registry.database import Registry, is_away
 from service.registry.jobs import Claim, LeaseLostError, claim, finish, hand_back, unpublish
 from service.registry.samples import models_sampled_last
 from service.registry.tables import Job, JobState, Model
-from service.settings import Settings
-from timetuner_core.batching import all_sizes, steady_sizes
-from timetuner_core.generation import Guidance
-from timetuner_core.loading import DiffusionModel, load_builtin, load_folder
-from timetuner_core.tuning import TuningProblem
+from service.shared.artifacts import ArtifactStore
+from service.shared.logs import about
+from service.shared.settings import Settings
+from service.shared.signals import Bus
+from timetuner_core.models.loading import DiffusionModel, load_builtin, load_folder
+from timetuner_core.sampling.generate import Guidance
+from timetuner_core.sampling.same_bits import all_sizes, steady_sizes
+from timetuner_core.tuning.problem import TuningProblem
 from worker import metrics
 from worker.lease import JobCancelledError, Lease, WorkerStoppingError
 from worker.requests import guidance_of

@@ -19,8 +19,8 @@ from service.registry.database import is_away
 from service.registry.samples import Ended, SampleClaim, claim_samples, ended, finish_samples, hand_back_samples
 from service.registry.tables import JobState, Schedule
 from service.registry.types import utc_now
-from service.samples.formats import to_preview
-from timetuner_core.rolling import Advance, RollingBatch, decode
+from service.shared.image_formats import to_preview
+from timetuner_core.sampling.rolling_batch import Advance, RollingBatch, decode
 from worker import metrics
 from worker.joining import join_all
 from worker.lease import SampleLeases

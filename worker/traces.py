@@ -11,7 +11,7 @@ from service.registry.jobs import Claim
 from service.registry.samples import Ended, SampleClaim
 from service.registry.tables import JobState
 from service.registry.types import utc_now
-from service.telemetry import KINDS, TRACER, context_of
+from service.shared.telemetry import KINDS, TRACER, context_of
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 

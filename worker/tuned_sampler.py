@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from service.registry.tables import TuningJob
-from timetuner_core.evaluation import Evaluation
-from timetuner_core.experiment import Experiment
-from timetuner_core.loading import DiffusionModel
+from timetuner_core.evaluation.verdict import Evaluation
+from timetuner_core.models.loading import DiffusionModel
 from timetuner_core.samplers import get_sampler
 from timetuner_core.tuners import TUNERS
-from timetuner_core.tuning import TuningProblem, TuningState
+from timetuner_core.tuning.problem import TuningProblem, TuningState
+from timetuner_core.tuning_setup import Experiment
 from worker.requests import guidance_of, timesteps_of
 from worker.runtime import Runtime
 

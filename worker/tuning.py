@@ -10,10 +10,10 @@ from service.registry.jobs import add_event, finish
 from service.registry.schedules import next_version
 from service.registry.tables import Evaluation as EvaluationRow
 from service.registry.tables import JobState, Schedule, ScheduleStatus, TuningJob
-from service.telemetry import TRACER
-from timetuner_core.evaluation import Evaluation, Metric
+from service.shared.telemetry import TRACER
+from timetuner_core.evaluation.verdict import Evaluation, Metric
 from timetuner_core.grids import teacher_timesteps
-from timetuner_core.tuning import TuningState
+from timetuner_core.tuning.problem import TuningState
 from worker.lease import Lease
 from worker.runtime import Runtime
 from worker.tuned_sampler import TunedSampler

@@ -15,7 +15,7 @@ from torch import Tensor
 from service.registry.database import is_away
 from service.registry.jobs import add_event
 from service.registry.tables import Job, TuningJob, TuningJobStep
-from timetuner_core.tuning import TuningState
+from timetuner_core.tuning.problem import TuningState
 from worker.lease import Lease
 from worker.metrics import TUNING_ITERATIONS
 from worker.tuned_sampler import TunedSampler

@@ -8,10 +8,10 @@ from functools import partial
 
 from sqlalchemy import select
 
-from service.queue import publish
 from service.registry.jobs import add_tasks, finish, is_free
 from service.registry.tables import FINAL_STATES, JobState, TuningJob, TuningTask
-from timetuner_core.tuning import TuningState
+from service.shared.queue import publish
+from timetuner_core.tuning.problem import TuningState
 from worker.lease import JobCancelledError, Lease
 from worker.runtime import Runtime
 from worker.tuned_sampler import TunedSampler

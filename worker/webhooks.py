@@ -18,13 +18,13 @@ from urllib.parse import urlsplit
 
 import httpcore
 
-from service.addresses import Network, is_allowed
-from service.logs import about
 from service.registry.database import Registry
 from service.registry.tables import SampleJob
 from service.registry.types import utc_now
 from service.registry.webhooks import Delivery, end_webhook, take_due_webhooks
-from service.settings import Settings
+from service.shared.addresses import Network, is_allowed
+from service.shared.logs import about
+from service.shared.settings import Settings
 
 logger = logging.getLogger(__name__)
 

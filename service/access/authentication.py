@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from fastapi.concurrency import run_in_threadpool
 from limits import RateLimitItemPerMinute
@@ -15,11 +14,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.access.callers import CALLER, Caller
 from service.access.cookies import check_same_origin, cookie_authorization
 from service.access.local import check_local
-from service.errors import ServiceError, UnauthenticatedError, problem_response
-from service.logs import request_id
-
-if TYPE_CHECKING:
-    from service.state import AppState
+from service.access.state import AccessState
+from service.http.errors import ServiceError, UnauthenticatedError, problem_response
+from service.shared.logs import request_id
+from service.state import AppState
 
 GUARDED = ("/v1/", "/metrics")  # for nobody without a key; of the rest, the web page's endpoints say themselves
 # For everybody, whatever their cookie is.
@@ -37,9 +35,9 @@ class AuthenticationMiddleware:
     should be able to fill the database without a key; of either only so many a minute.
     """
 
-    def __init__(self, app: ASGIApp, state: "Callable[[], AppState]") -> None:
+    def __init__(self, app: ASGIApp, state: Callable[[], AppState], access: Callable[[], AccessState]) -> None:
         self.app = app
-        self.state = state
+        self.state, self.access = state, access
         self._written = FixedWindowRateLimiter(MemoryStorage())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,9 +72,9 @@ class AuthenticationMiddleware:
 
     async def _caller(self, scope: Scope) -> Caller | None:
         """None where nobody asks. Raises: UnauthenticatedError, ForbiddenError, KeyLimitError."""
-        headers, state = Headers(scope=scope), self.state()
+        headers, access = Headers(scope=scope), self.access()
         authorization = headers.get("authorization")
-        if not await state.keys.is_needed(authorization):
+        if not await access.keys.is_needed(authorization):
             check_local(scope, headers)
             return Caller(None, request_id())
         guarded = scope["path"].startswith(GUARDED)
@@ -84,14 +82,14 @@ class AuthenticationMiddleware:
         if not guarded and (by_cookie is None or scope["path"].startswith(OPEN)):
             return None
         try:
-            key = await state.keys.find(authorization or by_cookie)
+            key = await access.keys.find(authorization or by_cookie)
         except UnauthenticatedError:
             if guarded:
                 raise
             return None
         if by_cookie and scope["method"] not in SAFE_METHODS:
             check_same_origin(headers)
-        await state.rates.count(key)
+        await access.rates.count(key)
         return Caller(key, request_id())
 
     def _write(self, caller: Caller, scope: Scope, status: int) -> None:

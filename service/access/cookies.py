@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.requests import cookie_parser
 
-from service.errors import ForbiddenError
+from service.http.errors import ForbiddenError
 
 COOKIE = "timetuner_key"
 ACCEPTED = "requests that this service's own pages send"

@@ -5,8 +5,8 @@ from sqlalchemy import select
 
 from service.access.needs import needs
 from service.access.schemas import AuditEntryOut, AuditPage
-from service.api import PageParams, newest_first
-from service.errors import InvalidError, error_responses
+from service.http.errors import InvalidError, error_responses
+from service.http.fields import PageParams, newest_first
 from service.registry.keys import Scope
 from service.registry.tables import AuditEntry
 from service.state import State

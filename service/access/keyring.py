@@ -11,7 +11,7 @@ from typing import Any, Literal
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.exc import SQLAlchemyError
 
-from service.errors import UnauthenticatedError
+from service.http.errors import UnauthenticatedError
 from service.registry.database import Registry
 from service.registry.keys import KEY_TEXT, USED_SECONDS, any_key, find_key, hash_secret, note_use
 from service.registry.tables import ApiKey

@@ -10,10 +10,10 @@ from limits.aio.storage import MemoryStorage, RedisStorage
 from limits.aio.strategies import MovingWindowRateLimiter
 from redis import RedisError
 
-from service.bus import redis_url
-from service.errors import TooManyRequestsError
+from service.http.errors import TooManyRequestsError
 from service.registry.tables import ApiKey
 from service.registry.types import utc_now
+from service.shared.signals import redis_url
 
 PREFIX = "timetuner:requests"
 

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from service.errors import ForbiddenError
+from service.http.errors import ForbiddenError
 
 ACCEPTED = "this machine, by 127.0.0.1, localhost or [::1], while no API key is needed"
 

@@ -6,7 +6,7 @@ from fastapi import Request, Security
 from fastapi.security import HTTPBearer, SecurityScopes
 
 from service.access.callers import CALLER, Caller
-from service.errors import ForbiddenError, UnauthenticatedError
+from service.http.errors import ForbiddenError, UnauthenticatedError
 from service.registry.keys import Scope
 
 DESCRIPTION = (

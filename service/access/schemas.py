@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.api import KeyId, NextCursor, RequestId, Time, TuningJobId
+from service.http.fields import KeyId, NextCursor, RequestId, Time, TuningJobId
 
 
 class AuditEntryOut(BaseModel):

@@ -13,9 +13,9 @@ from typing import Annotated
 import httpx
 import typer
 
-from service.announcement import running_url
 from service.cli.output import UNREACHABLE, CommandError, stderr
 from service.client import TimeTuner
+from service.up.announcement import running_url
 
 Url = Annotated[
     str | None,
@@ -56,7 +56,7 @@ def _client(url: str) -> TimeTuner:
 
 
 def _home() -> Path:
-    from service.settings import Settings
+    from service.shared.settings import Settings
 
     return Settings().home.absolute()
 
@@ -64,7 +64,7 @@ def _home() -> Path:
 @contextmanager
 def _own_service(home: Path) -> Iterator[str]:
     """A service for the time being; its processes end with us, whatever becomes of us."""
-    from service.supervisor import die_with_parent
+    from service.up.supervisor import die_with_parent
 
     stderr.print(f"starting a service in {home} for this command (timetuner up keeps one running)", soft_wrap=True)
     home.mkdir(parents=True, exist_ok=True)

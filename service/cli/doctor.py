@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from service.announcement import running_url
 from service.cli.connection import Url
 from service.cli.output import FAILED, AsJson, print_json, print_table
 from service.client import TimeTuner, TimeTunerError
+from service.up.announcement import running_url
 
 if TYPE_CHECKING:
-    from service.settings import Settings
+    from service.shared.settings import Settings
 
 OLDEST_PYTHON = (3, 11)
 MIN_DISK_BYTES = MIN_MEMORY_BYTES = 2**30
@@ -45,7 +45,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Check what a service needs here, or with --url whether that service is well; and say how to mend what is not."""
-    from service.settings import Settings
+    from service.shared.settings import Settings
 
     findings = list(_remote(url) if url else _local(Settings(), port))
     if as_json:
@@ -153,7 +153,7 @@ def _database(settings: "Settings") -> Finding:
 def _broker(settings: "Settings") -> Finding:
     import redis
 
-    from service.bus import redis_url
+    from service.shared.signals import redis_url
 
     if "broker_url" not in settings.model_fields_set:
         return _embedded_broker()

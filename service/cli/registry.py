@@ -7,7 +7,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service.cli.output import UNREACHABLE, CommandError
 from service.registry.database import Registry, SchemaError
-from service.settings import Settings
+from service.shared.settings import Settings
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from service.cli.options import (
 from service.cli.output import USAGE, AsJson, CommandError, print_json, stderr
 from service.cli.terminal import show_png
 from service.client import Samples
-from service.samples.formats import to_npy, to_png_zip
+from service.shared.image_formats import to_npy, to_png_zip
 
 SUFFIXES = (".png", ".npy", ".zip")
 

@@ -29,7 +29,7 @@ def up(
     DATABASE_URL, ARTIFACTS_URL and BROKER_URL replace the embedded parts.
     """
     from service.registry.database import SchemaError
-    from service.supervisor import Supervisor
+    from service.up.supervisor import Supervisor
 
     _settle_authentication("up", host)
     if home is not None:
@@ -49,9 +49,9 @@ def api(host: Host = "127.0.0.1", port: Port = 8000) -> None:
     """Run the API alone."""
     import uvicorn
 
-    from service.http_protocol import BoundedHttpProtocol
-    from service.logs import start_logging
-    from service.settings import Settings
+    from service.http.protocol import BoundedHttpProtocol
+    from service.shared.logs import start_logging
+    from service.shared.settings import Settings
 
     _settle_authentication("api", host)
     settings = Settings()
@@ -73,7 +73,7 @@ def api(host: Host = "127.0.0.1", port: Port = 8000) -> None:
 def _settle_authentication(command: str, host: str) -> None:
     """Beyond this machine, have requests need API keys; where that was forbidden, do not start."""
     from service.access.local import is_loopback
-    from service.settings import Settings
+    from service.shared.settings import Settings
 
     if is_loopback(host):
         return

@@ -14,8 +14,7 @@ from starlette.datastructures import UploadFile
 
 from service.access.callers import Caller
 from service.access.needs import needs
-from service.api import JSON_TYPE, PRINTABLE, PageParams, PathId, check_fields, newest_first
-from service.errors import (
+from service.http.errors import (
     ConflictError,
     InvalidError,
     NotFoundError,
@@ -23,11 +22,13 @@ from service.errors import (
     UnsupportedMediaTypeError,
     error_responses,
 )
-from service.idempotency import GivenKey
+from service.http.fields import JSON_TYPE, PageParams, PathId, check_fields, newest_first
+from service.access.idempotency import GivenKey
 from service.models import logic
 from service.models.schemas import BuiltinModelRequest, ModelOut, ModelPage
 from service.registry.keys import Scope
 from service.registry.tables import Model
+from service.shared.fields import PRINTABLE
 from service.state import State
 
 router = APIRouter(prefix="/v1/models", tags=["models"])

@@ -11,13 +11,13 @@ from sqlalchemy.orm import Session
 from ulid import ULID
 
 from service.access.callers import Caller
-from service.artifacts import ArtifactStore
-from service.errors import ConflictError, InvalidError, NotFoundError
-from service.idempotency import Once, make_once
+from service.http.errors import ConflictError, InvalidError, NotFoundError
+from service.access.idempotency import Once, make_once
 from service.models.archive import LOC, unpack
 from service.registry.database import Registry
 from service.registry.tables import Model, SampleJob, Schedule, TuningJob
-from timetuner_core.loading import (
+from service.shared.artifacts import ArtifactStore
+from timetuner_core.models.loading import (
     BUILTIN_FOLDERS,
     MODEL_FILES,
     DiffusionModel,

@@ -4,9 +4,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.api import PRINTABLE, ModelId, NextCursor, Time
-from timetuner_core.loading import BUILTINS
+from service.http.fields import ModelId, NextCursor, Time
+from service.shared.fields import PRINTABLE
 from timetuner_core.model_wrapper import GuidanceType, ModelType
+from timetuner_core.models.loading import BUILTINS
 
 
 class BuiltinModelRequest(BaseModel):

@@ -323,7 +323,7 @@ class RegistryChanges(Base):
 
 
 class IdempotencyKey(Base):
-    """A request that was done, so that it is not done again: see `service.idempotency`."""
+    """A request that was done, so that it is not done again: see `service.access.idempotency`."""
 
     __tablename__ = "idempotency_keys"
 

@@ -12,7 +12,7 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.errors import TooManyRequestsError, problem_response
+from service.http.errors import TooManyRequestsError, problem_response
 from service.registry.database import Registry
 from service.registry.tables import JobState, SampleJob
 

@@ -11,9 +11,9 @@ from typing import Any
 import redis.asyncio
 from redis import RedisError
 
-from service.bus import NEWS, redis_url
 from service.registry.samples import Ended
 from service.registry.tables import JobState
+from service.shared.signals import NEWS, redis_url
 
 RECONNECT_SECONDS = 0.5
 

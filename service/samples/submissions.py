@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.exc import IntegrityError
 
-from service.errors import ServiceError
+from service.http.errors import ServiceError
 from service.registry.tables import JobState, SampleJob
-from service.samples.logic import Submission
+from service.samples.submitting import Submission
 
 
 class Submissions:

@@ -7,13 +7,12 @@ from sqlalchemy.orm import Session
 
 from service.access.callers import Caller
 from service.access.needs import needs
-from service.api import PathId, require_json
-from service.errors import ConflictError, InvalidError, NotFoundError, UnsupportedMediaTypeError, error_responses
-from service.idempotency import GivenKey, Once, make_once
+from service.http.errors import ConflictError, InvalidError, NotFoundError, UnsupportedMediaTypeError, error_responses
+from service.http.fields import PathId, require_json
+from service.access.idempotency import GivenKey, Once, make_once
 from service.models.logic import get_model, get_requested_model
 from service.registry.keys import Scope
 from service.registry.tables import Schedule
-from service.requests import check_setting
 from service.schedules import logic
 from service.schedules.schemas import (
     ALIAS,
@@ -27,6 +26,7 @@ from service.schedules.schemas import (
     ScheduleOut,
     SchedulePage,
 )
+from service.setting_checks import check_setting
 from service.state import State
 
 router = APIRouter(tags=["schedules"])

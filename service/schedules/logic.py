@@ -8,13 +8,14 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, aliased, joinedload
 
 from service.access.callers import Caller
-from service.errors import ConflictError, InvalidError, NotFoundError
+from service.http.errors import ConflictError, InvalidError, NotFoundError
 from service.models.logic import get_model, get_requested_model
 from service.registry.database import Registry
 from service.registry.schedules import next_version
 from service.registry.tables import SampleJob, Schedule, ScheduleAlias, ScheduleStatus
-from service.requests import Setting, check_setting, check_timesteps
 from service.schedules.schemas import ScheduleImport, ScheduleQuery
+from service.setting_checks import check_setting, check_timesteps
+from service.shared.sampling_setting import Setting
 
 MAX_SCANNED = 10_000  # schedules that one page may look at
 MAX_COUNTED = 100

@@ -6,20 +6,10 @@ from typing import Annotated, Any
 from fastapi import Query
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
 
-from service.api import (
-    Eta,
-    ExactNumber,
-    GuidanceScale,
-    Identifier,
-    ModelId,
-    NumSteps,
-    PageQuery,
-    ScheduleId,
-    Time,
-    TuningJobId,
-)
+from service.http.fields import ModelId, PageQuery, ScheduleId, Time, TuningJobId
 from service.registry.tables import ScheduleStatus
-from service.requests import GuidanceTime, Sampler, Setting
+from service.shared.fields import Eta, ExactNumber, GuidanceScale, Identifier, NumSteps
+from service.shared.sampling_setting import GuidanceTime, Sampler, Setting
 from timetuner_core.model_wrapper import GuidanceType
 
 MAX_DEPTH = 20

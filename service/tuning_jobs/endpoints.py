@@ -10,8 +10,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from service.access.callers import Caller
 from service.access.needs import AnyCaller, needs
-from service.api import JSON_TYPE, PageParams, PathId, require_json
-from service.errors import (
+from service.http.errors import (
     ConflictError,
     InvalidError,
     NotFoundError,
@@ -20,20 +19,15 @@ from service.errors import (
     UnsupportedMediaTypeError,
     error_responses,
 )
-from service.idempotency import GivenKey
-from service.queue import publish
+from service.http.fields import JSON_TYPE, PageParams, PathId, require_json
+from service.access.idempotency import GivenKey
 from service.registry.keys import Scope
 from service.registry.tables import FINAL_STATES, JobState, TuningJob
+from service.shared.queue import publish
+from service.shared.tuning_request import TuningJobRequest
 from service.state import AppState, State
 from service.tuning_jobs import logic
-from service.tuning_jobs.schemas import (
-    EventOut,
-    EventPage,
-    TuningJobDetail,
-    TuningJobOut,
-    TuningJobPage,
-    TuningJobRequest,
-)
+from service.tuning_jobs.schemas import EventOut, EventPage, TuningJobDetail, TuningJobOut, TuningJobPage
 
 router = APIRouter(prefix="/v1/tuning-jobs", tags=["tuning jobs"])
 

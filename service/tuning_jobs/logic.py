@@ -9,17 +9,17 @@ from sqlalchemy.orm import Session, joinedload, selectinload
 
 from service.access.callers import Caller
 from service.access.limits import quota_error
-from service.api import PageQuery, newest_first
-from service.errors import ConflictError, InvalidError, NotFoundError, TooLargeError
-from service.idempotency import Once, make_once
+from service.http.errors import ConflictError, InvalidError, NotFoundError, TooLargeError
+from service.http.fields import PageQuery, newest_first
+from service.access.idempotency import Once, make_once
 from service.models.logic import get_requested_model
 from service.registry.database import Registry
 from service.registry.jobs import add_event, request_cancel
 from service.registry.keys import Scope, charge
 from service.registry.tables import FINAL_STATES, JobState, TuningJob, TuningJobEvent, Webhook
-from service.requests import check_room, check_setting, check_timesteps, check_uncond
-from service.settings import Settings
-from service.tuning_jobs.schemas import (
+from service.setting_checks import check_room, check_setting, check_timesteps, check_uncond
+from service.shared.settings import Settings
+from service.shared.tuning_request import (
     AysTuner,
     DataTuner,
     EndToEndTuner,
@@ -28,7 +28,7 @@ from service.tuning_jobs.schemas import (
     TeacherStepTuner,
     TuningJobRequest,
 )
-from service.webhooks import check_webhook
+from service.webhook_check import check_webhook
 from timetuner_core.samplers import get_sampler
 
 

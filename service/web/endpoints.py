@@ -12,8 +12,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from service.access.needs import AnyCaller
-from service.api import PageQuery, PathId, newest_first
-from service.errors import InvalidError
+from service.http.errors import InvalidError
+from service.http.fields import PageQuery, PathId, newest_first
 from service.models.logic import get_model, get_requested_model
 from service.registry.tables import JobState, Model, ScheduleStatus
 from service.schedules import logic as schedules_logic
@@ -22,8 +22,8 @@ from service.state import State
 from service.tuning_jobs import logic as jobs_logic
 from service.web import views
 from service.web.rendering import render
-from timetuner_core.loading import BUILTINS
 from timetuner_core.model_wrapper import GuidanceType
+from timetuner_core.models.loading import BUILTINS
 from timetuner_core.samplers import sampler_names
 
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)

@@ -7,19 +7,21 @@ from fastapi import APIRouter, Depends, Form, Request, Response
 from service.access.callers import Caller
 from service.access.cookies import COOKIE, check_same_origin
 from service.access.needs import needs
-from service.api import Identifier, PathId
-from service.errors import InvalidError, UnauthenticatedError
+from service.access.state import Access
+from service.http.errors import InvalidError, UnauthenticatedError
+from service.http.fields import PathId
 from service.models.logic import register_builtin
 from service.models.schemas import BuiltinModelRequest
-from service.queue import publish
 from service.registry.keys import Scope
 from service.registry.tables import TuningJob
-from service.requests import Setting
 from service.schedules import logic as schedules_logic
 from service.schedules.schemas import ALIAS
+from service.shared.fields import Identifier
+from service.shared.queue import publish
+from service.shared.sampling_setting import Setting
+from service.shared.tuning_request import TuningJobRequest
 from service.state import State
 from service.tuning_jobs import logic as jobs_logic
-from service.tuning_jobs.schemas import TuningJobRequest
 from service.web.rendering import see
 from service.web.views import OBJECTIVES
 
@@ -90,13 +92,13 @@ def delete_alias(
 @router.post("/login")
 async def log_in(
     key: Annotated[str, Form(max_length=200)],
-    state: State,
+    access: Access,
     request: Request,
     next: Annotated[str, Form(max_length=2000)] = "/",
 ) -> Response:
     """Keep a valid key in a cookie until the browser is closed."""
     try:
-        await state.keys.find(f"Bearer {key.strip()}")
+        await access.keys.find(f"Bearer {key.strip()}")
     except UnauthenticatedError:
         detail = "this is no valid API key; accepted: tt_..., as `timetuner keys create` printed it"
         raise InvalidError(detail, ("body", "key")) from None

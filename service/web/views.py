@@ -9,7 +9,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from service.registry.tables import Model, Schedule, ScheduleAlias, TuningJob
-from service.requests import ALWAYS
+from service.shared.sampling_setting import ALWAYS
 from service.tuning_jobs.logic import events_after
 from service.web.charts import Chart, Series, make_chart
 from timetuner_core.samplers import get_sampler

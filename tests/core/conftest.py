@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from timetuner_core import NoiseScheduleVP, TimeTuner, model_wrapper
-from timetuner_core.loading import UNET_CONFIG, UNET_WEIGHTS
-from timetuner_core.mixtures import GaussianMixture
+from timetuner_core.models.loading import UNET_CONFIG, UNET_WEIGHTS
+from timetuner_core.models.mixtures import GaussianMixture
 from timetuner_core.noise_schedule import NoiseSchedule
 
 torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from tests.core.conftest import Network, normals, predicting
 from tests.core.test_convergence import measured_order
 from timetuner_core import model_wrapper
 from timetuner_core.grids import make_timesteps
-from timetuner_core.loading import BUNDLED, load_builtin
+from timetuner_core.models.loading import BUNDLED, load_builtin
 from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleEDM, NoiseScheduleFlow
 from timetuner_core.samplers import SAMPLERS, Sampler, Step, sample, scaled
 

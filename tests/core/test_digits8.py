@@ -6,10 +6,10 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from tests.core.conftest import normals
-from timetuner_core.evaluation import frechet_distance
-from timetuner_core.generation import Guidance, generate
+from timetuner_core.evaluation.distances import frechet_distance
 from timetuner_core.grids import uniform_timesteps
-from timetuner_core.loading import DiffusionModel, load_builtin
+from timetuner_core.models.loading import DiffusionModel, load_builtin
+from timetuner_core.sampling.generate import Guidance, generate
 
 
 @pytest.fixture(scope="module")

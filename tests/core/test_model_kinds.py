@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.core.conftest import normals, save_model, tiny_unet
-from timetuner_core.generation import Guidance, generate
 from timetuner_core.grids import uniform_timesteps
-from timetuner_core.loading import ModelFormatError, load_builtin, load_folder
 from timetuner_core.model_wrapper import GuidanceType
+from timetuner_core.models.loading import ModelFormatError, load_builtin, load_folder
 from timetuner_core.noise_schedule import NoiseScheduleEDM, NoiseScheduleFlow
+from timetuner_core.sampling.generate import Guidance, generate
 
 NUM_CLASSES = 3
 CONDITION_LENGTH, CONDITION_DIM = 2, 6

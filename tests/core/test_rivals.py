@@ -14,22 +14,14 @@ from torch import Tensor
 from tests.core.conftest import DEVICES, Recorded, linear_betas, normals, small_mixture
 from timetuner_core import NoiseScheduleVP, model_wrapper
 from timetuner_core.grids import GridName, make_timesteps
-from timetuner_core.mixtures import GaussianMixture, gratings_mixture, ring_mixture
+from timetuner_core.models.mixtures import GaussianMixture, gratings_mixture, ring_mixture
 from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleEDM, NoiseScheduleFlow
-from timetuner_core.rivals import (
-    WEIGHTS_OF,
-    ays_timesteps,
-    candidate_timesteps,
-    dmn_bound,
-    dmn_timesteps,
-    dp_path,
-    gits_timesteps,
-    kl_bound_costs,
-    trajectory_costs,
-    x0_weights,
-)
+from timetuner_core.rivals.ays import ays_timesteps, kl_bound_costs
+from timetuner_core.rivals.candidates import candidate_timesteps, dp_path
+from timetuner_core.rivals.dmn import WEIGHTS_OF, dmn_bound, dmn_timesteps, x0_weights
+from timetuner_core.rivals.gits import gits_timesteps, trajectory_costs
 from timetuner_core.samplers import SAMPLERS, sample
-from timetuner_core.tuning import TuningProblem
+from timetuner_core.tuning.problem import TuningProblem
 
 SCHEDULES: dict[str, NoiseSchedule] = {
     "discrete": NoiseScheduleVP("discrete", betas=linear_betas(1000)),

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from tests.core.conftest import DEVICES
-from timetuner_core.batching import steady_sizes
-from timetuner_core.generation import Guidance, generate
 from timetuner_core.grids import GridName, make_timesteps
-from timetuner_core.loading import DiffusionModel, load_builtin
 from timetuner_core.model_wrapper import GuidanceType
-from timetuner_core.rolling import RollingBatch, Row
+from timetuner_core.models.loading import DiffusionModel, load_builtin
+from timetuner_core.sampling.generate import Guidance, generate
+from timetuner_core.sampling.rolling_batch import RollingBatch, Row
+from timetuner_core.sampling.same_bits import steady_sizes
 
 MAX_SIZE = 8
 UNGUIDED = Guidance("uncond", 1.0)

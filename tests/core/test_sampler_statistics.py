@@ -14,7 +14,7 @@ from tests.core.conftest import DEVICES, Recorded, linear_betas, normals, small_
 from tests.packages import MIDPOINT, install
 from timetuner_core import NoiseScheduleVP, model_wrapper
 from timetuner_core.grids import make_timesteps
-from timetuner_core.mixtures import GaussianMixture
+from timetuner_core.models.mixtures import GaussianMixture
 from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleEDM, NoiseScheduleFlow
 from timetuner_core.samplers import SAMPLERS, Sampler, get_sampler, sample
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from tests.core.conftest import Network, Recorded, linear_betas, normals, predicting, small_mixture, tuner_of
 from timetuner_core import NoiseScheduleVP
-from timetuner_core.generation import Guidance, generate
-from timetuner_core.loading import load_builtin
-from timetuner_core.mixtures import GaussianMixture
+from timetuner_core.models.loading import load_builtin
+from timetuner_core.models.mixtures import GaussianMixture
 from timetuner_core.samplers import initial_noise
+from timetuner_core.sampling.generate import Guidance, generate
 
 MODEL_TYPES = {"epsilon": "noise", "sample": "x_start", "v_prediction": "v"}
 # The grid on which our DDIM takes the very steps of a DDIMScheduler, as training steps counted from 1, 0 being

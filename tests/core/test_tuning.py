@@ -14,12 +14,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.core.conftest import DEVICES, Network, Recorded, linear_betas, normals, small_mixture, tiny_unet, tuner_of
 from timetuner_core import NoiseScheduleVP, TimeTuner
-from timetuner_core.evaluation import teacher_l2
-from timetuner_core.gauss_newton import COARSE_BATCHES, GaussNewton
+from timetuner_core.evaluation.distances import teacher_l2
 from timetuner_core.grids import make_timesteps
-from timetuner_core.mixtures import GaussianMixture, ring_mixture
+from timetuner_core.models.mixtures import GaussianMixture, ring_mixture
 from timetuner_core.samplers import SAMPLERS
-from timetuner_core.tuning import TuningProblem, TuningState, tune_end_to_end, tune_per_step
+from timetuner_core.tuning.end_to_end import tune_end_to_end
+from timetuner_core.tuning.gauss_newton import COARSE_BATCHES, GaussNewton
+from timetuner_core.tuning.per_step import tune_per_step
+from timetuner_core.tuning.problem import TuningProblem, TuningState
 
 LINEAR = NoiseScheduleVP("linear")
 LABELS, NULL = torch.tensor([0, 1, 1, 0]), torch.tensor([2])

@@ -15,9 +15,9 @@ from sqlalchemy.orm import Session
 from service.registry.database import Registry
 from service.registry.schedules import next_version
 from service.registry.tables import Evaluation, Model, Schedule, ScheduleStatus
-from service.requests import Setting
 from service.schedules import logic
 from service.schedules.schemas import ScheduleQuery
+from service.shared.sampling_setting import Setting
 from tests.conftest import MakeDatabaseUrl
 
 MODELS = ("mdl_1", "mdl_2")

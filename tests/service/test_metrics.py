@@ -19,7 +19,7 @@ from service.registry.database import Registry
 from service.registry.tables import JobState, SampleJob, TuningJob, TuningTask
 from service.registry.types import utc_now
 from service.samples.admission import Admission
-from service.settings import Settings
+from service.shared.settings import Settings
 from tests.registry.conftest import model_id, registry  # noqa: F401
 from worker import dispatcher  # noqa: F401 (into REGISTRY)
 from worker import metrics as worker_metrics  # noqa: F401 (likewise)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from ulid import ULID
 
-from service.artifacts import ArtifactStore
 from service.registry.database import Registry
 from service.registry.tables import JobState, SampleJob
 from service.registry.types import utc_now
+from service.shared.artifacts import ArtifactStore
 from worker import retention
 from worker.retention import GRACE, Sweeper
 

@@ -19,9 +19,9 @@ import httpcore
 import pytest
 from sqlalchemy import select
 
-from service.addresses import is_allowed
 from service.registry.tables import Webhook
-from service.settings import Settings
+from service.shared.addresses import is_allowed
+from service.shared.settings import Settings
 from tests.conftest import ENGINES, MakeDatabaseUrl
 from tests.service.problems import assert_problem
 from tests.stack import Json, Stack, wait_until

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from timetuner_core.models.files import (
+from timetuner_core.models.folder_files import (
     TRANSFORMER_CONFIG,
     TRANSFORMER_WEIGHTS,
     UNET_CONFIG,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from timetuner_core.model_wrapper import ModelType
-from timetuner_core.models.files import SCHEDULER_CONFIG, ModelFormatError, read_json
+from timetuner_core.models.folder_files import SCHEDULER_CONFIG, ModelFormatError, read_json
 from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleEDM, NoiseScheduleFlow, NoiseScheduleVP
 
 MODEL_TYPES: dict[str, ModelType] = {"epsilon": "noise", "sample": "x_start", "v_prediction": "v"}
