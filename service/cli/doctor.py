@@ -65,10 +65,10 @@ def _remote(url: str) -> Iterator[Finding]:
 def _local(settings: "Settings", port: int) -> Iterator[Finding]:
     yield from _versions()
     yield _device(settings.device)
-    yield from _room(settings.home.absolute())
+    yield from _room(settings.timetuner_home.absolute())
     yield _database(settings)
     yield _broker(settings)
-    url = running_url(settings.home.absolute())
+    url = running_url(settings.timetuner_home.absolute())
     yield from [_port(port)] if url is None else _service(url)
 
 

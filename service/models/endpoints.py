@@ -13,6 +13,7 @@ from sqlalchemy import select
 from starlette.datastructures import UploadFile
 
 from service.access.callers import Caller
+from service.access.idempotency import GivenKey
 from service.access.needs import needs
 from service.http.errors import (
     ConflictError,
@@ -23,7 +24,6 @@ from service.http.errors import (
     error_responses,
 )
 from service.http.fields import JSON_TYPE, PageParams, PathId, check_fields, newest_first
-from service.access.idempotency import GivenKey
 from service.models import logic
 from service.models.schemas import BuiltinModelRequest, ModelOut, ModelPage
 from service.registry.keys import Scope

@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session
 from ulid import ULID
 
 from service.access.callers import Caller
-from service.http.errors import ConflictError, InvalidError, NotFoundError
 from service.access.idempotency import Once, make_once
+from service.http.errors import ConflictError, InvalidError, NotFoundError
 from service.models.archive import LOC, unpack
 from service.registry.database import Registry
 from service.registry.tables import Model, SampleJob, Schedule, TuningJob

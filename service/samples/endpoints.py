@@ -8,6 +8,7 @@ from fastapi.concurrency import run_in_threadpool
 from sse_starlette import EventSourceResponse
 
 from service.access.callers import Caller
+from service.access.idempotency import GivenKey, Once
 from service.access.needs import AnyCaller, needs
 from service.http.errors import (
     ConflictError,
@@ -22,7 +23,6 @@ from service.http.errors import (
     error_responses,
 )
 from service.http.fields import JSON_TYPE, PathId, require_json
-from service.access.idempotency import GivenKey, Once
 from service.models.logic import get_model
 from service.registry.keys import Scope
 from service.registry.samples import LATE, Ended

@@ -12,9 +12,9 @@ from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
 from service.access.callers import ANYBODY, Caller, record_all
+from service.access.idempotency import Once
 from service.access.limits import quota_error
 from service.http.errors import ServiceError
-from service.access.idempotency import Once
 from service.registry.database import Registry
 from service.registry.keys import charge
 from service.registry.samples import add_samples

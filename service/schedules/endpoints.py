@@ -6,10 +6,10 @@ from fastapi import APIRouter, Depends, Path, Response
 from sqlalchemy.orm import Session
 
 from service.access.callers import Caller
+from service.access.idempotency import GivenKey, Once, make_once
 from service.access.needs import needs
 from service.http.errors import ConflictError, InvalidError, NotFoundError, UnsupportedMediaTypeError, error_responses
 from service.http.fields import PathId, require_json
-from service.access.idempotency import GivenKey, Once, make_once
 from service.models.logic import get_model, get_requested_model
 from service.registry.keys import Scope
 from service.registry.tables import Schedule

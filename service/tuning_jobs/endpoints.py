@@ -9,6 +9,7 @@ from fastapi.concurrency import run_in_threadpool
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from service.access.callers import Caller
+from service.access.idempotency import GivenKey
 from service.access.needs import AnyCaller, needs
 from service.http.errors import (
     ConflictError,
@@ -20,7 +21,6 @@ from service.http.errors import (
     error_responses,
 )
 from service.http.fields import JSON_TYPE, PageParams, PathId, require_json
-from service.access.idempotency import GivenKey
 from service.registry.keys import Scope
 from service.registry.tables import FINAL_STATES, JobState, TuningJob
 from service.shared.queue import publish

@@ -8,10 +8,10 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session, joinedload, selectinload
 
 from service.access.callers import Caller
+from service.access.idempotency import Once, make_once
 from service.access.limits import quota_error
 from service.http.errors import ConflictError, InvalidError, NotFoundError, TooLargeError
 from service.http.fields import PageQuery, newest_first
-from service.access.idempotency import Once, make_once
 from service.models.logic import get_requested_model
 from service.registry.database import Registry
 from service.registry.jobs import add_event, request_cancel

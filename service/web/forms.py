@@ -1,5 +1,6 @@
 """What the web page's forms do: the same as the API, and then a page to look at."""
 
+import re
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Form, Request, Response
@@ -29,6 +30,10 @@ from service.web.views import OBJECTIVES
 async def _same_origin(request: Request) -> None:
     check_same_origin(request.headers)
 
+
+# Browsers drop tabs and line breaks from a URL and read a backslash as a slash, so each of them can hide a second
+# slash, behind which the name of another host would stand.
+OWN_PATH = r"/(?![/\\])[^\\\x00-\x20\x7f]*"
 
 router = APIRouter(include_in_schema=False, dependencies=[Depends(_same_origin)])
 
@@ -102,8 +107,7 @@ async def log_in(
     except UnauthenticatedError:
         detail = "this is no valid API key; accepted: tt_..., as `timetuner keys create` printed it"
         raise InvalidError(detail, ("body", "key")) from None
-    is_local = next.startswith("/") and not next.startswith(("//", "/\\"))
-    answer = see(request, next if is_local else "/")
+    answer = see(request, next if re.fullmatch(OWN_PATH, next) else "/")
     secure = request.url.scheme == "https"
     answer.set_cookie(COOKIE, key.strip(), httponly=True, samesite="strict", secure=secure)
     return answer

@@ -1,0 +1,17 @@
+"""The lists of what each package may import cover every package there is."""
+
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# These put the parts together, so they may import any of them.
+COMPOSED = {"service.__init__", "service.__main__", "service.app"}
+
+
+def test_every_module_of_the_service_has_a_list_of_what_it_may_import() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    listed = {contract["source"] for contract in contracts if contract["type"] == "allowed"}
+    modules = {f"service.{path.stem}" for path in (ROOT / "service").iterdir() if path.suffix == ".py" or path.is_dir()}
+    modules = {name for name in modules if not name.endswith("__pycache__")}
+    assert modules - COMPOSED <= listed
+    assert {"worker", "migrations", "timetuner_core"} <= listed
