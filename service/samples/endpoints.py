@@ -7,9 +7,8 @@ from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from sse_starlette import EventSourceResponse
 
-from service.access.callers import Caller
+from service.access.callers import AnyCaller, MaySample
 from service.access.idempotency import GivenKey, Once
-from service.access.needs import AnyCaller, needs
 from service.http.errors import (
     ConflictError,
     DeadlineError,
@@ -24,7 +23,6 @@ from service.http.errors import (
 )
 from service.http.fields import JSON_TYPE, PathId, require_json
 from service.models.logic import get_model
-from service.registry.keys import Scope
 from service.registry.samples import LATE, Ended
 from service.registry.tables import FINAL_STATES, JobState, SampleJob
 from service.registry.types import new_id
@@ -40,7 +38,6 @@ from service.shared.sample_request import SampleRequest
 from service.state import AppState, State
 
 router = APIRouter(prefix="/v1/samples", tags=["samples"])
-Sampler = Annotated[Caller, needs(Scope.SAMPLE)]
 Accept = Annotated[str, Header(include_in_schema=False)]
 
 Prefer = Annotated[
@@ -82,7 +79,7 @@ CONTENT: dict[int | str, dict[str, Any]] = {
     },
 )
 async def sample(
-    caller: Sampler,
+    caller: MaySample,
     body: SampleRequest,
     request: Request,
     state: State,
@@ -122,7 +119,7 @@ def get_sample_job(caller: AnyCaller, job_id: PathId, state: State) -> SampleJob
 
 
 @router.post("/{job_id}/cancel", operation_id="cancel_sample_job", responses=error_responses(NotFoundError))
-def cancel_sample_job(caller: Sampler, job_id: PathId, state: State) -> SampleJobOut:
+def cancel_sample_job(caller: MaySample, job_id: PathId, state: State) -> SampleJobOut:
     """Cancel a sampling job; one that is over stays as it is."""
     return SampleJobOut.model_validate(cancel_job(state, caller, job_id))
 
