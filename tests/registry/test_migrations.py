@@ -16,6 +16,8 @@ from service.registry.keys import create_key
 from service.registry.schedules import next_version
 from service.registry.tables import Base, JobState, SampleJob, Schedule, ScheduleAlias, TuningJob
 
+pytestmark = pytest.mark.both_engines
+
 MODEL = "INSERT INTO models VALUES ('mdl_1', 'm', 'hash', '{}', '{}', '2026-01-01')"
 SCHEDULE = """INSERT INTO schedules (id, model_id, sampler, num_steps, guidance_type, guidance_scale, eta, version,
     status, score, timesteps, t_ratios, provenance, created_at)
@@ -42,8 +44,8 @@ ALIAS = "INSERT INTO schedule_aliases VALUES ('mdl_1', '{name}', '{schedule}')"
 
 
 @pytest.fixture
-def empty(database_url: str) -> Iterator[Registry]:
-    registry = Registry(database_url)
+def empty(empty_database_url: str) -> Iterator[Registry]:
+    registry = Registry(empty_database_url)
     yield registry
     registry.close()
 

@@ -34,6 +34,8 @@ from service.samples.logic import Catalog, Submission, submit_all
 from service.samples.schemas import SampleRequest
 from service.settings import Settings
 
+pytestmark = pytest.mark.both_engines
+
 LEASE_SECONDS = 60.0
 EXPIRED = -1.0  # a lease that is over as soon as it is given
 MAX_ATTEMPTS = 3
