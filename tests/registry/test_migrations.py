@@ -14,6 +14,8 @@ from service.registry.jobs import claim, finish, renew
 from service.registry.schedules import next_version
 from service.registry.tables import Base, JobState, Schedule, TuningJob
 
+pytestmark = pytest.mark.both_engines
+
 MODEL = "INSERT INTO models VALUES ('mdl_1', 'm', 'hash', '{}', '{}', '2026-01-01')"
 # Processes of the release before go on writing while they are replaced. Their code is gone, so their statements are
 # kept here as text: every column that they write, and none that came later.
@@ -36,8 +38,8 @@ IDEMPOTENCY_KEY = """INSERT INTO idempotency_keys (key, request_hash, object_id,
 
 
 @pytest.fixture
-def empty(database_url: str) -> Iterator[Registry]:
-    registry = Registry(database_url)
+def empty(empty_database_url: str) -> Iterator[Registry]:
+    registry = Registry(empty_database_url)
     yield registry
     registry.close()
 
