@@ -1,8 +1,7 @@
-"""The module that a saved pipeline names for its tuned scheduler, imported with `timetuner_core`.
+"""The module that a saved pipeline names for its tuned scheduler; `import timetuner_core` imports it.
 
-`DiffusionPipeline.from_pretrained` reads a component's module and class from `model_index.json`, and accepts only modules
-that are imported already. This module is therefore light: diffusers, which takes seconds to import, is imported when the
-class is first asked for.
+`DiffusionPipeline.from_pretrained` reads a component's module and class from `model_index.json`, and accepts only
+modules that are imported already. Importing diffusers takes seconds, so it waits until the class is asked for.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,8 +1,10 @@
 """A diffusers scheduler that samples by a tuned schedule, in any `DiffusionPipeline`."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,8 +82,8 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         sampler: str = "ddim",
         eta: float = 0.0,
     ) -> None:
-        own = dict(self.config)
-        self.register_to_config(**{k: v for k, v in base_scheduler.items() if k not in own and not k.startswith("_")})
+        repeated = {k: v for k, v in base_scheduler.items() if k not in self.config and not k.startswith("_")}
+        self.register_to_config(**repeated)  # type: ignore[no-untyped-call]
         self.noise_schedule, self._model_type, self._sigma_data = read_scheduler_config(base_scheduler)
         self._sampler, self._eta = get_sampler(sampler), eta
         if self._sampler.calls_per_step != 1:
@@ -102,11 +104,11 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def from_schedule(cls, base_scheduler: Any, schedule: Mapping[str, Any]) -> "TimeTunerScheduler":
         """From the scheduler a pipeline has, and a schedule as the service's API gives it."""
         names = ("timesteps", "t_ratios", "sampler", "eta")
-        config = {"_class_name": type(base_scheduler).__name__, **base_scheduler.config}
+        # The configuration as it would be saved: `config` itself marks fields that its class has left at its own
+        # defaults, and other classes would then take theirs.
+        config = json.loads(base_scheduler.to_json_string())
         if isinstance(base_scheduler, cls):  # another schedule takes its place
-            config = dict(config["base_scheduler"])
-        # Names of the fields that were left at their class's defaults: another class would take its own instead.
-        config.pop("_use_default_values", None)
+            config = config["base_scheduler"]
         scheduler: TimeTunerScheduler = cls(config, **{name: schedule[name] for name in names if name in schedule})
         return scheduler
 
@@ -118,7 +120,12 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return classes
 
     def save_pretrained(
-        self, save_directory: str | Path, push_to_hub: bool = False, *, with_loader: bool = False, **kwargs: Any
+        self,
+        save_directory: str | PathLike[Any],
+        push_to_hub: bool = False,
+        *,
+        with_loader: bool = False,
+        **kwargs: Any,
     ) -> None:
         """Save the configuration, as every scheduler does.
 
@@ -165,6 +172,8 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         elif sigmas is not None and not self._is_flow:
             _check_own("sigmas", sigmas, self._noise_levels()[:-1], tolerance=1e-3)
         self.timesteps = told.to(device, torch.float32)
+        self._told = told.float().tolist()
+        self._tolerance = TIMESTEP_TOLERANCE * max(abs(t) for t in self._told)
         self.sigmas = self._noise_levels().float()
         self._begin_index: int | None = None
         self._step_index: int | None = None
@@ -196,7 +205,7 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         model_output: Tensor,
         timestep: Any,
         sample: Tensor,
-        generator: Generators | Literal["none passed"] = "none passed",
+        generator: Generators | Literal["not passed"] = "not passed",
         return_dict: bool = True,
         *,
         eta: float | None = None,
@@ -228,7 +237,7 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if output.shape[1] == 2 * x_t.shape[1]:
             output = output.chunk(2, dim=1)[0]
         step_fn = self._sampler.step_fn(self._model(output), self.noise_schedule)
-        if generator == "none passed":
+        if generator == "not passed":
             if step_fn.adds_noise(self._eta):
                 raise ValueError(
                     f"the sampler {self.config['sampler']!r} adds noise, and step was given no generator, so that no "
@@ -279,8 +288,8 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         shift = float(self.config.get("shift", 1.0))
         if self.config.get("use_dynamic_shifting") and mu is not None:
             shift = mu if self.config.get("time_shift_type") == "linear" else math.exp(mu)
-        shifted = told / self.config["num_train_timesteps"]
-        return self.config["num_train_timesteps"] * shifted / (shift - (shift - 1) * shifted)
+        num_train_timesteps: int = self.config["num_train_timesteps"]
+        return told / (shift - (shift - 1) * told / num_train_timesteps)
 
     def _check_count(self, field: str, count: int | None) -> None:
         if count not in (None, self.num_inference_steps):
@@ -294,21 +303,18 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         assert index is not None
         if index >= self.num_inference_steps:
             raise ValueError(f"all {self.num_inference_steps} steps are done; accepted: set_timesteps to start over")
-        expected, given = float(self.timesteps[index]), _number(timestep)
-        if abs(given - expected) > self._tolerance():
+        expected, given = self._told[index], _number(timestep)
+        if abs(given - expected) > self._tolerance:
             raise ValueError(f"timestep is {given:.6g}; accepted: {expected:.6g}, that of step {index}, which is next")
         return index
 
     def _index_of(self, timestep: Any, first: int) -> int:
         """The step, from `first` on, at which the network is told `timestep`. Raises: ValueError, if there is none."""
-        told, given = self.timesteps[first:].cpu(), _number(timestep)
-        distance = (told - given).abs()
-        if len(told) == 0 or float(distance.min()) > self._tolerance():
-            raise ValueError(f"timestep is {given:.6g}; accepted: {[round(t, 3) for t in told.tolist()]}")
-        return first + int(distance.argmin())
-
-    def _tolerance(self) -> float:
-        return TIMESTEP_TOLERANCE * float(self.timesteps.abs().max())
+        given = _number(timestep)
+        index = min(range(first, self.num_inference_steps), key=lambda i: abs(self._told[i] - given), default=None)
+        if index is None or abs(self._told[index] - given) > self._tolerance:
+            raise ValueError(f"timestep is {given:.6g}; accepted: {self._told[first:]}")
+        return index
 
     def _model(self, output: Tensor) -> GuidedModel:
         """A network that has already answered."""

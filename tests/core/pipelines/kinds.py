@@ -725,50 +725,119 @@ IMAGE_TO_IMAGE: dict[str, Any] = {"image": picture(), "strength": 0.8}
 INPAINTING: dict[str, Any] = {"image": picture(), "mask_image": mask()}
 SMALL: dict[str, Any] = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
 SHORT: dict[str, Any] = {"max_sequence_length": 16}
-CLIP: dict[str, Any] = {**SMALL, **SHORT, "num_frames": 9}
+VIDEO: dict[str, Any] = {**SMALL, **SHORT, "num_frames": 9}
+EMBEDDING = picture(1, WIDTH)
 
 KINDS = (
-    Kind("ddpm", "DDPMPipeline", lambda: {"unet": parts.unet(), "scheduler": diffusers.DDPMScheduler(clip_sample=False)}, unprompted(output_type="np"), "ddpm"),
+    Kind(
+        "ddpm",
+        "DDPMPipeline",
+        lambda: {"unet": parts.unet(), "scheduler": diffusers.DDPMScheduler(clip_sample=False)},
+        unprompted(output_type="np"),
+        "ddpm",
+    ),
     Kind("ddim", "DDIMPipeline", lambda: {"unet": parts.unet(), "scheduler": ddim()}, unprompted(output_type="np")),
     Kind("ldm-uncond", "LDMPipeline", ldm_unconditional, unprompted(output_type="np")),
     Kind("ldm-text", "LDMTextToImagePipeline", ldm_text, prompted(output_type="np")),
     Kind("dit", "DiTPipeline", dit, unprompted(class_labels=[1], guidance_scale=3.0, output_type="np")),
     Kind("sd15", "StableDiffusionPipeline", stable_diffusion, prompted()),
     Kind("sd15-img2img", "StableDiffusionImg2ImgPipeline", stable_diffusion, prompted(**IMAGE_TO_IMAGE)),
-    Kind("sd15-inpaint", "StableDiffusionInpaintPipeline", lambda: stable_diffusion(in_channels=9), prompted(**INPAINTING, **SMALL)),
+    Kind(
+        "sd15-inpaint",
+        "StableDiffusionInpaintPipeline",
+        lambda: stable_diffusion(in_channels=9),
+        prompted(**INPAINTING, **SMALL),
+    ),
     Kind("sd15-controlnet", "StableDiffusionControlNetPipeline", controlled, prompted(image=picture())),
-    Kind("instruct-pix2pix", "StableDiffusionInstructPix2PixPipeline", lambda: stable_diffusion(in_channels=8), prompted(image=picture())),
-    Kind("marigold", "MarigoldDepthPipeline", marigold, unprompted(image=picture(), processing_resolution=0, output_type="np")),
+    Kind(
+        "instruct-pix2pix",
+        "StableDiffusionInstructPix2PixPipeline",
+        lambda: stable_diffusion(in_channels=8),
+        prompted(image=picture()),
+    ),
+    Kind(
+        "marigold",
+        "MarigoldDepthPipeline",
+        marigold,
+        unprompted(image=picture(), processing_resolution=0, output_type="np"),
+    ),
     Kind("animatediff", "AnimateDiffPipeline", animatediff, prompted(num_frames=2)),
-    Kind("sd2", "StableDiffusionPipeline", lambda: stable_diffusion(use_linear_projection=True, attention_head_dim=(2, 4)), prompted()),
-    Kind("sd21-v", "StableDiffusionPipeline", lambda: stable_diffusion(stable_diffusion_ddim(prediction_type="v_prediction")), prompted()),
+    Kind(
+        "sd2",
+        "StableDiffusionPipeline",
+        lambda: stable_diffusion(use_linear_projection=True, attention_head_dim=(2, 4)),
+        prompted(),
+    ),
+    Kind(
+        "sd21-v",
+        "StableDiffusionPipeline",
+        lambda: stable_diffusion(stable_diffusion_ddim(prediction_type="v_prediction")),
+        prompted(),
+    ),
     Kind("lcm", "LatentConsistencyModelPipeline", latent_consistency, prompted(), num_steps=1),
     Kind("sdxl", "StableDiffusionXLPipeline", sdxl, prompted(), "euler"),
-    Kind("sdxl-img2img", "StableDiffusionXLImg2ImgPipeline", lambda: sdxl(image_to_image=True), prompted(**IMAGE_TO_IMAGE), "euler"),
-    Kind("sdxl-inpaint", "StableDiffusionXLInpaintPipeline", lambda: sdxl(image_to_image=True), prompted(**INPAINTING, **SMALL, strength=0.8), "euler"),
+    Kind(
+        "sdxl-img2img",
+        "StableDiffusionXLImg2ImgPipeline",
+        lambda: sdxl(image_to_image=True),
+        prompted(**IMAGE_TO_IMAGE),
+        "euler",
+    ),
+    Kind(
+        "sdxl-inpaint",
+        "StableDiffusionXLInpaintPipeline",
+        lambda: sdxl(image_to_image=True),
+        prompted(**INPAINTING, **SMALL, strength=0.8),
+        "euler",
+    ),
     Kind("sdxl-controlnet", "StableDiffusionXLControlNetPipeline", sdxl_controlled, prompted(image=picture()), "euler"),
     Kind("deepfloyd-if", "IFPipeline", deepfloyd_if, prompted(output_type="np"), "ddpm"),
-    Kind("kandinsky22", "KandinskyV22Pipeline", kandinsky, unprompted(image_embeds=picture(1, WIDTH), negative_image_embeds=-picture(1, WIDTH), **SMALL, output_type="latent")),
+    Kind(
+        "kandinsky22",
+        "KandinskyV22Pipeline",
+        kandinsky,
+        unprompted(image_embeds=EMBEDDING, negative_image_embeds=-EMBEDDING, **SMALL, output_type="latent"),
+    ),
     Kind("pixart-alpha", "PixArtAlphaPipeline", pixart, prompted(use_resolution_binning=False, **SHORT)),
     Kind("pixart-sigma", "PixArtSigmaPipeline", pixart, prompted(use_resolution_binning=False, **SHORT)),
     Kind("hunyuan-dit", "HunyuanDiTPipeline", hunyuan_dit, prompted(use_resolution_binning=False, **SMALL), "ddpm"),
     Kind("cogview4", "CogView4Pipeline", cogview4, prompted(**SMALL, **SHORT)),
     Kind("auraflow", "AuraFlowPipeline", aura_flow, prompted(**SMALL, **SHORT)),
     Kind("lumina2", "Lumina2Pipeline", lumina2, prompted(**SMALL, **SHORT)),
-    Kind("sana", "SanaPipeline", sana, prompted(height=32, width=32, **SHORT, use_resolution_binning=False, complex_human_instruction=None)),
+    Kind(
+        "sana",
+        "SanaPipeline",
+        sana,
+        prompted(height=32, width=32, **SHORT, use_resolution_binning=False, complex_human_instruction=None),
+    ),
     Kind("sd3", "StableDiffusion3Pipeline", stable_diffusion_3, prompted(**SHORT)),
-    Kind("sd3-img2img", "StableDiffusion3Img2ImgPipeline", stable_diffusion_3, prompted(**IMAGE_TO_IMAGE, **SMALL, **SHORT)),
+    Kind(
+        "sd3-img2img",
+        "StableDiffusion3Img2ImgPipeline",
+        stable_diffusion_3,
+        prompted(**IMAGE_TO_IMAGE, **SMALL, **SHORT),
+    ),
     Kind("flux", "FluxPipeline", flux, prompted(**SMALL, **SHORT)),
     Kind("flux-img2img", "FluxImg2ImgPipeline", flux, prompted(**IMAGE_TO_IMAGE, **SMALL, **SHORT)),
-    Kind("qwen-image", "QwenImagePipeline", qwen_image, prompted(**SMALL, **SHORT, negative_prompt="bad", true_cfg_scale=3.0)),
+    Kind(
+        "qwen-image",
+        "QwenImagePipeline",
+        qwen_image,
+        prompted(**SMALL, **SHORT, negative_prompt="bad", true_cfg_scale=3.0),
+    ),
     Kind("z-image", "ZImagePipeline", z_image, prompted(**SMALL, **SHORT)),
     Kind("chroma", "ChromaPipeline", chroma, prompted(**SMALL, **SHORT, negative_prompt="bad")),
-    Kind("wan", "WanPipeline", wan, prompted(**CLIP)),
-    Kind("ltx", "LTXPipeline", ltx, prompted(**{**CLIP, "height": 32, "width": 32})),
-    Kind("cogvideox", "CogVideoXPipeline", cogvideox, prompted(**CLIP)),
-    Kind("hunyuan-video", "HunyuanVideoPipeline", hunyuan_video, prompted(**CLIP, prompt_template={"template": "{}", "crop_start": 0})),
-    Kind("mochi", "MochiPipeline", mochi, prompted(**{**CLIP, "num_frames": 7})),
-)  # fmt: skip
+    Kind("wan", "WanPipeline", wan, prompted(**VIDEO)),
+    Kind("ltx", "LTXPipeline", ltx, prompted(**{**VIDEO, "height": 32, "width": 32})),
+    Kind("cogvideox", "CogVideoXPipeline", cogvideox, prompted(**VIDEO)),
+    Kind(
+        "hunyuan-video",
+        "HunyuanVideoPipeline",
+        hunyuan_video,
+        prompted(**VIDEO, prompt_template={"template": "{}", "crop_start": 0}),
+    ),
+    Kind("mochi", "MochiPipeline", mochi, prompted(**{**VIDEO, "num_frames": 7})),
+)
 
 
 # Kinds whose native scheduler TimeTunerScheduler refuses, and its configuration.

@@ -15,6 +15,9 @@ from torch import Tensor
 # Kinds whose constructor replaces the scheduler that was saved.
 CONVERTING = ("ddim",)
 
+# Without accelerate, diffusers does not load a network that keeps some of its modules in float32.
+NOT_LOADED = {"wan": "transformer"}
+
 
 @contextmanager
 def one_thread() -> Iterator[None]:
@@ -42,7 +45,8 @@ def main(folder: Path) -> None:
 
     outputs = {}
     for kind in KINDS:
-        pipeline = DiffusionPipeline.from_pretrained(folder / kind.name)
+        not_loaded = {NOT_LOADED[kind.name]: kind.parts()[NOT_LOADED[kind.name]]} if kind.name in NOT_LOADED else {}
+        pipeline = DiffusionPipeline.from_pretrained(folder / kind.name, **not_loaded)
         name = type(pipeline.scheduler).__name__
         assert (name == "TimeTunerScheduler") != (kind.name in CONVERTING), f"{kind.name} has a {name}"
         if kind.name in CONVERTING:
