@@ -93,12 +93,12 @@ class SampleServer:
         if now - self._looked_at < LINGER_SECONDS:
             return
         self._looked_at = now
-        if not self.stopping and self._runtime.bus.is_called():
+        if not self.stopping and self._runtime.bus.is_worker_requested():
             self.serve()
 
     def serve(self) -> None:
         """Until there is nothing to sample, and no more comes for a moment."""
-        self._runtime.bus.answered()
+        self._runtime.bus.worker_started()
         with SampleLeases(self._runtime.registry, self._runtime.settings.lease_seconds) as leases:
             try:
                 while self._serve_until_idle(leases):
@@ -110,7 +110,7 @@ class SampleServer:
     def _serve_until_idle(self, leases: SampleLeases) -> bool:
         """Whether somebody may have come after we stopped to listen."""
         served = False
-        with self._runtime.bus.bell() as bell:
+        with self._runtime.bus.subscribe_to_work() as work:
             more = True
             while not self.stopping or self._cohorts:
                 if more and not self.stopping and self._is_time_to_take():
@@ -119,9 +119,9 @@ class SampleServer:
                     self._hand_back(leases)
                 elif self._cohorts:
                     self._move_on(leases)
-                    more = bell.rung() or more
+                    more = work.has_message() or more
                     served = True
-                elif not bell.rung(LINGER_SECONDS):
+                elif not work.has_message(LINGER_SECONDS):
                     break
                 else:
                     more = True
@@ -186,7 +186,7 @@ class SampleServer:
         now = time.monotonic()
         if now - self._called_at > LINGER_SECONDS:
             self._called_at = now
-            self._runtime.bus.wake()
+            self._runtime.bus.request_worker()
 
     def _join(self, claim: SampleClaim, schedule: Schedule | None) -> None:
         """Put a job's rows into the batch that runs such jobs, or into a new one."""
@@ -263,7 +263,7 @@ class SampleServer:
                 previews.setdefault(shown, []).append(k)
         if steps:
             images = {shown: self._preview(cohort, advance, rows) for shown, rows in previews.items()}
-            self._runtime.bus.tell({"steps": steps, "previews": images})
+            self._runtime.bus.publish({"steps": steps, "previews": images})
 
     def _preview(self, cohort: Cohort, advance: Advance, rows: list[int]) -> str | None:
         images = decode(cohort.batch.model, advance.x0[torch.tensor(rows)], cohort.batch.batch_sizes)
@@ -293,7 +293,7 @@ class SampleServer:
         leases.drop(claim.job_id for claim in claims)
         with self._runtime.registry.write() as session:
             hand_back_samples(session, claims)
-        self._runtime.bus.wake()
+        self._runtime.bus.request_worker()
         logger.info("handed back %d jobs", len(claims))
 
     def _fail(self, claims: Iterable[SampleClaim], error: Exception, leases: SampleLeases) -> None:
@@ -350,7 +350,7 @@ class SampleServer:
         parents = {one.parent_id for one in over if one.parent_id}
         over += join_all(self._runtime.registry, self._runtime.artifacts, parents)
         metrics.samples_ended(over)
-        self._runtime.bus.tell_ended(over)
+        self._runtime.bus.publish_ends(over)
         return over
 
     def _wait_for_results(self, at_most: int) -> None:

@@ -95,7 +95,7 @@ async def sample(
     """
     respond_async, seconds = read_preference(prefer, state.settings.max_wait_seconds)
     job_id = new_id("smp")
-    with samples.news.follow(job_id) as news:
+    with samples.events.follow(job_id) as events:
         once = Once.of(caller, "sample", idempotency_key, body.model_dump_json())
         waits_for = None if respond_async else accept
         submission = Submission(job_id, body, waits_for, telemetry.traceparent(), caller, once)
@@ -106,7 +106,7 @@ async def sample(
         samples.admission.refresh()
         if respond_async:
             return _accepted(job)
-        end = await wait_for_end(state, caller, request if once is None else None, job, news, seconds)
+        end = await wait_for_end(state, caller, request if once is None else None, job, events, seconds)
     if end is None:
         return _accepted(await run_in_threadpool(read_job, state, caller, job.id))
     return await run_in_threadpool(_content, state, samples, job, end, accept, None)
