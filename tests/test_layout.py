@@ -1,5 +1,6 @@
-"""The lists of what each package may import cover every package there is."""
+"""What says where things are is true: the lists of imports, and CONTRIBUTING.md."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -15,3 +16,11 @@ def test_every_module_of_the_service_has_a_list_of_what_it_may_import() -> None:
     modules = {name for name in modules if not name.endswith("__pycache__")}
     assert modules - COMPOSED <= listed
     assert {"worker", "migrations", "timetuner_core"} <= listed
+
+
+def test_contributing_names_files_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`((?:\w+/|\.ci/)[\w./-]+|worker|migrations|[A-Z]+\.md|\w+\.(?:lock|toml|yml))`", text))
+    named |= set(re.findall(r"\]\(([\w./-]+)\)", text))
+    assert len(named) > 50
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []

@@ -56,7 +56,7 @@ class Runtime:
         if model_id not in self._models:
             self._problem = None  # it would hold on to its model, beside those kept on purpose
             with metrics.LOAD.time():
-                model = metrics.counting(self._load(model_id), model_id)
+                model = self._load(model_id).watched(metrics.NETWORK_EVALUATIONS.labels(model_id).inc)
             kept = sum(model.num_bytes for model in self._models.values())
             while self._models and kept + model.num_bytes > self.settings.max_model_bytes:
                 _, dropped = self._models.popitem(last=False)

@@ -4,12 +4,9 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor
-
 from service.registry.tables import TuningJob
 from service.shared.tuning_request import NextEpsTuner, TuningJobRequest
 from timetuner_core.evaluation.verdict import Evaluation
-from timetuner_core.models.loading import DiffusionModel
 from timetuner_core.samplers import get_sampler
 from timetuner_core.tuners import TUNERS
 from timetuner_core.tuning.problem import TuningProblem, TuningState
@@ -36,8 +33,13 @@ class TunedSampler:
         self.request = request = TuningJobRequest.stored(job.request)
         self.tuner = request.tuner.model_dump()
         self.network_calls = 0
+
+        def before_call(num_samples: int) -> None:
+            check()
+            self.network_calls += num_samples
+
         self.experiment = Experiment(
-            self._watched(runtime.load_model(job.model_id), check),
+            runtime.load_model(job.model_id).watched(before_call),
             guidance_of(request),
             get_sampler(request.sampler),
             float(request.eta),
@@ -98,14 +100,3 @@ class TunedSampler:
             tuner.get("batch_size", 1),
             **about_data,
         )
-
-    def _watched(self, model: DiffusionModel, check: Callable[[], None]) -> DiffusionModel:
-        """The model, its network counting the samples put through it, after a look whether it may go on."""
-        network: Callable[..., Tensor] = model.network
-
-        def watched(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            check()
-            self.network_calls += len(x)
-            return network(x, *args, **kwargs)
-
-        return dataclasses.replace(model, network=watched)

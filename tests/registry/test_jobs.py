@@ -36,6 +36,8 @@ from service.registry.tables import (
 )
 from service.registry.types import utc_now
 
+pytestmark = pytest.mark.both_engines
+
 LEASE_SECONDS = 60.0
 EXPIRED = -1.0  # a lease that is over as soon as it is given
 MAX_ATTEMPTS = 3

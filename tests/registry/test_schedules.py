@@ -20,6 +20,8 @@ from service.schedules.schemas import ScheduleQuery
 from service.shared.sampling_setting import SamplingSetting
 from tests.conftest import MakeDatabaseUrl
 
+pytestmark = pytest.mark.both_engines
+
 MODELS = ("mdl_1", "mdl_2")
 SAMPLERS = ("ddim", "euler")
 SETTING = SamplingSetting(model="mdl_1", num_steps=3, guidance_type="classifier-free", guidance_scale=Decimal(2))
@@ -88,7 +90,6 @@ def filled(
     """Many schedules, and what the planner knows of them: PostgreSQL looks by itself, SQLite only when told to."""
     engine, _, analysed = request.param.partition(", ")
     registry = Registry(make_database_url(engine, tmp_path_factory.mktemp("registry")))
-    registry.upgrade()
     add(registry, list(many()))
     if engine == "postgresql":
         with registry.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:

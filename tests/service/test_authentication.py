@@ -314,7 +314,6 @@ def api(stack: Stack, registry: Registry, host: str) -> Iterator[httpx.Client]:
 def own_registry(stack: Stack, make_database_url: MakeDatabaseUrl, tmp_path: Path) -> Iterator[Registry]:
     """An empty one, of the stack's engine."""
     registry = Registry(make_database_url("sqlite" if stack.registry.is_sqlite else "postgresql", tmp_path))
-    registry.upgrade()
     yield registry
     registry.close()
 
