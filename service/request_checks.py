@@ -74,9 +74,14 @@ def check_timesteps(timesteps: Timesteps, num_steps: int, T: float) -> None:
 
 def check_room(session: Session, job_class: type[Job], max_queued_jobs: int) -> None:
     """Refuse a job when too many are waiting. Raises: TooManyRequestsError."""
-    queued = session.scalar(select(func.count()).where(job_class.state == JobState.QUEUED)) or 0
+    queued = count_queued(session, job_class)
     if queued >= max_queued_jobs:
         raise TooManyRequestsError(f"{queued} jobs are queued; accepted: fewer than {max_queued_jobs}")
+
+
+def count_queued(session: Session, job_class: type[Job]) -> int:
+    """The number of jobs that wait for a worker."""
+    return session.scalar(select(func.count()).where(job_class.state == JobState.QUEUED)) or 0
 
 
 def check_webhook(url: str | None, settings: Settings) -> None:

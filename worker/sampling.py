@@ -105,7 +105,7 @@ class SampleServer:
                     pass
             finally:
                 self._wait_for_results(0)
-                # After an error, unfinished jobs are dropped here. Their leases expire, and another worker runs them.
+                # Unfinished jobs are dropped after an error. Their leases expire, and another worker runs them.
                 self._cohorts = []
 
     def _serve_until_idle(self, leases: SampleLeases) -> bool:

@@ -24,7 +24,7 @@ GUARDED_PREFIXES = ("/v1/", "/metrics")
 # Paths that everybody may use. A cookie is not looked at.
 OPEN_PREFIXES = ("/docs", "/redoc", "/openapi.json", "/healthz", "/readyz", "/static/", "/login")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-# At most this many refusals are written down for each key, and for each status of requests without a valid key.
+# Refusals that are recorded: each key has this limit, and so has each status of requests without a valid key.
 RECORDED_REFUSALS = RateLimitItemPerMinute(60)
 
 logger = logging.getLogger(__name__)

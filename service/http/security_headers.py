@@ -34,7 +34,7 @@ class SecurityHeadersMiddleware:
                 headers = MutableHeaders(scope=message)
                 headers.setdefault("X-Content-Type-Options", "nosniff")
                 policy = _policy(scope["path"], headers.get("content-type", ""))
-                # With `no-referrer`, forms would be sent without an Origin, and the CSRF check needs it.
+                # Forms have no Origin under `no-referrer`, and the CSRF check needs it.
                 headers.setdefault("Referrer-Policy", "same-origin" if policy == PAGE_POLICY else "no-referrer")
                 headers.setdefault("Content-Security-Policy", policy)
                 if scope["path"].startswith(API):

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
 from service.http.fields import ModelId, PageQuery, ScheduleId, Time, TuningJobId
 from service.registry.tables import ScheduleStatus
 from service.shared.fields import Eta, ExactNumber, GuidanceScale, Identifier, NumSteps
-from service.shared.sampling_setting import GuidanceTime, Sampler, SamplingSetting
+from service.shared.sampling_setting import GuidanceTime, SamplerName, SamplingSetting
 from timetuner_core.model_wrapper import GuidanceType
 
 MAX_DEPTH = 20
@@ -136,7 +136,7 @@ class ScheduleQuery(PageQuery):
     model_config = ConfigDict(extra="forbid")
 
     model: Identifier | None = None
-    sampler: Sampler | None = None
+    sampler: SamplerName | None = None
     num_steps: NumSteps | None = None
     guidance_type: GuidanceType | None = None
     guidance_scale: GuidanceScale | None = None

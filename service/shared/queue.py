@@ -24,7 +24,7 @@ def celery_app(broker_url: str) -> Celery:
         worker_prefetch_multiplier=1,
         worker_disable_prefetch=True,  # A busy worker must not reserve jobs that an idle one could run.
         broker_connection_retry_on_startup=True,
-        # Without the broker, sending must fail soon. The dispatcher sends the message later.
+        # Sending must fail soon while the broker is away. The dispatcher sends the message later.
         broker_transport_options={"socket_connect_timeout": 2, "socket_timeout": 5, "max_retries": 1}
         | {"queue_order_strategy": "sorted"},  # Queues are served by name: sampling before tuning.
         task_publish_retry=False,

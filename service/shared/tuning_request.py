@@ -38,7 +38,7 @@ class EndToEndTuner(Tuner):
 
 
 class DataTuner(Tuner):
-    """What draws from data needs to know of them."""
+    """Options of tuners that draw from data."""
 
     batch_size: BatchSize = Field(16, description=BATCH_SIZE)
     population_size: PopulationSize = Field(1024, description="Data to draw from.")
@@ -67,7 +67,7 @@ class PerStepTuner(DataTuner):
 
     @model_validator(mode="after")
     def _fill_in(self) -> Self:
-        """Say in the request that is stored what the defaults were when it was made."""
+        """Set the defaults, so that the stored request holds them."""
         is_adam = self.optimizer == "adam"
         self.total_iters = self.total_iters or (500 if is_adam else 64)
         if is_adam and self.lr is None:
@@ -122,7 +122,7 @@ class GridTuner(Tuner):
 
 
 def _objective(value: Any) -> str:
-    """Which tuner is meant; the default if none is named."""
+    """The objective that a request names, or the default."""
     given = value.get("objective", "end_to_end") if isinstance(value, dict) else getattr(value, "objective", None)
     return str(given)
 
@@ -158,7 +158,7 @@ EXAMPLE: dict[str, Any] = {
 
 
 def _any_of(schema: dict[str, Any]) -> None:
-    """A tuner without an objective is valid as one of them only, which tools do not see: they want `anyOf`."""
+    """Describe the tuners by `anyOf`. To tools, a tuner without an objective is valid as several of them."""
     schema["anyOf"] = schema.pop("oneOf")
 
 
@@ -178,7 +178,7 @@ class TuningJobRequest(SamplingSetting):
 
     @model_validator(mode="after")
     def _choose_start(self) -> Self:
-        """Say in the request that is stored what the default was when it was made."""
+        """Set the default, so that the stored request holds it."""
         if isinstance(self.tuner, EndToEndTuner) and self.tuner.start is None:
             self.tuner.start = "best" if self.timesteps == "default" else "given"
         return self

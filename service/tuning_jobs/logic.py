@@ -215,9 +215,9 @@ def _tuning_calls(request: TuningJobRequest, calls_per_step: int) -> int:
     """Samples put through the network, guidance not counted, if no step is tuned before `total_iters`."""
     tuner, num_steps = request.tuner, request.num_steps
     if isinstance(tuner, EndToEndTuner):
-        return 2 * tuner.batch_size * tuner.total_iters * num_steps * calls_per_step  # twice: steps are recomputed
+        return 2 * tuner.batch_size * tuner.total_iters * num_steps * calls_per_step  # Steps are recomputed, hence 2.
     if isinstance(tuner, PerStepTuner):
-        target, residual = 1, calls_per_step + 1  # the network once more, where the step ends
+        target, residual = 1, calls_per_step + 1  # One more call is at the end of the step.
         if isinstance(tuner, TeacherStepTuner):
             target, residual = tuner.substeps * calls_per_step, calls_per_step
         if tuner.optimizer == "gauss_newton":
