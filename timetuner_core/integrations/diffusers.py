@@ -10,10 +10,11 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
+from timetuner_core.coefficients import Coefficient, NoiseLevel
 from timetuner_core.grids import check_t_ratios, check_timesteps
 from timetuner_core.model_wrapper import GuidedModel
 from timetuner_core.models.schedulers import read_scheduler_config
-from timetuner_core.samplers import SAMPLERS, Generators, Past, get_sampler, remember, scaled
+from timetuner_core.samplers import SAMPLERS, Generators, Past, get_sampler, remember
 
 
 @dataclass
@@ -97,7 +98,7 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The network's input for x_t: x_t itself, but for EDM's networks."""
         model = self._model(sample)
-        return scaled(model.input_scale(self._grid[self._step_index]), sample)
+        return Coefficient(model.input_scale(self._grid[self._step_index])) * sample
 
     def step(
         self,
@@ -137,8 +138,8 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise ValueError(f"timesteps is {timesteps.tolist()}; accepted: {accepted}")
         index = self._step_index + found.int().argmax(dim=0).cpu()
         t = self._grid[index].to(original_samples.device)
-        alpha_t, sigma_t = self.noise_schedule.marginal_alpha(t), self.noise_schedule.marginal_std(t)
-        return scaled(alpha_t, original_samples) + scaled(sigma_t, noise)
+        level = NoiseLevel.at(self.noise_schedule, t, original_samples)
+        return level.alpha * original_samples + level.sigma * noise
 
     def __len__(self) -> int:
         return self.num_inference_steps

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from timetuner_core.coefficients import NoiseLevel
 from timetuner_core.model_wrapper import GuidedModel
 from timetuner_core.noise_schedule import NoiseSchedule
 from timetuner_core.samplers import (
@@ -16,7 +17,6 @@ from timetuner_core.samplers import (
     adds_noise,
     history_length,
     remember,
-    scaled,
     with_history,
 )
 from timetuner_core.tuning.gauss_newton import MEMORY
@@ -183,8 +183,9 @@ def draw_rows(problem: TuningProblem, generator: torch.Generator) -> Tensor:
 
 
 def diffuse(problem: TuningProblem, x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
-    schedule = problem.noise_schedule
-    return scaled(schedule.marginal_alpha(t), x0) + scaled(schedule.marginal_std(t), z)
+    """`x_t = alpha_t x0 + sigma_t z`."""
+    level = NoiseLevel.at(problem.noise_schedule, t, x0)
+    return level.alpha * x0 + level.sigma * z
 
 
 def _noise(problem: TuningProblem, x: Tensor, generator: torch.Generator) -> Tensor | None:
