@@ -67,7 +67,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             app.state.timetuner, app.state.access = state, access_state(state)
             app.state.samples = samples = samples_state(state)
             metrics.registry.register(QueueCollector(state.registry, samples.admission))
-            listening = asyncio.create_task(samples.news.run())
+            listening = asyncio.create_task(samples.events.run())
             gc.freeze()  # what is loaded by now stays: collections that look through it all hold up every request
             yield
             listening.cancel()

@@ -7,7 +7,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
 from sqlalchemy import text
 
-from service.access.needs import needs
+from service.access.callers import needs
 from service.http.errors import ForbiddenError, TooManyRequestsError, UnauthenticatedError, error_responses
 from service.shared.queue import QUEUES
 from service.state import AppState, State

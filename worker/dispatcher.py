@@ -47,7 +47,7 @@ def dispatch_once(
     for job_class in JOB_CLASSES:
         with registry.write() as session:
             over = take_back_expired(session, job_class, max_attempts)
-        bus.tell_ended(ended(job, job.state, error=job.error) for job in over if isinstance(job, SampleJob))
+        bus.publish_ends(ended(job, job.state, error=job.error) for job in over if isinstance(job, SampleJob))
     for job_class in PUBLISHED_CLASSES:
         with registry.read() as session:
             surely = unpublished(session, job_class, published_before=timedelta(seconds=10 * republish_seconds))
@@ -58,9 +58,9 @@ def dispatch_once(
             publish(app, registry, job_class, due)
     with registry.read() as session:
         parents, waiting = forgotten_parents(session), samples_wait(session)
-    bus.tell_ended(join_all(registry, artifacts, parents))
+    bus.publish_ends(join_all(registry, artifacts, parents))
     if waiting:
-        bus.ring()
+        bus.announce_samples()
 
 
 def queue_length(app: Celery, queue: str) -> int:

@@ -1,11 +1,8 @@
 """A worker's Prometheus metrics, served if METRICS_PORT is set. What each is good for: docs/observability.md."""
 
-import dataclasses
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 from prometheus_client import Counter, Gauge, Histogram, start_http_server
-from torch import Tensor
 
 from service.registry.samples import Ended
 from service.registry.tables import Job, JobState, SampleJob
@@ -31,18 +28,6 @@ def serve(settings: Settings) -> None:
     """From a thread, for as long as the process lives. Raises: OSError, if the port is taken."""
     if settings.metrics_port:
         start_http_server(settings.metrics_port, settings.metrics_host)
-
-
-def counting(model: DiffusionModel, model_id: str) -> DiffusionModel:
-    """The model, its network counting the rows put through it: padding, guidance and tuning included."""
-    network: Callable[..., Tensor] = model.network
-    evaluations = NETWORK_EVALUATIONS.labels(model_id)
-
-    def counted(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        evaluations.inc(len(x))
-        return network(x, *args, **kwargs)
-
-    return dataclasses.replace(model, network=counted)
 
 
 def hold(models: Iterable[DiffusionModel]) -> None:

@@ -18,6 +18,7 @@ from service.registry.samples import models_sampled_last
 from service.registry.tables import Job, JobState, Model
 from service.shared.artifacts import ArtifactStore
 from service.shared.logs import about
+from service.shared.sample_request import SampleRequest
 from service.shared.settings import Settings
 from service.shared.signals import Bus
 from timetuner_core.models.loading import DiffusionModel, load_builtin, load_folder
@@ -25,8 +26,8 @@ from timetuner_core.sampling.generate import Guidance
 from timetuner_core.sampling.same_bits import all_sizes, steady_sizes
 from timetuner_core.tuning.problem import TuningProblem
 from worker import metrics
+from worker.conversion import guidance_of
 from worker.lease import JobCancelledError, Lease, WorkerStoppingError
-from worker.requests import guidance_of
 from worker.traces import tuning_ended, tuning_span
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Runtime:
         if model_id not in self._models:
             self._problem = None  # it would hold on to its model, beside those kept on purpose
             with metrics.LOAD.time():
-                model = metrics.counting(self._load(model_id), model_id)
+                model = self._load(model_id).watched(metrics.NETWORK_EVALUATIONS.labels(model_id).inc)
             kept = sum(model.num_bytes for model in self._models.values())
             while self._models and kept + model.num_bytes > self.settings.max_model_bytes:
                 _, dropped = self._models.popitem(last=False)
@@ -76,7 +77,7 @@ class Runtime:
         for model_id, request in reversed(recent):
             try:
                 self.load_model(model_id)
-                self.batch_sizes(model_id, guidance_of(request), None)
+                self.batch_sizes(model_id, guidance_of(SampleRequest.stored(request)), None)
             except Exception:  # who asks for it will hear
                 logger.exception("model %s could not be loaded", model_id)
 

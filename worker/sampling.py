@@ -20,11 +20,12 @@ from service.registry.samples import Ended, SampleClaim, claim_samples, ended, f
 from service.registry.tables import JobState, Schedule
 from service.registry.types import utc_now
 from service.shared.image_formats import to_preview
-from timetuner_core.sampling.rolling_batch import Advance, RollingBatch, decode
+from service.shared.sample_request import SampleRequest
+from timetuner_core.sampling.rolling_batch import Advance, RollingBatch, Row, decode
 from worker import metrics
+from worker.conversion import guidance_of, rows_of
 from worker.joining import join_all
 from worker.lease import SampleLeases
-from worker.requests import guidance_of, rows_of
 from worker.runtime import Runtime
 from worker.traces import trace_samples
 
@@ -40,13 +41,29 @@ MOST_STEPS = 3  # that a smaller room stays empty
 
 @dataclass
 class Cohort:
-    """A rolling batch, and the jobs whose rows are in it; whether somebody may have followed one of them."""
+    """A rolling batch, and the jobs whose rows are in it, by their ids.
+
+    Attributes:
+        followed: requests of those jobs whose steps are published, as somebody may follow them.
+    """
 
     key: Hashable
     model_id: str
     batch: RollingBatch
     claims: dict[str, SampleClaim] = field(default_factory=dict)
-    followed: bool = False
+    followed: dict[str, SampleRequest] = field(default_factory=dict)
+
+    def add(self, claim: SampleClaim, request: SampleRequest, rows: list[Row]) -> None:
+        self.batch.add(rows)
+        self.claims[claim.job_id] = claim
+        # The steps of a job of low priority can be followed: the request that made it does not wait for its end.
+        if request.previews or claim.job.priority:
+            self.followed[claim.job_id] = request
+
+    def pop(self, job_id: str) -> SampleClaim | None:
+        """Take a job out. Its rows stay in the batch."""
+        self.followed.pop(job_id, None)
+        return self.claims.pop(job_id, None)
 
 
 class SampleServer:
@@ -76,12 +93,12 @@ class SampleServer:
         if now - self._looked_at < LINGER_SECONDS:
             return
         self._looked_at = now
-        if not self.stopping and self._runtime.bus.is_called():
+        if not self.stopping and self._runtime.bus.is_worker_requested():
             self.serve()
 
     def serve(self) -> None:
         """Until there is nothing to sample, and no more comes for a moment."""
-        self._runtime.bus.answered()
+        self._runtime.bus.worker_started()
         with SampleLeases(self._runtime.registry, self._runtime.settings.lease_seconds) as leases:
             try:
                 while self._serve_until_idle(leases):
@@ -93,7 +110,7 @@ class SampleServer:
     def _serve_until_idle(self, leases: SampleLeases) -> bool:
         """Whether somebody may have come after we stopped to listen."""
         served = False
-        with self._runtime.bus.bell() as bell:
+        with self._runtime.bus.subscribe_to_work() as work:
             more = True
             while not self.stopping or self._cohorts:
                 if more and not self.stopping and self._is_time_to_take():
@@ -102,9 +119,9 @@ class SampleServer:
                     self._hand_back(leases)
                 elif self._cohorts:
                     self._move_on(leases)
-                    more = bell.rung() or more
+                    more = work.has_message() or more
                     served = True
-                elif not bell.rung(LINGER_SECONDS):
+                elif not work.has_message(LINGER_SECONDS):
                     break
                 else:
                     more = True
@@ -169,22 +186,23 @@ class SampleServer:
         now = time.monotonic()
         if now - self._called_at > LINGER_SECONDS:
             self._called_at = now
-            self._runtime.bus.wake()
+            self._runtime.bus.request_worker()
 
     def _join(self, claim: SampleClaim, schedule: Schedule | None) -> None:
         """Put a job's rows into the batch that runs such jobs, or into a new one."""
-        request = claim.job.request
+        request = SampleRequest.stored(claim.job.request)
         model = self._runtime.load_model(claim.job.model_id)
-        rows = rows_of(claim.job, model, schedule)
+        rows = rows_of(claim.job, request, model, schedule)
         guidance = guidance_of(request)
         shapes = [None if c is None else tuple(c.shape) for c in (rows[0].condition, rows[0].uncond_condition)]
-        key: list[Any] = [claim.job.model_id, request["sampler"], request["eta"], guidance.type, guidance.guides]
+        eta = float(request.eta)
+        key: list[Any] = [claim.job.model_id, request.sampler, eta, guidance.type, guidance.guides]
         key += [guidance.rescale, guidance.interval, *shapes]
         batch = RollingBatch(
             model,
-            request["sampler"],
+            request.sampler,
             guidance,
-            request["eta"],
+            eta,
             self._runtime.batch_sizes(claim.job.model_id, guidance, shapes[0]),
             self._runtime.device,
             self._runtime.settings.sample_batch_size,
@@ -197,9 +215,7 @@ class SampleServer:
         else:
             cohort = Cohort(tuple(key), claim.job.model_id, batch)
             self._cohorts.append(cohort)
-        cohort.batch.add(rows)
-        cohort.claims[claim.job_id] = claim
-        cohort.followed |= _may_be_followed(claim)
+        cohort.add(claim, request, rows)
 
     def _move_on(self, leases: SampleLeases) -> None:
         """One step of every batch; results are handed in meanwhile."""
@@ -225,7 +241,7 @@ class SampleServer:
         for claim in (*lost, *cancelled):
             leases.drop([claim.job_id])
             for cohort in self._cohorts:
-                if cohort.claims.pop(claim.job_id, None):
+                if cohort.pop(claim.job_id):
                     cohort.batch.discard(claim.job_id)
         self._cohorts = [cohort for cohort in self._cohorts if cohort.claims]
         self._submit([(claim, ended(claim.job, JobState.CANCELLED)) for claim in cancelled], [], None)
@@ -237,16 +253,17 @@ class SampleServer:
         steps: dict[str, list[Any]] = {}
         previews: dict[str, list[int]] = {}
         for k, travelling in enumerate(advance.travelling):
-            claim = cohort.claims.get(str(travelling.row.owner))
-            if claim is None or not _may_be_followed(claim):
+            job_id = str(travelling.row.owner)
+            request = cohort.followed.get(job_id)
+            if request is None:
                 continue
-            shown = claim.job.parent_id or claim.job_id
+            shown = cohort.claims[job_id].job.parent_id or job_id
             steps[shown] = [travelling.step, travelling.row.num_steps]
-            if claim.job.request["previews"]:
+            if request.previews:
                 previews.setdefault(shown, []).append(k)
         if steps:
             images = {shown: self._preview(cohort, advance, rows) for shown, rows in previews.items()}
-            self._runtime.bus.tell({"steps": steps, "previews": images})
+            self._runtime.bus.publish({"steps": steps, "previews": images})
 
     def _preview(self, cohort: Cohort, advance: Advance, rows: list[int]) -> str | None:
         images = decode(cohort.batch.model, advance.x0[torch.tensor(rows)], cohort.batch.batch_sizes)
@@ -262,7 +279,8 @@ class SampleServer:
         artifact = f"samples/{ULID()}.npy"
         ends, first = [], 0
         for owner in owners:
-            claim = cohort.claims.pop(owner)
+            claim = cohort.claims[owner]
+            cohort.pop(owner)
             ends.append((claim, ended(claim.job, JobState.SUCCEEDED, artifact, first)))
             first += claim.job.num_images
         metrics.IMAGES.labels(cohort.model_id).inc(first)
@@ -275,7 +293,7 @@ class SampleServer:
         leases.drop(claim.job_id for claim in claims)
         with self._runtime.registry.write() as session:
             hand_back_samples(session, claims)
-        self._runtime.bus.wake()
+        self._runtime.bus.request_worker()
         logger.info("handed back %d jobs", len(claims))
 
     def _fail(self, claims: Iterable[SampleClaim], error: Exception, leases: SampleLeases) -> None:
@@ -332,18 +350,13 @@ class SampleServer:
         parents = {one.parent_id for one in over if one.parent_id}
         over += join_all(self._runtime.registry, self._runtime.artifacts, parents)
         metrics.samples_ended(over)
-        self._runtime.bus.tell_ended(over)
+        self._runtime.bus.publish_ends(over)
         return over
 
     def _wait_for_results(self, at_most: int) -> None:
         """Until no more than so many are being written."""
         while len(self._writing) > at_most:
             self._writing.pop(0).result()
-
-
-def _may_be_followed(claim: SampleClaim) -> bool:
-    """Whether it was asked for previews of, or nobody waits for it within the request that made it."""
-    return bool(claim.job.request["previews"] or claim.job.priority)
 
 
 def _ids(claims: Iterable[SampleClaim]) -> dict[str, list[str | None]]:

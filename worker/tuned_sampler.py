@@ -4,16 +4,14 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor
-
 from service.registry.tables import TuningJob
+from service.shared.tuning_request import NextEpsTuner, TuningJobRequest
 from timetuner_core.evaluation.verdict import Evaluation
-from timetuner_core.models.loading import DiffusionModel
 from timetuner_core.samplers import get_sampler
 from timetuner_core.tuners import TUNERS
 from timetuner_core.tuning.problem import TuningProblem, TuningState
 from timetuner_core.tuning_setup import Experiment
-from worker.requests import guidance_of, timesteps_of
+from worker.conversion import guidance_of, timesteps_of
 from worker.runtime import Runtime
 
 # What a request's tuner says of the population and of where it is run; all else is for the tuner itself.
@@ -32,16 +30,21 @@ class TunedSampler:
         """`check` is called before every network call, and may raise to stop."""
         self.runtime = runtime
         self.job_id, self.model_id = job.id, job.model_id
-        self.request = request = job.request
-        self.tuner = request["tuner"]
+        self.request = request = TuningJobRequest.stored(job.request)
+        self.tuner = request.tuner.model_dump()
         self.network_calls = 0
+
+        def before_call(num_samples: int) -> None:
+            check()
+            self.network_calls += num_samples
+
         self.experiment = Experiment(
-            self._watched(runtime.load_model(job.model_id), check),
+            runtime.load_model(job.model_id).watched(before_call),
             guidance_of(request),
-            get_sampler(request["sampler"]),
-            request["eta"],
-            request["seed"],
-            request["evaluation"]["batch_size"],
+            get_sampler(request.sampler),
+            float(request.eta),
+            request.seed,
+            request.evaluation.batch_size,
             runtime.device,
         )
         self.timesteps = timesteps_of(request, self.experiment.model.noise_schedule)
@@ -49,7 +52,12 @@ class TunedSampler:
     @property
     def tuned_steps(self) -> list[int]:
         """The steps that the tuner has anything to say about."""
-        return list(range(self.request["num_steps"] - (self.tuner["objective"] == "next_eps")))
+        return list(range(self.request.num_steps - isinstance(self.request.tuner, NextEpsTuner)))
+
+    @property
+    def total_iters(self) -> int:
+        """The iterations after which a step is done at the latest. A search for a grid has one."""
+        return getattr(self.request.tuner, "total_iters", None) or 1
 
     def tune(self, state: TuningState, steps: list[int] | None = None) -> Iterator[TuningState]:
         """Tune from wherever `state` is, which is updated in place and given after each iteration.
@@ -60,13 +68,12 @@ class TunedSampler:
         if bool(state.done[self.tuned_steps if steps is None else steps].all()):
             return  # and no population need be made
         only = {} if steps is None else {"steps": steps}
-        yield from TUNERS[self.tuner["objective"]].run(self._problem(), state, **self._options(), **only)
+        yield from TUNERS[self.request.tuner.objective].run(self._problem(), state, **self._options(), **only)
 
     def evaluate(self, state: TuningState) -> Evaluation:
         """The tuned sampler against the untuned one, on noise that tuning did not see."""
-        settings = self.request["evaluation"]
-        num_samples, teacher_num_steps = settings["num_samples"], settings["teacher_num_steps"]
-        return self.experiment.evaluate(state.timesteps, state.t_ratios, num_samples, teacher_num_steps)
+        how = self.request.evaluation
+        return self.experiment.evaluate(state.timesteps, state.t_ratios, how.num_samples, how.teacher_num_steps)
 
     def _options(self) -> dict[str, Any]:
         needs_data = TUNERS[self.tuner["objective"]].population == "data"
@@ -93,14 +100,3 @@ class TunedSampler:
             tuner.get("batch_size", 1),
             **about_data,
         )
-
-    def _watched(self, model: DiffusionModel, check: Callable[[], None]) -> DiffusionModel:
-        """The model, its network counting the samples put through it, after a look whether it may go on."""
-        network: Callable[..., Tensor] = model.network
-
-        def watched(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            check()
-            self.network_calls += len(x)
-            return network(x, *args, **kwargs)
-
-        return dataclasses.replace(model, network=watched)

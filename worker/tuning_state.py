@@ -113,7 +113,7 @@ def _save(sampler: TunedSampler, state: TuningState, write: Write, steps: list[i
         job.network_calls += sampler.network_calls
         job.tuning_seconds += now - since
         job.losses = 0
-        _note_progress(session, job, load_state(job, sampler.timesteps), sampler.tuner.get("total_iters", 1))
+        _note_progress(session, job, load_state(job, sampler.timesteps), sampler.total_iters)
     sampler.network_calls = 0
     return now
 

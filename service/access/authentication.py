@@ -11,7 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.access.callers import CALLER, Caller
+from service.access.callers import CALLER_IN_SCOPE, Caller
 from service.access.cookies import check_same_origin, cookie_authorization
 from service.access.local import check_local
 from service.access.state import AccessState
@@ -53,7 +53,7 @@ class AuthenticationMiddleware:
             answer = problem_response(refusal.status, refusal.detail, refusal.errors, refusal.headers)
             await answer(scope, receive, send)
             return
-        scope[CALLER] = caller
+        scope[CALLER_IN_SCOPE] = caller
         if caller is None or caller.key is None:
             await self.app(scope, receive, send)
             return

@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 from sqlalchemy import select
 
-from service.access.needs import needs
+from service.access.callers import needs
 from service.access.schemas import AuditEntryOut, AuditPage
 from service.http.errors import InvalidError, error_responses
 from service.http.fields import PageParams, newest_first

@@ -58,7 +58,7 @@ def _client(url: str) -> TimeTuner:
 def _home() -> Path:
     from service.shared.settings import Settings
 
-    return Settings().home.absolute()
+    return Settings().timetuner_home.absolute()
 
 
 @contextmanager

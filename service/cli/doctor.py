@@ -65,10 +65,10 @@ def _remote(url: str) -> Iterator[Finding]:
 def _local(settings: "Settings", port: int) -> Iterator[Finding]:
     yield from _versions()
     yield _device(settings.device)
-    yield from _room(settings.home.absolute())
+    yield from _room(settings.timetuner_home.absolute())
     yield _database(settings)
     yield _broker(settings)
-    url = running_url(settings.home.absolute())
+    url = running_url(settings.timetuner_home.absolute())
     yield from [_port(port)] if url is None else _service(url)
 
 
@@ -129,15 +129,17 @@ def _room(home: Path) -> Iterator[Finding]:
 def _database(settings: "Settings") -> Finding:
     from sqlalchemy.exc import SQLAlchemyError
 
-    from service.cli.registry import reason_of, revisions
-    from service.registry.database import Registry
+    from service.cli.registry import reason_of
+    from service.registry.database import Registry, SchemaError
 
     registry = Registry(settings.database_url)
     name = registry.url.render_as_string()
     if registry.is_sqlite and not Path(registry.url.database or "").exists():
         return Finding("database", True, f"{name}: none yet; timetuner up makes it")
     try:
-        current, newest = revisions(registry)
+        current, newest = registry.revisions()
+    except SchemaError as error:
+        return Finding("database", False, error.found, error.mend)
     except SQLAlchemyError as error:
         return Finding(
             "database", False, f"{name}: {reason_of(error)}", "start it, and set DATABASE_URL to where it is"

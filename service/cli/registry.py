@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from sqlalchemy.exc import SQLAlchemyError
 
 from service.cli.output import UNREACHABLE, CommandError
-from service.registry.database import Registry, alembic_config
+from service.registry.database import Registry, SchemaError
 from service.shared.settings import Settings
 
 
@@ -16,6 +16,8 @@ def open_registry() -> Iterator[Registry]:
     registry = Registry(Settings().database_url)
     try:
         yield registry
+    except SchemaError as error:
+        raise CommandError(str(error), UNREACHABLE) from None
     except SQLAlchemyError as error:
         database = registry.url.render_as_string()
         message = f"{database} cannot be used: {reason_of(error)}; accepted: a database after `timetuner db upgrade`"
@@ -27,14 +29,3 @@ def open_registry() -> Iterator[Registry]:
 def reason_of(error: SQLAlchemyError) -> str:
     """What the database's driver says, in a line."""
     return str(getattr(error, "orig", error)).partition("\n")[0]
-
-
-def revisions(registry: Registry) -> tuple[str | None, str | None]:
-    """The schema that the database has, and the newest one."""
-    from alembic.runtime.migration import MigrationContext
-    from alembic.script import ScriptDirectory
-
-    with registry.engine.connect() as connection:
-        current = MigrationContext.configure(connection).get_current_revision()
-    url = registry.url.render_as_string(hide_password=False)
-    return current, ScriptDirectory.from_config(alembic_config(url)).get_current_head()

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli.output import USAGE, AsJson, CommandError, print_json
+from service.cli.output import UNREACHABLE, USAGE, AsJson, CommandError, print_json
 
 db = typer.Typer(no_args_is_help=True, help="The registry's database.")
 
@@ -28,6 +28,7 @@ def up(
 
     DATABASE_URL, ARTIFACTS_URL and BROKER_URL replace the embedded parts.
     """
+    from service.registry.database import SchemaError
     from service.up.supervisor import Supervisor
 
     _settle_authentication("up", host)
@@ -37,7 +38,11 @@ def up(
     ready = (
         json.dumps({"url": supervisor.url}) if as_json else f"TimeTuner is ready at {supervisor.url} (Ctrl-C stops it)"
     )
-    raise typer.Exit(supervisor.run(ready))
+    try:
+        code = supervisor.run(ready)
+    except SchemaError as error:
+        raise CommandError(str(error), UNREACHABLE) from None
+    raise typer.Exit(code)
 
 
 def api(host: Host = "127.0.0.1", port: Port = 8000) -> None:
@@ -81,10 +86,10 @@ def _settle_authentication(command: str, host: str) -> None:
 @db.command()
 def upgrade(as_json: AsJson = False) -> None:
     """Bring the database to the newest schema, creating it if need be."""
-    from service.cli.registry import open_registry, revisions
+    from service.cli.registry import open_registry
 
     with open_registry() as registry:
         registry.upgrade()
-        revision, _ = revisions(registry)
+        revision, _ = registry.revisions()
     if as_json:
         print_json({"schema": revision})

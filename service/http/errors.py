@@ -1,6 +1,7 @@
 """The errors of the service, and their one map to RFC 9457 problem documents."""
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from http import HTTPStatus
 from typing import Any
@@ -103,6 +104,14 @@ class TooManyRequestsError(ServiceError):
     status = HTTPStatus.TOO_MANY_REQUESTS
     example = "1000 jobs are queued; accepted: fewer than 1000"
     headers = {"Retry-After": "10"}  # noqa: RUF012
+
+
+class KeyLimitError(TooManyRequestsError):
+    """An API key has used all that it may for now; in `seconds` it may use more."""
+
+    def __init__(self, detail: str, seconds: float) -> None:
+        super().__init__(detail)
+        self.headers = {"Retry-After": str(max(1, math.ceil(seconds)))}
 
 
 class JobFailedError(ServiceError):

@@ -88,15 +88,6 @@ def get_model(session: Session, model_id: str) -> Model:
     return model
 
 
-def get_requested_model(session: Session, model_id: str, where: str = "body") -> Model:
-    """The model that a request's body or query names. Raises: InvalidError, naming the field."""
-    model = session.get(Model, model_id)
-    if model is None:
-        accepted = "the id of a registered model, as GET /v1/models lists them"
-        raise InvalidError(f"no model {model_id!r}; accepted: {accepted}", (where, "model"), model_id)
-    return model
-
-
 def delete_model(registry: Registry, caller: Caller, artifacts: ArtifactStore, model_id: str) -> None:
     """Delete a model nothing refers to, its files included.
 

@@ -16,6 +16,21 @@ if TYPE_CHECKING:
     from alembic.config import Config
 
 IDLE_SECONDS = 30  # that a transaction may do nothing
+LAST_COMMIT_WITH_OLDER_MIGRATIONS = "e4c2e61"
+
+
+class SchemaError(Exception):
+    """This version's migrations do not know the database's schema.
+
+    Attributes:
+        found: the database, its schema, and what is accepted.
+        mend: what may help.
+    """
+
+    def __init__(self, found: str, mend: str) -> None:
+        super().__init__(f"{found}; {mend}")
+        self.found = found
+        self.mend = mend
 
 
 def is_away(error: BaseException) -> bool:
@@ -67,15 +82,44 @@ class Registry:
                 session.execute(update(RegistryChanges).values(number=RegistryChanges.number + 1))
 
     def upgrade(self) -> None:
-        """Bring the database to the newest migration, creating it if need be."""
+        """Bring the database to the newest migration, creating it if need be.
+
+        Raises: SchemaError, if its schema is not one of this version's; the database is left as it is.
+        """
         if self.is_sqlite and self.url.database:
             Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
         from alembic import command  # here, as no other process need load it
 
+        self.revisions()
         command.upgrade(alembic_config(self.url.render_as_string(hide_password=False)), "head")
+
+    def revisions(self) -> tuple[str | None, str | None]:
+        """The database's migration, None before the first, and the newest one.
+
+        Raises: SchemaError, if the database's migration is not one of this version's.
+        """
+        from alembic.runtime.migration import MigrationContext
+        from alembic.script import ScriptDirectory
+
+        with self.engine.connect() as connection:
+            current = MigrationContext.configure(connection).get_current_revision()
+        scripts = ScriptDirectory.from_config(alembic_config(self.url.render_as_string(hide_password=False)))
+        if current is not None and current not in {script.revision for script in scripts.walk_revisions()}:
+            raise _unknown_schema(self.url.render_as_string(), current, str(scripts.get_base()))
+        return current, scripts.get_current_head()
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+def _unknown_schema(database: str, current: str, oldest: str) -> SchemaError:
+    mend = (
+        f"run `timetuner db upgrade` of commit {LAST_COMMIT_WITH_OLDER_MIGRATIONS} on it first"
+        if current < oldest
+        else "a newer version of TimeTuner may have made it"
+    )
+    found = f"{database} has schema {current}; accepted: none yet, or one of this version's, from {oldest} on"
+    return SchemaError(found, mend)
 
 
 def alembic_config(database_url: str) -> "Config":

@@ -39,10 +39,6 @@ def add_event(session: Session, job: Job, type: str, **data: Any) -> None:
         session.add(TuningJobEvent(job_id=job.id, type=type, data=data))
 
 
-def count_queued(session: Session, job_class: type[Job]) -> int:
-    return session.scalar(select(func.count()).where(job_class.state == JobState.QUEUED)) or 0
-
-
 def claim(session: Session, job_class: type[Job], job_id: str, owner: str, lease_seconds: float) -> Claim | None:
     """Take a queued job, or one whose worker let the lease run out; None if there is nothing to take."""
     token = session.scalar(

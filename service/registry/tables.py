@@ -222,7 +222,7 @@ class Schedule(OfSetting, Base):
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
     job: Mapped["TuningJob | None"] = relationship(back_populates="schedule")
-    evaluation: Mapped["Evaluation | None"] = relationship(back_populates="schedule", cascade="all, delete-orphan")
+    evaluation: Mapped["EvaluationRow | None"] = relationship(back_populates="schedule", cascade="all, delete-orphan")
 
 
 class ScheduleVersion(OfSetting, Base):
@@ -244,7 +244,7 @@ class ScheduleAlias(Base):
     schedule_id: Mapped[str] = mapped_column(ForeignKey("schedules.id"), index=True)
 
 
-class Evaluation(Base):
+class EvaluationRow(Base):
     """A schedule against its untuned twin, on the same held-out noise."""
 
     __tablename__ = "evaluations"

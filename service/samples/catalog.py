@@ -3,9 +3,9 @@
 from sqlalchemy.orm import Session
 
 from service.http.errors import InvalidError
-from service.models.logic import get_requested_model
 from service.registry.samples import changes
 from service.registry.tables import Model, Schedule
+from service.request_checks import get_requested_model
 from service.schedules.logic import find_for_sampling, resolve
 from service.shared.sample_request import SampleRequest
 

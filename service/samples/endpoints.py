@@ -7,9 +7,8 @@ from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from sse_starlette import EventSourceResponse
 
-from service.access.callers import Caller
+from service.access.callers import AnyCaller, MaySample
 from service.access.idempotency import GivenKey, Once
-from service.access.needs import AnyCaller, needs
 from service.http.errors import (
     ConflictError,
     DeadlineError,
@@ -24,7 +23,6 @@ from service.http.errors import (
 )
 from service.http.fields import JSON_TYPE, PathId, require_json
 from service.models.logic import get_model
-from service.registry.keys import Scope
 from service.registry.samples import LATE, Ended
 from service.registry.tables import FINAL_STATES, JobState, SampleJob
 from service.registry.types import new_id
@@ -40,7 +38,6 @@ from service.shared.sample_request import SampleRequest
 from service.state import AppState, State
 
 router = APIRouter(prefix="/v1/samples", tags=["samples"])
-Sampler = Annotated[Caller, needs(Scope.SAMPLE)]
 Accept = Annotated[str, Header(include_in_schema=False)]
 
 Prefer = Annotated[
@@ -82,7 +79,7 @@ CONTENT: dict[int | str, dict[str, Any]] = {
     },
 )
 async def sample(
-    caller: Sampler,
+    caller: MaySample,
     body: SampleRequest,
     request: Request,
     state: State,
@@ -98,7 +95,7 @@ async def sample(
     """
     respond_async, seconds = read_preference(prefer, state.settings.max_wait_seconds)
     job_id = new_id("smp")
-    with samples.news.follow(job_id) as news:
+    with samples.events.follow(job_id) as events:
         once = Once.of(caller, "sample", idempotency_key, body.model_dump_json())
         waits_for = None if respond_async else accept
         submission = Submission(job_id, body, waits_for, telemetry.traceparent(), caller, once)
@@ -109,7 +106,7 @@ async def sample(
         samples.admission.refresh()
         if respond_async:
             return _accepted(job)
-        end = await wait_for_end(state, caller, request if once is None else None, job, news, seconds)
+        end = await wait_for_end(state, caller, request if once is None else None, job, events, seconds)
     if end is None:
         return _accepted(await run_in_threadpool(read_job, state, caller, job.id))
     return await run_in_threadpool(_content, state, samples, job, end, accept, None)
@@ -122,7 +119,7 @@ def get_sample_job(caller: AnyCaller, job_id: PathId, state: State) -> SampleJob
 
 
 @router.post("/{job_id}/cancel", operation_id="cancel_sample_job", responses=error_responses(NotFoundError))
-def cancel_sample_job(caller: Sampler, job_id: PathId, state: State) -> SampleJobOut:
+def cancel_sample_job(caller: MaySample, job_id: PathId, state: State) -> SampleJobOut:
     """Cancel a sampling job; one that is over stays as it is."""
     return SampleJobOut.model_validate(cancel_job(state, caller, job_id))
 

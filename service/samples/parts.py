@@ -4,20 +4,21 @@ from typing import Any
 
 from service.registry.tables import JobState, SampleJob
 from service.shared.arrays import decode_array, encode_array
+from service.shared.sample_request import SampleRequest
 
 
 def split_into_parts(job: SampleJob, most: int) -> list[SampleJob]:
     """What a job for more images than a worker samples at once is split into."""
     if job.num_images <= most or job.state == JobState.SUCCEEDED:
         return []
-    starts = range(0, job.num_images, most)
+    request, starts = SampleRequest.stored(job.request), range(0, job.num_images, most)
     job.num_parts = len(starts)
     return [
         SampleJob(
             owner=job.owner,
             model_id=job.model_id,
             schedule_id=job.schedule_id,
-            request=_part_of(job.request, first, min(most, job.num_images - first)),
+            request=_part_of(request, first, min(most, job.num_images - first)).model_dump(mode="json"),
             request_hash="",  # a part is not asked for by itself
             num_images=min(most, job.num_images - first),
             priority=job.priority,
@@ -31,12 +32,13 @@ def split_into_parts(job: SampleJob, most: int) -> list[SampleJob]:
     ]
 
 
-def _part_of(request: dict[str, Any], first: int, count: int) -> dict[str, Any]:
+def _part_of(request: SampleRequest, first: int, count: int) -> SampleRequest:
+    """The request for images `first` to `first + count - 1` of another one."""
     rows = slice(first, first + count)
-    part = {**request, "num_images": count, "seed": request["seed"] + first}
-    if request["class_labels"] is not None:
-        part["class_labels"] = request["class_labels"][rows]
-    if request["condition"] is not None:
-        condition = decode_array(request["condition"])
-        part["condition"] = encode_array(condition if len(condition) == 1 else condition[rows])
-    return part
+    changed: dict[str, Any] = {"num_images": count, "seed": request.seed + first}
+    if isinstance(request.class_labels, list):
+        changed["class_labels"] = request.class_labels[rows]
+    if request.condition is not None:
+        condition = decode_array(request.condition)
+        changed["condition"] = encode_array(condition if len(condition) == 1 else condition[rows])
+    return request.model_copy(update=changed)

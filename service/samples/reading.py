@@ -32,5 +32,5 @@ def cancel_job(state: AppState, caller: Caller, job_id: str) -> SampleJob:
         job = get_job(session, caller, job_id, with_for_update=True)
         request_cancel(session, job)
         caller.record(session, "cancel_sample_job", job_id)
-    state.bus.tell_ended([end_of(job)] if job.state in FINAL_STATES else [])
+    state.bus.publish_ends([end_of(job)] if job.state in FINAL_STATES else [])
     return job

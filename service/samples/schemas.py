@@ -1,6 +1,8 @@
 """What the sampling endpoints accept and return."""
 
-from pydantic import BaseModel, ConfigDict, Field, computed_field
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, computed_field
 
 from service.http.fields import Fault, KeyId, ModelId, RequestId, SampleJobId, ScheduleId, Time
 from service.registry.tables import JobState
@@ -18,7 +20,7 @@ class SampleJobOut(BaseModel):
     error: Fault
     request_id: RequestId | None = Field(description="Of the HTTP request it came by: see X-Request-Id.")
     schedule: ScheduleId | None = Field(validation_alias="schedule_id", description="The schedule used; null: untuned.")
-    request: SampleRequest
+    request: Annotated[SampleRequest, BeforeValidator(SampleRequest.stored)]
     created_at: Time
     started_at: Time | None
     finished_at: Time | None

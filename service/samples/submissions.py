@@ -15,10 +15,10 @@ class Submissions:
     """`submit_all` by groups; then `ring`, once for all of a group."""
 
     def __init__(
-        self, submit_all: Callable[[Sequence[Submission]], list[SampleJob | ServiceError]], ring: Callable[[], None]
+        self, submit_all: Callable[[Sequence[Submission]], list[SampleJob | ServiceError]], announce: Callable[[], None]
     ) -> None:
         self._submit_all = submit_all
-        self._ring = ring
+        self._announce = announce
         self._waiting: list[tuple[Submission, asyncio.Future[SampleJob]]] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -47,7 +47,7 @@ class Submissions:
         try:
             outcomes = self._submit_all(submissions)
             if any(isinstance(outcome, SampleJob) and outcome.state == JobState.QUEUED for outcome in outcomes):
-                self._ring()
+                self._announce()
             return [*outcomes]
         except IntegrityError as error:
             if len(submissions) == 1:

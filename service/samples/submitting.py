@@ -11,23 +11,21 @@ from typing import Any
 from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
-from service.access.callers import ANYBODY, Caller, record_all
+from service.access.callers import ANYBODY, Caller, quota_error, record_all
 from service.access.idempotency import Once
-from service.access.limits import quota_error
 from service.http.errors import ServiceError
 from service.registry.database import Registry
 from service.registry.keys import charge
 from service.registry.samples import add_samples
 from service.registry.tables import JobState, SampleJob, Webhook
 from service.registry.types import utc_now
+from service.request_checks import check_setting, check_timesteps, check_uncond, check_webhook
 from service.samples.catalog import Catalog
 from service.samples.checks import check_class_labels, check_conditions, check_size, sampling_cost
 from service.samples.content import negotiate
 from service.samples.parts import split_into_parts
-from service.setting_checks import check_setting, check_timesteps, check_uncond
 from service.shared.sample_request import SampleRequest
 from service.shared.settings import Settings
-from service.webhook_check import check_webhook
 
 UNDECIDING = {
     "model",
@@ -115,7 +113,7 @@ def _make_job(session: Session, settings: Settings, catalog: Catalog, submission
         takes_arrays = model.spec["condition_shape"] is not None
         check_uncond(model.spec, request, "uncond_condition" if takes_arrays else "guidance_scale 1")
     schedule = catalog.schedule(session, request)
-    stored = {**request.model_dump(mode="json"), "class_labels": labels}
+    stored = request.model_copy(update={"class_labels": labels}).model_dump(mode="json")
     deadline, schedule_id = request.deadline_seconds, None if schedule is None else schedule.id
     return SampleJob(
         id=submission.job_id,

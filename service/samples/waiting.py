@@ -19,11 +19,16 @@ from service.samples.schemas import SampleJobOut
 from service.samples.state import SamplesState
 from service.state import AppState
 
-LOOK_SECONDS = 1.0  # between looks into the registry, should a worker's news get lost
+READ_SECONDS = 1.0  # The registry is read this often, in case an event was lost.
 
 
 async def wait_for_end(
-    state: AppState, caller: Caller, request: Request | None, job: SampleJob, news: "asyncio.Queue[Any]", seconds: float
+    state: AppState,
+    caller: Caller,
+    request: Request | None,
+    job: SampleJob,
+    events: "asyncio.Queue[Any]",
+    seconds: float,
 ) -> Ended | None:
     """How a job ends, or None if that takes more than `seconds`. Cancels it if the client of `request` hangs up."""
     if job.state in FINAL_STATES:
@@ -32,13 +37,14 @@ async def wait_for_end(
     deadline = time.monotonic() + seconds
     try:
         while (left := deadline - time.monotonic()) > 0:
-            told = asyncio.create_task(news.get())
-            await asyncio.wait({told, hung_up}, timeout=min(left, LOOK_SECONDS), return_when=asyncio.FIRST_COMPLETED)
-            if told.done():
-                if isinstance(told.result(), Ended):
-                    return told.result()  # type: ignore[no-any-return]
+            received = asyncio.create_task(events.get())
+            timeout = min(left, READ_SECONDS)
+            await asyncio.wait({received, hung_up}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if received.done():
+                if isinstance(received.result(), Ended):
+                    return received.result()  # type: ignore[no-any-return]
                 continue
-            told.cancel()
+            received.cancel()
             if hung_up.done():
                 await run_in_threadpool(cancel_job, state, caller, job.id)
                 return None
@@ -62,16 +68,16 @@ async def _hung_up(request: Request | None) -> None:
 async def stream_events(
     state: AppState, samples: SamplesState, caller: Caller, job_id: str
 ) -> AsyncIterator[ServerSentEvent]:
-    with samples.news.follow(job_id) as news:
+    with samples.events.follow(job_id) as events:
         job = await run_in_threadpool(read_job, state, caller, job_id)
         yield ServerSentEvent(SampleJobOut.model_validate(job).model_dump_json(), event="state")
         while job.state not in FINAL_STATES:
             try:
-                told = await asyncio.wait_for(news.get(), LOOK_SECONDS)
+                received = await asyncio.wait_for(events.get(), READ_SECONDS)
             except TimeoutError:
-                told = None
-            if isinstance(told, dict):
-                yield ServerSentEvent(json.dumps(told), event="step")
+                received = None
+            if isinstance(received, dict):
+                yield ServerSentEvent(json.dumps(received), event="step")
             else:
                 job = await run_in_threadpool(read_job, state, caller, job_id)
         yield ServerSentEvent(SampleJobOut.model_validate(job).model_dump_json(), event="end")

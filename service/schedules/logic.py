@@ -9,13 +9,13 @@ from sqlalchemy.orm import Session, aliased, joinedload
 
 from service.access.callers import Caller
 from service.http.errors import ConflictError, InvalidError, NotFoundError
-from service.models.logic import get_model, get_requested_model
+from service.models.logic import get_model
 from service.registry.database import Registry
 from service.registry.schedules import next_version
 from service.registry.tables import SampleJob, Schedule, ScheduleAlias, ScheduleStatus
+from service.request_checks import check_setting, check_timesteps, get_requested_model
 from service.schedules.schemas import ScheduleImport, ScheduleQuery
-from service.setting_checks import check_setting, check_timesteps
-from service.shared.sampling_setting import Setting
+from service.shared.sampling_setting import SamplingSetting
 
 MAX_SCANNED = 10_000  # schedules that one page may look at
 MAX_COUNTED = 100
@@ -62,7 +62,7 @@ def newest(session: Session, query: ScheduleQuery) -> tuple[Sequence[Schedule], 
     return rows, session.scalar(scan.offset(MAX_SCANNED - 1).limit(1)) if others else None
 
 
-def resolve(session: Session, setting: Setting) -> tuple[Schedule | None, str]:
+def resolve(session: Session, setting: SamplingSetting) -> tuple[Schedule | None, str]:
     """The best accepted schedule for exactly this setting, or None for untuned, and the reason."""
     schedule, num_rejected = session.execute(_best(), setting.key()).one()
     if schedule is not None:

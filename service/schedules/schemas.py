@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
 from service.http.fields import ModelId, PageQuery, ScheduleId, Time, TuningJobId
 from service.registry.tables import ScheduleStatus
 from service.shared.fields import Eta, ExactNumber, GuidanceScale, Identifier, NumSteps
-from service.shared.sampling_setting import GuidanceTime, Sampler, Setting
+from service.shared.sampling_setting import GuidanceTime, Sampler, SamplingSetting
 from timetuner_core.model_wrapper import GuidanceType
 
 MAX_DEPTH = 20
@@ -107,7 +107,7 @@ class ScheduleOut(BaseModel):
     created_at: Time
 
 
-class ScheduleImport(Setting):
+class ScheduleImport(SamplingSetting):
     """A schedule made elsewhere, or exported by another registry."""
 
     timesteps: list[FiniteFloat] = Field(examples=[GRID], description="num_steps + 1 strictly falling times in [0, T].")
@@ -171,4 +171,4 @@ class AliasList(BaseModel):
 
 
 ScheduleFilters = Annotated[ScheduleQuery, Query()]
-ResolveParams = Annotated[Setting, Query()]
+ResolveParams = Annotated[SamplingSetting, Query()]

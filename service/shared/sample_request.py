@@ -3,11 +3,11 @@
 from pydantic import ConfigDict, Field, FiniteFloat
 
 from service.shared.fields import Identifier, Seed
-from service.shared.sampling_setting import Setting, Timesteps
+from service.shared.sampling_setting import SamplingSetting, Timesteps
 from service.shared.webhook_url import WEBHOOK_URL, WebhookUrl
 
 
-class SampleRequest(Setting):
+class SampleRequest(SamplingSetting):
     """Sample images."""
 
     model_config = ConfigDict(

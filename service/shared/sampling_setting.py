@@ -1,6 +1,7 @@
 """The setting that tuning and sampling requests name."""
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, WithJsonSchema
 
@@ -24,7 +25,7 @@ ALWAYS = {"guidance_scale": 1, "guidance_rescale": 0, "guidance_start": 0, "guid
 Timesteps = GridName | Annotated[list[FiniteFloat], Field(min_length=2, max_length=100_001)]
 
 
-class Setting(BaseModel):
+class SamplingSetting(BaseModel):
     """What is sampled, and how: a schedule is tuned for one setting and resolved by it."""
 
     model_config = ConfigDict(extra="forbid")
@@ -40,6 +41,15 @@ class Setting(BaseModel):
     guidance_start: GuidanceTime = Field(0, validate_default=True, description="No guidance at times below.")
     guidance_end: GuidanceTime = Field(1000, validate_default=True, description="No guidance at times above.")
     eta: Eta = Field(0, validate_default=True, description="Noise of each step; for the sampler ddim only.")
+
+    @classmethod
+    def stored(cls, row: Mapping[str, Any] | Self) -> Self:
+        """The request that a job's row holds as JSON. Fields of a newer version, at any depth, are ignored.
+
+        Raises:
+            ValidationError: a field has a value that this version does not know.
+        """
+        return cls.model_validate(row, extra="ignore")
 
     def key(self) -> dict[str, Any]:
         """The columns of `Schedule.KEY`. Unguided sampling has no scale, whatever was said."""

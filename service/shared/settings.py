@@ -11,12 +11,13 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 class Settings(BaseSettings):
     """What the API, the worker and the dispatcher are told by their environment.
 
-    Each field's environment variable is its name in capitals; `home` is TIMETUNER_HOME.
+    Each field's environment variable is its name in capitals. No field may be named as a variable that shells
+    and systems set for themselves, such as HOME.
     """
 
-    model_config = SettingsConfigDict(extra="ignore", populate_by_name=True)
+    model_config = SettingsConfigDict(extra="ignore")
 
-    home: Path = Field(Path("timetuner-data"), validation_alias="TIMETUNER_HOME")
+    timetuner_home: Path = Path("timetuner-data")
     database_url: str = ""  # default: SQLite in home
     artifacts_url: str = ""  # default: a folder in home
     broker_url: str = "redis://127.0.0.1:6379/0"
@@ -63,6 +64,6 @@ class Settings(BaseSettings):
     max_wait_seconds: float = Field(120.0, gt=0)  # a synchronous sampling request
 
     def model_post_init(self, _context: object) -> None:
-        home = self.home.absolute()
+        home = self.timetuner_home.absolute()
         self.database_url = self.database_url or f"sqlite:///{home / 'registry.sqlite'}"
         self.artifacts_url = self.artifacts_url or f"file://{home / 'artifacts'}"

@@ -1,6 +1,7 @@
-"""Push between processes, by Valkey's pub/sub: a bell for workers, and news for those who wait for samples.
+"""Messages between processes by Valkey's pub/sub: new work for sampling workers, and events of samples for the API.
 
-No promise hangs on a message: the registry is the truth, the dispatcher rings again, who waits looks there too.
+Messages may get lost. The registry is the truth: the dispatcher announces waiting jobs again, and API processes read
+the registry once a second while a request waits.
 """
 
 import json
@@ -17,43 +18,43 @@ from kombu.exceptions import OperationalError
 
 from service.registry.samples import Ended
 
-BELL = "timetuner:bell"
-NEWS = "timetuner:samples"
-SENT = "timetuner:bell-sent"
-SENT_MILLISECONDS = 1000
+WORK_CHANNEL = "timetuner:bell"
+EVENTS_CHANNEL = "timetuner:samples"
+WORKER_REQUESTED_KEY = "timetuner:bell-sent"
+WORKER_REQUESTED_MILLISECONDS = 1000
 SAMPLE_TASK, SAMPLE_QUEUE = "worker.serve_samples", "sampling"
 
 logger = logging.getLogger(__name__)
 
 
 def redis_url(broker_url: str) -> str:
-    """A broker's URL as redis-py spells it: Celery has a word of its own for Unix sockets."""
+    """A broker's URL as redis-py spells it. Celery has another scheme for Unix sockets."""
     return broker_url.replace("redis+socket://", "unix://", 1)
 
 
-class Bell:
-    """A worker's ear: whether there may be something new to take."""
+class WorkSubscription:
+    """A worker's subscription to the channel of new work. It tells the worker when to look for jobs."""
 
     def __init__(self, pubsub: Any) -> None:
         self._pubsub = pubsub
 
-    def rung(self, seconds: float = 0.0) -> bool:
-        """Whether it was rung since the last look, or is within `seconds`."""
-        heard, deadline = False, time.monotonic() + seconds
+    def has_message(self, seconds: float = 0.0) -> bool:
+        """Whether new work was announced since the last call, or is within `seconds`."""
+        received, deadline = False, time.monotonic() + seconds
         while True:
             try:
-                if not seconds and not heard and self._is_silent():
+                if not seconds and not received and self._is_silent():
                     return False
-                left = 0.0 if heard else max(0.0, deadline - time.monotonic())
+                left = 0.0 if received else max(0.0, deadline - time.monotonic())
                 message = self._pubsub.get_message(ignore_subscribe_messages=True, timeout=left)
             except redis.RedisError:
-                return True  # deaf: better to look
-            heard = heard or message is not None
-            if message is None and (heard or time.monotonic() >= deadline):
-                return heard
+                return True  # The broker is unreachable, so the worker must look into the registry.
+            received = received or message is not None
+            if message is None and (received or time.monotonic() >= deadline):
+                return received
 
     def _is_silent(self) -> bool:
-        """Whether nothing has come: a system call, as samplers ask before every step; what came before was read."""
+        """Whether the socket has nothing to read. Workers ask before every step, so this is one system call."""
         socket = getattr(self._pubsub.connection, "_sock", None)
         if socket is None:
             return False
@@ -69,60 +70,62 @@ class Bus:
         self._celery = celery
         self._redis = redis.Redis.from_url(redis_url(broker_url), socket_connect_timeout=2, socket_timeout=5)
 
-    def ring(self) -> None:
-        """Tell one worker that there is something to sample: those at it, or else one that waits for tasks."""
+    def announce_samples(self) -> None:
+        """Tell the workers that are sampling of new jobs. If none is, request a worker."""
         try:
-            if not self._redis.publish(BELL, b""):
-                self.wake()
+            if not self._redis.publish(WORK_CHANNEL, b""):
+                self.request_worker()
         except redis.RedisError:
             logger.warning("the broker cannot be reached; the dispatcher will ring")
 
-    def wake(self) -> None:
-        """Call one more worker to sampling, unless one was just called."""
+    def request_worker(self) -> None:
+        """Send a task that makes one more worker sample, unless one was sent a moment ago."""
         try:
-            if not self.is_called() and self._redis.set(SENT, b"", nx=True, px=SENT_MILLISECONDS):
+            if not self.is_worker_requested() and self._redis.set(
+                WORKER_REQUESTED_KEY, b"", nx=True, px=WORKER_REQUESTED_MILLISECONDS
+            ):
                 self._celery.send_task(SAMPLE_TASK, queue=SAMPLE_QUEUE)
         except (redis.RedisError, OperationalError, OSError):
             logger.warning("the broker cannot be reached; the dispatcher will ring")
 
-    def is_called(self) -> bool:
-        """Whether a call to sampling waits for somebody to hear it."""
+    def is_worker_requested(self) -> bool:
+        """Whether a request for a worker is in the queue."""
         try:
             return bool(self._redis.llen(SAMPLE_QUEUE))
         except redis.RedisError:
             return False
 
-    def answered(self) -> None:
-        """A call was heard: the next one is for another worker."""
+    def worker_started(self) -> None:
+        """A worker has taken the request, so the next request is for another worker."""
         try:
-            self._redis.delete(SENT)
+            self._redis.delete(WORKER_REQUESTED_KEY)
         except redis.RedisError:
             logger.warning("the broker cannot be reached")
 
-    def tell(self, news: dict[str, Any]) -> None:
-        """Tell every API process."""
+    def publish(self, event: dict[str, Any]) -> None:
+        """Send an event to every API process."""
         try:
-            self._redis.publish(NEWS, json.dumps(news))
+            self._redis.publish(EVENTS_CHANNEL, json.dumps(event))
         except redis.RedisError:
             logger.warning("the broker cannot be reached; who waits will look into the registry")
 
-    def tell_ended(self, ends: Iterable[Ended]) -> None:
-        """Tell how jobs ended."""
+    def publish_ends(self, ends: Iterable[Ended]) -> None:
+        """Tell every API process how jobs ended."""
         rows = [[e.job_id, e.state, e.artifact, e.artifact_row, e.error, e.num_images] for e in ends]
         if rows:
-            self.tell({"ended": rows})
+            self.publish({"ended": rows})
 
     @contextmanager
-    def bell(self) -> Iterator[Bell]:
-        """An ear that hears from now on."""
+    def subscribe_to_work(self) -> Iterator[WorkSubscription]:
+        """A subscription that begins now and ends with the context."""
         pubsub = self._redis.pubsub()  # type: ignore[no-untyped-call]
         try:
             try:
-                pubsub.subscribe(BELL)
-                pubsub.get_message(timeout=2.0)  # that we are subscribed
+                pubsub.subscribe(WORK_CHANNEL)
+                pubsub.get_message(timeout=2.0)  # This reads the broker's confirmation of the subscription.
             except redis.RedisError:
                 logger.warning("the broker cannot be reached; looking into the registry instead")
-            yield Bell(pubsub)
+            yield WorkSubscription(pubsub)
         finally:
             pubsub.close()
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from service.shared.fields import Seed
-from service.shared.sampling_setting import Setting, Timesteps
+from service.shared.sampling_setting import SamplingSetting, Timesteps
 from service.shared.webhook_url import WEBHOOK_URL, WebhookUrl
 from timetuner_core.tuning.problem import Optimizer, Parameters, TuneType
 
@@ -162,7 +162,7 @@ def _any_of(schema: dict[str, Any]) -> None:
     schema["anyOf"] = schema.pop("oneOf")
 
 
-class TuningJobRequest(Setting):
+class TuningJobRequest(SamplingSetting):
     """Tune one schedule."""
 
     model_config = ConfigDict(

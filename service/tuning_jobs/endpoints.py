@@ -8,9 +8,8 @@ from fastapi import APIRouter, Depends, Header, Query, Response
 from fastapi.concurrency import run_in_threadpool
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
-from service.access.callers import Caller
+from service.access.callers import AnyCaller, Caller, MayTune
 from service.access.idempotency import GivenKey
-from service.access.needs import AnyCaller, needs
 from service.http.errors import (
     ConflictError,
     InvalidError,
@@ -21,7 +20,6 @@ from service.http.errors import (
     error_responses,
 )
 from service.http.fields import JSON_TYPE, PageParams, PathId, require_json
-from service.registry.keys import Scope
 from service.registry.tables import FINAL_STATES, JobState, TuningJob
 from service.shared.queue import publish
 from service.shared.tuning_request import TuningJobRequest
@@ -31,7 +29,6 @@ from service.tuning_jobs.schemas import EventOut, EventPage, TuningJobDetail, Tu
 
 router = APIRouter(prefix="/v1/tuning-jobs", tags=["tuning jobs"])
 
-Tuner = Annotated[Caller, needs(Scope.TUNE)]
 SSE_TYPE = "text/event-stream"
 EVENT_POLL_SECONDS = 0.25
 EVENTS = {"type": "string", "examples": ['id: 3\nevent: progress\ndata: {"id": 3, "type": "progress"}\n\n']}
@@ -48,7 +45,7 @@ LAST_ID = 2**63 - 1  # the column is a 64-bit integer
     ),
 )
 def submit_tuning_job(
-    caller: Tuner, body: TuningJobRequest, state: State, response: Response, idempotency_key: GivenKey = None
+    caller: MayTune, body: TuningJobRequest, state: State, response: Response, idempotency_key: GivenKey = None
 ) -> TuningJobOut:
     """Queue a tuning job; follow it at its `Location`."""
     job, created = logic.submit(state.registry, state.settings, caller, body, idempotency_key)
@@ -83,7 +80,7 @@ def get_tuning_job(caller: AnyCaller, job_id: PathId, state: State) -> TuningJob
     operation_id="cancel_tuning_job",
     responses=error_responses(NotFoundError, ConflictError),
 )
-def cancel_tuning_job(caller: Tuner, job_id: PathId, state: State) -> TuningJobOut:
+def cancel_tuning_job(caller: MayTune, job_id: PathId, state: State) -> TuningJobOut:
     """Cancel: a queued job at once, a running one as soon as its worker sees it."""
     return TuningJobOut.model_validate(logic.cancel(state.registry, caller, job_id))
 

@@ -9,15 +9,20 @@ from sqlalchemy.orm import Session, joinedload, selectinload
 
 from service.access.callers import Caller
 from service.access.idempotency import Once, make_once
-from service.access.limits import quota_error
 from service.http.errors import ConflictError, InvalidError, NotFoundError, TooLargeError
 from service.http.fields import PageQuery, newest_first
-from service.models.logic import get_requested_model
 from service.registry.database import Registry
-from service.registry.jobs import add_event, request_cancel
-from service.registry.keys import Scope, charge
+from service.registry.jobs import request_cancel
+from service.registry.keys import Scope
 from service.registry.tables import FINAL_STATES, JobState, TuningJob, TuningJobEvent, Webhook
-from service.setting_checks import check_room, check_setting, check_timesteps, check_uncond
+from service.request_checks import (
+    check_room,
+    check_setting,
+    check_timesteps,
+    check_uncond,
+    check_webhook,
+    get_requested_model,
+)
 from service.shared.settings import Settings
 from service.shared.tuning_request import (
     AysTuner,
@@ -28,7 +33,6 @@ from service.shared.tuning_request import (
     TeacherStepTuner,
     TuningJobRequest,
 )
-from service.webhook_check import check_webhook
 from timetuner_core.samplers import get_sampler
 
 
@@ -54,7 +58,7 @@ def submit(
         _check(request, model.spec)
         calls = _check_size(request, model.spec, settings)
         check_webhook(request.webhook_url, settings)
-        _charge(session, caller, calls * math.prod(model.spec["sample_shape"]))
+        caller.charge(session, calls * math.prod(model.spec["sample_shape"]))
         job = TuningJob(
             owner=caller.owner,
             model_id=model.id,
@@ -66,7 +70,7 @@ def submit(
         session.flush()
         if request.webhook_url:
             session.add(Webhook(tuning_job_id=job.id, url=request.webhook_url))
-        add_event(session, job, "queued")
+        session.add(TuningJobEvent(job_id=job.id, type="queued", data={}))
         caller.record(session, "submit_tuning_job", job.id)
         return job
 
@@ -191,14 +195,6 @@ def _check_size(request: TuningJobRequest, spec: dict[str, Any], settings: Setti
         where = ("body", "tuner") if total_iters is None else ("body", "tuner", "total_iters")
         raise TooLargeError(detail, where, total_iters)
     return calls
-
-
-def _charge(session: Session, caller: Caller, cost: int) -> None:
-    """Count a job against its key's quota, if that has one. Raises: KeyLimitError."""
-    if caller.key is not None and caller.key.pixel_steps_per_day is not None:
-        (left,) = charge(session, caller.key.id, [cost])
-        if left is not None:
-            raise quota_error(caller.key, cost, left)
 
 
 def _samples_at_once(request: TuningJobRequest) -> int:

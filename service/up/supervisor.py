@@ -57,7 +57,7 @@ class Supervisor:
             Registry(self.settings.database_url).upgrade()
             self._start_all(environment)
             self._wait_until_ready()
-            with announced(self.settings.home, self.url) if self.listed else nullcontext():
+            with announced(self.settings.timetuner_home, self.url) if self.listed else nullcontext():
                 print(ready, flush=True)
                 return self._watch()
         except SystemExit as stop:

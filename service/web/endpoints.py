@@ -11,11 +11,12 @@ from pydantic import BaseModel, ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from service.access.needs import AnyCaller
+from service.access.callers import AnyCaller
 from service.http.errors import InvalidError
 from service.http.fields import PageQuery, PathId, newest_first
-from service.models.logic import get_model, get_requested_model
+from service.models.logic import get_model
 from service.registry.tables import JobState, Model, ScheduleStatus
+from service.request_checks import get_requested_model
 from service.schedules import logic as schedules_logic
 from service.schedules.schemas import ScheduleQuery
 from service.state import State
@@ -155,12 +156,13 @@ def compare(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
         rows = schedules_logic.newest(session, query)[0] if chosen else []
         aliases = views.aliases_of(session, rows)
     rows = [row for row in rows if row.evaluation is not None]
-    settings = [one for one, _ in Counter(map(views.setting_of, rows)).most_common()]
-    setting = _choice("setting", asked.get("setting"), {one.value: one for one in settings})
-    rows = [row for row in rows if views.setting_of(row) == setting]
+    groups = [group for group, _ in Counter(map(views.group_of, rows)).most_common()]
+    chosen_group = _choice("setting", asked.get("setting"), {group.value: group for group in groups})
+    rows = [row for row in rows if views.group_of(row) == chosen_group]
     measured = [name for name in views.METRICS if any(views.figure(row, name) is not None for row in rows)]
     metric = _choice("metric", asked.get("metric"), {name: name for name in measured})
-    context: dict[str, Any] = {"models": choices, "chosen": chosen, "settings": settings, "setting": setting}
+    context: dict[str, Any] = {"models": choices, "chosen": chosen, "groups": groups}
+    context["chosen_group"] = chosen_group
     context |= {"measured": measured, "metric": metric, "aliases": aliases}
     context["schedules"] = sorted(rows, key=lambda row: (views.network_calls(row) or 0, row.score or 1.0))
     context["chart_of"] = views.comparison_chart(rows, metric) if metric else None

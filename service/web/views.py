@@ -36,8 +36,8 @@ OBJECTIVE_OF_IMPORTED = "imported"
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What schedules that can be compared have in common, in words, and by what it is told from others."""
+class ComparisonGroup:
+    """Schedules with one sampler and guidance are compared with each other. Both are in words for people."""
 
     sampler: str
     guidance: str
@@ -47,8 +47,9 @@ class Setting:
         return f"{self.sampler} {self.guidance}"
 
 
-def setting_of(schedule: Schedule) -> Setting:
-    return Setting(schedule.sampler + ("" if schedule.eta == 0 else f" η={schedule.eta:g}"), guidance_of(schedule))
+def group_of(schedule: Schedule) -> ComparisonGroup:
+    sampler = schedule.sampler + ("" if schedule.eta == 0 else f" η={schedule.eta:g}")
+    return ComparisonGroup(sampler, guidance_of(schedule))
 
 
 def guidance_of(schedule: Schedule) -> str:

@@ -18,6 +18,8 @@ from service.registry.types import utc_now
 from service.tuning_jobs.logic import newest
 from tests.registry.test_schedules import plans_of
 
+pytestmark = pytest.mark.both_engines
+
 THREADS = 6
 
 

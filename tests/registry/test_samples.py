@@ -35,6 +35,8 @@ from service.samples.submitting import Submission, submit_all
 from service.shared.sample_request import SampleRequest
 from service.shared.settings import Settings
 
+pytestmark = pytest.mark.both_engines
+
 LEASE_SECONDS = 60.0
 EXPIRED = -1.0  # a lease that is over as soon as it is given
 MAX_ATTEMPTS = 3

@@ -8,6 +8,7 @@ import pytest
 
 from service.registry.database import Registry
 from service.samples.admission import LOOK_SECONDS, Admission
+from tests.conftest import MakeDatabaseUrl
 
 
 class Clock:
@@ -21,9 +22,8 @@ class Clock:
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Iterator[Registry]:
-    registry = Registry(f"sqlite:///{tmp_path / 'registry.sqlite'}")
-    registry.upgrade()
+def registry(make_database_url: MakeDatabaseUrl, tmp_path: Path) -> Iterator[Registry]:
+    registry = Registry(make_database_url("sqlite", tmp_path))
     yield registry
     registry.close()
 

@@ -15,8 +15,9 @@ import httpx
 import pytest
 from sqlalchemy import func, select
 
-from service.access.limits import KeyLimitError, RateLimits
+from service.access.limits import RateLimits
 from service.access.local import is_loopback
+from service.http.errors import KeyLimitError
 from service.registry.database import Registry
 from service.registry.keys import Scope, revoke_key
 from service.registry.tables import ApiKey, AuditEntry
@@ -313,7 +314,6 @@ def api(stack: Stack, registry: Registry, host: str) -> Iterator[httpx.Client]:
 def own_registry(stack: Stack, make_database_url: MakeDatabaseUrl, tmp_path: Path) -> Iterator[Registry]:
     """An empty one, of the stack's engine."""
     registry = Registry(make_database_url("sqlite" if stack.registry.is_sqlite else "postgresql", tmp_path))
-    registry.upgrade()
     yield registry
     registry.close()
 

@@ -31,14 +31,13 @@ def api(make_database_url: MakeDatabaseUrl) -> Iterator[Stack]:
         stack = Stack(Path(folder), make_database_url("sqlite", Path(folder)))
         own = {"BODY_SECONDS": str(BODY_SECONDS), "CORS_ORIGINS": json.dumps([ORIGIN]), "LOG_LEVEL": "info"}
         stack.environment |= own
-        with (Path(folder) / "logs").open("wb") as logs:
-            try:
-                stack.logs = logs
-                stack.start_all()
-                stack.wait_until_ready()
-                yield stack
-            finally:
-                stack.stop()
+        stack.logs = stack.home / "logs"
+        try:
+            stack.start_all()
+            stack.wait_until_ready()
+            yield stack
+        finally:
+            stack.stop()
 
 
 def connect(api: Stack) -> socket.socket:

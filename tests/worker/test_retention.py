@@ -14,6 +14,8 @@ from service.shared.artifacts import ArtifactStore
 from worker import retention
 from worker.retention import GRACE, Sweeper
 
+pytestmark = pytest.mark.both_engines
+
 KEEP_DAYS = 2.0
 NOW = utc_now()
 OLD, YOUNG = NOW - timedelta(days=KEEP_DAYS) - 2 * GRACE, NOW - timedelta(days=KEEP_DAYS) + GRACE

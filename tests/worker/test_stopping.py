@@ -1,7 +1,6 @@
 """A worker that is told to stop leaves in an orderly way; one whose database goes away waits for it."""
 
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from sqlalchemy.exc import OperationalError
 
 from service.registry.tables import TuningJob
 from tests.service.problems import assert_problem
-from tests.stack import Json, Stack, wait_until
+from tests.stack import Json, Process, Stack, wait_until
 from tests.worker.test_recovery import SPREAD, STEP_BY_STEP
 
 
@@ -112,7 +111,7 @@ def test_a_worker_that_hung_for_longer_than_its_lease_writes_nothing(fragile: St
     assert [schedule["id"] for schedule in listed if schedule["job"] == job["id"]] == [done["schedule"]]
 
 
-def stopped_without_the_lock(stack: Stack, process: subprocess.Popen[bytes]) -> bool:
+def stopped_without_the_lock(stack: Stack, process: Process) -> bool:
     """Whether a process could be stopped where it does not hold SQLite's one lock, which nobody can take from it."""
     process.send_signal(signal.SIGSTOP)
     if not stack.registry.is_sqlite:

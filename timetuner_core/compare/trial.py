@@ -1,13 +1,12 @@
 """One setting, one entrant after another: tuned, sampled from the held-out noise, measured."""
 
-import dataclasses
 import math
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, Literal, TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -147,14 +146,12 @@ class Bench:
         self.effort = plan.effort
         self.calls = 0
         model = load_model(group.model)
-        network: Callable[..., Tensor] = model.network
 
-        def counted(x: Tensor, *args: Any) -> Tensor:
-            self.calls += len(x)
-            return network(x, *args)
+        def count(num_samples: int) -> None:
+            self.calls += num_samples
 
         self.experiment = Experiment(
-            dataclasses.replace(model, network=counted),
+            model.watched(count),
             parse_guidance(group.guidance),
             get_sampler(group.sampler),
             seed=plan.seed,

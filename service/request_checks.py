@@ -1,18 +1,31 @@
-"""What tuning and sampling requests share: the setting they name, and its checks against the model."""
+"""Checks that tuning and sampling requests share: the model, the setting, the queue and the webhook they name."""
 
+import ipaddress
 from itertools import pairwise
 from typing import Any
+from urllib.parse import urlsplit
 
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from service.http.errors import InvalidError, TooManyRequestsError
-from service.registry.jobs import count_queued
-from service.registry.tables import Job
-from service.shared.sampling_setting import ALWAYS, Setting, Timesteps
+from service.registry.tables import Job, JobState, Model
+from service.shared.addresses import is_allowed
+from service.shared.sampling_setting import ALWAYS, SamplingSetting, Timesteps
+from service.shared.settings import Settings
 from timetuner_core.samplers import get_sampler
 
 
-def check_setting(spec: dict[str, Any], setting: Setting, where: str = "body") -> None:
+def get_requested_model(session: Session, model_id: str, where: str = "body") -> Model:
+    """The model that a request's body or query names. Raises: InvalidError, naming the field."""
+    model = session.get(Model, model_id)
+    if model is None:
+        accepted = "the id of a registered model, as GET /v1/models lists them"
+        raise InvalidError(f"no model {model_id!r}; accepted: {accepted}", (where, "model"), model_id)
+    return model
+
+
+def check_setting(spec: dict[str, Any], setting: SamplingSetting, where: str = "body") -> None:
     """Refuse what the model or the sampler does not have. Raises: InvalidError."""
 
     def refuse(name: str, accepted: str) -> None:
@@ -37,7 +50,7 @@ def check_setting(spec: dict[str, Any], setting: Setting, where: str = "body") -
         refuse("eta", f"0 for the sampler {setting.sampler!r}")
 
 
-def check_uncond(spec: dict[str, Any], setting: Setting, accepted: str) -> None:
+def check_uncond(spec: dict[str, Any], setting: SamplingSetting, accepted: str) -> None:
     """Refuse classifier-free guidance by more than the condition where nothing stands for "no condition".
 
     Raises: InvalidError.
@@ -61,6 +74,24 @@ def check_timesteps(timesteps: Timesteps, num_steps: int, T: float) -> None:
 
 def check_room(session: Session, job_class: type[Job], max_queued_jobs: int) -> None:
     """Refuse a job when too many are waiting. Raises: TooManyRequestsError."""
-    queued = count_queued(session, job_class)
+    queued = session.scalar(select(func.count()).where(job_class.state == JobState.QUEUED)) or 0
     if queued >= max_queued_jobs:
         raise TooManyRequestsError(f"{queued} jobs are queued; accepted: fewer than {max_queued_jobs}")
+
+
+def check_webhook(url: str | None, settings: Settings) -> None:
+    """Refuse a webhook that would never be called. The dispatcher checks names again when it looks them up.
+
+    Raises: InvalidError.
+    """
+    if url is None:
+        return
+    loc = ("body", "webhook_url")
+    if not settings.webhook_secret:
+        raise InvalidError("webhook_url: the service has no WEBHOOK_SECRET to sign with; accepted: null", loc, url)
+    try:
+        address = ipaddress.ip_address(urlsplit(url).hostname or "")
+    except ValueError:
+        return  # The host is a name.
+    if not is_allowed(address, settings.webhook_networks):
+        raise InvalidError(f"webhook_url leads to {address}; accepted: public addresses", loc, url)

@@ -1,0 +1,130 @@
+"""Commands of ours as forks of one process that has imported everything, which takes a start's 7 seconds only once.
+
+`start` is like `subprocess.Popen`. What it starts is the same as a new interpreter's `python -m MODULE ...` but for the
+imports; so each kind of process is also started for real by a test: `tests.service.test_supervisor` and others.
+"""
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from multiprocessing.forkserver import ensure_running
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+# A fork's libraries keep what they read from the environment when they were loaded.
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+MODULES = ("service", "worker", "worker.dispatcher")
+
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["tests.preloaded"])
+
+
+class Forked:
+    """A running fork, with the part of `Popen` that tests use."""
+
+    def __init__(self, process: BaseProcess, command: list[str]) -> None:
+        self._process = process
+        self.args = command
+        assert process.pid is not None
+        self.pid = process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a fork is to become."""
+
+    module: str
+    arguments: list[str]
+    environment: dict[str, str]
+    folder: Path
+    stdout: Path | None
+    stderr: Path | None
+
+
+def start(
+    command: list[str],
+    environment: dict[str, str],
+    *,
+    folder: Path | None = None,
+    stdout: Path | None = None,
+    stderr: Path | None = None,
+) -> Forked:
+    """Start `[sys.executable, "-m", MODULE, *arguments]`; what it prints goes to files, or where ours goes."""
+    python, option, module, *arguments = command
+    if (python, option) != (sys.executable, "-m") or module not in MODULES:
+        raise ValueError(f"the command is {command}; accepted: python -m, and one of {MODULES}")
+    _ensure_running()
+    order = Order(module, arguments, environment, folder or Path.cwd(), stdout, stderr)
+    process = _forks.Process(target=_become, args=(order,))
+    process.start()
+    return Forked(process, command)
+
+
+def run(command: list[str], environment: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Start a command and wait for its end; `folder` is for the files of what it prints."""
+    out, err = (folder / f"{name}-{time.monotonic_ns()}" for name in ("out", "err"))
+    process = start(command, environment, stdout=out, stderr=err)
+    process.wait()
+    return subprocess.CompletedProcess(command, process.returncode or 0, out.read_text(), err.read_text())
+
+
+def _ensure_running() -> None:
+    """Have the process to fork from, whose libraries read `ENVIRONMENT` when they are loaded."""
+    before = dict(os.environ)
+    os.environ.update(ENVIRONMENT)
+    try:
+        ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _become(order: Order) -> None:
+    """In the fork: what a new interpreter would do."""
+    os.environ.clear()
+    os.environ.update(order.environment)
+    os.chdir(order.folder)
+    for file, number in ((order.stdout, 1), (order.stderr, 2)):
+        if file is not None:
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
+    sys.path[:0] = filter(None, order.environment.get("PYTHONPATH", "").split(os.pathsep))
+    sys.argv = [order.module, *order.arguments]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    import torch  # here, as the tests' own process may do without it
+
+    torch.set_num_threads(int(order.environment.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    try:
+        runpy.run_module(order.module, run_name="__main__", alter_sys=True)
+    finally:  # `multiprocessing` leaves out what an interpreter does at its end
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
