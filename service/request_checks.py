@@ -26,7 +26,7 @@ def get_requested_model(session: Session, model_id: str, where: str = "body") ->
 
 
 def check_setting(spec: dict[str, Any], setting: SamplingSetting, where: str = "body") -> None:
-    """Refuse what the model or the sampler does not have. Raises: InvalidError."""
+    """Refuse a setting that the model or the sampler does not support. Raises: InvalidError."""
 
     def refuse(name: str, accepted: str) -> None:
         value = setting.model_dump(mode="json")[name]
@@ -51,7 +51,7 @@ def check_setting(spec: dict[str, Any], setting: SamplingSetting, where: str = "
 
 
 def check_uncond(spec: dict[str, Any], setting: SamplingSetting, accepted: str) -> None:
-    """Refuse classifier-free guidance by more than the condition where nothing stands for "no condition".
+    """Refuse classifier-free guidance at a scale other than 1 if the model has no condition that stands for none.
 
     Raises: InvalidError.
     """
