@@ -15,11 +15,12 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
+from timetuner_core.coefficients import Coefficient, NoiseLevel
 from timetuner_core.grids import check_t_ratios, check_timesteps
 from timetuner_core.model_wrapper import GuidedModel
 from timetuner_core.models.schedulers import EDM_SCHEDULERS, FLOW_SCHEDULERS, VP_SCHEDULERS, read_scheduler_config
 from timetuner_core.noise_schedule import NoiseScheduleFlow
-from timetuner_core.samplers import SAMPLERS, Generators, Past, get_sampler, remember, scaled
+from timetuner_core.samplers import SAMPLERS, Generators, Past, get_sampler, remember
 
 # Saved pipelines name this module for the class; see its docstring.
 MODULE = "timetuner_core.integrations.diffusers"
@@ -198,7 +199,7 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if self._model_type != "edm":
             return sample
         t = self._grid[self._next_step(timestep)]
-        return scaled(self._model(sample).input_scale(t), sample)
+        return Coefficient(self._model(sample).input_scale(t)) * sample
 
     def step(
         self,
@@ -264,8 +265,8 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         first = self._step_index or self._begin_index or 0
         index = [self._index_of(timestep, first) for timestep in timesteps.flatten()]
         t = self._grid[index].to(original_samples.device)
-        alpha_t, sigma_t = self.noise_schedule.marginal_alpha(t), self.noise_schedule.marginal_std(t)
-        return scaled(alpha_t, original_samples) + scaled(sigma_t, noise)
+        level = NoiseLevel.at(self.noise_schedule, t, original_samples)
+        return level.alpha * original_samples + level.sigma * noise
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """`add_noise` by the name and in the order of pipelines of flow models."""

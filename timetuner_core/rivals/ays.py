@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from timetuner_core.rivals.candidates import candidate_timesteps, check_at_least_1, predict, shortest_path_grid
-from timetuner_core.samplers import scaled
 from timetuner_core.tuning.problem import TuningProblem
 
 
@@ -58,9 +57,10 @@ def _denoiser_distances(problem: TuningProblem, candidates: Tensor, generator: t
     added = torch.cat([variances[:1], variances.diff()]).sqrt()
     alpha = problem.noise_schedule.marginal_alpha(candidates).flip(0)
     x, denoised = problem.population[rows], []
-    for t, std, alpha_t in zip(candidates.flip(0), added, alpha, strict=True):  # upwards: noise is added to noise
-        x = x + scaled(std, torch.randn(x.shape, generator=generator).to(x))
-        denoised.append(predict(problem, scaled(alpha_t, x), t, rows).x0.flatten(1))
+    # The times rise, so that each adds noise to the one before.
+    for t, std, alpha_t in zip(candidates.flip(0), added.to(x), alpha.to(x), strict=True):
+        x = x + std * torch.randn(x.shape, generator=generator).to(x)
+        denoised.append(predict(problem, alpha_t * x, t, rows).x0.flatten(1))
     D = torch.stack(denoised[::-1], dim=1)  # (B, M, dimension)
     exact = "donot_use_mm_for_euclid_dist"  # the other way cancels for near candidates
     return torch.cdist(D, D, compute_mode=exact).double().square().sum(dim=0).cpu()

@@ -86,8 +86,7 @@ def shortest_path_grid(problem: TuningProblem, candidates: Tensor, cost: Tensor,
 
 def predict(problem: TuningProblem, x: Tensor, t: Tensor, rows: Tensor) -> Prediction:
     """The network's answer for a batch, untuned."""
-    condition = None if problem.condition is None else problem.condition[rows]
-    return problem.model_fn.predict(x, t, 1.0, condition, problem.step_kwargs.get("uncond_condition"))
+    return problem.model_fn.predict(x, t, 1.0, problem.condition_of(rows), problem.step_kwargs.get("uncond_condition"))
 
 
 def check_at_least_1(**numbers: int) -> None:

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from timetuner_core.model_wrapper import expand_like
 from timetuner_core.rivals.candidates import candidate_timesteps, check_at_least_1, predict, shortest_path_grid
-from timetuner_core.samplers import scaled
 from timetuner_core.tuning.problem import TuningProblem, whole_batches
 
 
@@ -53,17 +52,16 @@ def trajectory_costs(problem: TuningProblem, candidates: Tensor, max_samples: in
 
 def _step_errors(problem: TuningProblem, candidates: Tensor, rows: Tensor) -> Tensor:
     """`trajectory_costs` of each sample of a batch, `(M, M, B)`."""
-    schedule = problem.noise_schedule
+    schedule, x_T = problem.noise_schedule, problem.population[rows]
     alpha, sigma = schedule.marginal_alpha(candidates), schedule.marginal_std(candidates)
     norm = alpha + sigma if schedule.starts_without_signal else alpha
-
-    signal, noise = ((coefficient / norm).to(problem.population.device) for coefficient in (alpha, sigma))
-    z = [scaled(1 / norm[0], problem.population[rows])]
+    signal, noise, norm, inverse_norm = (c.to(x_T) for c in (alpha / norm, sigma / norm, norm, 1 / norm))
+    z = [inverse_norm[0] * x_T]
     predictions = []
     for i, t in enumerate(candidates[:-1]):
-        x0, eps = predict(problem, scaled(norm[i], z[i]), t, rows)
+        x0, eps = predict(problem, norm[i] * z[i], t, rows)
         predictions.append((x0.flatten(1), eps.flatten(1)))
-        z.append(scaled(signal[i + 1], x0) + scaled(noise[i + 1], eps))
+        z.append(signal[i + 1] * x0 + noise[i + 1] * eps)
     trajectory = torch.stack(z).flatten(2)  # (M, B, dimension)
     errors = trajectory.new_zeros(len(candidates), len(candidates), len(rows))
     for i, (x0, eps) in enumerate(predictions):

@@ -8,20 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from timetuner_core.samplers import (
-    StepFn,
-    history_length,
-    sample,
-)
+from timetuner_core.samplers import StepFn, history_length, sample
 from timetuner_core.tuning.adam import resumed_adam
+from timetuner_core.tuning.draws import draw_index, keyed_generator
 from timetuner_core.tuning.problem import (
     Parameters,
     TuningProblem,
     TuningState,
     check_numbers,
-    draw_rows,
-    keyed_generator,
-    step_kwargs_for,
     whole_batches,
 )
 
@@ -83,9 +77,8 @@ def tune_end_to_end(
     step_fn = RecomputedStep(problem.step_fn) if recompute else problem.step_fn
 
     def loss(timesteps: Tensor, ratios: Tensor, iteration: int) -> Tensor:
-        index = draw_rows(problem, keyed_generator(problem.seed, 0, iteration))
-        condition = None if problem.condition is None else problem.condition[index]
-        kwargs = step_kwargs_for(problem, condition, None)
+        index = draw_index(problem, keyed_generator(problem.seed, 0, iteration))
+        kwargs = problem.step_kwargs_with(problem.condition_of(index), None)
         x0 = sample(step_fn, problem.population[index], timesteps, ratios, **kwargs)
         distances: Tensor = torch.linalg.vector_norm((x0 - taught[index]).flatten(1), dim=1)
         return distances.mean()
@@ -164,8 +157,7 @@ def _timesteps(timesteps: Tensor, log_steps: Tensor) -> Tensor:
 @torch.no_grad()
 def _sample(problem: TuningProblem, rows: Tensor, timesteps: Tensor, t_ratios: Tensor) -> Tensor:
     """x0 from some rows of a population of initial noise."""
-    condition = None if problem.condition is None else problem.condition[rows]
-    kwargs = step_kwargs_for(problem, condition, None)
+    kwargs = problem.step_kwargs_with(problem.condition_of(rows), None)
     return sample(problem.step_fn, problem.population[rows], timesteps, t_ratios, **kwargs)
 
 

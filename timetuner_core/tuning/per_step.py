@@ -1,28 +1,27 @@
 """One ratio per step, each by its own objective."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import get_args
 
 import torch
+from torch import Tensor
 
-from timetuner_core.samplers import (
-    history_length,
-)
+from timetuner_core.samplers import history_length
 from timetuner_core.tuning.adam import resumed_adam
+from timetuner_core.tuning.draws import Batch, Carried, carry_forward, draw_batch, first_carried
 from timetuner_core.tuning.gauss_newton import MIN_BATCHES, GaussNewton, batches_at_once
-from timetuner_core.tuning.objectives import StepResiduals
+from timetuner_core.tuning.objectives import Residual, next_eps_residual, teacher_step_residual
 from timetuner_core.tuning.problem import (
-    Carried,
     Optimizer,
     StepObjective,
     TuneType,
     TuningProblem,
     TuningState,
-    carry_forward,
     check_numbers,
-    diffuse,
-    keyed_generator,
 )
+
+# From pairs of a step and an iteration to the batch that is drawn for them and its residual.
+Draw = Callable[[list[tuple[int, int]]], tuple[Batch, Residual]]
 
 
 def tune_per_step(
@@ -67,16 +66,19 @@ def tune_per_step(
     wanted = range(num_tuned) if steps is None else sorted(set(steps) & set(range(num_tuned)))
 
     def run(steps: list[int], carried: Carried | None) -> Iterator[TuningState]:
-        residuals = StepResiduals(problem, objective, substeps, carried)
+        def draw(drawn: list[tuple[int, int]]) -> tuple[Batch, Residual]:
+            batch = draw_batch(problem, drawn, carried)
+            is_published = objective == "next_eps"
+            return batch, next_eps_residual(batch) if is_published else teacher_step_residual(batch, substeps)
+
         if optimizer == "adam":
-            return _adam(problem, state, steps, lr, total_iters, residuals)
-        return _gauss_newton(problem, state, steps, tolerance, total_iters, residuals)
+            return _adam(problem, state, steps, lr, total_iters, draw)
+        return _gauss_newton(problem, state, steps, tolerance, total_iters, draw)
 
     if tune_type == "parallel":
         yield from run(list(wanted), None)
         return
-    z = torch.randn(problem.population.shape, generator=keyed_generator(problem.seed, 0, 0))
-    carried = Carried(diffuse(problem, problem.population, z.to(problem.population), problem.timesteps[0]))
+    carried = first_carried(problem)
     for i in range(num_tuned):
         yield from run([i], carried)
         if i + 1 < num_tuned:
@@ -100,7 +102,7 @@ def _adam(
     steps: list[int],
     lr: float,
     total_iters: int,
-    residuals: "StepResiduals",
+    draw: Draw,
 ) -> Iterator[TuningState]:
     """Adam on the ratios of `steps` at once, from where `state` is. Elementwise, so a step's path does not depend
     on which others are tuned with it."""
@@ -110,8 +112,9 @@ def _adam(
     ratios = state.t_ratios[steps].to(device).requires_grad_()
     optimizer, moments = resumed_adam([ratios], [state.memory[steps, :2]], lr, done)
     for iteration in range(done, total_iters):
-        losses = residuals.draw([(i, iteration) for i in steps]).losses(ratios)
-        (ratios.grad,) = torch.autograd.grad(losses.sum(), ratios)  # of nothing else: the network is not ours
+        losses = losses_of(*draw([(i, iteration) for i in steps]), ratios)
+        # Differentiate with respect to the ratios only, so that the caller's network gets no `.grad`.
+        (ratios.grad,) = torch.autograd.grad(losses.sum(), ratios)
         optimizer.step()
         with torch.no_grad():
             ratios.copy_(ratios.clamp(lower, upper))
@@ -128,13 +131,13 @@ def _gauss_newton(
     steps: list[int],
     tolerance: float,
     total_iters: int,
-    residuals: "StepResiduals",
+    draw: Draw,
 ) -> Iterator[TuningState]:
     """`GaussNewton` on the ratios of `steps` at once, from where `state` is; steps that are done drop out, and those
     that are not take their place in the network's batch: the more batches a step has had, the more it gets at once."""
     lower, upper = problem.ratio_bounds()
     while open_steps := [i for i in steps if not state.done[i]]:
-        done = int(state.iterations[open_steps[0]])  # the same for all: they started together
+        done = int(state.iterations[open_steps[0]])  # All open steps have had as many: they started together.
         batches = range(done, min(done + batches_at_once(done), total_iters))
         draws = [(i, iteration) for iteration in batches for i in open_steps]
         estimate = GaussNewton(state.memory[open_steps], lower[open_steps], upper[open_steps], done)
@@ -145,8 +148,8 @@ def _gauss_newton(
             drawn = draws[start : start + len(steps)]
             of = torch.tensor([open_steps.index(i) for i, _ in drawn])
             with torch.no_grad():
-                batch = residuals.draw(drawn)
-                at_low, at_high = (batch.residuals(r[of]).flatten(2).double().cpu() for r in (low, high))
+                batch, residual = draw(drawn)
+                at_low, at_high = (residuals_of(batch, residual, r[of]).double().cpu() for r in (low, high))
             losses.index_add_(0, of, estimate.add(of, low, high, at_low, at_high))
         state.t_ratios[open_steps] = after = estimate.step(before)
         state.memory[open_steps] = estimate.memory
@@ -155,3 +158,14 @@ def _gauss_newton(
         iterations = state.iterations[open_steps]
         state.done[open_steps] = (settled & (iterations >= MIN_BATCHES)) | (iterations >= total_iters)
         yield state
+
+
+def residuals_of(batch: Batch, residual: Residual, ratios: Tensor) -> Tensor:
+    """The residuals at one ratio per drawn step, `(len(ratios), batch_size, D)`."""
+    r = ratios.to(batch.x_t.device)[batch.group]
+    return residual(r).reshape(len(ratios), batch.problem.batch_size, -1)
+
+
+def losses_of(batch: Batch, residual: Residual, ratios: Tensor) -> Tensor:
+    """The mean squared norm of each drawn step's residuals, `(len(ratios),)`."""
+    return residuals_of(batch, residual, ratios).square().sum(dim=2).mean(dim=1)

@@ -1,4 +1,4 @@
-"""A tuning run: the problem, its state, and its random draws."""
+"""A tuning run: its problem and its state."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -9,16 +9,7 @@ from torch import Tensor
 
 from timetuner_core.model_wrapper import GuidedModel
 from timetuner_core.noise_schedule import NoiseSchedule
-from timetuner_core.samplers import (
-    Past,
-    SamplerStep,
-    StepFn,
-    adds_noise,
-    history_length,
-    remember,
-    scaled,
-    with_history,
-)
+from timetuner_core.samplers import SamplerStep, StepFn, adds_noise
 from timetuner_core.tuning.gauss_newton import MEMORY
 
 TuneType = Literal["sequential", "parallel"]
@@ -56,6 +47,15 @@ class TuningProblem:
     def adds_noise(self) -> bool:
         return adds_noise(self.step_fn, self.step_kwargs.get("eta", 0))
 
+    def condition_of(self, index: Tensor) -> Tensor | None:
+        """The condition of some of the population."""
+        return None if self.condition is None else self.condition[index]
+
+    def step_kwargs_with(self, condition: Tensor | None, noise: Tensor | None) -> dict[str, Any]:
+        """`step_kwargs`, with condition and noise if there are any: a user's own `step_fn` need not take them."""
+        given = {"condition": condition, "noise": noise}
+        return {**self.step_kwargs, **{name: value for name, value in given.items() if value is not None}}
+
     def ratio_bounds(self, timesteps: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Per step of a grid, the problem's own if none is given, the least and greatest ratio that keep
         conditioning within `[t_min, T]`, wherever from t to s the step calls the network."""
@@ -65,17 +65,6 @@ class TuningProblem:
         lowest = torch.where(s > 0, s, t) if calls_on_the_way else t
         floor = lowest.clamp(max=self.noise_schedule.t_min)
         return floor / lowest, self.noise_schedule.T / t
-
-
-@dataclass(frozen=True)
-class Carried:
-    """The population on its way: x_t `(P, ...)`, and the earlier steps that a multistep sampler remembers."""
-
-    x_t: Tensor
-    history: tuple[Past, ...] = ()
-
-    def rows(self, index: Tensor) -> "Carried":
-        return Carried(self.x_t[index], tuple(Past(p.t, p.x[index], p.x0[index]) for p in self.history))
 
 
 @dataclass
@@ -129,78 +118,3 @@ def whole_batches(problem: TuningProblem, size: int | None = None) -> Iterator[T
     size = len(problem.population) if size is None else size
     for start in range(0, size, problem.batch_size):
         yield (torch.arange(start, start + problem.batch_size) % size).to(problem.population.device)
-
-
-@torch.no_grad()
-def carry_forward(problem: TuningProblem, carried: Carried, i: int, t_ratio: Tensor) -> Carried:
-    """The population after step `i`, in chunks of the batch size."""
-    t, s = problem.timesteps[i], problem.timesteps[i + 1]
-    remembers = history_length(problem.step_fn) > 0
-    x_s = torch.empty_like(carried.x_t) if remembers else carried.x_t  # in place, where nothing is remembered
-    x0 = torch.empty_like(carried.x_t) if remembers else None
-    for rows in whole_batches(problem):
-        batch = carried.rows(rows)
-        condition = None if problem.condition is None else problem.condition[rows]
-        noise = _noise(problem, batch.x_t, keyed_generator(problem.seed, i + 1, -1 - int(rows[0])))
-        kwargs = step_kwargs_for(problem, condition, noise) | with_history(problem.step_fn, batch.history)
-        result = problem.step_fn(batch.x_t, t, s, t_ratio=t_ratio, **kwargs)
-        size = min(len(rows), len(x_s) - int(rows[0]))  # the last batch is filled up with rows that had their turn
-        x_s[rows[:size]] = result[0][:size]
-        if x0 is not None:
-            x0[rows[:size]] = result[1][:size]
-    if x0 is None:
-        return Carried(x_s)
-    return Carried(x_s, remember(problem.step_fn, carried.history, Past(t, carried.x_t, x0)))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one iteration on one step sees."""
-
-    x_t: Tensor
-    condition: Tensor | None
-    noise: Tensor | None
-    history: tuple[Past, ...]
-
-
-def draw_batch(problem: TuningProblem, i: int, carried: Carried | None, iteration: int) -> Batch:
-    """One batch of step `i`: x_t from the carried population, or else from data and fresh noise."""
-    generator = keyed_generator(problem.seed, i + 1, iteration)
-    index = draw_rows(problem, generator)
-    condition = None if problem.condition is None else problem.condition[index]
-    if carried is None:
-        x0 = problem.population[index]
-        z = torch.randn(x0.shape, generator=generator).to(x0)
-        rows = Carried(diffuse(problem, x0, z, problem.timesteps[i]))
-    else:
-        rows = carried.rows(index)
-    return Batch(rows.x_t, condition, _noise(problem, rows.x_t, generator), rows.history)
-
-
-def draw_rows(problem: TuningProblem, generator: torch.Generator) -> Tensor:
-    index = torch.randint(len(problem.population), (problem.batch_size,), generator=generator)
-    return index.to(problem.population.device)
-
-
-def diffuse(problem: TuningProblem, x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
-    schedule = problem.noise_schedule
-    return scaled(schedule.marginal_alpha(t), x0) + scaled(schedule.marginal_std(t), z)
-
-
-def _noise(problem: TuningProblem, x: Tensor, generator: torch.Generator) -> Tensor | None:
-    """What a stochastic step adds; None for a deterministic one."""
-    if not problem.adds_noise:
-        return None
-    return torch.randn(x.shape, generator=generator).to(x)
-
-
-def step_kwargs_for(problem: TuningProblem, condition: Tensor | None, noise: Tensor | None) -> dict[str, Any]:
-    """Only what there is: a user's own `step_fn` need not know of noise or conditions."""
-    given = {"condition": condition, "noise": noise}
-    return {**problem.step_kwargs, **{name: value for name, value in given.items() if value is not None}}
-
-
-def keyed_generator(seed: int, step: int, iteration: int) -> torch.Generator:
-    """A CPU generator keyed by its three arguments."""
-    key = (seed * 1_000_003 + step) * 1_000_003 + iteration
-    return torch.Generator().manual_seed(key % 2**63)
