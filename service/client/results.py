@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, field_validator
 from service.client import display
 from service.client.errors import JobFailedError, NoScheduleError
 from service.client.requests import GuidanceType, ScheduleImport, ScheduleStatus
-from service.samples.formats import to_images, to_png_grid
+from service.shared.image_formats import to_images, to_png_grid
 
 if TYPE_CHECKING:
     from timetuner_core.integrations.diffusers import TimeTunerScheduler

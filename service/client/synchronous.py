@@ -1,7 +1,7 @@
-"""The client for ordinary code."""
+"""The client for ordinary code, as tools/synchronous_client.py makes it."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self, TypeVar, Unpack
 
@@ -31,7 +31,7 @@ from service.client.results import (
     TuningJobFields,
 )
 from service.client.sending import MAX_ATTEMPTS, http_options, retries, telling_unreachable
-from service.client.waiting import LONGEST, J, Patience, Progress, showing
+from service.client.waiting import LONGEST, J, Patience, Progress, Refresh, showing
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -91,22 +91,22 @@ class TimeTuner:
     def pages(self, call: Call[Page[T]]) -> Iterator[T]:
         """All items, page by page as they are wanted."""
         page = self.send(call)
-        yield from page.items
+        for item in page.items:
+            yield item
         while page.next_cursor is not None:
             page = self.send(call.after(page.next_cursor))
-            yield from page.items
+            for item in page.items:
+                yield item
 
     def stream(self, call: Call[Any], event: type[M]) -> Iterator[M]:
         """Server-sent events, as they come."""
-        with (
-            telling_unreachable(self._http.base_url),
-            self._http.stream(call.method, call.path, headers={"Accept": "text/event-stream"}) as response,
-        ):
-            if not response.is_success:
-                response.read()
-                raise_for(response)
-            for sent in EventSource(response).iter_sse():
-                yield event.model_validate(calls.sent_event(sent))
+        with telling_unreachable(self._http.base_url):
+            with self._http.stream(call.method, call.path, headers={"Accept": "text/event-stream"}) as response:
+                if not response.is_success:
+                    response.read()
+                    raise_for(response)
+                for sent in EventSource(response).iter_sse():
+                    yield event.model_validate(calls.sent_event(sent))
 
     def close(self) -> None:
         self._http.close()
@@ -180,7 +180,8 @@ class Aliases:
         self._client = client
 
     def list(self, model: str) -> list[Alias]:
-        return self._client.send(calls.list_aliases(model)).items
+        page = self._client.send(calls.list_aliases(model))
+        return page.items
 
     def set(self, model: str, name: str, schedule: str) -> Alias:
         """Give one of the model's schedules a name, or move the name to it."""
@@ -202,7 +203,8 @@ class TuningJobs:
 
     def list(self, *, state: JobState | None = None, limit: int = 50) -> "Iterator[TuningJob]":
         """The caller's jobs, newest first; `limit` is a page's."""
-        return map(self._bound, self._client.pages(calls.list_tuning_jobs(state, limit)))
+        for fields in self._client.pages(calls.list_tuning_jobs(state, limit)):
+            yield self._bound(fields)
 
     def get(self, job: str) -> "TuningJob":
         """The job, with the state of each step."""
@@ -214,12 +216,14 @@ class TuningJobs:
     def events(self, job: str, *, after: int = 0, follow: bool = False) -> Iterator[Event]:
         """What happened to a job, after the event of that id; with `follow`, until it is over."""
         while True:
-            is_last = not follow or self.get(job).is_over  # asked first, so that nothing comes in between
-            events = self._client.send(calls.list_tuning_job_events(job, after)).items
-            yield from events
-            if events:
-                after = events[-1].id
-            elif is_last:
+            # The job is asked for first, as it may end between the two requests.
+            now = self.get(job) if follow else None
+            page = self._client.send(calls.list_tuning_job_events(job, after))
+            for event in page.items:
+                yield event
+            if page.items:
+                after = page.items[-1].id
+            elif now is None or now.is_over:
                 return
             else:
                 time.sleep(LONGEST)
@@ -312,7 +316,8 @@ class SampleJob(SampleJobFields):
 
     def wait(self, *, progress: "Progress[SampleJob]" = False, timeout: float | None = None) -> Samples:
         """What was sampled. Raises: as `TuningJob.wait`."""
-        return self._jobs.content(_wait(self, self.refresh, progress, timeout).id)
+        job = _wait(self, self.refresh, progress, timeout)
+        return self._jobs.content(job.id)
 
     def cancel(self) -> "SampleJob":
         return self._jobs.cancel(self.id)
@@ -322,7 +327,7 @@ class SampleJob(SampleJobFields):
         return self._jobs.events(self.id)
 
 
-def _wait(job: J, refresh: Callable[[], J], progress: "Progress[J]", timeout: float | None) -> J:
+def _wait(job: J, refresh: Refresh[J], progress: "Progress[J]", timeout: float | None) -> J:
     patience = Patience(timeout)
     with showing(progress, job) as show:
         show(job)

@@ -1,7 +1,7 @@
 """Waiting for jobs: how long, how often to look, and what to show meanwhile."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
@@ -10,6 +10,8 @@ from service.client.errors import WaitTimeoutError
 from service.client.results import Job
 
 J = TypeVar("J", bound=Job)
+Refresh: TypeAlias = Callable[[], J]
+AsyncRefresh: TypeAlias = Callable[[], Awaitable[J]]
 Progress: TypeAlias = bool | Callable[[J], None]  # a bar, nothing, or whatever the function shows
 SHORTEST, LONGEST = 0.1, 1.0  # seconds between looks
 

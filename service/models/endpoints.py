@@ -12,10 +12,9 @@ from pydantic import ValidationError
 from sqlalchemy import select
 from starlette.datastructures import UploadFile
 
-from service.access.callers import Caller
-from service.access.needs import needs
-from service.api import JSON_TYPE, PRINTABLE, PageParams, PathId, check_fields, newest_first
-from service.errors import (
+from service.access.callers import MayWriteModels, needs
+from service.access.idempotency import GivenKey
+from service.http.errors import (
     ConflictError,
     InvalidError,
     NotFoundError,
@@ -23,18 +22,18 @@ from service.errors import (
     UnsupportedMediaTypeError,
     error_responses,
 )
-from service.idempotency import GivenKey
+from service.http.fields import JSON_TYPE, PageParams, PathId, check_fields, newest_first
 from service.models import logic
 from service.models.schemas import BuiltinModelRequest, ModelOut, ModelPage
-from service.registry.keys import Scope
 from service.registry.tables import Model
+from service.shared.fields import PRINTABLE
 from service.state import State
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
-Writer = Annotated[Caller, needs(Scope.MODELS_WRITE)]
 MULTIPART = "multipart/form-data"
-REGISTRATIONS = CapacityLimiter(2)  # at once, as each has its model in memory; others wait, in no thread's way
+# Each registration holds its model in memory, so only two run at once. Others wait without a thread.
+REGISTRATIONS = CapacityLimiter(2)
 REQUEST_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -104,7 +103,7 @@ async def _parse(request: Request) -> tuple[BuiltinModelRequest | None, UploadFi
     },
 )
 async def register_model(
-    caller: Writer,  # before the body is read
+    caller: MayWriteModels,  # It comes first, so that the scope is checked before the body is read.
     parsed: Annotated[tuple[BuiltinModelRequest | None, UploadFile | None, str | None], Depends(_parse)],
     state: State,
     response: Response,
@@ -147,6 +146,6 @@ def get_model(model_id: PathId, state: State) -> ModelOut:
     operation_id="delete_model",
     responses=error_responses(NotFoundError, ConflictError),
 )
-def delete_model(caller: Writer, model_id: PathId, state: State) -> None:
+def delete_model(caller: MayWriteModels, model_id: PathId, state: State) -> None:
     """Delete a model that no schedule and no job refers to."""
     logic.delete_model(state.registry, caller, state.artifacts, model_id)

@@ -11,13 +11,13 @@ from sqlalchemy.orm import Session
 from ulid import ULID
 
 from service.access.callers import Caller
-from service.artifacts import ArtifactStore
-from service.errors import ConflictError, InvalidError, NotFoundError
-from service.idempotency import Once, make_once
+from service.access.idempotency import Once, make_once
+from service.http.errors import ConflictError, InvalidError, NotFoundError
 from service.models.archive import LOC, unpack
 from service.registry.database import Registry
 from service.registry.tables import Model, SampleJob, Schedule, TuningJob
-from timetuner_core.loading import (
+from service.shared.artifacts import ArtifactStore
+from timetuner_core.models.loading import (
     BUILTIN_FOLDERS,
     MODEL_FILES,
     DiffusionModel,
@@ -65,7 +65,7 @@ def register_archive(
             found = _find(session, content_hash)
         if found is not None and once is None:
             return found, False
-        key = f"models/{ULID()}"  # its own: the same content may be deleted at this moment
+        key = f"models/{ULID()}"  # The key is new, because the same content may be deleted at this moment.
         artifacts.put_folder(key, staging)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -81,19 +81,10 @@ def register_archive(
 
 
 def get_model(session: Session, model_id: str) -> Model:
-    """Raises: NotFoundError."""
+    """The model of an id. Raises: NotFoundError."""
     model = session.get(Model, model_id)
     if model is None:
         raise NotFoundError(f"no model {model_id!r}")
-    return model
-
-
-def get_requested_model(session: Session, model_id: str, where: str = "body") -> Model:
-    """The model that a request's body or query names. Raises: InvalidError, naming the field."""
-    model = session.get(Model, model_id)
-    if model is None:
-        accepted = "the id of a registered model, as GET /v1/models lists them"
-        raise InvalidError(f"no model {model_id!r}; accepted: {accepted}", (where, "model"), model_id)
     return model
 
 

@@ -1,12 +1,13 @@
-"""What the models endpoints accept and return."""
+"""Requests and responses of the models endpoints."""
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.api import PRINTABLE, ModelId, NextCursor, Time
-from timetuner_core.loading import BUILTINS
+from service.http.fields import ModelId, NextCursor, Time
+from service.shared.fields import PRINTABLE
 from timetuner_core.model_wrapper import GuidanceType, ModelType
+from timetuner_core.models.loading import BUILTINS
 
 
 class BuiltinModelRequest(BaseModel):
@@ -21,7 +22,7 @@ class BuiltinModelRequest(BaseModel):
 
 
 class ModelSpec(BaseModel):
-    """What a model is, as far as requests depend on it."""
+    """The properties of a model that requests depend on."""
 
     sample_shape: list[int] = Field(
         examples=[[1, 8, 8]], description="Of what the network sees, such as [channels, height, width]."

@@ -8,18 +8,23 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session, joinedload, selectinload
 
 from service.access.callers import Caller
-from service.access.limits import quota_error
-from service.api import PageQuery, newest_first
-from service.errors import ConflictError, InvalidError, NotFoundError, TooLargeError
-from service.idempotency import Once, make_once
-from service.models.logic import get_requested_model
+from service.access.idempotency import Once, make_once
+from service.http.errors import ConflictError, InvalidError, NotFoundError, TooLargeError
+from service.http.fields import PageQuery, newest_first
 from service.registry.database import Registry
-from service.registry.jobs import add_event, request_cancel
-from service.registry.keys import Scope, charge
+from service.registry.jobs import request_cancel
+from service.registry.keys import Scope
 from service.registry.tables import FINAL_STATES, JobState, TuningJob, TuningJobEvent, Webhook
-from service.requests import check_room, check_setting, check_timesteps, check_uncond
-from service.settings import Settings
-from service.tuning_jobs.schemas import (
+from service.request_checks import (
+    check_room,
+    check_setting,
+    check_timesteps,
+    check_uncond,
+    check_webhook,
+    get_requested_model,
+)
+from service.shared.settings import Settings
+from service.shared.tuning_request import (
     AysTuner,
     DataTuner,
     EndToEndTuner,
@@ -28,14 +33,16 @@ from service.tuning_jobs.schemas import (
     TeacherStepTuner,
     TuningJobRequest,
 )
-from service.webhooks import check_webhook
 from timetuner_core.samplers import get_sampler
 
 
 def submit(
     registry: Registry, settings: Settings, caller: Caller, request: TuningJobRequest, idempotency_key: str | None
 ) -> tuple[TuningJob, bool]:
-    """Make a job, or find the one made before with this key; and whether it was made now.
+    """Check a request and store its job, or find the job that the same request with this key made before.
+
+    Returns:
+        The job, and whether it was made now.
 
     Raises:
         InvalidError, TooLargeError: the request does not fit the model, or is too much work.
@@ -54,7 +61,7 @@ def submit(
         _check(request, model.spec)
         calls = _check_size(request, model.spec, settings)
         check_webhook(request.webhook_url, settings)
-        _charge(session, caller, calls * math.prod(model.spec["sample_shape"]))
+        caller.charge(session, calls * math.prod(model.spec["sample_shape"]))
         job = TuningJob(
             owner=caller.owner,
             model_id=model.id,
@@ -66,7 +73,7 @@ def submit(
         session.flush()
         if request.webhook_url:
             session.add(Webhook(tuning_job_id=job.id, url=request.webhook_url))
-        add_event(session, job, "queued")
+        session.add(TuningJobEvent(job_id=job.id, type="queued", data={}))
         caller.record(session, "submit_tuning_job", job.id)
         return job
 
@@ -74,7 +81,7 @@ def submit(
 
 
 def get_job(session: Session, caller: Caller, job_id: str, *, lock: bool = False) -> TuningJob:
-    """A job of the caller's; `lock` keeps others from changing it until the transaction ends. Raises: NotFoundError."""
+    """A job that the caller sees. `lock` locks its row until the transaction ends. Raises: NotFoundError."""
     options = [selectinload(TuningJob.steps), joinedload(TuningJob.schedule)]
     job = session.get(TuningJob, job_id, options=options, with_for_update={"of": TuningJob} if lock else None)
     if job is None or not caller.sees(job):
@@ -129,7 +136,7 @@ def _check(request: TuningJobRequest, spec: dict[str, Any]) -> None:
 
 
 def _check_noise(request: TuningJobRequest) -> None:
-    """Refuse to match a result, of all steps or of one, that noise makes another each time."""
+    """Refuse tuners that match a teacher's result if the sampler adds noise, which makes another result each time."""
     if not isinstance(request.tuner, EndToEndTuner | TeacherStepTuner):
         return
     sampler, accepted = get_sampler(request.sampler), "'next_eps', 'ays', 'gits', 'dmn' or 'grid'"
@@ -193,14 +200,6 @@ def _check_size(request: TuningJobRequest, spec: dict[str, Any], settings: Setti
     return calls
 
 
-def _charge(session: Session, caller: Caller, cost: int) -> None:
-    """Count a job against its key's quota, if that has one. Raises: KeyLimitError."""
-    if caller.key is not None and caller.key.pixel_steps_per_day is not None:
-        (left,) = charge(session, caller.key.id, [cost])
-        if left is not None:
-            raise quota_error(caller.key, cost, left)
-
-
 def _samples_at_once(request: TuningJobRequest) -> int:
     """Samples that are in memory together: of a network batch, or of a grid search's candidates."""
     tuner = request.tuner
@@ -216,9 +215,9 @@ def _tuning_calls(request: TuningJobRequest, calls_per_step: int) -> int:
     """Samples put through the network, guidance not counted, if no step is tuned before `total_iters`."""
     tuner, num_steps = request.tuner, request.num_steps
     if isinstance(tuner, EndToEndTuner):
-        return 2 * tuner.batch_size * tuner.total_iters * num_steps * calls_per_step  # twice: steps are recomputed
+        return 2 * tuner.batch_size * tuner.total_iters * num_steps * calls_per_step  # Steps are recomputed, hence 2.
     if isinstance(tuner, PerStepTuner):
-        target, residual = 1, calls_per_step + 1  # the network once more, where the step ends
+        target, residual = 1, calls_per_step + 1  # One more call is at the end of the step.
         if isinstance(tuner, TeacherStepTuner):
             target, residual = tuner.substeps * calls_per_step, calls_per_step
         if tuner.optimizer == "gauss_newton":

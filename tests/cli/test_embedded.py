@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.registry.database import Registry
-from service.settings import Settings
+from service.shared.settings import Settings
 from tests.cli.conftest import COMMAND
 
 
@@ -28,7 +28,7 @@ def processes_of(home: Path) -> list[str]:
 
 def register_in(home: Path) -> str:
     """The id of a model that the home's registry knows from before."""
-    settings = Settings(TIMETUNER_HOME=home, broker_url=f"redis+socket://{home / 'none.sock'}")
+    settings = Settings(timetuner_home=home, broker_url=f"redis+socket://{home / 'none.sock'}")
     registry = Registry(settings.database_url)
     registry.upgrade()
     registry.close()

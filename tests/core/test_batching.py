@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from tests.core.conftest import DEVICES
-from timetuner_core.batching import steady_sizes
-from timetuner_core.generation import Guidance, generate
 from timetuner_core.grids import make_timesteps
-from timetuner_core.loading import BUILTIN_MIXTURES, BUILTINS, DiffusionModel, load_builtin
 from timetuner_core.model_wrapper import GuidanceType
+from timetuner_core.models.loading import BUILTIN_MIXTURES, BUILTINS, DiffusionModel, load_builtin
+from timetuner_core.sampling.generate import Guidance, generate
+from timetuner_core.sampling.same_bits import steady_sizes
 
 MAX_SIZE = 8
 SAMPLERS = [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0), ("heun", 0.0), ("dpmpp_3m", 0.0), ("dpmpp_2m_sde", 0.0)]

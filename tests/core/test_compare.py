@@ -16,12 +16,13 @@ from PIL import Image
 from timetuner_core.compare import Comparison, Effort, Outcome, Plan, PlanError, parse_guidance, run
 from timetuner_core.compare.report import files, write
 from timetuner_core.compare.tables import to_csv
-from timetuner_core.experiment import TUNING_SEEDS, Experiment
-from timetuner_core.generation import Guidance
 from timetuner_core.grids import make_timesteps, teacher_timesteps
-from timetuner_core.loading import load_builtin
+from timetuner_core.models.loading import load_builtin
 from timetuner_core.samplers import get_sampler
-from timetuner_core.tuning import TuningProblem, TuningState, tune_end_to_end
+from timetuner_core.sampling.generate import Guidance
+from timetuner_core.tuning.end_to_end import tune_end_to_end
+from timetuner_core.tuning.problem import TuningProblem, TuningState
+from timetuner_core.tuning_setup import TUNING_SEEDS, Experiment
 
 EFFORT = Effort(
     teacher_num_steps=20,

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from tests.core.conftest import normals, save_model, tiny_unet
-from timetuner_core.loading import BUILTINS, ModelFormatError, load_builtin, load_folder
+from timetuner_core.models.loading import BUILTINS, ModelFormatError, load_builtin, load_folder
 
 CONFIG, WEIGHTS = "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
 SCHEDULER, METADATA, DATA = "scheduler/scheduler_config.json", "timetuner.json", "data.safetensors"

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.core.conftest import normals, save_model, tiny_unet
-from timetuner_core.generation import Guidance, generate
-from timetuner_core.grids import uniform_timesteps
-from timetuner_core.loading import ModelFormatError, load_builtin, load_folder
+from timetuner_core.grids import make_timesteps, uniform_timesteps
 from timetuner_core.model_wrapper import GuidanceType
+from timetuner_core.models.loading import ModelFormatError, load_builtin, load_folder
 from timetuner_core.noise_schedule import NoiseScheduleEDM, NoiseScheduleFlow
+from timetuner_core.sampling.generate import Guidance, generate
 
 NUM_CLASSES = 3
 CONDITION_LENGTH, CONDITION_DIM = 2, 6
@@ -523,6 +523,99 @@ def test_a_tensor_conditioned_network_without_uncond_condition_offers_no_guidanc
     assert model.condition_shape == (None, CONDITION_DIM)
     with pytest.raises(ValueError, match="needs a condition"):
         model.network(*inputs())
+
+
+ISSUE = {"use_flow_sigmas": True, "flow_shift": 5.0, "prediction_type": "flow_prediction"}
+ISSUES_SIGMAS = [1.0, 0.952, 0.883, 0.770, 0.557]
+
+
+@pytest.mark.parametrize(
+    "class_name",
+    [
+        "UniPCMultistepScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "DEISMultistepScheduler",
+    ],
+)
+def test_the_shift_of_a_converted_flow_scheduler_is_its_own_and_not_the_one_left_in_its_file(
+    class_name: str, tmp_path: Path
+) -> None:
+    import diffusers
+
+    save_model(tmp_path, tiny_unet())
+    config = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0).config
+    scheduler = getattr(diffusers, class_name).from_config(config, **ISSUE)
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    saved = json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())
+    assert (saved["shift"], saved["flow_shift"]) == (1.0, 5.0)
+    schedule = load_folder(tmp_path).noise_schedule
+    sigmas = schedule.marginal_std(make_timesteps(schedule, 5))[:-1]
+    assert sigmas.tolist() == pytest.approx(ISSUES_SIGMAS, abs=1e-3)
+    scheduler.set_timesteps(5)
+    if class_name == "UniPCMultistepScheduler":  # the others start at the shifted 1 - 1 / N
+        assert sigmas.tolist() == pytest.approx(scheduler.sigmas[:-1].tolist(), abs=1e-5)
+    else:
+        assert schedule.model_input_time(sigmas_time(schedule, scheduler.sigmas[:-1])).tolist() == pytest.approx(
+            scheduler.timesteps.tolist(), abs=1.001
+        )
+
+
+def sigmas_time(schedule: Any, sigmas: Tensor) -> Tensor:
+    return schedule.inverse_lambda(torch.log((1 - sigmas.double()) / sigmas.double()))
+
+
+@pytest.mark.parametrize("num_train_timesteps", [2, 10, 20, 50])
+def test_flow_matching_of_few_training_steps_has_diffusers_times_and_ends_at_clean_data(
+    num_train_timesteps: int, tmp_path: Path
+) -> None:
+    import diffusers
+
+    config = {"num_train_timesteps": num_train_timesteps}
+    schedule = load_folder(scheduler_folder(tmp_path, "FlowMatchEulerDiscreteScheduler", **config)).noise_schedule
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+    for num_steps in (1, 2, 5, 10):
+        scheduler.set_timesteps(num_steps)
+        timesteps = make_timesteps(schedule, num_steps)
+        if num_train_timesteps < 20:
+            torch.testing.assert_close(schedule.model_input_time(timesteps[:-1]), scheduler.timesteps.double())
+            torch.testing.assert_close(schedule.marginal_std(timesteps), scheduler.sigmas.double(), rtol=0, atol=1e-6)
+        assert schedule.marginal_std(timesteps[-1]) <= 0.05
+
+
+def test_a_flow_network_of_one_training_step_is_fed_sigma_itself(tmp_path: Path) -> None:
+    import diffusers
+
+    config = {"num_train_timesteps": 1}
+    schedule = load_folder(scheduler_folder(tmp_path, "FlowMatchEulerDiscreteScheduler", **config)).noise_schedule
+    timesteps = make_timesteps(schedule, 5)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+    scheduler.set_timesteps(sigmas=schedule.marginal_std(timesteps)[:-1].tolist())  # as the pipelines pass them
+    torch.testing.assert_close(schedule.model_input_time(timesteps[:-1]), scheduler.timesteps.double())
+    assert timesteps.tolist() == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0], abs=0.001)
+
+
+@pytest.mark.parametrize("grid", ["uniform", "quadratic", "log_snr", "edm"])
+def test_edm_with_a_large_sigma_min_ends_at_clean_data_as_diffusers_does(grid: Any, tmp_path: Path) -> None:
+    import diffusers
+
+    config = {"sigma_min": 0.4}
+    schedule = load_folder(scheduler_folder(tmp_path, "EDMEulerScheduler", **config)).noise_schedule
+    scheduler = diffusers.EDMEulerScheduler(**config)
+    scheduler.set_timesteps(5)
+    timesteps = make_timesteps(schedule, 5, grid)
+    assert (timesteps[0].item(), timesteps[-1].item()) == (80.0, 0.0)
+    if grid == "edm":
+        torch.testing.assert_close(timesteps, scheduler.sigmas.double(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("class_name", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "TCDScheduler"])
+def test_epsilon_without_any_signal_at_the_last_step_is_refused(class_name: str, tmp_path: Path) -> None:
+    folder = scheduler_folder(tmp_path, class_name, rescale_betas_zero_snr=True)
+    assert_refused(folder, "scheduler/scheduler_config.json", "rescale_betas_zero_snr")
+    change_config(folder / "scheduler/scheduler_config.json", prediction_type="sample")
+    model = load_folder(folder)
+    assert (model.model_type, model.noise_schedule.starts_without_signal) == ("x_start", True)
 
 
 def assert_refused(folder: Path, file: str, word: str) -> None:

@@ -9,7 +9,7 @@ from sqlalchemy import insert, select, text
 from sqlalchemy.orm import Session
 
 from service.access.callers import Caller
-from service.api import PageQuery
+from service.http.fields import PageQuery
 from service.models.logic import register_builtin
 from service.registry.database import Registry
 from service.registry.keys import Scope, any_key, charge, create_key, find_key, list_keys, revoke_key

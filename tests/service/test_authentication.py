@@ -15,8 +15,9 @@ import httpx
 import pytest
 from sqlalchemy import func, select
 
-from service.access.limits import KeyLimitError, RateLimits
+from service.access.limits import RateLimits
 from service.access.local import is_loopback
+from service.http.errors import KeyLimitError
 from service.registry.database import Registry
 from service.registry.keys import Scope, revoke_key
 from service.registry.tables import ApiKey, AuditEntry

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.http_protocol import HEADER_SECONDS
+from service.http.protocol import HEADER_SECONDS
 from tests.conftest import MakeDatabaseUrl
 from tests.service.problems import assert_problem
 from tests.stack import Json, Stack, wait_until
@@ -203,7 +203,8 @@ def test_what_fails_unforeseen_is_told_to_the_log_alone(api: Stack) -> None:
 
 def test_a_terminal_gets_lines_for_people() -> None:
     code = (
-        "import logging; from service.logs import *; start_logging('info'); logging.getLogger('service.x').info('hey')"
+        "import logging; from service.shared.logs import *; "
+        "start_logging('info'); logging.getLogger('service.x').info('hey')"
     )
     leader, follower = os.openpty()
     subprocess.run([sys.executable, "-c", code], stderr=follower, check=True)

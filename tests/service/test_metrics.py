@@ -19,7 +19,7 @@ from service.registry.database import Registry
 from service.registry.tables import JobState, SampleJob, TuningJob, TuningTask
 from service.registry.types import utc_now
 from service.samples.admission import Admission
-from service.settings import Settings
+from service.shared.settings import Settings
 from tests.registry.conftest import model_id, registry  # noqa: F401
 from worker import dispatcher  # noqa: F401 (into REGISTRY)
 from worker import metrics as worker_metrics  # noqa: F401 (likewise)
@@ -34,7 +34,7 @@ REQUESTS = "timetuner_http_request_seconds_count"
 def api(registry: Registry, database_url: str, tmp_path: Path) -> Iterator[TestClient]:  # noqa: F811
     no_broker = f"redis+socket://{tmp_path / 'none.sock'}"
     settings = Settings(
-        TIMETUNER_HOME=tmp_path, database_url=database_url, broker_url=no_broker, max_queued_jobs=2, max_json_bytes=100
+        timetuner_home=tmp_path, database_url=database_url, broker_url=no_broker, max_queued_jobs=2, max_json_bytes=100
     )
     with TestClient(create_app(settings), HERE, client=("127.0.0.1", 50000)) as client:
         yield client

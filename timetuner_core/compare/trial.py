@@ -1,26 +1,32 @@
 """One setting, one entrant after another: tuned, sampled from the held-out noise, measured."""
 
-import dataclasses
 import math
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, Literal, TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from timetuner_core import evaluation
 from timetuner_core.compare.plan import BASELINE, ENTRANTS, Entrant, Group, Plan, Setting, load_model, parse_guidance
-from timetuner_core.evaluation import Estimate, Evaluation, Measure
-from timetuner_core.experiment import EVALUATION_SEEDS, TUNING_SEEDS, Experiment
+from timetuner_core.evaluation.distances import (
+    MAX_WASSERSTEIN_DIMENSION,
+    Estimate,
+    Measure,
+    data_measures,
+    measure,
+    teacher_l2,
+)
+from timetuner_core.evaluation.verdict import Evaluation, compare
 from timetuner_core.grids import GridName, make_timesteps, teacher_timesteps
 from timetuner_core.samplers import get_sampler, sample_steps
 from timetuner_core.tuners import TUNERS
-from timetuner_core.tuning import TuningState
+from timetuner_core.tuning.problem import TuningState
+from timetuner_core.tuning_setup import EVALUATION_SEEDS, TUNING_SEEDS, Experiment
 
 SAME = "the same schedule as untuned"
 METRICS = ("teacher_l2", "frechet", "frechet_features", "sliced_wasserstein", "wasserstein", "kl")
@@ -140,14 +146,12 @@ class Bench:
         self.effort = plan.effort
         self.calls = 0
         model = load_model(group.model)
-        network: Callable[..., Tensor] = model.network
 
-        def counted(x: Tensor, *args: Any) -> Tensor:
-            self.calls += len(x)
-            return network(x, *args)
+        def count(num_samples: int) -> None:
+            self.calls += num_samples
 
         self.experiment = Experiment(
-            dataclasses.replace(model, network=counted),
+            model.watched(count),
             parse_guidance(group.guidance),
             get_sampler(group.sampler),
             seed=plan.seed,
@@ -189,11 +193,9 @@ class Trial:
         is_guided = self.experiment.guidance.type != "uncond"
         mixture = None if is_guided else self.experiment.model.mixture
         measured = None if self.experiment.model.reference is None else _measures(setting.group.model, is_guided)
-        self.measures = measured or evaluation.data_measures(
-            self.teacher_samples, self.experiment.model.features, mixture
-        )
+        self.measures = measured or data_measures(self.teacher_samples, self.experiment.model.features, mixture)
         # In more dimensions it would take longer than all else.
-        small = mixture is not None and math.prod(mixture.sample_shape) <= evaluation.MAX_WASSERSTEIN_DIMENSION
+        small = mixture is not None and math.prod(mixture.sample_shape) <= MAX_WASSERSTEIN_DIMENSION
         self.has_kl = small and not self.experiment.adds_noise
         self._figures: dict[tuple[tuple[float, ...], tuple[float, ...]], dict[str, Estimate]] = {}
 
@@ -207,7 +209,7 @@ class Trial:
             self._figures_of(self._start("default"), None),
             self._figures_of(state.timesteps, state.t_ratios),
         )
-        result = evaluation.compare(before, after, adds_noise=self.experiment.adds_noise)
+        result = compare(before, after, adds_noise=self.experiment.adds_noise)
         reason = SAME if before is after else result.reason
         return Outcome(
             self.setting,
@@ -272,7 +274,7 @@ class Trial:
 
         def error(timesteps: Tensor) -> float:
             samples = self.experiment.sample(seeds[rows], condition, timesteps, decode=False)
-            return float(evaluation.teacher_l2(samples, target[rows]).mean())
+            return float(teacher_l2(samples, target[rows]).mean())
 
         grids = {tuple(grid.tolist()): grid for grid in map(self._start, get_args(GridName))}  # two may be one
         return self.bench.counted(lambda: min(grids.values(), key=error))
@@ -286,7 +288,7 @@ class Trial:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # it is torch's own that uses it
                 kl_terms = self.experiment.kl_terms(timesteps, ratios) if self.has_kl else None
-            self._figures[key] = evaluation.measure(samples, self.teacher_samples, self.measures, kl_terms)
+            self._figures[key] = measure(samples, self.teacher_samples, self.measures, kl_terms)
         return self._figures[key]
 
     @torch.no_grad()
@@ -320,4 +322,4 @@ def _measures(model_name: str, is_guided: bool) -> dict[str, Measure]:
     """Distances to a model's data."""
     model = load_model(model_name)
     assert model.reference is not None
-    return evaluation.data_measures(model.reference, model.features, None if is_guided else model.mixture)
+    return data_measures(model.reference, model.features, None if is_guided else model.mixture)

@@ -1,1 +1,1 @@
-"""What `timetuner_core.loading` consists of: reading a model folder's files, networks, schedulers and data."""
+"""What `timetuner_core.models.loading` consists of: reading a model folder's files, networks, schedulers and data."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timetuner_core.models.files import VAE_CONFIG, VAE_WEIGHTS, ModelFormatError, Shape
+from timetuner_core.models.folder_files import VAE_CONFIG, VAE_WEIGHTS, ModelFormatError, Shape
 from timetuner_core.models.networks import Options, check_features, load_module, size_in_bytes
 
 

@@ -15,7 +15,6 @@ from timetuner_core.samplers.base import (
     remember,
     sample,
     sample_steps,
-    scaled,
     step_noise,
     with_history,
 )
@@ -64,7 +63,6 @@ __all__ = [
     "sample",
     "sample_steps",
     "sampler_names",
-    "scaled",
     "step_noise",
     "with_history",
 ]

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from timetuner_core.model_wrapper import GuidedModel, Prediction, expand_like
+from timetuner_core.coefficients import Coefficient, NoiseLevel
+from timetuner_core.model_wrapper import GuidedModel, Prediction
 from timetuner_core.noise_schedule import NoiseSchedule
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -26,71 +27,100 @@ class Past(NamedTuple):
     x0: Tensor
 
 
-class Level(NamedTuple):
-    """alpha, sigma and lambda at one time, each `()` or `(B,)`, in the dtype of the time."""
-
-    alpha: Tensor
-    sigma: Tensor
-    lambda_: Tensor
-
-
-def scaled(coefficient: Tensor, x: Tensor) -> Tensor:
-    """`coefficient * x`, for a coefficient `()` or `(B,)` and x `(B, ...)`; in x's dtype and on its device."""
-    return expand_like(coefficient.to(x.device), x) * x
-
-
 @dataclass(frozen=True)
 class Step:
     """All that a sampler's update from x_t at `t` to x_s at `s` may use.
 
+    The coefficients `alpha_t`, `sigma_t`, `lambda_t`, `alpha_s`, `sigma_s`, `lambda_s` and `h` multiply x as they are:
+    `step.alpha_s * x0`.
+
     Attributes:
         predict: `(x, t) -> (x0, eps)`, guided and conditioned on `t * t_ratio`: one call of the network.
+        x_t: `(B, ...)`. t, s: times, `()` or `(B,)`.
         history: the steps before, the newest last; as many as the sampler remembers, fewer at the start.
-        draw_noise: standard normal noise like x.
-        eta: how much of the noise to add, for samplers that leave the choice.
+        draw_noise: gives standard normal noise like x_t.
+        eta: the share of the posterior's noise to add, for samplers that leave the choice.
     """
 
     predict: Callable[[Tensor, Tensor], Prediction]
     noise_schedule: NoiseSchedule
-    x: Tensor
+    x_t: Tensor
     t: Tensor
     s: Tensor
     history: tuple[Past, ...]
     draw_noise: Callable[[], Tensor]
     eta: float
 
-    def level(self, t: Tensor) -> Level:
-        schedule = self.noise_schedule
-        return Level(schedule.marginal_alpha(t), schedule.marginal_std(t), schedule.marginal_lambda(t))
+    def noise_level(self, t: Tensor) -> NoiseLevel:
+        """alpha, sigma and lambda at a time, `()` or `(B,)`."""
+        return NoiseLevel.at(self.noise_schedule, t, self.x_t)
 
     @cached_property
-    def start(self) -> Level:
-        """At t."""
-        return self.level(self.t)
+    def start(self) -> NoiseLevel:
+        """The noise level at t."""
+        return self.noise_level(self.t)
 
     @cached_property
-    def end(self) -> Level:
-        """At s."""
-        return self.level(self.s)
+    def end(self) -> NoiseLevel:
+        """The noise level at s."""
+        return self.noise_level(self.s)
+
+    @property
+    def alpha_t(self) -> Coefficient:
+        return self.start.alpha
+
+    @property
+    def sigma_t(self) -> Coefficient:
+        return self.start.sigma
+
+    @property
+    def lambda_t(self) -> Coefficient:
+        return self.start.lambda_
+
+    @property
+    def alpha_s(self) -> Coefficient:
+        return self.end.alpha
+
+    @property
+    def sigma_s(self) -> Coefficient:
+        return self.end.sigma
+
+    @property
+    def lambda_s(self) -> Coefficient:
+        return self.end.lambda_
 
     @cached_property
-    def h(self) -> Tensor:
+    def h(self) -> Coefficient:
         """`lambda_s - lambda_t`."""
-        return self.end.lambda_ - self.start.lambda_
+        return self.lambda_s - self.lambda_t
 
     @cached_property
     def to_clean_data(self) -> bool:
         """Whether s is time 0, where lambda is infinite: samplers that work in lambda take a first-order step."""
         return bool((self.s == 0).any())
 
-    def past_eps(self, past: Past) -> Tensor:
-        """eps of an earlier step."""
-        alpha, sigma, _ = self.level(past.t)
-        return scaled(1 / sigma, past.x - scaled(alpha, past.x0))
+    def time_between(self, r: float) -> Tensor:
+        """The time a fraction `r` of the way from lambda_t to lambda_s, of t's shape."""
+        return self.noise_schedule.inverse_lambda((self.lambda_t + r * self.h).value).reshape(self.t.shape)
+
+    def past_lambda(self, steps_back: int) -> Coefficient:
+        """lambda at an earlier step, 1 for the newest."""
+        return self.noise_level(self.history[-steps_back].t).lambda_
+
+    def past_x0(self, steps_back: int) -> Tensor:
+        """x0 as predicted at an earlier step, 1 for the newest."""
+        return self.history[-steps_back].x0
+
+    def past_eps(self, steps_back: int) -> Tensor:
+        """eps as predicted at an earlier step, 1 for the newest: `(x_t - alpha_t x0) / sigma_t` there."""
+        t, x_t, x0 = self.history[-steps_back]
+        past = self.noise_level(t)
+        return 1 / past.sigma * (x_t - past.alpha * x0)
 
     def first_order(self, prediction: Prediction) -> Tensor:
-        """x_s if x0 and eps stayed as predicted: DDIM, which is also first-order DPM-Solver and Euler."""
-        return scaled(self.end.alpha, prediction.x0) + scaled(self.end.sigma, prediction.eps)
+        """`x_s = alpha_s x0 + sigma_s eps`: DDIM, which is also first-order DPM-Solver and Euler."""
+        x0, eps = prediction
+        return self.alpha_s * x0 + self.sigma_s * eps
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,66 @@
+"""Calls pipelines. As a program, it loads every pipeline that a folder has saved and writes what each gives:
+
+python -m tests.core.pipelines.run FOLDER
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Kinds whose constructor replaces the scheduler that was saved.
+CONVERTING = ("ddim",)
+
+# Without accelerate, diffusers does not load a network that keeps some of its modules in float32.
+NOT_LOADED = {"wan": "transformer"}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(kind: Any, pipeline: Any) -> Tensor:
+    """What one call of a pipeline gives, always from the same noise."""
+    generator = torch.Generator().manual_seed(0)
+    outputs = pipeline(num_inference_steps=kind.num_steps, generator=generator, **kind.call())
+    return torch.as_tensor(next(iter(outputs.values())))
+
+
+def main(folder: Path) -> None:
+    import timetuner_core  # noqa: F401 (the one import that a saved pipeline needs)
+
+    assert "diffusers" not in sys.modules, "import timetuner_core is not light"
+    import diffusers
+    from safetensors.torch import save_file
+
+    from tests.core.pipelines.kinds import KINDS
+
+    outputs = {}
+    for kind in KINDS:
+        if kind.name in NOT_LOADED:
+            given = {NOT_LOADED[kind.name]: kind.parts()[NOT_LOADED[kind.name]]}
+            pipeline = getattr(diffusers, kind.pipeline).from_pretrained(folder / kind.name, **given)
+        else:
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / kind.name)
+        name = type(pipeline.scheduler).__name__
+        assert (name == "TimeTunerScheduler") != (kind.name in CONVERTING), f"{kind.name} has a {name}"
+        if kind.name in CONVERTING:
+            from timetuner_core.integrations.diffusers import TimeTunerScheduler
+
+            pipeline.scheduler = TimeTunerScheduler.from_pretrained(folder / kind.name, subfolder="scheduler")
+        pipeline.set_progress_bar_config(disable=True)
+        outputs[kind.name] = run(kind, pipeline).contiguous()
+    save_file(outputs, folder / "outputs.safetensors")
+
+
+if __name__ == "__main__":
+    with one_thread():
+        main(Path(sys.argv[1]))

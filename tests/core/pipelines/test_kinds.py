@@ -1,0 +1,107 @@
+"""`TimeTunerScheduler` in 44 kinds of pipelines: the native scheduler's samples on its own grid, and saved pipelines.
+
+Every kind is built once. One worker runs them all, in one thread: threads cost tiny networks more than they save.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.core.pipelines.kinds import KINDS, REFUSED, Kind
+from tests.core.pipelines.run import one_thread, run
+from timetuner_core.integrations.diffusers import TimeTunerScheduler
+from timetuner_core.models.folder_files import ModelFormatError
+
+pytestmark = pytest.mark.xdist_group("pipelines")
+
+MAX_DIFFERENCE = 4e-5
+
+
+class Native(NamedTuple):
+    """A pipeline as it came, what it gave, and the grid its scheduler used."""
+
+    pipeline: Any
+    output: Tensor
+    grid: list[float]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def natives() -> dict[str, Native]:
+    """Those built so far."""
+    return {}
+
+
+def native(kind: Kind, natives: dict[str, Native]) -> Native:
+    if kind.name not in natives:
+        pipeline = kind.build()
+        output = run(kind, pipeline)
+        natives[kind.name] = Native(pipeline, output, grid_of(pipeline.scheduler))
+    return natives[kind.name]
+
+
+def grid_of(scheduler: Any) -> list[float]:
+    """The times of a native scheduler's last run, `(num_steps + 1,)`."""
+    steps = scheduler.config.num_train_timesteps
+    if hasattr(scheduler, "scale_noise"):  # flow matching
+        schedule = TimeTunerScheduler.from_schedule(scheduler, {"timesteps": [1.0, 0.0]}).noise_schedule
+        return schedule.time_of_model_input(steps * scheduler.sigmas.double()).tolist()
+    ends_at_first_step = type(scheduler).__name__ == "DDIMScheduler" and not scheduler.config.set_alpha_to_one
+    return [(int(t) + 1) / steps for t in scheduler.timesteps] + [1 / steps if ends_at_first_step else 0.0]
+
+
+def tuned(kind: Kind, before: Native, t_ratios: list[float] | None) -> Any:
+    """The pipeline with our scheduler on the native grid, which starts from the same noise as the native one does."""
+    own = before.pipeline.scheduler
+    base = own.config["base_scheduler"]["_class_name"] if isinstance(own, TimeTunerScheduler) else type(own).__name__
+    schedule = {"timesteps": before.grid, "t_ratios": t_ratios, "sampler": kind.sampler}
+    scheduler = TimeTunerScheduler.from_schedule(own, schedule)
+    if base != "FlowMatchEulerDiscreteScheduler":
+        # Ours scales the noise by what a grid that starts below T takes. DDIM and Euler with the spacing "leading",
+        # whose x is ours times sqrt(1 + sigma^2), start from a standard deviation of 1 on every grid.
+        scheduler.init_noise_sigma = 1.0
+    before.pipeline.scheduler = scheduler
+    return before.pipeline
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_untuned_samples_are_the_native_schedulers(kind: Kind, natives: dict[str, Native]) -> None:
+    before = native(kind, natives)
+    untuned = run(kind, tuned(kind, before, None))
+    assert bool(torch.isfinite(untuned).all())
+    assert float((untuned - before.output).abs().max()) <= MAX_DIFFERENCE
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_kind_whose_noise_schedule_is_unknown_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ModelFormatError, match="accepted: "):
+        TimeTunerScheduler(REFUSED[name], [1.0, 0.5, 0.0])
+
+
+def test_a_fresh_process_loads_every_saved_kind(tmp_path: Path, natives: dict[str, Native]) -> None:
+    expected = {}
+    for kind in KINDS:
+        before = native(kind, natives)
+        pipeline = tuned(kind, before, [0.9, 0.8, 0.7][: kind.num_steps])
+        pipeline.save_pretrained(tmp_path / kind.name)
+        pipeline.scheduler = TimeTunerScheduler.from_pretrained(tmp_path / kind.name, subfolder="scheduler")
+        expected[kind.name] = run(kind, pipeline)
+        # The ratios reached the network.
+        assert not torch.allclose(expected[kind.name], before.output, atol=10 * MAX_DIFFERENCE), kind.name
+    subprocess.run([sys.executable, "-m", "tests.core.pipelines.run", tmp_path], check=True)
+    loaded = load_file(tmp_path / "outputs.safetensors")
+    assert loaded.keys() == expected.keys()
+    for name, output in expected.items():
+        torch.testing.assert_close(loaded[name], output, msg=lambda message, name=name: f"{name}: {message}")
