@@ -38,14 +38,10 @@ OPTIONS = re.compile(r"^::: .*\n(?: {4}.*\n)*", re.M)  # of mkdocstrings, by wha
 SHOWN_URL = "http://127.0.0.1:8000"
 GROUPS = ("db", "jobs", "keys", "models", "schedules")  # commands that have commands
 PAGE_SECONDS = 800  # a minute or less, unless the machine does much else
-# Efforts that pages show, and what is enough to see that their lines run and that the tuned schedule is accepted.
+# Efforts that pages show, and what is enough to see that their lines run.
 LESS_WORK = {
-    '"total_iters": 40': '"total_iters": 10, "teacher_num_steps": 50',
-    "total_iters=40": "total_iters=10 --tuner teacher_num_steps=50",
-    '"num_samples": 128': '"num_samples": 64',
-    "num_samples=128": "num_samples=64",
-    "total_iters=20": "total_iters=8",
-    '"total_iters": 20': '"total_iters": 8',
+    "total_iters=20": "total_iters=10",
+    '"total_iters": 20': '"total_iters": 10',
 }
 
 
