@@ -137,6 +137,7 @@ def test_a_model_in_use_is_not_deleted(stack: Stack) -> None:
     stack.finished(job)
 
 
+@pytest.mark.both_engines
 def test_models_are_listed_in_pages_without_gaps(stack: Stack) -> None:
     ids = {stack.register(builtin) for builtin in ("digits8", "mixture-ring", "mixture-gratings")}
     seen: list[str] = []

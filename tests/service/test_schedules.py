@@ -45,6 +45,7 @@ def test_a_schedule_worse_than_untuned_is_rejected_with_its_figures(good: Json, 
     assert bad["evaluation"]["teacher_l2_before"] == good["evaluation"]["teacher_l2_before"]
 
 
+@pytest.mark.both_engines
 def test_resolve_gives_the_best_accepted_schedule_of_exactly_this_setting(
     client: httpx.Client, model: str, good: Json, bad: Json
 ) -> None:
