@@ -24,7 +24,7 @@ from timetuner_core.evaluation.distances import (
 from timetuner_core.evaluation.verdict import Evaluation, compare
 from timetuner_core.grids import GridName, make_timesteps, teacher_timesteps
 from timetuner_core.samplers import get_sampler, sample_steps
-from timetuner_core.tuners import TUNERS
+from timetuner_core.tuners import EndToEndTuner
 from timetuner_core.tuning.problem import TuningState
 from timetuner_core.tuning_setup import EVALUATION_SEEDS, TUNING_SEEDS, Experiment
 
@@ -241,18 +241,23 @@ class Trial:
 
     def _tune(self, entrant: Entrant) -> tuple[TuningState, Cost]:
         """Raises ValueError: the entrant does not apply."""
-        tuner, effort = TUNERS[entrant.objective], self.effort
+        effort = self.effort
+        tuner = entrant.tuner(effort, self.experiment.sampler, self.setting.num_steps)
         timesteps, shared = self._best_start if entrant.grid == "best" else (self._start(entrant.grid), Cost())
-        options = entrant.options(effort, self.experiment.sampler, self.setting.num_steps)
-        if entrant.objective == "end_to_end":
-            options["target"], shared = self.target, shared + self.target_cost
+        if isinstance(tuner, EndToEndTuner):
+            shared += self.target_cost
 
         def tune() -> TuningState:
             population_size = effort.data_population if tuner.population == "data" else effort.noise_population
-            batch_size = entrant.batch_size(effort)
-            problem = self.experiment.problem(entrant.objective, timesteps, population_size, batch_size)
+            batch_size = getattr(tuner, "batch_size", effort.batch_size)
+            problem = self.experiment.problem(tuner.population, timesteps, population_size, batch_size)
             state = TuningState.start(timesteps)
-            for _ in tuner.run(problem, state, **options):
+            if isinstance(tuner, EndToEndTuner):
+                # Few rows: remembering every step takes little memory.
+                tuned = tuner.run(problem, state, target=self.target, recompute=False)
+            else:
+                tuned = tuner.run(problem, state)
+            for _ in tuned:
                 pass
             return state
 
@@ -294,7 +299,7 @@ class Trial:
     @torch.no_grad()
     def _paths(self, timesteps: Tensor, t_ratios: Tensor) -> Tensor:
         """x_t from some noises, `(NUM_PATHS, num_steps + 1, D)`."""
-        problem = self.experiment.problem("end_to_end", timesteps, NUM_PATHS, NUM_PATHS)
+        problem = self.experiment.problem("noise", timesteps, NUM_PATHS, NUM_PATHS)
         kwargs = dict(problem.step_kwargs) | ({} if problem.condition is None else {"condition": problem.condition})
         steps = sample_steps(problem.step_fn, problem.population, timesteps, t_ratios, **kwargs)
         return torch.stack([problem.population, *(x_s for x_s, _ in steps)], dim=1).flatten(2).double()

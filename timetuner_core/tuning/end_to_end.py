@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from timetuner_core.samplers import StepFn, history_length, sample
+from timetuner_core.tuners import Parameters
 from timetuner_core.tuning.adam import resumed_adam
 from timetuner_core.tuning.draws import draw_index, keyed_generator
 from timetuner_core.tuning.problem import (
-    Parameters,
     TuningProblem,
     TuningState,
     check_numbers,

@@ -12,10 +12,7 @@ from timetuner_core.noise_schedule import NoiseSchedule
 from timetuner_core.samplers import SamplerStep, StepFn, adds_noise
 from timetuner_core.tuning.gauss_newton import MEMORY
 
-TuneType = Literal["sequential", "parallel"]
 StepObjective = Literal["next_eps", "teacher_step"]
-Optimizer = Literal["gauss_newton", "adam"]
-Parameters = Literal["t_ratios", "timesteps", "both"]
 
 
 @dataclass(frozen=True)
