@@ -33,7 +33,7 @@ def make_timesteps(noise_schedule: NoiseSchedule, num_steps: int, grid: GridName
     if num_steps < 1 or (limit is not None and num_steps > limit):
         accepted = f"1 to {limit}" if limit is not None else "1 or more"
         raise ValueError(f"num_steps is {num_steps}; accepted: {accepted}")
-    if limit == 1:  # N = 1: T and t_min coincide, and the only step goes to clean data
+    if limit == 1:  # T and t_min coincide, so the only step goes to clean data.
         return torch.tensor([noise_schedule.T, 0.0], dtype=torch.float64)
     if grid == "default":
         grid = noise_schedule.default_grid
@@ -53,7 +53,7 @@ def grid_between(noise_schedule: NoiseSchedule, ends: Tensor, num_steps: int, gr
         noise_to_signal = torch.exp(-noise_schedule.marginal_lambda(ends))
         steps = evenly(noise_to_signal ** (1 / EDM_RHO), num_steps) ** EDM_RHO
         timesteps = noise_schedule.inverse_lambda(-torch.log(steps))
-    timesteps[[0, -1]] = ends  # exactly, whatever the way there and back did to the last digit
+    timesteps[[0, -1]] = ends  # The way to lambda and back may have changed their last digits.
     return timesteps
 
 

@@ -24,7 +24,7 @@ Population = Literal["data", "noise", "none"]
 
 @dataclass(frozen=True)
 class TunedSetting:
-    """What a tuner's options are checked, and its costs counted, against.
+    """The setting that a tuner's options are checked, and its costs counted, against.
 
     Attributes:
         calls_per_step: how often the sampler calls the network per step. history_length: the sampler's.

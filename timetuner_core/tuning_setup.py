@@ -22,7 +22,8 @@ TUNING_SEEDS = 2**31
 EVALUATION_SEEDS = 2**31 + 2**30
 SEED_RANGE = 2**29
 
-MOST_KL_ROWS = 128  # of which each takes a Jacobian
+# KL is measured on at most this many samples: each needs a Jacobian.
+MAX_KL_SAMPLES = 128
 
 
 @dataclass(frozen=True)
@@ -152,13 +153,13 @@ class Experiment:
         return self.teach(self.seeds(size, TUNING_SEEDS), condition, teacher_num_steps, decode=False), condition
 
     def kl_terms(self, timesteps: Tensor, t_ratios: Tensor | None = None) -> Tensor:
-        """The terms of the exact KL divergence to a mixture, unguided, `(MOST_KL_ROWS,)`."""
+        """The terms of the exact KL divergence to a mixture, unguided, `(MAX_KL_SAMPLES,)`."""
         assert self.model.mixture is not None
         model_fn = self.guidance.model_fn(self.model)
         step_fn = self.sampler.step_fn(model_fn, self.model.noise_schedule)
         ratios = torch.ones(len(timesteps) - 1, dtype=torch.float64) if t_ratios is None else t_ratios
         std = self.model.noise_schedule.starting_std(timesteps[0])
-        x_T, _ = initial_noise(self.model.sample_shape, self.seeds(MOST_KL_ROWS, EVALUATION_SEEDS), std)
+        x_T, _ = initial_noise(self.model.sample_shape, self.seeds(MAX_KL_SAMPLES, EVALUATION_SEEDS), std)
         return sampler_kl(
             lambda x: sample(step_fn, x, timesteps, ratios), x_T.to(self.device), self.model.mixture, std=std
         )

@@ -1,4 +1,4 @@
-"""What to compare, and how much to spend on it."""
+"""The plan of a comparison: its entrants and settings, and how much to spend on each."""
 
 import itertools
 from collections.abc import Callable
@@ -20,7 +20,7 @@ GUIDANCE_TYPES: dict[str, GuidanceType] = {"cfg": "classifier-free", "classifier
 
 @dataclass(frozen=True)
 class Effort:
-    """What a comparison spends on each entrant: enough to see who leads, and little enough for all shipped models in
+    """The effort that a comparison spends on each entrant: enough to see which leads, and for all shipped models in all
     under half an hour on two cores.
 
     Attributes:
@@ -51,7 +51,7 @@ class Effort:
     search_samples: int = 64
 
     def iters(self, num_steps: int) -> int:
-        """Of end-to-end tuning."""
+        """The iterations of end-to-end tuning."""
         return max(1, min(self.end_to_end_iters, self.end_to_end_steps // num_steps))
 
 
@@ -132,7 +132,7 @@ class Group(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What is sampled, and in how many steps."""
+    """A group and a number of steps."""
 
     group: Group
     num_steps: int
@@ -143,7 +143,7 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to compare; all of it is decided by `seed`.
+    """A comparison; all of it is decided by `seed`.
 
     Attributes:
         models: built-in names or diffusers-format folders. guidances: see `parse_guidance`.
@@ -164,7 +164,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name in ("models", "num_steps", "guidances", "samplers", "entrants"):
-            values = tuple(dict.fromkeys(getattr(self, name)))  # each once
+            values = tuple(dict.fromkeys(getattr(self, name)))
             if not values:
                 raise PlanError(name, "", "one or more")
             object.__setattr__(self, name, values)

@@ -1,4 +1,4 @@
-"""From a diffusers scheduler's configuration to a noise schedule and what the network predicts."""
+"""The noise schedule and prediction type that a diffusers scheduler's configuration describes."""
 
 import math
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ MIN_ALPHA_CUMPROD = 1e-12
 
 
 class SchedulerSpec(NamedTuple):
-    """What a scheduler's configuration says of the network.
+    """The part of a scheduler's configuration that describes the network.
 
     Attributes:
         sigma_data: for `model_type` `edm`; negative where the network predicts -F, which turns c_out's sign only.
@@ -59,9 +59,9 @@ def read_scheduler(path: Path) -> SchedulerSpec:
 
 
 def read_scheduler_config(config: Mapping[str, Any]) -> SchedulerSpec:
-    """From the configuration of a diffusers scheduler, what the network was trained on.
+    """Read what the network was trained on from the configuration of a diffusers scheduler.
 
-    What only places the steps of sampling is ignored, as the time grid is ours: `steps_offset`,
+    Fields that only place the steps of sampling are ignored, as the time grid comes from the schedule: `steps_offset`,
     `timestep_spacing`, `use_karras_sigmas` and its like. None of them moves what the network is fed for a
     given noise level. The same holds of dynamic shifting.
 
@@ -70,7 +70,7 @@ def read_scheduler_config(config: Mapping[str, Any]) -> SchedulerSpec:
     """
     name = config.get("_class_name", "DDPMScheduler")
     if name == "TimeTunerScheduler" and isinstance(config.get("base_scheduler"), Mapping):
-        return read_scheduler_config(config["base_scheduler"])  # of a pipeline that was tuned before
+        return read_scheduler_config(config["base_scheduler"])  # The pipeline was tuned before.
     if name in FLOW_SCHEDULERS or (name in VP_SCHEDULERS and config.get("use_flow_sigmas")):
         return _flow(config)
     if name in EDM_SCHEDULERS:
@@ -82,7 +82,7 @@ def read_scheduler_config(config: Mapping[str, Any]) -> SchedulerSpec:
 
 
 def _vp(config: Mapping[str, Any]) -> SchedulerSpec:
-    from diffusers import DDPMScheduler  # it knows every beta schedule, and saved configurations have every value
+    from diffusers import DDPMScheduler  # It knows every beta schedule, and saved configurations have every value.
 
     prediction = _choice(config, "prediction_type", "epsilon", tuple(MODEL_TYPES))
     _choice(config, "timestep_type", "discrete", ("discrete",))
@@ -93,7 +93,7 @@ def _vp(config: Mapping[str, Any]) -> SchedulerSpec:
         if config.get("rescale_betas_zero_snr"):
             alphas_cumprod[-1] = MIN_ALPHA_CUMPROD
         return SchedulerSpec(NoiseScheduleVP("discrete", alphas_cumprod=alphas_cumprod), MODEL_TYPES[prediction])
-    except Exception as error:  # diffusers raises whatever its constructor meets
+    except Exception as error:  # The constructor may raise anything.
         raise ModelFormatError(SCHEDULER_CONFIG, f"no noise schedule can be built from it ({error})") from None
 
 

@@ -129,7 +129,8 @@ def _adam_end_to_end(
         with torch.no_grad():
             if log_steps.requires_grad:
                 state.timesteps = _timesteps(problem.timesteps, log_steps).cpu()
-                log_steps.copy_(_log_steps(state.timesteps))  # as a resumed run would find them
+                # Go through the saved values, so an unbroken run and a resumed one see the same numbers.
+                log_steps.copy_(_log_steps(state.timesteps))
             lower, upper = (bound.to(device) for bound in problem.ratio_bounds(state.timesteps))
             if ratios.requires_grad:
                 ratios.copy_(ratios.clamp(lower, upper))

@@ -14,7 +14,7 @@ from timetuner_core.tuning.gauss_newton import MIN_BATCHES, GaussNewton, batches
 from timetuner_core.tuning.objectives import Residual, next_eps_residual, teacher_step_residual
 from timetuner_core.tuning.problem import StepObjective, TuningProblem, TuningState, check_numbers
 
-# From pairs of a step and an iteration to the batch that is drawn for them and its residual.
+# A function of pairs of a step and an iteration: it draws their batch, and gives its residual.
 Draw = Callable[[list[tuple[int, int]]], tuple[Batch, Residual]]
 
 

@@ -93,7 +93,7 @@ class TuningState:
         return cls(ones, timesteps.double().cpu().clone(), zeros, memory, nans, nans.clone(), done)
 
     def note(self, steps: list[int], loss: Tensor, iterations: int = 1) -> None:
-        """So many more iterations on `steps`, with these losses."""
+        """Count iterations on `steps`, with their last losses."""
         first = [i for i in steps if self.iterations[i] == 0]
         self.iterations[steps] += iterations
         self.loss[steps] = loss.detach().double().cpu()
