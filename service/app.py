@@ -46,7 +46,7 @@ from service.web import endpoints as web
 from service.web import forms as web_forms
 from service.web.error_pages import ErrorPageMiddleware
 
-# A span per request to the API proper, of the client's trace if it has one; FastAPI makes none unless a tracer is set.
+# FastAPI makes a span for each request to the API, in the client's trace if it has one. Without a tracer it makes none.
 TRACED: TelemetryConfig = {
     "metrics": False,
     "logs": False,
@@ -68,11 +68,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             app.state.samples = samples = samples_state(state)
             metrics.registry.register(QueueCollector(state.registry, samples.admission))
             listening = asyncio.create_task(samples.events.run())
-            gc.freeze()  # what is loaded by now stays: collections that look through it all hold up every request
+            gc.freeze()  # Objects loaded by now stay. Collections that went through them would delay all requests.
             yield
             listening.cancel()
 
-    # FastAPI, but what its pages of the documentation load comes with the package.
+    # FastAPIOffline serves the files of the documentation pages itself, so browsers load nothing from elsewhere.
     app = FastAPIOffline(
         **openapi.ABOUT,
         version=version("timetuner"),
@@ -87,9 +87,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     routes = [route for route in every if isinstance(route, APIRoute)]
     _add_middleware(app, settings, metrics, [route.path for route in routes])
     install_error_handlers(app, routes)
-    of_keys = error_responses(UnauthenticatedError, ForbiddenError, TooManyRequestsError)
+    key_errors = error_responses(UnauthenticatedError, ForbiddenError, TooManyRequestsError)
     for area in areas:
-        app.include_router(area.router, responses={} if area is health else of_keys)
+        app.include_router(area.router, responses={} if area is health else key_errors)
 
     app.include_router(web.router)
     app.include_router(web_forms.router)
@@ -99,7 +99,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 
 def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, paths: list[str]) -> None:
-    """From the innermost to the outermost."""
+    """Add the middleware, the innermost first."""
     app.add_middleware(AdmissionMiddleware, admission=lambda: app.state.samples.admission, path="/v1/samples")
     app.add_middleware(AuthenticationMiddleware, state=lambda: app.state.timetuner, access=lambda: app.state.access)
     app.add_middleware(

@@ -26,7 +26,7 @@ def get_requested_model(session: Session, model_id: str, where: str = "body") ->
 
 
 def check_setting(spec: dict[str, Any], setting: SamplingSetting, where: str = "body") -> None:
-    """Refuse what the model or the sampler does not have. Raises: InvalidError."""
+    """Refuse a setting that the model or the sampler does not support. Raises: InvalidError."""
 
     def refuse(name: str, accepted: str) -> None:
         value = setting.model_dump(mode="json")[name]
@@ -51,7 +51,7 @@ def check_setting(spec: dict[str, Any], setting: SamplingSetting, where: str = "
 
 
 def check_uncond(spec: dict[str, Any], setting: SamplingSetting, accepted: str) -> None:
-    """Refuse classifier-free guidance by more than the condition where nothing stands for "no condition".
+    """Refuse classifier-free guidance at a scale other than 1 if the model has no condition that stands for none.
 
     Raises: InvalidError.
     """
@@ -74,9 +74,14 @@ def check_timesteps(timesteps: Timesteps, num_steps: int, T: float) -> None:
 
 def check_room(session: Session, job_class: type[Job], max_queued_jobs: int) -> None:
     """Refuse a job when too many are waiting. Raises: TooManyRequestsError."""
-    queued = session.scalar(select(func.count()).where(job_class.state == JobState.QUEUED)) or 0
+    queued = count_queued(session, job_class)
     if queued >= max_queued_jobs:
         raise TooManyRequestsError(f"{queued} jobs are queued; accepted: fewer than {max_queued_jobs}")
+
+
+def count_queued(session: Session, job_class: type[Job]) -> int:
+    """The number of jobs that wait for a worker."""
+    return session.scalar(select(func.count()).where(job_class.state == JobState.QUEUED)) or 0
 
 
 def check_webhook(url: str | None, settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""What every area of the application works with, made once and reached by endpoints as `State`."""
+"""State that all areas of the application share, made once. Endpoints get it as `State`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ class AppState:
 
 @contextmanager
 def open_state(settings: Settings) -> Iterator[AppState]:
-    """The state; the database must have been migrated."""
+    """The state, closed when the context ends. The database must have been migrated."""
     registry, celery = Registry(settings.database_url), celery_app(settings.broker_url)
     bus = Bus(celery, settings.broker_url)
     yield AppState(settings, registry, ArtifactStore(settings.artifacts_url), celery, bus)
@@ -38,7 +38,7 @@ def open_state(settings: Settings) -> Iterator[AppState]:
 
 
 async def _state(request: Request) -> AppState:
-    """The dependency is async, so that FastAPI calls it in the event loop and wakes no thread for it."""
+    """Give the state. The dependency is async, so that FastAPI calls it in the event loop without a thread."""
     state: AppState = request.app.state.timetuner
     return state
 

@@ -16,7 +16,10 @@ EDM_RHO = 7.0
 
 
 def make_timesteps(noise_schedule: NoiseSchedule, num_steps: int, grid: GridName = "default") -> Tensor:
-    """Exactly `num_steps` steps from `T` to the schedule's `t_min`.
+    """Exactly `num_steps` steps from `T` to the schedule's `t_min`, or to 0 by a last step from there.
+
+    The last step is added where `t_min` leaves noise that one can see (see `NoiseSchedule.t_end`): flow matching
+    trained on few steps, or EDM with a large `sigma_min`. diffusers ends all grids of these two at 0.
 
     - `default`: the schedule's own, `edm` for EDM, whose t is sigma, else `uniform`.
     - `uniform`: in t.
@@ -33,11 +36,14 @@ def make_timesteps(noise_schedule: NoiseSchedule, num_steps: int, grid: GridName
     if num_steps < 1 or (limit is not None and num_steps > limit):
         accepted = f"1 to {limit}" if limit is not None else "1 or more"
         raise ValueError(f"num_steps is {num_steps}; accepted: {accepted}")
-    if limit == 1:  # T and t_min coincide, so the only step goes to clean data.
-        return torch.tensor([noise_schedule.T, 0.0], dtype=torch.float64)
+    clean = torch.zeros(1, dtype=torch.float64)
+    ends = torch.tensor([noise_schedule.T, noise_schedule.t_min], dtype=torch.float64)
     if grid == "default":
         grid = noise_schedule.default_grid
-    ends = torch.tensor([noise_schedule.T, noise_schedule.t_min], dtype=torch.float64)
+    if limit == 1 or (noise_schedule.t_end == 0 and num_steps == 1):  # T and t_min coincide for N = 1.
+        return torch.cat([ends[:1], clean])
+    if noise_schedule.t_end == 0:
+        return torch.cat([grid_between(noise_schedule, ends, num_steps - 1, grid), clean])
     return grid_between(noise_schedule, ends, num_steps, grid)
 
 

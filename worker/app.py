@@ -21,7 +21,7 @@ from worker.sampling import SampleServer
 from worker.tuning import run_tuning_job
 from worker.tuning_tasks import run_tuning_task
 
-# Celery warns root of unpickling messages; ours are JSON and hold nothing but a job's id.
+# Celery warns root users of unpickling messages. These messages are JSON and hold only a job's id.
 warnings.simplefilter("ignore", SecurityWarning)
 
 settings = Settings()
@@ -62,12 +62,12 @@ def serve_samples() -> None:
 
 @setup_logging.connect  # type: ignore[untyped-decorator]
 def _leave_logging(**_: Any) -> None:
-    """As it is: that there is a receiver keeps Celery from setting it up."""
+    """Do nothing: a receiver of this signal keeps Celery from setting up logging."""
 
 
 @worker_ready.connect  # type: ignore[untyped-decorator]
 def _warm_up(**_: Any) -> None:
-    """Before the first task."""
+    """Prepare for sampling before the first task."""
     if SAMPLE_QUEUE in app.amqp.queues.consume_from:
         _runtime().give_way = _sample_server().serve_if_called
         _runtime().warm_up()
@@ -75,6 +75,6 @@ def _warm_up(**_: Any) -> None:
 
 @worker_shutting_down.connect  # type: ignore[untyped-decorator]
 def _stop_taking(**_: Any) -> None:
-    """What is being sampled is finished, if there is time; tuning is handed back, and what is not begun."""
+    """Stop: running samples are finished if there is time. Tuning jobs and jobs that have not begun are handed back."""
     _runtime().stopping.set()
     _sample_server().stop()

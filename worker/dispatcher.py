@@ -1,7 +1,7 @@
 """The dispatcher: `python -m worker.dispatcher`. Any number may run; one is enough.
 
-It takes jobs back from workers that fell silent, and tells the broker of jobs it has not heard of: those
-submitted while it was away, those it lost, those taken back. It also deletes what is not to be kept any longer.
+It takes jobs back whose leases expired. It publishes jobs that the broker has no message of: those submitted while the
+broker was away, those it lost, those taken back. It deletes old samples, and sends webhooks.
 """
 
 import logging
@@ -40,9 +40,9 @@ def dispatch_once(
 ) -> None:
     """One round over all kinds of jobs.
 
-    A message older than `republish_seconds` whose queue is empty was lost, or is in the hands of a worker about
-    to claim it; so may be one ten times as old, whatever is in the queue. Publishing again does no harm, as a job
-    can be claimed only once.
+    A message older than `republish_seconds` whose queue is empty was lost, or a worker is about to claim its job. A
+    message ten times as old is taken for lost even if the queue is not empty. Publishing again does no harm, because a
+    job can be claimed only once.
     """
     for job_class in JOB_CLASSES:
         with registry.write() as session:
@@ -90,7 +90,7 @@ def main() -> None:
             dispatch_once(registry, artifacts, app, bus, settings.max_attempts, settings.republish_seconds)
             sweeper.sweep_if_due()
             LAST_ROUND.set_to_current_time()
-        except Exception:  # database or broker away: the next round may find them back
+        except Exception:  # The database or the broker is away. The next round tries again.
             logger.exception("a round failed")
     if sender is not None:
         sender.stop()

@@ -14,9 +14,9 @@ logger = logging.getLogger(__name__)
 
 
 def join_all(registry: Registry, artifacts: ArtifactStore, parent_ids: Iterable[str]) -> list[Ended]:
-    """Bring requests that were split up to date with their parts; how those ended that are over by that.
+    """Update requests that were split from the states of their parts. Returns the ends of those that are over.
 
-    One whose images cannot be stored stays as it is: it is tried again by the dispatcher.
+    A request whose images cannot be stored stays as it is, and the dispatcher tries again.
     """
 
     def join(places: list[tuple[str, int, int]]) -> str:

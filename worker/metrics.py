@@ -1,4 +1,4 @@
-"""A worker's Prometheus metrics, served if METRICS_PORT is set. What each is good for: docs/observability.md."""
+"""A worker's Prometheus metrics, served if METRICS_PORT is set. docs/observability.md explains each."""
 
 from collections.abc import Iterable
 
@@ -25,7 +25,7 @@ MODEL_BYTES = Gauge("timetuner_model_bytes", "Of the models that the worker hold
 
 
 def serve(settings: Settings) -> None:
-    """From a thread, for as long as the process lives. Raises: OSError, if the port is taken."""
+    """Serve metrics from a thread until the process ends. Raises: OSError, if the port is taken."""
     if settings.metrics_port:
         start_http_server(settings.metrics_port, settings.metrics_host)
 
@@ -42,7 +42,7 @@ def job_ended(job_class: type[Job], state: JobState) -> None:
 
 
 def samples_ended(ends: Iterable[Ended]) -> None:
-    """Count requests; the parts of one that was split are not counted by themselves."""
+    """Count requests that ended. The parts of a request that was split are not counted."""
     for end in ends:
         if end.parent_id is None:
             job_ended(SampleJob, end.state)

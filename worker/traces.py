@@ -1,4 +1,4 @@
-"""Spans of jobs: of the trace of the request that a sampling job came by, or of a tuning job's own."""
+"""Spans of jobs: sampling jobs belong to their request's trace, and each tuning job begins a trace."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, suppress
@@ -19,10 +19,10 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def trace_samples(ends: Iterable[tuple[SampleClaim, Ended]], handed_in: datetime) -> None:
-    """A span for each job from its claim until now, when its result is stored, with a child for its steps and one for
-    the storing; and, before it, one for the wait.
+    """Make the spans of jobs whose results were stored.
 
-    They are made when all is over, as the jobs of a batch have no stretch of code each.
+    Each job has a span for its wait, and one from its claim until now, with children for its steps and for storing. All
+    are made afterwards, because the jobs of a batch share the code that runs them.
     """
     now = utc_now()
     for claim, end in ends:

@@ -1,4 +1,4 @@
-"""What a tuning job's request means on this worker: its model, its sampler, and the tuner that is to improve it."""
+"""A tuning job on this worker: its model, its sampler, and the tuner that improves it."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ class TunedSampler:
 
     Attributes:
         timesteps: the grid to start from, `(num_steps + 1,)`.
-        network_calls: samples put through the network so far; whoever stores them starts again at 0.
+        network_calls: samples put through the network since they were last stored.
     """
 
     def __init__(self, runtime: Runtime, job: TuningJob, check: Callable[[], None]) -> None:
@@ -48,7 +48,7 @@ class TunedSampler:
 
     @property
     def tuned_steps(self) -> list[int]:
-        """The steps that the tuner has anything to say about."""
+        """The steps that the tuner changes."""
         return self.tuner.tuned_steps(self.request.num_steps)
 
     @property
@@ -63,16 +63,16 @@ class TunedSampler:
             steps: of a tuner whose steps do not depend on each other, only these.
         """
         if bool(state.done[self.tuned_steps if steps is None else steps].all()):
-            return  # and no population need be made
+            return  # No population is made for steps that are done.
         yield from self.tuner.run(self._problem(), state, steps)
 
     def evaluate(self, state: TuningState) -> Evaluation:
-        """The tuned sampler against the untuned one, on noise that tuning did not see."""
+        """Evaluate the tuned sampler against the untuned one, on noise that tuning did not use."""
         how = self.request.evaluation
         return self.experiment.evaluate(state.timesteps, state.t_ratios, how.num_samples, how.teacher_num_steps)
 
     def _problem(self) -> TuningProblem:
-        """What the job's other tasks on this worker have too, but on a network that this attempt watches."""
+        """The problem that the job's tasks on this worker share, on a network that counts this attempt's calls."""
         problem = self.runtime.problem(self.job_id, self._new_problem)
         model_fn = self.experiment.guidance.model_fn(self.experiment.model)
         step_fn = self.experiment.sampler.step_fn(model_fn, problem.noise_schedule)

@@ -1,4 +1,4 @@
-"""Running a tuning job: tune from wherever the last attempt got to, evaluate, store the schedule."""
+"""Running a tuning job: tune from the last saved state, evaluate, store the schedule."""
 
 import dataclasses
 import math
@@ -39,7 +39,7 @@ def run_tuning_job(runtime: Runtime, lease: Lease) -> None:
 
 
 def _store(lease: Lease, sampler: TunedSampler, state: TuningState, result: Evaluation) -> None:
-    """Schedule, evaluation and the job's end, in one transaction."""
+    """Store the schedule, its evaluation and the job's end in one transaction."""
     with lease.write() as (session, job):
         assert isinstance(job, TuningJob)
         schedule = _schedule_row(session, job, sampler.request, state, result)
@@ -93,12 +93,12 @@ def _evaluation_row(schedule_id: str, job: TuningJob, sampler: TunedSampler, res
 
 
 def _no_nan(value: float) -> float:
-    """SQLite takes NaN for nothing at all."""
+    """Replace NaN by infinity, because SQLite stores NaN as null."""
     return math.inf if math.isnan(value) else value
 
 
 def _metric(metric: Metric) -> dict[str, float | None]:
-    """As it is stored; JSON has no word for what is not finite."""
+    """A metric as it is stored. JSON has no number that is not finite, so these are null."""
     change = metric.change
     figures = {"before": metric.before, "after": metric.after, "change": change.mean}
     figures |= {"low": change.low, "high": change.high}

@@ -1,4 +1,4 @@
-"""Requests that may come twice, but shall be done once: those with an `Idempotency-Key`."""
+"""Requests with an `Idempotency-Key`: they may be sent again, and are done once."""
 
 import hashlib
 import json
@@ -38,10 +38,12 @@ Row = TypeVar("Row", bound=Made)
 
 @dataclass(frozen=True)
 class Once:
-    """A request with a key. Keys are of one caller and one operation: others may use the same.
+    """A request with a key. Each caller and operation has keys of its own.
 
     Attributes:
-        given: the key as it came. key: what the registry has of it and whose it is. request_hash: of the request.
+        given: the key as it was sent.
+        key: the hash of caller, operation and key that the registry stores.
+        request_hash: the hash of the request.
     """
 
     given: str
@@ -64,7 +66,10 @@ class Once:
         return None if row is None else row.object_id
 
     def remember(self, session: Session, object_id: str) -> None:
-        """In the transaction that makes it. Raises: IntegrityError, if the same request came at the same time."""
+        """Store the id of the row that the request made, in the same transaction.
+
+        Raises: IntegrityError, if the same request came at the same time.
+        """
         values = {"key": self.key, "request_hash": self.request_hash, "object_id": object_id}
         session.execute(insert(IdempotencyKey).values(values))
 
@@ -72,9 +77,12 @@ class Once:
 def make_once(
     registry: Registry, once: Once | None, find: Callable[[Session, str], Row], make: Callable[[Session], Row]
 ) -> tuple[Row, bool]:
-    """What `make` makes, or what it made for the same request before; and whether it was made now.
+    """Make a row in one transaction, or find the row that the same request made before.
 
-    Raises: ConflictError, and what `find` and `make` raise.
+    Returns:
+        The row, and whether it was made now.
+
+    Raises: ConflictError, if the key was used with another request; and the errors of `find` and `make`.
     """
     for again in (True, False):
         try:
@@ -86,7 +94,7 @@ def make_once(
                 if once is not None:
                     once.remember(session, row.id)
                 return row, True
-        except IntegrityError:  # perhaps the same request, at the same time
+        except IntegrityError:  # The same request may have come at the same time. If so, the second try finds its row.
             if not again:
                 raise
     raise AssertionError("not reached")

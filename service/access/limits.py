@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class RateLimits:
-    """Requests of each key in any 60 seconds; while the broker is away, each API process counts by itself."""
+    """Limits the requests of each key in any 60 seconds. Without the broker, each API process counts by itself."""
 
     def __init__(self, broker_url: str) -> None:
         url = redis_url(broker_url).replace("unix://", "redis+unix://", 1)
@@ -45,7 +45,7 @@ class RateLimits:
 
 
 async def _hit(limiter: MovingWindowRateLimiter, item: RateLimitItemPerMinute, key_id: str) -> float | None:
-    """None if there is room for a request, which counts then; else the seconds until there is."""
+    """Count a request if it fits, and return None; otherwise return the seconds until one fits."""
     if await limiter.hit(item, key_id):
         return None
     return (await limiter.get_window_stats(item, key_id)).reset_time - time.time()

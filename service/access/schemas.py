@@ -1,4 +1,4 @@
-"""What the audit log returns."""
+"""Responses of the audit log's endpoint."""
 
 from pydantic import BaseModel, ConfigDict, Field
 

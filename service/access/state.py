@@ -1,4 +1,4 @@
-"""What the application knows of API keys, made once and reached by endpoints as `Access`."""
+"""State of access control, made once per application. Endpoints get it as `Access`."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,7 +12,7 @@ from service.state import AppState
 
 @dataclass(frozen=True)
 class AccessState:
-    """The keys that are valid, and how many requests each has made."""
+    """The known API keys, and the counters of their requests."""
 
     keys: KeyRing
     rates: RateLimits

@@ -1,4 +1,4 @@
-"""`timetuner doctor`: what a service needs here, or whether one elsewhere is well."""
+"""`timetuner doctor`: check the needs of a service on this machine, or the state of one elsewhere."""
 
 import platform
 import shutil
@@ -27,7 +27,7 @@ MIN_DISK_BYTES = MIN_MEMORY_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found; `mend` is what to do if it is not well."""
+    """The result of one check. `mend` says how to repair a fault."""
 
     check: str
     ok: bool
@@ -44,7 +44,7 @@ def doctor(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check what a service needs here, or with --url whether that service is well; and say how to mend what is not."""
+    """Check the needs of a service on this machine, or with --url that service, and say how to repair faults."""
     from service.shared.settings import Settings
 
     findings = list(_remote(url) if url else _local(Settings(), port))
@@ -92,13 +92,13 @@ def _versions() -> Iterator[Finding]:
 
 
 def _device(name: str) -> Finding:
-    """By a small computation on it."""
+    """Check the device by a small computation."""
     import torch
 
     try:
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         torch.ones(2, device=device).sum().item()
-    except (RuntimeError, AssertionError) as error:  # the latter: torch was built without CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA.
         reason = str(error).partition("\n")[0]
         return Finding(
             "device", False, f"{name}: {reason}", "set DEVICE to auto, cpu, or a device that this machine has"
@@ -194,7 +194,7 @@ def _port(port: int) -> Finding:
 
 
 def _service(url: str) -> Iterator[Finding]:
-    """Whether a service is well, and whether it takes the key."""
+    """Check a service's state, and whether it accepts the key."""
     with TimeTuner(url, max_attempts=1) as client:
         ready = None
         yield _asked(

@@ -1,4 +1,4 @@
-"""`timetuner jobs`: tuning jobs; by their ids, sampling jobs too."""
+"""`timetuner jobs`: tuning jobs, and sampling jobs by their ids."""
 
 import json
 from itertools import islice
@@ -23,7 +23,7 @@ def list_(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tuning jobs, newest first."""
+    """List tuning jobs, newest first."""
     with connected(url) as client:
         found = list(islice(client.tuning_jobs.list(state=state), limit))
     if as_json:
@@ -38,7 +38,7 @@ def list_(
 
 @jobs.command()
 def show(job_id: JobId, url: Url = None, as_json: AsJson = False) -> None:
-    """One job, and where tuning stands for each step."""
+    """Show one job, and the state of each step."""
     with connected(url) as client:
         job = _jobs(client, job_id).get(job_id)
     _show(job, as_json)
@@ -46,7 +46,7 @@ def show(job_id: JobId, url: Url = None, as_json: AsJson = False) -> None:
 
 @jobs.command()
 def cancel(job_id: JobId, url: Url = None, as_json: AsJson = False) -> None:
-    """Cancel: a queued job at once, a running one as soon as its worker sees it."""
+    """Cancel a job. A queued job ends at once, a running one as soon as its worker notices."""
     with connected(url) as client:
         job = _jobs(client, job_id).cancel(job_id)
     _show(job, as_json)
@@ -59,7 +59,7 @@ def logs(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """What happened to a tuning job; with --json, an event on each line."""
+    """Print the events of a tuning job. With --json, each line is an event."""
     with connected(url) as client:
         for event in client.tuning_jobs.events(job_id, follow=follow):
             if as_json:

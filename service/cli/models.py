@@ -36,7 +36,7 @@ def import_(
 
 @models.command(name="list")
 def list_(limit: Limit = None, url: Url = None, as_json: AsJson = False) -> None:
-    """The registered models, newest first."""
+    """List the registered models, newest first."""
     with connected(url) as client:
         found = list(islice(client.models.list(), limit))
     if as_json:
@@ -51,7 +51,7 @@ def list_(limit: Limit = None, url: Url = None, as_json: AsJson = False) -> None
 
 @models.command()
 def show(model: ModelName, url: Url = None, as_json: AsJson = False) -> None:
-    """One model."""
+    """Show one model."""
     with connected(url) as client:
         found = client.models.get(find_model(client, model))
     _show(found, as_json)

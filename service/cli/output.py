@@ -1,4 +1,4 @@
-"""What commands print: results on stdout, all else on stderr; and what their exit codes say."""
+"""Output of commands: results on stdout, all else on stderr, and the exit codes."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,7 +35,7 @@ stderr = Console(stderr=True, highlight=False)
 
 
 class CommandError(TimeTunerError):
-    """What a command itself finds wrong, and the exit code that says so."""
+    """An error that a command itself finds, and its exit code."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -45,7 +45,7 @@ class CommandError(TimeTunerError):
 def explain(error: Exception) -> int:
     """Print one line; returns the exit code."""
     if isinstance(error, typer.TyperException):
-        if message := error.format_message():  # none where the help was printed
+        if message := error.format_message():  # There is no message if the help was printed.
             typer.echo(f"timetuner: {' '.join(message.split())}", err=True)
         return error.exit_code
     typer.echo(f"timetuner: {' '.join(str(error).split())}", err=True)
@@ -59,7 +59,7 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A line for each row; on a terminal, as wide as that is."""
+    """Print a line for each row, no wider than the terminal if there is one."""
     table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -69,7 +69,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
-    """A line for each fact."""
+    """Print a line for each fact."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -81,7 +81,7 @@ def print_facts(facts: Mapping[str, Any]) -> None:
 def _print(table: Table) -> None:
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
-        console.width = 1000  # one line each
+        console.width = 1000  # Each row is one line.
     console.print(table)
 
 

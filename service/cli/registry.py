@@ -1,4 +1,4 @@
-"""The registry's database, for commands that are on it rather than on the API."""
+"""The registry's database, for commands that use it directly and not the API."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from service.shared.settings import Settings
 
 @contextmanager
 def open_registry() -> Iterator[Registry]:
-    """Raises: CommandError, if it cannot be used."""
+    """The registry of the settings. Raises: CommandError, if it cannot be used."""
     registry = Registry(Settings().database_url)
     try:
         yield registry
@@ -27,5 +27,5 @@ def open_registry() -> Iterator[Registry]:
 
 
 def reason_of(error: SQLAlchemyError) -> str:
-    """What the database's driver says, in a line."""
+    """The error message of the database's driver, in one line."""
     return str(getattr(error, "orig", error)).partition("\n")[0]

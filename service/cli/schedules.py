@@ -17,7 +17,7 @@ from service.cli.options import (
     GuidanceType,
     ModelName,
     NumSteps,
-    Sampler,
+    SamplerName,
     find_model,
     given,
 )
@@ -42,7 +42,7 @@ def list_(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Schedules that match all that is given, newest first."""
+    """List schedules that match all filters, newest first."""
     filters = given(
         num_steps=num_steps,
         sampler=sampler,
@@ -66,7 +66,7 @@ def list_(
 
 @schedules.command()
 def show(schedule_id: ScheduleId, url: Url = None, as_json: AsJson = False) -> None:
-    """One schedule, and its evaluation."""
+    """Show one schedule and its evaluation."""
     with connected(url) as client:
         schedule = client.schedules.get(schedule_id)
     if as_json:
@@ -79,7 +79,7 @@ def show(schedule_id: ScheduleId, url: Url = None, as_json: AsJson = False) -> N
 def resolve(
     model: ModelName,
     num_steps: NumSteps,
-    sampler: Sampler = None,
+    sampler: SamplerName = None,
     guidance_type: GuidanceType = None,
     guidance_scale: GuidanceScale = None,
     guidance_rescale: GuidanceRescale = None,
@@ -89,7 +89,7 @@ def resolve(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """What sampling would use by itself, and why."""
+    """Show the schedule that sampling would use, and why."""
     setting = given(
         num_steps=num_steps,
         sampler=sampler,
@@ -176,7 +176,7 @@ def alias(
 
 
 def show_schedule(schedule: Schedule) -> None:
-    """All of it but its provenance."""
+    """Print a schedule without its provenance."""
     print_facts(
         schedule.model_dump(include={"id", "job", "model", "sampler", "num_steps", "eta", "version", "status", "score"})
         | {"guidance": _guidance(schedule), "timesteps": schedule.timesteps, "t_ratios": schedule.t_ratios}

@@ -12,7 +12,7 @@ from service.cli.output import UNREACHABLE, USAGE, AsJson, CommandError, print_j
 
 db = typer.Typer(no_args_is_help=True, help="The registry's database.")
 
-Host = Annotated[str, typer.Option(help="Address to listen on; on any but loopback, requests need API keys.")]
+Host = Annotated[str, typer.Option(help="Address to listen on. On any but loopback, requests need API keys.")]
 Port = Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")]
 
 
@@ -71,7 +71,7 @@ def api(host: Host = "127.0.0.1", port: Port = 8000) -> None:
 
 
 def _settle_authentication(command: str, host: str) -> None:
-    """Beyond this machine, have requests need API keys; where that was forbidden, do not start."""
+    """Require API keys if the service can be reached from other machines. Refuse to start if AUTH forbids that."""
     from service.access.local import is_loopback
     from service.shared.settings import Settings
 

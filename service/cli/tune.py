@@ -20,7 +20,7 @@ from service.cli.options import (
     GuidanceType,
     ModelName,
     NumSteps,
-    Sampler,
+    SamplerName,
     Timesteps,
     assignment,
     find_model,
@@ -34,7 +34,7 @@ from service.client import TuningJob
 def tune(
     model: ModelName,
     num_steps: NumSteps,
-    sampler: Sampler = None,
+    sampler: SamplerName = None,
     guidance_type: GuidanceType = None,
     guidance_scale: GuidanceScale = None,
     guidance_rescale: GuidanceRescale = None,
@@ -51,7 +51,7 @@ def tune(
         typer.Option(parser=assignment, metavar="NAME=VALUE", help="A field of the evaluation; may be repeated."),
     ] = [],  # noqa: B006
     seed: Annotated[int | None, typer.Option(help="[0]")] = None,
-    webhook_url: Annotated[str | None, typer.Option(help="Who is told of the job's end.")] = None,
+    webhook_url: Annotated[str | None, typer.Option(help="URL that is told of the job's end.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show each step's ratio as it is tuned.")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait: print the job's id.")] = False,
     url: Url = None,
@@ -96,7 +96,7 @@ def _print_job(job: TuningJob, as_json: bool) -> None:
 
 
 def _wait(job: TuningJob, watch: bool) -> TuningJob:
-    """The job once it is over; cancelled if we are interrupted."""
+    """Wait until the job is over. Ctrl-C cancels it."""
     try:
         with _display(job, watch) as show:
             return job.wait(progress=show)
@@ -108,7 +108,7 @@ def _wait(job: TuningJob, watch: bool) -> TuningJob:
 
 @contextmanager
 def _display(job: TuningJob, watch: bool) -> Iterator[Callable[[TuningJob], None]]:
-    """A function that shows the job as it is, on stderr; where that is no terminal, a line for each state."""
+    """A function that shows the job on stderr. If that is no terminal, it prints a line for each new state."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     progress = Progress(*columns, console=stderr)
     bar = progress.add_task("", total=1.0)

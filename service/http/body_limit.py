@@ -1,4 +1,4 @@
-"""Refusing request bodies that are too large or too slow, before they are read or while they stream in."""
+"""Middleware that refuses request bodies that are too large or too slow."""
 
 import asyncio
 import time
@@ -11,14 +11,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.http.errors import problem_response
 
 UPLOAD_PATH = "/v1/models"
-MIN_BYTES_PER_SECOND = 1024  # after the first `body_seconds`, on average
+MIN_BYTES_PER_SECOND = 1024  # The least average rate after the first `body_seconds`.
 
 
 class BodyLimitMiddleware:
-    """413 for bodies over `max_json_bytes`; for multipart bodies of `UPLOAD_PATH`, over `max_body_bytes`.
+    """Answers 413 to bodies over `max_json_bytes`, or over `max_body_bytes` for multipart bodies of `UPLOAD_PATH`.
 
-    408 if nothing comes for `body_seconds`, or so little that it takes longer than that and a second per
-    `MIN_BYTES_PER_SECOND`. Only the time in which somebody wants to read counts.
+    Answers 408 if nothing comes for `body_seconds`, or if the body takes longer than that and a second per
+    `MIN_BYTES_PER_SECOND`. Only the time in which the application waits for the body counts.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, max_json_bytes: int, body_seconds: float) -> None:
@@ -44,7 +44,8 @@ class BodyLimitMiddleware:
 
         async def limited_receive() -> Message:
             nonlocal received, waited, more
-            if not more:  # what is waited for is that the client hangs up
+            if not more:
+                # The body is complete. Later messages only report a disconnect, which has no time limit.
                 return await receive()
             left = self.body_seconds - max(0.0, waited - received / MIN_BYTES_PER_SECOND)
             began = time.monotonic()

@@ -1,4 +1,4 @@
-"""The errors of the service, and their one map to RFC 9457 problem documents."""
+"""The errors of the service, and how they become RFC 9457 problem documents."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from starlette.routing import Match
 from service.shared.logs import request_id
 
 Location = tuple[str | int, ...]
-REQUEST = "req_01JD3K5V8Q2M4N6P7R9S0T1V2W"  # as the ids of requests look
+EXAMPLE_REQUEST_ID = "req_01JD3K5V8Q2M4N6P7R9S0T1V2W"
 
 # Pydantic has other words for an unknown field of a dataclass, which tuners are, than of a model.
 MESSAGES = {"unexpected_keyword_argument": "Extra inputs are not permitted"}
@@ -46,7 +46,7 @@ class ServiceError(Exception):
     """A request that cannot be served, and why. `loc` names the field, such as `("body", "num_steps")`."""
 
     status = HTTPStatus.BAD_REQUEST
-    example = "the body is not JSON"  # of a detail, for the OpenAPI document
+    example = "the body is not JSON"  # The OpenAPI document shows this as an example of a detail.
     headers: Mapping[str, str] = {}
 
     def __init__(self, detail: str, loc: Location | None = None, input: Any = None) -> None:
@@ -136,14 +136,16 @@ def problem_response(
 ) -> Response:
     title = HTTPStatus(status).phrase
     problem = Problem(title=title, status=status, detail=detail, errors=errors or [], request_id=request_id())
-    # ASCII only: what a request had wrong may be half a surrogate pair, which UTF-8 cannot carry.
+    # The JSON is ASCII only, because an offending input may hold half a surrogate pair, which UTF-8 cannot encode.
     content = json.dumps(problem.model_dump(), allow_nan=False)
     return Response(content, status, headers=headers, media_type="application/problem+json")
 
 
 def install_error_handlers(app: FastAPI, routes: Collection[APIRoute]) -> None:
-    """Answer every error that is known, the framework's own included, with a problem document; see `request_ids` for
-    those that are not."""
+    """Answer every known error, those of the framework included, with a problem document.
+
+    `RequestIdMiddleware` answers unknown errors.
+    """
 
     def methods_at(request: Request) -> set[str]:
         path = next((route.path for route in routes if route.matches(request.scope)[0] != Match.NONE), None)
@@ -166,7 +168,8 @@ def install_error_handlers(app: FastAPI, routes: Collection[APIRoute]) -> None:
     def http_error(request: Request, error: HTTPException) -> Response:
         headers = error.headers
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED and (methods := methods_at(request)):
-            headers = {"Allow": ", ".join(sorted(methods))}  # of all routes of the path; the framework names one's
+            # The framework names the methods of one route only, so name those of all routes of the path.
+            headers = {"Allow": ", ".join(sorted(methods))}
         return problem_response(error.status_code, str(error.detail), headers=headers)
 
     @app.exception_handler(IntegrityError)
@@ -182,7 +185,9 @@ def error_responses(*errors: type[ServiceError]) -> dict[int | str, dict[str, An
 
 def problem_content(error: type[ServiceError] = ServiceError) -> dict[str, Any]:
     """How the OpenAPI document says that a response is a problem document."""
-    example = Problem(title=error.status.phrase, status=error.status, detail=error.example, request_id=REQUEST)
+    example = Problem(
+        title=error.status.phrase, status=error.status, detail=error.example, request_id=EXAMPLE_REQUEST_ID
+    )
     content = {"schema": {"$ref": "#/components/schemas/Problem"}, "example": example.model_dump(mode="json")}
     return {"content": {"application/problem+json": content}}
 

@@ -1,4 +1,4 @@
-"""What all endpoints share: JSON bodies, lists in pages, common field types."""
+"""Building blocks of endpoints: JSON bodies, pages of lists, common field types."""
 
 import json
 from collections import Counter
@@ -12,20 +12,20 @@ from pydantic import BaseModel, Field
 from sqlalchemy import Select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from service.http.errors import REQUEST, InvalidError, UnsupportedMediaTypeError
+from service.http.errors import EXAMPLE_REQUEST_ID, InvalidError, UnsupportedMediaTypeError
 from service.registry.tables import AuditEntry, Model, TuningJob
 from service.shared.fields import IDENTIFIER, Identifier
 
 JSON_TYPE = "application/json"
 PathId = Annotated[str, Path(**IDENTIFIER)]
 
-# Parts of answers, with examples for the OpenAPI document.
+# These field types of responses have examples for the OpenAPI document.
 ModelId = Annotated[str, Field(examples=["mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W"])]
 TuningJobId = Annotated[str, Field(examples=["job_01JD3K5V8Q2M4N6P7R9S0T1V2W"])]
 ScheduleId = Annotated[str, Field(examples=["sch_01JD3K5V8Q2M4N6P7R9S0T1V2W"])]
 SampleJobId = Annotated[str, Field(examples=["smp_01JD3K5V8Q2M4N6P7R9S0T1V2W"])]
 KeyId = Annotated[str, Field(examples=["key_01JD3K5V8Q2M4N6P7R9S0T1V2W"])]
-RequestId = Annotated[str, Field(examples=[REQUEST])]
+RequestId = Annotated[str, Field(examples=[EXAMPLE_REQUEST_ID])]
 Fault = Annotated[str | None, Field(examples=[None])]
 Time = Annotated[datetime, Field(examples=["2026-11-26T03:00:00Z"])]
 NextCursor = Annotated[str | None, Field(examples=[None], description="Of the next page; null on the last.")]
@@ -42,7 +42,7 @@ async def require_json(request: Request) -> None:
 
 
 def check_fields(body: bytes) -> None:
-    """Refuse JSON that says a field of an object twice: which was meant? What is no JSON is for others to refuse.
+    """Refuse JSON that gives a field of an object twice, because it is ambiguous. Text that is no JSON is let through.
 
     Raises: InvalidError.
     """

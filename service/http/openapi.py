@@ -1,4 +1,4 @@
-"""What the OpenAPI document says beyond what FastAPI finds out by itself."""
+"""Parts of the OpenAPI document that FastAPI does not derive from the code."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +23,7 @@ ABOUT: Json = {
     ],
 }
 REFERENCE = "#/components/schemas/"
-OF_TYPES: Json = {"integer": 1, "number": 0.0, "boolean": False, "null": None, "object": {}}
+EXAMPLES: Json = {"integer": 1, "number": 0.0, "boolean": False, "null": None, "object": {}}
 
 
 def complete(document: Json, *schemas: type[BaseModel]) -> None:
@@ -47,7 +47,7 @@ def bodies(document: Json) -> Iterator[tuple[str, Json]]:
 
 
 def example_of(schema: Json, known: Json) -> Any:
-    """The example a schema gives; or its default; or one put together of its parts'."""
+    """The example that a schema gives, or its default, or one made of its parts' examples."""
     match schema:
         case {"$ref": str(name)}:
             example = example_of(known[name.removeprefix(REFERENCE)], known)
@@ -60,5 +60,5 @@ def example_of(schema: Json, known: Json) -> Any:
         case {"type": "array", "items": item}:
             example = [example_of(item, known)]
         case _:
-            example = OF_TYPES[schema["type"]]  # a KeyError: a text without an example
+            example = EXAMPLES[schema["type"]]  # There is none for strings, so each must have an example of its own.
     return example

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol with the bounds it lacks: on the size of a request's headers, and on the time they may take.
+"""uvicorn's HTTP protocol, with limits on the size of a request's headers and on the time they may take.
 
 A body's size and time are bounded by `body_limit`, the time between requests by uvicorn itself.
 """
@@ -11,17 +11,19 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from service.http.errors import problem_response
 
 MAX_HEADERS = 100
-MAX_HEADER_BYTES = 64 * 1024  # the target of the request included
-HEADER_SECONDS = 10.0  # from a connection's beginning, or a later request's first byte, to the end of its headers
-LINGER_SECONDS = 5.0  # for the rest of a body whose request was answered before it was read
+MAX_HEADER_BYTES = 64 * 1024  # The request's target counts, too.
+# A request's headers must be complete this long after the connection began or, for later requests, its first byte came.
+HEADER_SECONDS = 10.0
+# The rest of a body may take this long if its request was answered before the body was read.
+LINGER_SECONDS = 5.0
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
     """One connection. A request beyond a bound is answered with a problem, and the connection closed."""
 
-    _in_headers = True  # until all headers of the next request are there
-    _progress = 0  # how often the parser made anything of what came
-    _pending_bytes = 0  # that came since
+    _in_headers = True  # False once all headers of the current request were received.
+    _progress = 0  # The number of events that the parser has reported.
+    _pending_bytes = 0  # Bytes received since the parser's last event.
     _too_large = False
     _timer: asyncio.TimerHandle | None = None
 
@@ -45,8 +47,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._refuse_headers()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._in_headers:  # behind a chunked body: nothing we read, and no part of the request's headers
-            return
+        if not self._in_headers:
+            return  # Trailers after a chunked body are ignored.
         super().on_header(name, value)
         if len(self.headers) > MAX_HEADERS:
             self._stop_parsing()
@@ -76,7 +78,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._start_timer(LINGER_SECONDS)
 
     def send_400_response(self, msg: str) -> None:
-        """What uvicorn calls when the parser has stopped."""
+        """Answer a request that the parser refused. uvicorn calls this."""
         if self._too_large:
             self._refuse_headers()
         else:

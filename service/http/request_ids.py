@@ -1,4 +1,4 @@
-"""An id for every request: the client's own if it is well formed, or a new one."""
+"""Every request gets an id: the client's own if it is well formed, or a new one."""
 
 import logging
 import re
@@ -22,9 +22,9 @@ UNLOGGED_PATHS = ("/healthz", "/readyz", "/metrics")
 
 
 class RequestIdMiddleware:
-    """Around all that may fail: the id is in the answer's header, in problems and logs, and with the jobs made.
+    """Puts the id into the response's header, problem documents, logs and the jobs that the request makes.
 
-    What went wrong beyond all handlers is logged here, and told to nobody else.
+    Unexpected errors are logged here. Their details are not sent to the client.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -49,12 +49,12 @@ class RequestIdMiddleware:
         with about(request_id=request_id):
             try:
                 await self.app(scope, receive, tell)
-            except ClientDisconnect:  # nobody is there to be answered
-                pass
+            except ClientDisconnect:
+                pass  # The client does not wait for a response any more.
             except Exception as error:
                 logger.exception("request failed", extra={"method": scope["method"], "path": scope["path"]})
-                if status:  # too late for another answer: the server hangs up
-                    raise
+                if status:
+                    raise  # The response has begun, so the server can only close the connection.
                 await _answer(error)(scope, receive, tell)
             if logger.isEnabledFor(logging.INFO) and scope["path"] not in UNLOGGED_PATHS:
                 seconds = round(time.perf_counter() - began, 6)

@@ -1,4 +1,4 @@
-"""What browsers are told of every answer: to run nothing but our own, to frame nothing, to guess nothing."""
+"""Security headers of every response: browsers run only this service's scripts, and neither frame nor sniff it."""
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -8,7 +8,7 @@ PAGE_POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; form-action 'self'; "
     "frame-ancestors 'none'"
 )
-# The pages of the documentation have a script and styles of their own in them.
+# The documentation pages contain inline scripts and styles.
 DOCS_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data:; worker-src blob:; object-src 'none'; base-uri 'none'; form-action 'self'; "
@@ -19,7 +19,7 @@ API = "/v1/"
 
 
 class SecurityHeadersMiddleware:
-    """Sets them, unless the endpoint did."""
+    """Sets the headers that the endpoint has not set."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -34,11 +34,11 @@ class SecurityHeadersMiddleware:
                 headers = MutableHeaders(scope=message)
                 headers.setdefault("X-Content-Type-Options", "nosniff")
                 policy = _policy(scope["path"], headers.get("content-type", ""))
-                # Forms of pages that are told to name no referrer have no Origin, by which we know our own.
+                # Forms have no Origin under `no-referrer`, and the CSRF check needs it.
                 headers.setdefault("Referrer-Policy", "same-origin" if policy == PAGE_POLICY else "no-referrer")
                 headers.setdefault("Content-Security-Policy", policy)
                 if scope["path"].startswith(API):
-                    # Images may be kept, as their ETag tells whether they still hold; states and lists change.
+                    # Browsers may cache images, because their ETag tells whether they are still valid.
                     headers.setdefault("Cache-Control", "private, no-cache" if "etag" in headers else "no-store")
             await send(message)
 

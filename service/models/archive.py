@@ -1,6 +1,6 @@
-"""Unpacking an uploaded model: only the files a model consists of, checked before a byte is written.
+"""Unpacking of uploaded models. Only the files of a model are written, and all names are checked before.
 
-Formats and compressions are few on purpose: those of bzip2 and LZMA let a few bytes ask for gigabytes of memory.
+Few formats and compressions are accepted: with bzip2 and LZMA, a few bytes can demand gigabytes of memory.
 """
 
 import gzip
@@ -20,8 +20,8 @@ from timetuner_core.models.loading import MODEL_FILES, TRANSFORMER_CONFIG, UNET_
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 MAX_FILES = 1000
 MAX_NAME = 1000
-MAX_DIRECTORY_BYTES = 2**20  # of a zip, which has it at its end
-MAX_HEADER_BYTES = 2**18  # of one member of a tar
+MAX_ZIP_DIRECTORY_BYTES = 2**20
+MAX_TAR_HEADER_BYTES = 2**18  # Each member of a tar has this limit.
 MAX_PAX_HEADERS = 100
 GZIP_MAGIC = b"\x1f\x8b"
 ENCRYPTED = 0x1
@@ -37,7 +37,7 @@ def unpack(file: IO[bytes], destination: Path, max_bytes: int) -> None:
     """
     try:
         if zipfile.is_zipfile(file):
-            metered = _Metered(file, MAX_DIRECTORY_BYTES)
+            metered = _Metered(file, MAX_ZIP_DIRECTORY_BYTES)
             with zipfile.ZipFile(cast(IO[bytes], metered)) as archive:
                 metered.allowance = math.inf
                 _extract(list(_zip_members(archive)), destination, max_bytes)
@@ -46,23 +46,23 @@ def unpack(file: IO[bytes], destination: Path, max_bytes: int) -> None:
             compressed = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
             file.seek(0)
             content = cast(IO[bytes], gzip.GzipFile(fileobj=file, mode="rb")) if compressed else file
-            metered = _Metered(content, MAX_HEADER_BYTES)
+            metered = _Metered(content, MAX_TAR_HEADER_BYTES)
             with tarfile.open(fileobj=cast(IO[bytes], metered), mode="r:") as archive:
                 members = list(_tar_members(archive, metered, max_bytes))
-                metered.allowance = MAX_HEADER_BYTES
-                while metered.read(MAX_HEADER_BYTES):  # the padding: at its end gzip has its checksum
-                    pass
+                metered.allowance = MAX_TAR_HEADER_BYTES
+                while metered.read(MAX_TAR_HEADER_BYTES):
+                    pass  # The padding is read to its end, where gzip has its checksum.
                 metered.allowance = math.inf
                 _extract(members, destination, max_bytes)
     except (InvalidError, TooLargeError):
         raise
-    except Exception as error:  # whatever the formats and their compressions raise
+    except Exception as error:  # The formats and their compressions have errors of many types.
         message = f"the archive cannot be read ({str(error)[:200]}); accepted: a whole zip, tar or tar.gz"
         raise InvalidError(message, LOC) from None
 
 
 class _Metered(io.RawIOBase):
-    """A file of which no more than an allowance can be read: archives say how long their directories and names are."""
+    """A file of which at most an allowance can be read, because archives claim the sizes of directories and names."""
 
     def __init__(self, file: IO[bytes], allowance: float) -> None:
         self._file = file
@@ -90,7 +90,7 @@ class _Metered(io.RawIOBase):
         return content
 
 
-Member: TypeAlias = tuple[str, int, Any]  # name, size, and a function that opens it
+Member: TypeAlias = tuple[str, int, Any]  # (name, size, function that opens it)
 
 
 def _zip_members(archive: zipfile.ZipFile) -> Iterator[Member]:
@@ -110,8 +110,8 @@ def _zip_members(archive: zipfile.ZipFile) -> Iterator[Member]:
 def _tar_members(archive: tarfile.TarFile, metered: _Metered, max_bytes: int) -> Iterator[Member]:
     total = 0
     for count, info in enumerate(archive):
-        metered.allowance = MAX_HEADER_BYTES
-        total += info.size  # reading on inflates what is skipped, too
+        metered.allowance = MAX_TAR_HEADER_BYTES
+        total += info.size  # Files that are skipped count, too, because reading past them inflates them.
         if total > 2 * max_bytes:
             raise TooLargeError(f"the archive unpacks to over {2 * max_bytes} bytes", LOC)
         if count > 2 * MAX_FILES:
@@ -162,7 +162,7 @@ def _safe_path(name: str) -> PurePosixPath:
 
 
 def _check_unique(paths: list[PurePosixPath]) -> None:
-    """Refuse what would be one file where case does not count: which of them was meant cannot be known."""
+    """Refuse names that are equal on file systems which ignore case, because it is ambiguous which file is meant."""
     seen = set()
     for path in paths:
         key = unicodedata.normalize("NFC", path.as_posix()).casefold()

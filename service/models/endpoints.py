@@ -32,7 +32,8 @@ from service.state import State
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
 MULTIPART = "multipart/form-data"
-REGISTRATIONS = CapacityLimiter(2)  # at once, as each has its model in memory; others wait, in no thread's way
+# Each registration holds its model in memory, so only two run at once. Others wait without a thread.
+REGISTRATIONS = CapacityLimiter(2)
 REQUEST_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -102,7 +103,7 @@ async def _parse(request: Request) -> tuple[BuiltinModelRequest | None, UploadFi
     },
 )
 async def register_model(
-    caller: MayWriteModels,  # before the body is read
+    caller: MayWriteModels,  # It comes first, so that the scope is checked before the body is read.
     parsed: Annotated[tuple[BuiltinModelRequest | None, UploadFile | None, str | None], Depends(_parse)],
     state: State,
     response: Response,

@@ -65,7 +65,7 @@ def register_archive(
             found = _find(session, content_hash)
         if found is not None and once is None:
             return found, False
-        key = f"models/{ULID()}"  # its own: the same content may be deleted at this moment
+        key = f"models/{ULID()}"  # The key is new, because the same content may be deleted at this moment.
         artifacts.put_folder(key, staging)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -81,7 +81,7 @@ def register_archive(
 
 
 def get_model(session: Session, model_id: str) -> Model:
-    """Raises: NotFoundError."""
+    """The model of an id. Raises: NotFoundError."""
     model = session.get(Model, model_id)
     if model is None:
         raise NotFoundError(f"no model {model_id!r}")

@@ -1,4 +1,4 @@
-"""What the models endpoints accept and return."""
+"""Requests and responses of the models endpoints."""
 
 from typing import Literal
 
@@ -22,7 +22,7 @@ class BuiltinModelRequest(BaseModel):
 
 
 class ModelSpec(BaseModel):
-    """What a model is, as far as requests depend on it."""
+    """The properties of a model that requests depend on."""
 
     sample_shape: list[int] = Field(
         examples=[[1, 8, 8]], description="Of what the network sees, such as [channels, height, width]."

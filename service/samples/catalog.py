@@ -1,4 +1,4 @@
-"""Models and resolved schedules, kept in memory until the registry says that they changed."""
+"""A cache of models and resolved schedules, valid until the registry counts a change."""
 
 from sqlalchemy.orm import Session
 
@@ -9,13 +9,13 @@ from service.request_checks import get_requested_model
 from service.schedules.logic import find_for_sampling, resolve
 from service.shared.sample_request import SampleRequest
 
-REMEMBERED = 10_000  # resolved schedules, before they are forgotten
+MAX_CACHED_SCHEDULES = 10_000  # The cache of resolved schedules is emptied when it reaches this size.
 
 
 class Catalog:
-    """Models and resolved schedules, remembered until the registry says that any of them has changed.
+    """Models and resolved schedules, cached until any of them changes.
 
-    For one thread at a time. What is remembered belongs to no session: one that is rolled back would take its values.
+    One thread may use it at a time. Cached rows belong to no session, because a rollback would expire their values.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Catalog:
         self._schedules: dict[str, Schedule | None] = {}
 
     def refresh(self, session: Session) -> None:
-        """Forget what no longer holds; first thing in each transaction."""
+        """Empty the cache if anything has changed. Each transaction calls this first."""
         now = changes(session)
         if now != self._changes:
             self._changes = now
@@ -39,10 +39,10 @@ class Catalog:
         return self._models[model_id]
 
     def schedule(self, session: Session, request: SampleRequest) -> Schedule | None:
-        """Which schedule a request is to be sampled with. Raises: InvalidError."""
+        """The schedule that a request is sampled with, None for untuned. Raises: InvalidError."""
         key = str((request.schedule, request.timesteps == "default", request.key()))
         if key not in self._schedules:
-            if len(self._schedules) >= REMEMBERED:
+            if len(self._schedules) >= MAX_CACHED_SCHEDULES:
                 self._schedules = {}
             schedule = _schedule(session, request)
             if schedule is not None:
@@ -60,7 +60,7 @@ def _schedule(session: Session, request: SampleRequest) -> Schedule | None:
     if request.schedule == "auto":
         return resolve(session, request)[0]
     schedule = find_for_sampling(session, request.model, request.schedule)
-    # A schedule may be tried at another guidance than it was tuned for, but its steps are its steps.
+    # A schedule may be used with another guidance than it was tuned for, but not with another sampler or step number.
     if (schedule.sampler, schedule.num_steps) != (request.sampler, request.num_steps):
         message = f"schedule {schedule.id!r} is for {schedule.num_steps} steps of {schedule.sampler}"
         raise InvalidError(f"{message}; accepted: num_steps of {schedule.num_steps}", ("body", "num_steps"))

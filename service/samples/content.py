@@ -1,4 +1,4 @@
-"""The form of the images that a request accepts."""
+"""Content negotiation: the format of the images that a request accepts."""
 
 from decimal import Decimal
 

@@ -161,7 +161,7 @@ def get_sample_content(
 async def follow_sample_job(caller: AnyCaller, job_id: PathId, state: State, samples: Samples) -> EventSourceResponse:
     """The job as it is (`state`), each step from now on (`step`: step, num_steps and, if the request asked for
     previews, a base64 PNG of the images as predicted there), and the job once it is over (`end`)."""
-    await run_in_threadpool(read_job, state, caller, job_id)  # 404 before the stream begins
+    await run_in_threadpool(read_job, state, caller, job_id)  # A 404 must come before the stream begins.
     return EventSourceResponse(stream_events(state, samples, caller, job_id))
 
 
@@ -197,7 +197,7 @@ def _content(
 
 
 def _image_shape(state: AppState, samples: SamplesState, model_id: str) -> list[int]:
-    """Of a model, which never changes."""
+    """The image shape of a model, which never changes."""
     if model_id not in samples.image_shapes:
         with state.registry.read() as session:
             samples.image_shapes[model_id] = get_model(session, model_id).spec["image_shape"]

@@ -26,7 +26,7 @@ class JobEvents:
     """Events of all sampling jobs, received while `run` runs. Followers of a job get its progress and then its end."""
 
     def __init__(self, broker_url: str, on_end: Callable[[int, int], None]) -> None:
-        """`on_end` is called with the number of images made and of jobs ended, whenever jobs end."""
+        """Whenever jobs end, `on_end` is called with their number of images and their count."""
         self._url = redis_url(broker_url)
         self._on_end = on_end
         self._followers: dict[str, list[asyncio.Queue[Ended | Progress]]] = defaultdict(list)

@@ -8,7 +8,7 @@ from service.shared.sample_request import SampleRequest
 
 
 def split_into_parts(job: SampleJob, most: int) -> list[SampleJob]:
-    """What a job for more images than a worker samples at once is split into."""
+    """Split a job for more than `most` images, which is what a worker samples at once. Empty if it needs no parts."""
     if job.num_images <= most or job.state == JobState.SUCCEEDED:
         return []
     request, starts = SampleRequest.stored(job.request), range(0, job.num_images, most)
@@ -19,7 +19,7 @@ def split_into_parts(job: SampleJob, most: int) -> list[SampleJob]:
             model_id=job.model_id,
             schedule_id=job.schedule_id,
             request=_part_of(request, first, min(most, job.num_images - first)).model_dump(mode="json"),
-            request_hash="",  # a part is not asked for by itself
+            request_hash="",  # Parts are never reused for other requests.
             num_images=min(most, job.num_images - first),
             priority=job.priority,
             deadline_at=job.deadline_at,

@@ -1,4 +1,4 @@
-"""What the sampling endpoints accept and return."""
+"""Responses of the sampling endpoints."""
 
 from typing import Annotated
 

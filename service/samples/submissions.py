@@ -1,4 +1,4 @@
-"""The way of sampling requests into the registry: all that come while one transaction runs share the next."""
+"""Batched writes of sampling requests: all that come while one transaction runs share the next."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from service.samples.submitting import Submission
 
 
 class Submissions:
-    """`submit_all` by groups; then `ring`, once for all of a group."""
+    """Calls `submit_all` with groups of requests, and then `announce`, once for each group."""
 
     def __init__(
         self, submit_all: Callable[[Sequence[Submission]], list[SampleJob | ServiceError]], announce: Callable[[], None]
@@ -35,15 +35,15 @@ class Submissions:
             group, self._waiting = self._waiting, []
             outcomes = await run_in_threadpool(self._outcomes, [submission for submission, _ in group])
             for (_, future), outcome in zip(group, outcomes, strict=True):
-                if future.done():  # nobody waits any more
-                    continue
+                if future.done():
+                    continue  # The request was cancelled.
                 if isinstance(outcome, BaseException):
                     future.set_exception(outcome)
                 else:
                     future.set_result(outcome)
 
     def _outcomes(self, submissions: list[Submission]) -> list[SampleJob | Exception]:
-        """Of a group; if the database refuses it, of each alone, so that one does not spoil the others."""
+        """The outcomes of a group. If the database refuses it, each request is tried alone, so that one fails alone."""
         try:
             outcomes = self._submit_all(submissions)
             if any(isinstance(outcome, SampleJob) and outcome.state == JobState.QUEUED for outcome in outcomes):
@@ -53,5 +53,5 @@ class Submissions:
             if len(submissions) == 1:
                 return [error]
             return [outcome for submission in submissions for outcome in self._outcomes([submission])]
-        except Exception as error:  # the database is away: each request says so
+        except Exception as error:  # While the database is away, each request of the group fails with this error.
             return [error] * len(submissions)

@@ -27,13 +27,8 @@ from service.samples.parts import split_into_parts
 from service.shared.sample_request import SampleRequest
 from service.shared.settings import Settings
 
-UNDECIDING = {
-    "model",
-    "schedule",
-    "deadline_seconds",
-    "previews",
-    "webhook_url",
-}  # of the images, as the model and schedule are known
+# Fields that do not affect the images. The ids of the model and the schedule enter the hash beside the request.
+NOT_HASHED = {"model", "schedule", "deadline_seconds", "previews", "webhook_url"}
 
 
 @dataclass(frozen=True)
@@ -55,12 +50,12 @@ class Submission:
 def submit_all(
     registry: Registry, settings: Settings, catalog: Catalog, submissions: Sequence[Submission]
 ) -> list[SampleJob | ServiceError]:
-    """Check requests, settle which schedules they use, and store their jobs, all in one transaction.
+    """Check requests, resolve the schedules they use, and store their jobs, all in one transaction.
 
-    What was sampled before is not sampled again: such a job has succeeded at once.
+    Images that were sampled before are reused: such a job succeeds at once.
 
     Returns:
-        For each, its job, or why it was refused: InvalidError, TooLargeError, NotAcceptableError, KeyLimitError.
+        For each request its job, or its refusal: InvalidError, TooLargeError, NotAcceptableError, KeyLimitError.
     """
     outcomes: list[SampleJob | ServiceError] = []
     with registry.write() as session:
@@ -85,7 +80,7 @@ def submit_all(
 
 
 def _made_before(session: Session, submission: Submission) -> SampleJob | None:
-    """The job of the same request, if it came before with the same key. Raises: ConflictError, if it was another."""
+    """The job that a request with the same key made before. Raises: ConflictError, if that request was another."""
     job_id = submission.once and submission.once.found(session)
     return session.get(SampleJob, job_id) if job_id else None
 
@@ -93,7 +88,7 @@ def _made_before(session: Session, submission: Submission) -> SampleJob | None:
 def _new(
     submissions: Sequence[Submission], outcomes: Sequence[SampleJob | ServiceError]
 ) -> list[tuple[Submission, SampleJob]]:
-    """Those that made a job of their own."""
+    """The submissions that made a new job, with their jobs."""
     pairs = zip(submissions, outcomes, strict=True)
     return [(sub, job) for sub, job in pairs if isinstance(job, SampleJob) and job.id == sub.job_id]
 
@@ -132,13 +127,13 @@ def _make_job(session: Session, settings: Settings, catalog: Catalog, submission
 
 
 def _hash(model_id: str, schedule_id: str | None, request: dict[str, Any]) -> str:
-    """Of all that decides the images."""
-    deciding = {name: value for name, value in request.items() if name not in UNDECIDING}
+    """A hash of all that decides the images."""
+    deciding = {name: value for name, value in request.items() if name not in NOT_HASHED}
     text = json.dumps([model_id, schedule_id, deciding], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-# Made once: making a statement takes longer than running it.
+# The statement is made once, because making it takes longer than running it.
 _MADE = (
     select(SampleJob.request_hash, SampleJob.artifact, SampleJob.artifact_row)
     .where(
@@ -151,7 +146,7 @@ _MADE = (
 
 
 def _reuse(session: Session, jobs: Sequence[SampleJob], keep_days: float) -> None:
-    """Give jobs the images that were made for the same request before, but not those about to be deleted."""
+    """Give jobs the images that the same request made before, unless these are due to be deleted."""
     since = utc_now() - timedelta(days=keep_days) if keep_days else datetime.fromtimestamp(0, UTC)
     found = session.connection().execute(_MADE, {"hashes": [job.request_hash for job in jobs], "since": since})
     made = {row.request_hash: row for row in found}
@@ -164,7 +159,7 @@ def _reuse(session: Session, jobs: Sequence[SampleJob], keep_days: float) -> Non
 def _charge(
     session: Session, catalog: Catalog, submissions: Sequence[Submission], outcomes: list[SampleJob | ServiceError]
 ) -> None:
-    """Count what is to be sampled against the quotas of the keys that have one; put refusals in place of jobs."""
+    """Count new jobs against the quotas of their keys. A job that does not fit is replaced by its refusal."""
     limited: dict[str, list[int]] = defaultdict(list)
     for i, (submission, outcome) in enumerate(zip(submissions, outcomes, strict=True)):
         key = submission.caller.key

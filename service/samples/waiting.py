@@ -57,7 +57,7 @@ async def wait_for_end(
 
 
 async def _hung_up(request: Request | None) -> None:
-    """Until the client does; without a request, for ever."""
+    """Return when the client of the request disconnects. Without a request, never return."""
     if request is None:
         await asyncio.Event().wait()
         return

@@ -17,13 +17,13 @@ from service.request_checks import check_setting, check_timesteps, get_requested
 from service.schedules.schemas import ScheduleImport, ScheduleQuery
 from service.shared.sampling_setting import SamplingSetting
 
-MAX_SCANNED = 10_000  # schedules that one page may look at
+MAX_SCANNED = 10_000  # One page of a list looks at no more schedules than that.
 MAX_COUNTED = 100
 RESERVED_ALIASES = ("auto", "none")
 
 
 def get_schedule(session: Session, schedule_id: str) -> Schedule:
-    """Raises: NotFoundError."""
+    """A schedule and its evaluation. Raises: NotFoundError."""
     schedule = session.get(Schedule, schedule_id, options=[joinedload(Schedule.evaluation)])
     if schedule is None:
         raise NotFoundError(f"no schedule {schedule_id!r}")
@@ -45,8 +45,8 @@ def newest(session: Session, query: ScheduleQuery) -> tuple[Sequence[Schedule], 
     if query.cursor is not None:
         scan = scan.where(Schedule.id < query.cursor)
 
-    # The inner limit keeps planners from going by other filters than the indexed ones. The engines filter what it gives
-    # in its order; asked to order again, SQLite would sort, and so never stop early.
+    # The inner limit keeps query planners from using other filters than the indexed ones. The outer query keeps the
+    # order; if it ordered again, SQLite would sort, and so never stop early.
     scanned = scan.add_columns(*(getattr(Schedule, name) for name in others))
     row = scanned.limit(MAX_SCANNED if others else query.limit + 1).subquery().c
     matching = select(row.id).where(*(row[name] == given[name] for name in others))
@@ -71,12 +71,13 @@ def resolve(session: Session, setting: SamplingSetting) -> tuple[Schedule | None
     return None, f"untuned: no accepted schedule for this setting ({counted} rejected)"
 
 
-@cache  # putting it together takes longer than running it
+@cache  # Making the statement takes longer than running it.
 def _best() -> Select[Schedule | None, int]:
-    """One row for a setting's key: the accepted schedule of the lowest score, the newest of equals, and its evaluation;
-    or, where there is none, how many were rejected, counted no further than needed.
+    """One row for a setting's key: the best accepted schedule, or None, and how many were rejected if there is none.
 
-    One query, and each of its parts reads one end of a range of `ix_schedules_resolve`, however many the versions.
+    The best has the lowest score, and is the newest of equals. Rejected schedules are counted no further than needed.
+
+    It is one query. Each part reads one end of a range of `ix_schedules_resolve`, however many versions there are.
     """
     of_setting = [getattr(Schedule, name) == bindparam(name) for name in Schedule.KEY]
     is_accepted = and_(*of_setting, Schedule.status == ScheduleStatus.ACCEPTED)
@@ -112,7 +113,7 @@ def import_schedule(session: Session, request: ScheduleImport) -> Schedule:
 
 
 def delete_schedule(registry: Registry, caller: Caller, schedule_id: str) -> None:
-    """Delete a schedule that no alias and no sampling job names: these say what was sampled with it.
+    """Delete a schedule that no alias and no sampling job names, because these tell how their samples were made.
 
     Raises:
         NotFoundError, ConflictError.
@@ -126,12 +127,12 @@ def delete_schedule(registry: Registry, caller: Caller, schedule_id: str) -> Non
                     raise conflict
             session.delete(schedule)
             caller.record(session, "delete_schedule", schedule_id)
-    except IntegrityError:  # named by someone in between
+    except IntegrityError:  # Another request named the schedule meanwhile.
         raise conflict from None
 
 
 def _check_grid(request: ScheduleImport, T: float) -> None:
-    """The conditions of `timetuner_core.grids`, refused with the field's name."""
+    """Check the conditions of `timetuner_core.grids`, and name the field that does not meet them."""
     timesteps, t_ratios = request.timesteps, request.t_ratios
     check_timesteps(timesteps, request.num_steps, T)
     if len(t_ratios) != request.num_steps:
@@ -171,7 +172,7 @@ def aliases(session: Session, model_id: str) -> Sequence[ScheduleAlias]:
 
 
 def delete_alias(session: Session, model_id: str, name: str) -> None:
-    """Raises: NotFoundError."""
+    """Delete a model's alias. Raises: NotFoundError."""
     alias = session.get(ScheduleAlias, (model_id, name))
     if alias is None:
         raise NotFoundError(f"no alias {name!r} of model {model_id!r}")

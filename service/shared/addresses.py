@@ -1,4 +1,4 @@
-"""Which addresses of the network the service may be led to by what a client says."""
+"""Network addresses that the service may connect to when a client names them."""
 
 import ipaddress
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from typing import TypeAlias
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-# Addresses of IPv6 that lead to one of IPv4, which may be any.
+# These IPv6 networks are translated to IPv4 addresses, which may be private ones.
 TRANSLATED = [ipaddress.ip_network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2001::/32", "2002::/16")]
 
 

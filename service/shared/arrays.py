@@ -21,9 +21,9 @@ def decode_array(text: str) -> NDArray[Any]:
         version = np.lib.format.read_magic(file)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, fortran_order, dtype = read_header[version](file)
-    except Exception as error:  # numpy's parser of headers raises whatever it meets
+    except Exception as error:  # NumPy's parser of headers lets errors of many types through.
         raise ValueError(f"not a .npy file ({error})") from None
-    # The header may claim any size: what is there decides, before anything is allocated.
+    # The header may claim any size, so the actual size is compared before anything is allocated.
     data = content[file.tell() :]
     if dtype.hasobject or dtype.itemsize == 0 or min(shape, default=1) < 0:
         raise ValueError(f"a .npy file of {dtype} and shape {shape}")

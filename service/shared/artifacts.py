@@ -1,4 +1,4 @@
-"""Where model folders and sample arrays are kept: a local folder, or any store fsspec knows (S3, ...)."""
+"""The store of model folders and sample arrays: a local folder, or any store that fsspec knows (S3, ...)."""
 
 import hashlib
 import io
@@ -32,7 +32,7 @@ class ArtifactStore:
             raise
 
     def put_folder(self, key: str, folder: Path) -> None:
-        """Keep a folder, under a key of its own: nobody may look for it before this returns."""
+        """Store a folder under a new key. The key must not be used by others before this returns."""
         try:
             self.fs.put(f"{folder}/", f"{self._path(key)}/", recursive=True)
         except BaseException:
@@ -68,7 +68,7 @@ class ArtifactStore:
             self.fs.get(f"{self._path(key)}/", f"{partial}/", recursive=True)
             try:
                 partial.replace(cache)
-            except OSError:  # another worker was first: its copy is as good
+            except OSError:  # Another worker may have made the same copy first.
                 shutil.rmtree(partial)
                 if not cache.exists():
                     raise

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field, PlainSerializer
 
-# Exact in the database and in comparisons, a plain number in JSON.
+# Decimals are exact in the database and in comparisons. In JSON they are plain numbers.
 ExactNumber = Annotated[
     Decimal, Field(max_digits=12, decimal_places=6), PlainSerializer(float, return_type=float, when_used="json")
 ]

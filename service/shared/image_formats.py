@@ -1,4 +1,4 @@
-"""Samples as bytes, in every format we send them in."""
+"""Samples as bytes, in every format that the service sends."""
 
 import base64
 import io
@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-PREVIEW_PIXELS = 256  # a preview's side, at most
+MAX_PREVIEW_PIXELS = 256  # The longest side of a preview.
 
 Images: TypeAlias = NDArray[np.float32]
 
 
 def to_images(images: Images) -> list[Image.Image]:
-    """Each at its own size."""
+    """The samples as images, each at its own size."""
     return [_image(pixels) for pixels in _pixels(images)]
 
 
@@ -71,10 +71,10 @@ FORMATS: dict[str, Callable[[Images], bytes]] = {
 
 
 def to_preview(images: Images) -> bytes | None:
-    """A small sheet of PNGs; None of samples that are no images."""
+    """A small PNG of all images, or None for samples that are no images."""
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         return None
-    stride = math.ceil(max(images.shape[2:]) / PREVIEW_PIXELS)
+    stride = math.ceil(max(images.shape[2:]) / MAX_PREVIEW_PIXELS)
     return to_png_grid(images[:, :, ::stride, ::stride])
 
 

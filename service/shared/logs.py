@@ -1,6 +1,6 @@
-"""What processes log: lines for people on a terminal, JSON elsewhere; each with the ids it is about.
+"""Logs: readable lines on a terminal, JSON elsewhere, each with the ids it is about.
 
-Modules log by the standard library. What is bound by `about` comes with every line of the same task or thread.
+Modules log by the standard library. Ids bound by `about` are in every line of the same task or thread.
 """
 
 import logging
@@ -15,7 +15,7 @@ OWN_PACKAGES = ("service", "worker", "timetuner_core")
 
 
 def start_logging(level: str) -> None:
-    """From now on in this process, to stderr: our own packages' lines from `level` on, others' warnings."""
+    """Log to stderr from now on: lines of this project's packages from `level` on, and warnings of others."""
     shared: list[Any] = [
         merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -39,11 +39,11 @@ def start_logging(level: str) -> None:
 
 
 def about(**ids: str | None) -> AbstractContextManager[None]:
-    """While it is entered, lines have these ids, as far as they are known."""
+    """A context in which every log line has these ids. Ids that are None are left out."""
     return bound_contextvars(**{name: value for name, value in ids.items() if value is not None})
 
 
 def request_id() -> str | None:
-    """Of the HTTP request that is being answered."""
+    """The id of the HTTP request that is being answered."""
     value = get_contextvars().get("request_id")
     return None if value is None else str(value)

@@ -1,4 +1,4 @@
-"""Telling workers of tuning: one Celery message per job, carrying nothing but the job's id."""
+"""The queue of tuning: one Celery message per job, which holds only the job's id."""
 
 from celery import Celery
 from kombu.exceptions import OperationalError
@@ -22,11 +22,11 @@ def celery_app(broker_url: str) -> Celery:
         task_ignore_result=True,
         accept_content=["json"],
         worker_prefetch_multiplier=1,
-        worker_disable_prefetch=True,  # a busy worker must not hold a job that an idle one could run
+        worker_disable_prefetch=True,  # A busy worker must not reserve jobs that an idle one could run.
         broker_connection_retry_on_startup=True,
-        # Sending must fail soon when the broker is away; the dispatcher sends again.
+        # Sending must fail soon while the broker is away. The dispatcher sends the message later.
         broker_transport_options={"socket_connect_timeout": 2, "socket_timeout": 5, "max_retries": 1}
-        | {"queue_order_strategy": "sorted"},  # sampling before tuning
+        | {"queue_order_strategy": "sorted"},  # Queues are served by name: sampling before tuning.
         task_publish_retry=False,
         worker_hijack_root_logger=False,
         enable_utc=True,

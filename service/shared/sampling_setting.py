@@ -1,4 +1,4 @@
-"""The setting that tuning and sampling requests name."""
+"""The setting, which is the part that tuning and sampling requests share."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
@@ -14,25 +14,31 @@ from timetuner_core.samplers import get_sampler, sampler_names
 def _known_sampler(name: str) -> str:
     try:
         get_sampler(name)
-    except (ImportError, AttributeError, TypeError) as error:  # a package that does not deliver
+    except (
+        ImportError,
+        AttributeError,
+        TypeError,
+    ) as error:  # An installed entry point cannot be imported, or is no Sampler.
         raise ValueError(f"the sampler {name!r} cannot be loaded ({error})") from None
     return name
 
 
-Sampler = Annotated[str, AfterValidator(_known_sampler), WithJsonSchema({"type": "string", "enum": sampler_names()})]
+SamplerName = Annotated[
+    str, AfterValidator(_known_sampler), WithJsonSchema({"type": "string", "enum": sampler_names()})
+]
 GuidanceTime = Annotated[ExactNumber, Field(ge=0, le=1000)]
 ALWAYS = {"guidance_scale": 1, "guidance_rescale": 0, "guidance_start": 0, "guidance_end": 1000}
 Timesteps = GridName | Annotated[list[FiniteFloat], Field(min_length=2, max_length=100_001)]
 
 
 class SamplingSetting(BaseModel):
-    """What is sampled, and how: a schedule is tuned for one setting and resolved by it."""
+    """A model and how it is sampled. A schedule is tuned for one setting and found by it."""
 
     model_config = ConfigDict(extra="forbid")
 
     model: Identifier = Field(examples=["mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W"])
     num_steps: NumSteps = Field(examples=[2])
-    sampler: Sampler = "ddim"
+    sampler: SamplerName = "ddim"
     guidance_type: GuidanceType = "uncond"
     guidance_scale: GuidanceScale = Field(1, validate_default=True)
     guidance_rescale: Annotated[ExactNumber, Field(ge=0, le=1)] = Field(
@@ -52,7 +58,7 @@ class SamplingSetting(BaseModel):
         return cls.model_validate(row, extra="ignore")
 
     def key(self) -> dict[str, Any]:
-        """The columns of `Schedule.KEY`. Unguided sampling has no scale, whatever was said."""
+        """The columns of `Schedule.KEY`. Unguided sampling has the values of `ALWAYS`."""
         guidance = ALWAYS if self.guidance_type == "uncond" else {name: getattr(self, name) for name in ALWAYS}
         names = ("sampler", "num_steps", "guidance_type", "eta")
         return {"model_id": self.model, **{name: getattr(self, name) for name in names}, **guidance}

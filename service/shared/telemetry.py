@@ -1,6 +1,6 @@
-"""What metrics and traces share, between API and workers.
+"""Parts of metrics and traces that the API and workers share.
 
-Traces go to OTEL_EXPORTER_OTLP_ENDPOINT; without one, spans are no-ops and OpenTelemetry's SDK is not even imported.
+Traces go to OTEL_EXPORTER_OTLP_ENDPOINT. Without one, spans are no-ops, and OpenTelemetry's SDK is not imported.
 """
 
 from opentelemetry import trace
@@ -24,19 +24,19 @@ def start_tracing(service_name: str, endpoint: str) -> None:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    named = OTELResourceDetector().detect()  # OTEL_SERVICE_NAME goes before ours
+    named = OTELResourceDetector().detect()  # OTEL_SERVICE_NAME overrides `service_name`.
     provider = TracerProvider(resource=Resource.create({SERVICE_NAME: service_name}).merge(named))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     trace.set_tracer_provider(provider)
 
 
 def context_of(traceparent: str | None) -> Context:
-    """For spans that go on with a request's trace, as its `traceparent` header names it; or begin one of their own."""
+    """The context for spans in the trace that a `traceparent` header names. Without one, they begin a trace."""
     return _PROPAGATOR.extract({"traceparent": traceparent} if traceparent else {})
 
 
 def traceparent() -> str | None:
-    """The header that makes another process go on with the current span."""
+    """The header by which another process continues the current span."""
     headers: dict[str, str] = {}
     _PROPAGATOR.inject(headers)
     return headers.get("traceparent")

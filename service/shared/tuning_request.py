@@ -11,7 +11,7 @@ from timetuner_core.tuners import TUNERS, EndToEndTuner
 
 
 def _objective(value: Any) -> str:
-    """Which tuner is meant; the default if none is named."""
+    """The objective that a request names, or the default."""
     given = value.get("objective", "end_to_end") if isinstance(value, dict) else getattr(value, "objective", None)
     return str(given)
 
@@ -42,7 +42,7 @@ EXAMPLE: dict[str, Any] = {
 
 
 def _any_of(schema: dict[str, Any]) -> None:
-    """A tuner without an objective is valid as one of them only, which tools do not see: they want `anyOf`."""
+    """Describe the tuners by `anyOf`. To tools, a tuner without an objective is valid as several of them."""
     schema["anyOf"] = schema.pop("oneOf")
 
 
@@ -62,7 +62,7 @@ class TuningJobRequest(SamplingSetting):
 
     @model_validator(mode="after")
     def _choose_start(self) -> Self:
-        """Say in the request that is stored what the default was when it was made."""
+        """Set the default, so that the stored request holds it."""
         if isinstance(self.tuner, EndToEndTuner) and self.tuner.start is None:
             self.tuner.start = "best" if self.timesteps == "default" else "given"
         return self

@@ -32,7 +32,7 @@ router = APIRouter(prefix="/v1/tuning-jobs", tags=["tuning jobs"])
 SSE_TYPE = "text/event-stream"
 EVENT_POLL_SECONDS = 0.25
 EVENTS = {"type": "string", "examples": ['id: 3\nevent: progress\ndata: {"id": 3, "type": "progress"}\n\n']}
-LAST_ID = 2**63 - 1  # the column is a 64-bit integer
+MAX_EVENT_ID = 2**63 - 1  # The column is a 64-bit integer.
 
 
 @router.post(
@@ -99,14 +99,14 @@ async def list_tuning_job_events(
     job_id: PathId,
     state: State,
     accept: Annotated[str, Header(include_in_schema=False)] = JSON_TYPE,
-    after: Annotated[int, Query(ge=0, le=LAST_ID, description="Only events with a greater id.")] = 0,
+    after: Annotated[int, Query(ge=0, le=MAX_EVENT_ID, description="Only events with a greater id.")] = 0,
     last_event_id: Annotated[str | None, Header(description="As `after`; what SSE clients send.")] = None,
 ) -> Response:
     """A job's events so far as JSON; or, with `Accept: text/event-stream`, also those to come until it ends."""
     if last_event_id is not None and last_event_id.isdecimal():
-        after = min(int(last_event_id[:20]), LAST_ID)
+        after = min(int(last_event_id[:20]), MAX_EVENT_ID)
     if SSE_TYPE in accept:
-        await run_in_threadpool(_read_events, state, caller, job_id, after)  # 404 before the stream begins
+        await run_in_threadpool(_read_events, state, caller, job_id, after)  # A 404 must come before the stream begins.
         return EventSourceResponse(_stream(state, caller, job_id, after))
     events, _ = await run_in_threadpool(_read_events, state, caller, job_id, after)
     return Response(EventPage(items=events).model_dump_json(), media_type=JSON_TYPE)

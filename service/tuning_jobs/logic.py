@@ -32,7 +32,10 @@ from timetuner_core.tuners import TUNERS, OptionError, TunedSetting
 def submit(
     registry: Registry, settings: Settings, caller: Caller, request: TuningJobRequest, idempotency_key: str | None
 ) -> tuple[TuningJob, bool]:
-    """Make a job, or find the one made before with this key; and whether it was made now.
+    """Check a request and store its job, or find the job that the same request with this key made before.
+
+    Returns:
+        The job, and whether it was made now.
 
     Raises:
         InvalidError, TooLargeError: the request does not fit the model, or is too much work.
@@ -71,7 +74,7 @@ def submit(
 
 
 def get_job(session: Session, caller: Caller, job_id: str, *, lock: bool = False) -> TuningJob:
-    """A job of the caller's; `lock` keeps others from changing it until the transaction ends. Raises: NotFoundError."""
+    """A job that the caller sees. `lock` locks its row until the transaction ends. Raises: NotFoundError."""
     options = [selectinload(TuningJob.steps), joinedload(TuningJob.schedule)]
     job = session.get(TuningJob, job_id, options=options, with_for_update={"of": TuningJob} if lock else None)
     if job is None or not caller.sees(job):
@@ -130,7 +133,7 @@ def _check(request: TuningJobRequest, spec: dict[str, Any]) -> None:
 
 
 def _check_noise(request: TuningJobRequest) -> None:
-    """Refuse to match a result, of all steps or of one, that noise makes another each time."""
+    """Refuse tuners that match a teacher's result if the sampler adds noise, which makes another result each time."""
     if not request.tuner.matches_results:
         return
     *names, last = (repr(name) for name, tuner in TUNERS.items() if not tuner.matches_results)

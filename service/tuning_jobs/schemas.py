@@ -1,4 +1,4 @@
-"""What the tuning job endpoints accept and return."""
+"""Responses of the tuning job endpoints."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from service.shared.tuning_request import EXAMPLE
 
 
 class StepOut(BaseModel):
-    """Where tuning stands for one step of the sampler."""
+    """The state of tuning one step of the sampler."""
 
     model_config = ConfigDict(from_attributes=True)
 

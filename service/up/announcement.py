@@ -1,4 +1,4 @@
-"""Where `timetuner up` answers, told to the commands of the same home by a file."""
+"""The address of `timetuner up`, announced to commands of the same home by a file."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ ANSWER_SECONDS = 5.0
 
 @contextmanager
 def announced(home: Path, url: str) -> Iterator[None]:
-    """Tell the URL until the end; of two services of a home, the later one is told."""
+    """Announce the URL until the context ends. If a home has two services, the later one is announced."""
     file = home / FILE
     home.mkdir(parents=True, exist_ok=True)
     file.write_text(url)
@@ -28,5 +28,5 @@ def running_url(home: Path) -> str | None:
     try:
         url = (home / FILE).read_text()
         return url if httpx.get(f"{url}/healthz", timeout=ANSWER_SECONDS, trust_env=False).is_success else None
-    except (OSError, ValueError, httpx.HTTPError, httpx.InvalidURL):  # none was told, or it was killed
+    except (OSError, ValueError, httpx.HTTPError, httpx.InvalidURL):  # No service runs, or it was killed.
         return None

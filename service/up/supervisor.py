@@ -20,7 +20,7 @@ from service.registry.database import Registry
 from service.shared.settings import Settings
 from service.up.announcement import announced
 
-STOP_SECONDS = 10.0  # that processes may take to end, beside the time they have for what they have begun
+STOP_SECONDS = 10.0  # Processes may take this long to end, beside the time for their unfinished work.
 READY_SECONDS = 120.0
 PR_SET_PDEATHSIG = 1
 
@@ -32,7 +32,7 @@ class Supervisor:
     host: str
     port: int
     tuning_workers: int
-    listed: bool = True  # for commands of the same home to find
+    listed: bool = True  # Commands of the same home find a listed service.
     settings: Settings = field(default_factory=Settings)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
@@ -83,14 +83,14 @@ class Supervisor:
     def _start_all(self, environment: dict[str, str]) -> None:
         python = sys.executable
         self._start("dispatcher", [python, "-m", "worker.dispatcher"], environment)
-        # Workers share the cores: threads that spin while they wait would take them from the others.
+        # Workers share the cores, so threads that wait must not spin.
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **environment}
-        # Sampling has a worker of its own, so that it never waits for tuning; and leaves a core to those who ask.
+        # Sampling has a worker of its own, so that it never waits for tuning. It leaves a core to the API.
         cores = os.cpu_count() or 1
         own = {"OMP_NUM_THREADS": str(max(1, cores - 1)), **environment}
         self._start("sampling worker", [python, "-m", "worker", "--queues", "sampling"], own)
         threads = {"OMP_NUM_THREADS": str(max(1, cores // self.tuning_workers)), **environment}
-        metrics_port = self.settings.metrics_port  # the sampling worker's; the others have those after it
+        metrics_port = self.settings.metrics_port  # The sampling worker has this port, and the others the next ones.
         for k in range(1, self.tuning_workers + 1):
             own = {**threads, "METRICS_PORT": str(metrics_port + k if metrics_port else 0)}
             self._start(f"tuning worker {k}", [python, "-m", "worker", "--queues", "tuning"], own)
@@ -98,7 +98,7 @@ class Supervisor:
         self._start("api", api, environment)
 
     def _start(self, name: str, command: list[str], environment: dict[str, str]) -> None:
-        # A session of its own keeps a terminal's Ctrl-C from reaching it before we stop it in order.
+        # The process has a session of its own: it gets no Ctrl-C from a terminal, and is stopped in order.
         self.processes[name] = subprocess.Popen(
             command,
             env=environment,

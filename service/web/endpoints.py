@@ -1,4 +1,4 @@
-"""The web page: what the API has, for people."""
+"""The web page, which shows people what the API gives programs."""
 
 from collections import Counter
 from pathlib import Path
@@ -30,9 +30,9 @@ from timetuner_core.samplers import sampler_names
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
 
 STATIC = Path(__file__).parent / "static"
-LATEST = 8  # of each, on the first page
-CHOICES = 100  # models that a form offers
-COMPARED = 200
+ROWS_ON_OVERVIEW = 8
+MODELS_IN_FORM = 100
+COMPARED_SCHEDULES = 200
 
 Query = TypeVar("Query", bound=BaseModel)
 
@@ -42,7 +42,7 @@ class JobsQuery(PageQuery):
 
 
 def read_query(request: Request, query: type[Query]) -> Query:
-    """The query as a form sends it: what was left blank is not given."""
+    """The query of a form. Browsers send fields that were left blank as empty text, which is dropped."""
     given = {name: value for name, value in request.query_params.items() if value != ""}
     try:
         return query.model_validate(given)
@@ -53,11 +53,11 @@ def read_query(request: Request, query: type[Query]) -> Query:
 
 @router.get("/")
 def overview(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
-    page = PageQuery(limit=LATEST)
+    page = PageQuery(limit=ROWS_ON_OVERVIEW)
     with state.registry.read() as session:
         models, _ = newest_first(session, select(Model), Model.id, page)
         jobs, _ = jobs_logic.newest(session, caller, None, page)
-        schedules, _ = schedules_logic.newest(session, ScheduleQuery(limit=LATEST))
+        schedules, _ = schedules_logic.newest(session, ScheduleQuery(limit=ROWS_ON_OVERVIEW))
         context = {
             "models": models,
             "counts": {model.id: views.count_schedules(session, model.id) for model in models},
@@ -81,7 +81,7 @@ def models(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
 def model(model_id: PathId, request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
     with state.registry.read() as session:
         row = get_model(session, model_id)
-        schedules, _ = schedules_logic.newest(session, ScheduleQuery(model=model_id, limit=LATEST))
+        schedules, _ = schedules_logic.newest(session, ScheduleQuery(model=model_id, limit=ROWS_ON_OVERVIEW))
         context = {
             "model": row,
             "count": views.count_schedules(session, model_id),
@@ -147,12 +147,12 @@ def schedule(schedule_id: PathId, request: Request, caller: AnyCaller, state: St
 
 @router.get("/compare")
 def compare(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
-    """Of the newest schedules of a model, those of one setting: the most common one, unless another is named."""
+    """Compare the newest schedules of a model that share a setting: the most common one, unless another is named."""
     asked = request.query_params
     with state.registry.read() as session:
         choices = _choices(session)
         chosen = _chosen(session, asked.get("model"), choices)
-        query = ScheduleQuery(model=chosen.id if chosen else None, limit=COMPARED)
+        query = ScheduleQuery(model=chosen.id if chosen else None, limit=COMPARED_SCHEDULES)
         rows = schedules_logic.newest(session, query)[0] if chosen else []
         aliases = views.aliases_of(session, rows)
     rows = [row for row in rows if row.evaluation is not None]
@@ -185,18 +185,18 @@ def _names(session: Session, rows: Any) -> dict[str, str]:
 
 
 def _choices(session: Session) -> list[Model]:
-    return list(session.scalars(select(Model).order_by(Model.id.desc()).limit(CHOICES)))
+    return list(session.scalars(select(Model).order_by(Model.id.desc()).limit(MODELS_IN_FORM)))
 
 
 def _chosen(session: Session, model_id: str | None, choices: list[Model]) -> Model | None:
-    """The model that the query names, or else the newest. Raises: InvalidError."""
+    """The model that the query names, or the newest. Raises: InvalidError."""
     if model_id:
         return get_requested_model(session, model_id, "query")
     return choices[0] if choices else None
 
 
 def _choice(name: str, value: str | None, choices: dict[str, Any]) -> Any:
-    """What the query names of some choices, or else the first. Raises: InvalidError."""
+    """The choice that the query names, or the first. Raises: InvalidError."""
     if not value:
         return next(iter(choices.values()), None)
     if value not in choices:

@@ -1,4 +1,4 @@
-"""What the web page's forms do: the same as the API, and then a page to look at."""
+"""The web page's forms. They call the same functions as the API, and then lead to a page."""
 
 import re
 from typing import Annotated, Literal
@@ -37,7 +37,7 @@ router = APIRouter(include_in_schema=False, dependencies=[Depends(_same_origin)]
 
 
 class TuningForm(SamplingSetting):
-    """A tuning job by a few fields; all else by default."""
+    """A tuning job of a few fields. All others have their defaults."""
 
     objective: Literal[tuple(OBJECTIVES)] = "end_to_end"  # type: ignore[valid-type]
 

@@ -36,7 +36,7 @@ def with_unknown_fields(row: Json) -> Json:
 @pytest.fixture(scope="module")
 def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
     home = tmp_path_factory.mktemp("home")
-    settings = Settings(TIMETUNER_HOME=home, broker_url=f"redis+socket://{home / 'none.sock'}", device="cpu")
+    settings = Settings(timetuner_home=home, broker_url=f"redis+socket://{home / 'none.sock'}", device="cpu")
     registry = Registry(settings.database_url)
     registry.upgrade()
     with registry.write() as session:

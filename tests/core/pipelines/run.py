@@ -38,15 +38,18 @@ def main(folder: Path) -> None:
     import timetuner_core  # noqa: F401 (the one import that a saved pipeline needs)
 
     assert "diffusers" not in sys.modules, "import timetuner_core is not light"
-    from diffusers import DiffusionPipeline
+    import diffusers
     from safetensors.torch import save_file
 
     from tests.core.pipelines.kinds import KINDS
 
     outputs = {}
     for kind in KINDS:
-        not_loaded = {NOT_LOADED[kind.name]: kind.parts()[NOT_LOADED[kind.name]]} if kind.name in NOT_LOADED else {}
-        pipeline = DiffusionPipeline.from_pretrained(folder / kind.name, **not_loaded)
+        if kind.name in NOT_LOADED:
+            given = {NOT_LOADED[kind.name]: kind.parts()[NOT_LOADED[kind.name]]}
+            pipeline = getattr(diffusers, kind.pipeline).from_pretrained(folder / kind.name, **given)
+        else:
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / kind.name)
         name = type(pipeline.scheduler).__name__
         assert (name == "TimeTunerScheduler") != (kind.name in CONVERTING), f"{kind.name} has a {name}"
         if kind.name in CONVERTING:
