@@ -29,10 +29,11 @@ from torch.utils._pytree import tree_leaves
 from timetuner_core.grids import make_timesteps
 from timetuner_core.models.loading import DiffusionModel, load_builtin
 from timetuner_core.samplers import get_sampler, sample
+from timetuner_core.tuners import Optimizer, TuneType
 from timetuner_core.tuning.draws import draw_batch
 from timetuner_core.tuning.objectives import next_eps_residual
 from timetuner_core.tuning.per_step import losses_of, tune_per_step
-from timetuner_core.tuning.problem import Optimizer, TuneType, TuningProblem, TuningState
+from timetuner_core.tuning.problem import TuningProblem, TuningState
 
 MODELS = ("digits8", "digits32-ldm")
 NUM_STEPS = 10

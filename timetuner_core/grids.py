@@ -40,7 +40,7 @@ def make_timesteps(noise_schedule: NoiseSchedule, num_steps: int, grid: GridName
     ends = torch.tensor([noise_schedule.T, noise_schedule.t_min], dtype=torch.float64)
     if grid == "default":
         grid = noise_schedule.default_grid
-    if limit == 1 or (noise_schedule.t_end == 0 and num_steps == 1):  # N = 1: T and t_min coincide
+    if limit == 1 or (noise_schedule.t_end == 0 and num_steps == 1):  # T and t_min coincide for N = 1.
         return torch.cat([ends[:1], clean])
     if noise_schedule.t_end == 0:
         return torch.cat([grid_between(noise_schedule, ends, num_steps - 1, grid), clean])
@@ -59,7 +59,7 @@ def grid_between(noise_schedule: NoiseSchedule, ends: Tensor, num_steps: int, gr
         noise_to_signal = torch.exp(-noise_schedule.marginal_lambda(ends))
         steps = evenly(noise_to_signal ** (1 / EDM_RHO), num_steps) ** EDM_RHO
         timesteps = noise_schedule.inverse_lambda(-torch.log(steps))
-    timesteps[[0, -1]] = ends  # exactly, whatever the way there and back did to the last digit
+    timesteps[[0, -1]] = ends  # The way to lambda and back may have changed their last digits.
     return timesteps
 
 

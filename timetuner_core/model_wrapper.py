@@ -1,4 +1,4 @@
-"""From any network to a guided prediction of x0 and eps in continuous time."""
+"""Guided predictions of x0 and eps in continuous time, by any network."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ GuidanceType = Literal["uncond", "classifier", "classifier-free"]
 
 
 class Prediction(NamedTuple):
-    """What a network says of `x_t = alpha_t x0 + sigma_t eps`, both of x_t's shape."""
+    """The x0 and eps that a network predicts in `x_t = alpha_t x0 + sigma_t eps`, both of x_t's shape."""
 
     x0: Tensor
     eps: Tensor
@@ -92,7 +92,7 @@ class GuidedModel:
         return self._prediction(x, t, self._classifier_free(x, t, t_input, condition, uncond_condition))
 
     def input_scale(self, t: Tensor) -> Tensor:
-        """What x_t is multiplied by before the network sees it: c_in for EDM's networks, else 1; of t's shape."""
+        """The factor of x_t in the network's input: c_in for EDM's networks, else 1; of t's shape."""
         return self._edm_coefficients(t)[0] if self.model_type == "edm" else torch.ones_like(t)
 
     def _input_time(self, x: Tensor, t: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class GuidedModel:
         return repeat_to_batch(processed, len(x))
 
     def _output(self, x: Tensor, t: Tensor, t_input: Tensor, condition: Tensor | None) -> Tensor:
-        """What the network itself says."""
+        """The network's own output, unguided."""
         if self.model_type == "edm":
             x = expand_like(self.input_scale(t), x) * x
         args = (x, t_input) if condition is None else (x, t_input, condition)
@@ -165,7 +165,7 @@ class GuidedModel:
         scale = self._scale(t, 0.0)
         if isinstance(scale, float | int) and scale == 0:
             return Prediction(x0, eps)
-        # Works inside no_grad, and nests under autograd, forward mode and checkpoints (torch.func.grad: not the last).
+        # This works inside no_grad, under autograd, forward mode and checkpoints; torch.func.grad fails under the last.
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             x_grad = x + torch.zeros_like(x, requires_grad=True)

@@ -35,7 +35,7 @@ class NoiseSchedule(ABC):
 
     @property
     def t_end(self) -> float:
-        """Where grids end: `t_min`, or 0 if so much noise is left there that one can see it."""
+        """The end of grids: `t_min`, or 0 if so much noise is left at `t_min` that one can see it."""
         return self.t_min
 
     @property
@@ -57,7 +57,7 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def model_input_time(self, t: Tensor) -> Tensor:
-        """What the network is fed for time `t`."""
+        """The network's input for time `t`."""
 
     @abstractmethod
     def time_of_model_input(self, t_input: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class NoiseSchedule(ABC):
 
     def starting_std(self, t: Tensor) -> float:
         """The standard deviation of the noise to start from at `t`: `prior_std` at `T`."""
-        if float(t) == self.T:  # where nearly all start
+        if float(t) == self.T:
             return self.prior_std
         T = torch.tensor(self.T, dtype=t.dtype)
         return self.prior_std * float(self.marginal_std(t) / self.marginal_std(T))
@@ -168,7 +168,7 @@ class NoiseScheduleVP(NoiseSchedule):
         return ((left + fraction) / self.total_N).to(lambda_t.dtype)
 
     def model_input_time(self, t: Tensor) -> Tensor:
-        """What the network is fed for time `t`: `(t - 1/N) * N` in `0..N-1` if discrete, else `t`."""
+        """The network's input for time `t`: `(t - 1/N) * N` in `0..N-1` if discrete, else `t`."""
         return (t - 1.0 / self.total_N) * self.total_N if self.schedule == "discrete" else t
 
     def time_of_model_input(self, t_input: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from timetuner_core.grids import make_timesteps, teacher_timesteps
 from timetuner_core.models.loading import DiffusionModel
 from timetuner_core.samplers import Sampler, initial_noise, sample
 from timetuner_core.sampling.generate import Guidance, generate
-from timetuner_core.tuners import TUNERS
+from timetuner_core.tuners import Population
 from timetuner_core.tuning.problem import TuningProblem
 
 # Seeds of the noise that tuning and evaluation see: two ranges that neither meet each other nor, being
@@ -22,7 +22,8 @@ TUNING_SEEDS = 2**31
 EVALUATION_SEEDS = 2**31 + 2**30
 SEED_RANGE = 2**29
 
-MOST_KL_ROWS = 128  # of which each takes a Jacobian
+# KL is measured on at most this many samples: each needs a Jacobian.
+MAX_KL_SAMPLES = 128
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Experiment:
 
     def problem(
         self,
-        objective: str,
+        population: Population,
         timesteps: Tensor,
         population_size: int,
         batch_size: int,
@@ -57,17 +58,18 @@ class Experiment:
         data: Literal["auto", "model", "generated"] = "auto",
         teacher_num_steps: int = 50,
     ) -> TuningProblem:
-        """What the tuner `TUNERS[objective]` is given, on a grid `(num_steps + 1,)`.
+        """The problem that a tuner is given, on a grid `(num_steps + 1,)`.
 
         Args:
-            data: for tuners that need data, the model's own, or else samples of a teacher of `teacher_num_steps`.
+            population: what the tuner needs.
+            data: where data come from, if they are needed: the model's own, or else samples of a teacher of
+                `teacher_num_steps`.
         """
-        needs = TUNERS[objective].population
-        if needs == "data":
-            population, condition = self._data(population_size, data, teacher_num_steps)
+        if population == "data":
+            samples, condition = self._data(population_size, data, teacher_num_steps)
         else:
-            size = population_size if needs == "noise" else 1
-            population, condition = self._noise(size, timesteps[0]), self.conditions(size, TUNING_SEEDS)
+            size = population_size if population == "noise" else 1
+            samples, condition = self._noise(size, timesteps[0]), self.conditions(size, TUNING_SEEDS)
         model_fn = self.guidance.model_fn(self.model)
         conditions = self.model.conditions(self.guidance.type, None if condition is None else condition.to(self.device))
         step_kwargs = {"uncond_condition": conditions["uncond_condition"], "eta": self.eta}
@@ -76,7 +78,7 @@ class Experiment:
             self.model.noise_schedule,
             self.sampler.step_fn(model_fn, self.model.noise_schedule),
             timesteps,
-            population.to(self.device),
+            samples.to(self.device),
             conditions["condition"],
             batch_size=batch_size,
             seed=self.seed,
@@ -151,13 +153,13 @@ class Experiment:
         return self.teach(self.seeds(size, TUNING_SEEDS), condition, teacher_num_steps, decode=False), condition
 
     def kl_terms(self, timesteps: Tensor, t_ratios: Tensor | None = None) -> Tensor:
-        """The terms of the exact KL divergence to a mixture, unguided, `(MOST_KL_ROWS,)`."""
+        """The terms of the exact KL divergence to a mixture, unguided, `(MAX_KL_SAMPLES,)`."""
         assert self.model.mixture is not None
         model_fn = self.guidance.model_fn(self.model)
         step_fn = self.sampler.step_fn(model_fn, self.model.noise_schedule)
         ratios = torch.ones(len(timesteps) - 1, dtype=torch.float64) if t_ratios is None else t_ratios
         std = self.model.noise_schedule.starting_std(timesteps[0])
-        x_T, _ = initial_noise(self.model.sample_shape, self.seeds(MOST_KL_ROWS, EVALUATION_SEEDS), std)
+        x_T, _ = initial_noise(self.model.sample_shape, self.seeds(MAX_KL_SAMPLES, EVALUATION_SEEDS), std)
         return sampler_kl(
             lambda x: sample(step_fn, x, timesteps, ratios), x_T.to(self.device), self.model.mixture, std=std
         )

@@ -5,17 +5,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from service.registry.tables import TuningJob
-from service.shared.tuning_request import NextEpsTuner, TuningJobRequest
+from service.shared.tuning_request import TuningJobRequest
 from timetuner_core.evaluation.verdict import Evaluation
 from timetuner_core.samplers import get_sampler
-from timetuner_core.tuners import TUNERS
+from timetuner_core.tuners import DataTuner
 from timetuner_core.tuning.problem import TuningProblem, TuningState
 from timetuner_core.tuning_setup import Experiment
 from worker.conversion import guidance_of, timesteps_of
 from worker.runtime import Runtime
-
-# These fields of a tuner are not options of its function: they describe the population, and where the tuner runs.
-NO_OPTIONS = {"objective", "batch_size", "spread", "population_size", "data"}
 
 
 class TunedSampler:
@@ -31,7 +28,7 @@ class TunedSampler:
         self.runtime = runtime
         self.job_id, self.model_id = job.id, job.model_id
         self.request = request = TuningJobRequest.stored(job.request)
-        self.tuner = request.tuner.model_dump()
+        self.tuner = request.tuner
         self.network_calls = 0
 
         def before_call(num_samples: int) -> None:
@@ -52,12 +49,12 @@ class TunedSampler:
     @property
     def tuned_steps(self) -> list[int]:
         """The steps that the tuner changes."""
-        return list(range(self.request.num_steps - isinstance(self.request.tuner, NextEpsTuner)))
+        return self.tuner.tuned_steps(self.request.num_steps)
 
     @property
     def total_iters(self) -> int:
         """The iterations after which a step is done at the latest. A search for a grid has one."""
-        return getattr(self.request.tuner, "total_iters", None) or 1
+        return self.tuner.iterations
 
     def tune(self, state: TuningState, steps: list[int] | None = None) -> Iterator[TuningState]:
         """Tune from wherever `state` is, which is updated in place and given after each iteration.
@@ -67,21 +64,12 @@ class TunedSampler:
         """
         if bool(state.done[self.tuned_steps if steps is None else steps].all()):
             return  # No population is made for steps that are done.
-        only = {} if steps is None else {"steps": steps}
-        yield from TUNERS[self.request.tuner.objective].run(self._problem(), state, **self._options(), **only)
+        yield from self.tuner.run(self._problem(), state, steps)
 
     def evaluate(self, state: TuningState) -> Evaluation:
         """Evaluate the tuned sampler against the untuned one, on noise that tuning did not use."""
         how = self.request.evaluation
         return self.experiment.evaluate(state.timesteps, state.t_ratios, how.num_samples, how.teacher_num_steps)
-
-    def _options(self) -> dict[str, Any]:
-        needs_data = TUNERS[self.tuner["objective"]].population == "data"
-        for_the_data = {"teacher_num_steps"} if needs_data else set()
-        options = {name: value for name, value in self.tuner.items() if name not in NO_OPTIONS | for_the_data}
-        if self.tuner["objective"] == "gits":
-            options["max_samples"] = self.tuner["population_size"]
-        return {name: value for name, value in options.items() if value is not None}
 
     def _problem(self) -> TuningProblem:
         """The problem that the job's tasks on this worker share, on a network that counts this attempt's calls."""
@@ -92,11 +80,13 @@ class TunedSampler:
 
     def _new_problem(self) -> TuningProblem:
         tuner = self.tuner
-        about_data = {"data": tuner["data"], "teacher_num_steps": tuner["teacher_num_steps"]} if "data" in tuner else {}
+        about_data: dict[str, Any] = {}
+        if isinstance(tuner, DataTuner):
+            about_data = {"data": tuner.data, "teacher_num_steps": tuner.teacher_num_steps}
         return self.experiment.problem(
-            tuner["objective"],
+            tuner.population,
             self.timesteps,
-            tuner.get("population_size", 1),
-            tuner.get("batch_size", 1),
+            getattr(tuner, "population_size", 1),
+            getattr(tuner, "batch_size", 1),
             **about_data,
         )

@@ -1,5 +1,6 @@
 """Running a tuning job: tune from the last saved state, evaluate, store the schedule."""
 
+import dataclasses
 import math
 from importlib.metadata import version
 
@@ -9,7 +10,7 @@ from service.registry.jobs import add_event, finish
 from service.registry.schedules import next_version
 from service.registry.tables import EvaluationRow, JobState, Schedule, ScheduleStatus, TuningJob
 from service.shared.telemetry import TRACER
-from service.shared.tuning_request import AnyTuner, PerStepTuner, TuningJobRequest
+from service.shared.tuning_request import TuningJobRequest
 from timetuner_core.evaluation.verdict import Evaluation, Metric
 from timetuner_core.grids import teacher_timesteps
 from timetuner_core.tuning.problem import TuningState
@@ -27,7 +28,7 @@ def run_tuning_job(runtime: Runtime, lease: Lease) -> None:
     sampler = TunedSampler(runtime, job, lease.check)
     state = load_state(job, sampler.timesteps)
     with TRACER.start_as_current_span("tune"):
-        if spreads(sampler.request.tuner):
+        if sampler.tuner.is_spread:
             state = tune_by_tasks(runtime, lease, sampler)
         else:
             tune(sampler, state, lease, lease.write, runtime.settings.save_seconds)
@@ -35,11 +36,6 @@ def run_tuning_job(runtime: Runtime, lease: Lease) -> None:
         evaluation = sampler.evaluate(state)
     with TRACER.start_as_current_span("store"):
         lease.persist(lambda: _store(lease, sampler, state, evaluation))
-
-
-def spreads(tuner: AnyTuner) -> bool:
-    """Whether a tuner's steps are tasks of their own."""
-    return isinstance(tuner, PerStepTuner) and tuner.tune_type == "parallel" and tuner.spread
 
 
 def _store(lease: Lease, sampler: TunedSampler, state: TuningState, result: Evaluation) -> None:
@@ -68,7 +64,7 @@ def _schedule_row(
         timesteps=state.timesteps.tolist(),
         t_ratios=state.t_ratios.tolist(),
         provenance={
-            "tuner": request.tuner.model_dump(mode="json"),
+            "tuner": dataclasses.asdict(request.tuner),
             "seed": request.seed,
             "timetuner": version("timetuner"),
         },

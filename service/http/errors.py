@@ -19,6 +19,9 @@ from service.shared.logs import request_id
 Location = tuple[str | int, ...]
 EXAMPLE_REQUEST_ID = "req_01JD3K5V8Q2M4N6P7R9S0T1V2W"
 
+# Pydantic has other words for an unknown field of a dataclass, which tuners are, than of a model.
+MESSAGES = {"unexpected_keyword_argument": "Extra inputs are not permitted"}
+
 
 class ErrorItem(BaseModel):
     """One fault: where it is, what is accepted, and what was given."""
@@ -154,7 +157,10 @@ def install_error_handlers(app: FastAPI, routes: Collection[APIRoute]) -> None:
 
     @app.exception_handler(RequestValidationError)
     def validation_error(_request: Request, error: RequestValidationError) -> Response:
-        items = [ErrorItem(loc=list(e["loc"]), msg=e["msg"], input=_printable(e.get("input"))) for e in error.errors()]
+        items = [
+            ErrorItem(loc=list(e["loc"]), msg=MESSAGES.get(e["type"], e["msg"]), input=_printable(e.get("input")))
+            for e in error.errors()
+        ]
         detail = "; ".join(f"{'.'.join(map(str, item.loc))}: {item.msg}" for item in items)
         return problem_response(HTTPStatus.UNPROCESSABLE_ENTITY, detail, items)
 

@@ -13,6 +13,7 @@ from service.shared.sampling_setting import ALWAYS
 from service.tuning_jobs.logic import events_after
 from service.web.charts import Chart, Series, make_chart
 from timetuner_core.samplers import get_sampler
+from timetuner_core.tuners import TUNERS
 
 MAX_COUNTED = 1000
 MAX_EVENTS = 1000
@@ -24,14 +25,7 @@ METRICS = {
     "wasserstein": "Wasserstein distance",
     "kl": "KL divergence",
 }
-OBJECTIVES = {
-    "end_to_end": "end to end: grid and ratios together, against a teacher",
-    "next_eps": "next_eps: the published procedure, step by step",
-    "teacher_step": "teacher_step: each step against a teacher's",
-    "ays": "ays: Align Your Steps",
-    "gits": "gits: nearest to a many-step trajectory",
-    "dmn": "dmn: bound on the result's error",
-}
+OBJECTIVES = {name: tuner.label for name, tuner in TUNERS.items() if name != "grid"}
 OBJECTIVE_OF_IMPORTED = "imported"
 
 

@@ -282,7 +282,7 @@ def test_end_to_end_tuning_is_the_same_with_a_given_teacher_and_remembered_steps
     of_experiment = experiment("cfg:2")
     schedule = of_experiment.model.noise_schedule
     timesteps = make_timesteps(schedule, 3)
-    problem: TuningProblem = of_experiment.problem("end_to_end", timesteps, 16, 16)
+    problem: TuningProblem = of_experiment.problem("noise", timesteps, 16, 16)
     seeds, condition = of_experiment.seeds(16, TUNING_SEEDS), of_experiment.conditions(16, TUNING_SEEDS)
     target = of_experiment.teach(seeds, condition, 10, decode=False)
 

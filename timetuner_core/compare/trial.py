@@ -24,14 +24,14 @@ from timetuner_core.evaluation.distances import (
 from timetuner_core.evaluation.verdict import Evaluation, compare
 from timetuner_core.grids import GridName, make_timesteps, teacher_timesteps
 from timetuner_core.samplers import get_sampler, sample_steps
-from timetuner_core.tuners import TUNERS
+from timetuner_core.tuners import EndToEndTuner
 from timetuner_core.tuning.problem import TuningState
 from timetuner_core.tuning_setup import EVALUATION_SEEDS, TUNING_SEEDS, Experiment
 
 SAME = "the same schedule as untuned"
 METRICS = ("teacher_l2", "frechet", "frechet_features", "sliced_wasserstein", "wasserstein", "kl")
-NUM_PATHS = 6  # in a picture of trajectories
-NUM_DATA_POINTS = 400  # behind them
+NUM_DRAWN_PATHS = 6
+NUM_DRAWN_DATA_POINTS = 400
 
 _Result = TypeVar("_Result")
 
@@ -84,7 +84,7 @@ class Trajectories:
     """Some samples on their way, in a plane.
 
     Attributes:
-        paths: by label, `(NUM_PATHS, num_steps + 1, 2)`: the teacher's, the baseline's and the best entrant's.
+        paths: by label, `(NUM_DRAWN_PATHS, num_steps + 1, 2)`: the teacher's, the baseline's and the best entrant's.
         data: `(P, 2)`, or None. share: of the variance of the teacher's x_t that the plane shows; 1 for 2-d x.
     """
 
@@ -111,8 +111,8 @@ class Teaching:
 
     Attributes:
         held_out: from the noise that judges, `(num_samples, *image_shape)`.
-        tuning: from the noise that end-to-end tuning sees, `(noise_population, *sample_shape)`, or None if nobody needs
-            it; cost: what it took.
+        tuning: from the noise that end-to-end tuning sees, `(noise_population, *sample_shape)`, or None if no
+            entrant needs it; cost: what it took.
     """
 
     held_out: np.ndarray
@@ -162,7 +162,7 @@ class Bench:
         self.tuning_noise = self._noise(plan.effort.noise_population, TUNING_SEEDS)
 
     def counted(self, work: Callable[[], _Result]) -> tuple[_Result, Cost]:
-        """What some work gives, and takes."""
+        """The result of some work, and its cost."""
         calls, seconds = self.calls, time.process_time()
         result = work()
         return result, Cost(self.calls - calls, time.process_time() - seconds)
@@ -194,7 +194,7 @@ class Trial:
         mixture = None if is_guided else self.experiment.model.mixture
         measured = None if self.experiment.model.reference is None else _measures(setting.group.model, is_guided)
         self.measures = measured or data_measures(self.teacher_samples, self.experiment.model.features, mixture)
-        # In more dimensions it would take longer than all else.
+        # KL takes longer than all else in more dimensions.
         small = mixture is not None and math.prod(mixture.sample_shape) <= MAX_WASSERSTEIN_DIMENSION
         self.has_kl = small and not self.experiment.adds_noise
         self._figures: dict[tuple[tuple[float, ...], tuple[float, ...]], dict[str, Estimate]] = {}
@@ -224,7 +224,7 @@ class Trial:
         )
 
     def trajectories(self, outcomes: list[Outcome]) -> Trajectories | None:
-        """Of the teacher, the baseline and whoever came closest to the teacher; None if noise is added on the way."""
+        """Paths of the teacher, the baseline and the entrant nearest to the teacher; None if the sampler adds noise."""
         if self.experiment.adds_noise:
             return None
         tuned = [o for o in outcomes if o.verdict in {"accepted", "rejected"}]
@@ -236,23 +236,28 @@ class Trial:
         paths = {name: self._paths(*schedule) for name, schedule in schedules.items()}
         draw_data = self.experiment.model.draw_data
         generator = torch.Generator().manual_seed(self.experiment.seed)
-        data = None if draw_data is None else draw_data(NUM_DATA_POINTS, generator)[0]
+        data = None if draw_data is None else draw_data(NUM_DRAWN_DATA_POINTS, generator)[0]
         return _in_plane(self.setting.num_steps, paths, data)
 
     def _tune(self, entrant: Entrant) -> tuple[TuningState, Cost]:
         """Raises ValueError: the entrant does not apply."""
-        tuner, effort = TUNERS[entrant.objective], self.effort
+        effort = self.effort
+        tuner = entrant.tuner(effort, self.experiment.sampler, self.setting.num_steps)
         timesteps, shared = self._best_start if entrant.grid == "best" else (self._start(entrant.grid), Cost())
-        options = entrant.options(effort, self.experiment.sampler, self.setting.num_steps)
-        if entrant.objective == "end_to_end":
-            options["target"], shared = self.target, shared + self.target_cost
+        if isinstance(tuner, EndToEndTuner):
+            shared += self.target_cost
 
         def tune() -> TuningState:
             population_size = effort.data_population if tuner.population == "data" else effort.noise_population
-            batch_size = entrant.batch_size(effort)
-            problem = self.experiment.problem(entrant.objective, timesteps, population_size, batch_size)
+            batch_size = getattr(tuner, "batch_size", effort.batch_size)
+            problem = self.experiment.problem(tuner.population, timesteps, population_size, batch_size)
             state = TuningState.start(timesteps)
-            for _ in tuner.run(problem, state, **options):
+            if isinstance(tuner, EndToEndTuner):
+                # There are few rows, so remembering every step takes little memory.
+                tuned = tuner.run(problem, state, target=self.target, recompute=False)
+            else:
+                tuned = tuner.run(problem, state)
+            for _ in tuned:
                 pass
             return state
 
@@ -267,7 +272,7 @@ class Trial:
         """The named grid whose samples are closest to the teacher's, on noise that tuning sees."""
         target = self.target
         if target is None:
-            return self._start("default"), Cost()  # and the tuner will say why not
+            return self._start("default"), Cost()  # The tuner refuses this case by itself.
         seeds, condition = self.bench.tuning_noise
         rows = slice(self.effort.search_samples)
         condition = None if condition is None else condition[rows]
@@ -276,25 +281,25 @@ class Trial:
             samples = self.experiment.sample(seeds[rows], condition, timesteps, decode=False)
             return float(teacher_l2(samples, target[rows]).mean())
 
-        grids = {tuple(grid.tolist()): grid for grid in map(self._start, get_args(GridName))}  # two may be one
+        grids = {tuple(grid.tolist()): grid for grid in map(self._start, get_args(GridName))}
         return self.bench.counted(lambda: min(grids.values(), key=error))
 
     def _figures_of(self, timesteps: Tensor, t_ratios: Tensor | None) -> dict[str, Estimate]:
-        """Of one schedule, measured once: two grids may be one."""
+        """The distances of one schedule, measured once: two names may stand for one grid."""
         ratios = torch.ones(len(timesteps) - 1) if t_ratios is None else t_ratios
         key = tuple(timesteps.tolist()), tuple(ratios.tolist())
         if key not in self._figures:
             samples = self.experiment.sample(*self.bench.held_out, timesteps, ratios)
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # it is torch's own that uses it
+                warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # PyTorch itself uses it.
                 kl_terms = self.experiment.kl_terms(timesteps, ratios) if self.has_kl else None
             self._figures[key] = measure(samples, self.teacher_samples, self.measures, kl_terms)
         return self._figures[key]
 
     @torch.no_grad()
     def _paths(self, timesteps: Tensor, t_ratios: Tensor) -> Tensor:
-        """x_t from some noises, `(NUM_PATHS, num_steps + 1, D)`."""
-        problem = self.experiment.problem("end_to_end", timesteps, NUM_PATHS, NUM_PATHS)
+        """x_t from some noises, `(NUM_DRAWN_PATHS, num_steps + 1, D)`."""
+        problem = self.experiment.problem("noise", timesteps, NUM_DRAWN_PATHS, NUM_DRAWN_PATHS)
         kwargs = dict(problem.step_kwargs) | ({} if problem.condition is None else {"condition": problem.condition})
         steps = sample_steps(problem.step_fn, problem.population, timesteps, t_ratios, **kwargs)
         return torch.stack([problem.population, *(x_s for x_s, _ in steps)], dim=1).flatten(2).double()

@@ -12,8 +12,8 @@ from torch import Tensor
 from timetuner_core.models.mixtures import GaussianMixture
 
 MAX_FRECHET_DIMENSION = 4096
-MAX_WASSERSTEIN_SAMPLES = 1000  # the assignment's cost grows with their cube
-MAX_WASSERSTEIN_DIMENSION = 8  # see `wasserstein_estimate`
+MAX_WASSERSTEIN_SAMPLES = 1000  # The assignment's cost grows with their cube.
+MAX_WASSERSTEIN_DIMENSION = 8  # See `wasserstein_estimate`.
 NUM_PROJECTIONS = 128
 
 
@@ -55,7 +55,7 @@ class Frechet:
 
     @classmethod
     def to(cls, reference: Tensor) -> "Frechet":
-        """To a reference `(P, ...)`."""
+        """The distance to a reference `(P, ...)`."""
         x = reference.flatten(1).double()
         values, vectors = torch.linalg.eigh(x.T.cov().reshape(x.shape[1], x.shape[1]))
         return cls(x.mean(dim=0), vectors * values.clamp(min=0).sqrt() @ vectors.T)
@@ -95,7 +95,7 @@ class SlicedWasserstein:
 
     @classmethod
     def to(cls, reference: Tensor, num_projections: int = NUM_PROJECTIONS, seed: int = 0) -> "SlicedWasserstein":
-        """To a reference `(P, ...)`."""
+        """The distance to a reference `(P, ...)`."""
         x = reference.flatten(1).double()
         shape = (x.shape[1], num_projections)
         normal = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -106,7 +106,7 @@ class SlicedWasserstein:
         projected, order = (samples.flatten(1).double() @ self.directions).sort(dim=0)
         displacement = projected - self._at_levels(len(samples))
         squared = displacement.square().mean()
-        # In one dimension the potential's slope is twice the displacement; it is what mass at a point costs.
+        # The potential is what mass at a point costs. In one dimension its slope is twice the displacement.
         trapezoids = (displacement[1:] + displacement[:-1]) * projected.diff(dim=0)
         potential = torch.cat([torch.zeros_like(projected[:1]), trapezoids.cumsum(dim=0)])
         influence = torch.empty_like(potential).scatter_(0, order, potential).mean(dim=1)
@@ -140,7 +140,7 @@ def wasserstein_estimate(draws: Tensor, samples: Tensor) -> Estimate:
     size = min(len(samples), len(draws), MAX_WASSERSTEIN_SAMPLES)
     cost = torch.cdist(samples[:size].flatten(1).double(), draws[:size].to(samples.device).flatten(1).double()).square()
     _, columns = linear_sum_assignment(cost.cpu().numpy())
-    cost = cost[:, torch.from_numpy(columns).to(cost.device)]  # now row i belongs to column i
+    cost = cost[:, torch.from_numpy(columns).to(cost.device)]  # Row i now belongs to column i.
     matched = cost.diagonal()
     return _root(matched.mean(), matched - _column_potential(cost - matched[:, None]))
 
@@ -166,7 +166,7 @@ def _root(squared: Tensor, influence: Tensor) -> Estimate:
     """The root of a squared distance, from that and its influence."""
     value = float(squared.clamp(min=0).sqrt())
     centred = influence - influence.mean()
-    # At distance 0, where the root has no derivative, what is left is rounding.
+    # The root has no derivative at distance 0. A distance that small is rounding.
     return Estimate(value, centred / (2 * value) if value > 1e-9 else torch.zeros_like(centred))
 
 
@@ -195,7 +195,7 @@ def sampler_kl(
     dimension = x_T[0].numel()
     with torch.enable_grad():
         x0 = run(x_T)
-        # Row by row in reverse: forward mode would load torch's compiler, which takes seconds.
+        # The Jacobian is taken row by row in reverse: forward mode would load torch's compiler, which takes seconds.
         rows = [
             torch.autograd.grad(value.sum(), x_T, retain_graph=True)[0].flatten(1)
             for value in x0.flatten(1).unbind(dim=1)

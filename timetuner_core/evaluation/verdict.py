@@ -103,7 +103,7 @@ class Evaluation:
 
     @property
     def change(self) -> PairedComparison:
-        """Of teacher L2."""
+        """The change of teacher L2."""
         return self.metrics["teacher_l2"].change
 
     @property
@@ -150,7 +150,7 @@ class Evaluation:
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it; figures that are not finite are None."""
+        """A form that JSON takes; figures that are not finite are None."""
         metrics = {name: _finite(asdict(metric)) for name, metric in self.metrics.items()}
         verdict = {"better": self.better, "reason": self.reason, "score": self.score, "adds_noise": self.adds_noise}
         return _finite(verdict) | {"metrics": metrics}

@@ -103,12 +103,12 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_schedule(cls, base_scheduler: Any, schedule: Mapping[str, Any]) -> "TimeTunerScheduler":
-        """From the scheduler a pipeline has, and a schedule as the service's API gives it."""
+        """The scheduler for a pipeline, from the scheduler it has and a schedule as the service's API gives it."""
         names = ("timesteps", "t_ratios", "sampler", "eta")
         # The configuration as it would be saved: `config` itself marks fields that its class has left at its own
-        # defaults, and other classes would then take theirs.
+        # defaults, and other classes would then take their own.
         config = json.loads(base_scheduler.to_json_string())
-        if isinstance(base_scheduler, cls):  # another schedule takes its place
+        if isinstance(base_scheduler, cls):  # The new schedule takes its place.
             config = config["base_scheduler"]
         scheduler: TimeTunerScheduler = cls(config, **{name: schedule[name] for name in names if name in schedule})
         return scheduler
@@ -169,7 +169,7 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if timesteps is not None and sigmas is not None:
             told = self._before_shift(told, mu)
         elif timesteps is not None:
-            _check_own("timesteps", timesteps, told, tolerance=0.5)  # a list of integers is rounded
+            _check_own("timesteps", timesteps, told, tolerance=0.5)  # A list of integers is rounded.
         elif sigmas is not None and not self._is_flow:
             _check_own("sigmas", sigmas, self._noise_levels()[:-1], tolerance=1e-3)
         self.timesteps = told.to(device, torch.float32)
@@ -212,7 +212,7 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         eta: float | None = None,
         use_clipped_model_output: bool | None = None,
     ) -> TimeTunerSchedulerOutput | tuple[Tensor, Tensor]:
-        """From x_t to x_s, given what the network says at `timesteps[i]`; steps go in order.
+        """One step from x_t to x_s, given the network's output at `timesteps[i]`; steps go in order.
 
         The arithmetic is in float32 at least, whatever the dtype of the pipeline.
 

@@ -34,12 +34,12 @@ Shape = tuple[int, ...]
 
 MAX_JSON_BYTES = 2**20
 MAX_JSON_DEPTH = 20
-MAX_HEADER_BYTES = 2**22  # of a safetensors file; that of a network of billions of parameters is a tenth of this
+MAX_HEADER_BYTES = 2**22  # A network of billions of parameters has a safetensors header of a tenth of this.
 MAX_TENSORS = 20_000
-LENGTH_BYTES = 8  # a safetensors file begins with its header's length
+LENGTH_BYTES = 8  # A safetensors file begins with its header's length.
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 
-# What the safetensors library raises for files that are none, or of dtypes that torch does not have.
+# The safetensors library raises these for other files, and for dtypes that PyTorch does not have.
 _UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError)
 
 

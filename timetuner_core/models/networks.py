@@ -26,14 +26,14 @@ from timetuner_core.models.folder_files import (
 
 UNETS = ("UNet2DModel", "UNet2DConditionModel")
 TRANSFORMERS = ("DiTTransformer2DModel",)
-BLOCKS = ("block_out_channels", "down_block_types", "up_block_types")  # have an entry for each block
-LAYERS = ("layers_per_block", "num_layers", "transformer_layers_per_block")  # say how many layers a block has
+BLOCKS = ("block_out_channels", "down_block_types", "up_block_types")  # These have an entry for each block.
+LAYERS = ("layers_per_block", "num_layers", "transformer_layers_per_block")  # These say how many layers a block has.
 MAX_SAMPLE_SIZE = 4096
-MAX_PATCHES = 2**16  # of a transformer: its position table is no weight, so nothing else bounds it
-MAX_POSITION_VALUES = 2**28  # of that table
-MAX_FEATURES = 2**30  # values of an image's largest feature map: likewise, small weights can make large ones
+MAX_PATCHES = 2**16  # A transformer's position table is no weight, so only this bounds it.
+MAX_POSITION_VALUES = 2**28  # The position table has no more values.
+MAX_FEATURES = 2**30  # An image's largest feature map has no more values: small weights can make large maps.
 
-# What attention layers saved by older versions of diffusers call theirs.
+# Attention layers saved by older versions of diffusers have these names.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -54,7 +54,7 @@ class Options:
         if self.dtype == torch.float64:
             _embed_time_in_float64(module)
         memory_format = torch.channels_last if self.channels_last else torch.preserve_format
-        # torch's own: that of diffusers warns of any dtype.
+        # PyTorch's own function is called: that of diffusers warns of any dtype.
         moved = torch.nn.Module.to(module, device, self.dtype)
         return torch.nn.Module.to(moved, memory_format=memory_format)
 
@@ -105,7 +105,7 @@ def load_network(path: Path, device: torch.device | str, options: Options) -> Lo
 
 
 def size_in_bytes(module: torch.nn.Module) -> int:
-    """Of its weights and buffers."""
+    """The size of its weights and buffers."""
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
@@ -127,7 +127,7 @@ def load_module(
     Raises:
         ModelFormatError: anything missing, malformed or at odds with the rest.
     """
-    import diffusers  # here, as it takes seconds that built-in mixtures need not wait
+    import diffusers  # It takes seconds, which built-in mixtures do not need.
 
     config = read_json(path, config_name)
     class_name = config.get("_class_name")
@@ -137,9 +137,9 @@ def load_module(
     shapes = read_shapes(path, weights_name)
     _check_depth(config, config_name, len(shapes))
     try:
-        with torch.device("meta"):  # shapes only: a hostile configuration allocates nothing
+        with torch.device("meta"):  # Only shapes are made: a hostile configuration allocates nothing.
             module: Any = getattr(diffusers, class_name).from_config(config)
-    except Exception as error:  # diffusers raises whatever its constructors meet
+    except Exception as error:  # The constructors of diffusers may raise anything.
         raise ModelFormatError(config_name, f"no {class_name} can be built from it ({error})") from None
     check(module, config_name)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -176,7 +176,7 @@ def check_features(channels: Any, height: int, width: int, config_name: str) -> 
 
 
 def _check_network(module: Any, config_name: str) -> None:
-    """That the network is one which `_caller` can call, and of known size."""
+    """Check that `_caller` can call the network, and that its size is known."""
     config = module.config
     if config.get("sample_size") is None:
         raise ModelFormatError(config_name, "sample_size is null; accepted: the images' size in pixels")
@@ -199,7 +199,7 @@ def _check_network(module: Any, config_name: str) -> None:
         check_features(config.block_out_channels[0], *sizes, config_name)
 
 
-# Network by network, what would want other inputs than x, time and one condition, or integer times, or cannot run.
+# Other settings of each network want other inputs than x, time and one condition, or integer times, or cannot run.
 _ACCEPTED: dict[str, dict[str, tuple[Any, ...]]] = {
     "UNet2DModel": {"time_embedding_type": ("positional",), "class_embed_type": (None,)},
     "UNet2DConditionModel": {

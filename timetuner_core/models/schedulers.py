@@ -1,4 +1,4 @@
-"""From a diffusers scheduler's configuration to a noise schedule and what the network predicts."""
+"""The noise schedule and prediction type that a diffusers scheduler's configuration describes."""
 
 import inspect
 import math
@@ -110,7 +110,7 @@ MIN_ALPHA_CUMPROD = 1e-12
 
 
 class SchedulerSpec(NamedTuple):
-    """What a scheduler's configuration says of the network.
+    """The part of a scheduler's configuration that describes the network.
 
     Attributes:
         sigma_data: for `model_type` `edm`; negative where the network predicts -F, which turns c_out's sign only.
@@ -127,7 +127,7 @@ def read_scheduler(path: Path) -> SchedulerSpec:
 
 
 def read_scheduler_config(config: Mapping[str, Any]) -> SchedulerSpec:
-    """From the configuration of a diffusers scheduler, what the network was trained on.
+    """Read what the network was trained on from the configuration of a diffusers scheduler.
 
     A field that the file leaves out has the default of its own class, and one that the class does not know is
     ignored, as diffusers does. `SAMPLING_ONLY` fields are ignored too: they bear on how diffusers samples, not on
@@ -140,7 +140,7 @@ def read_scheduler_config(config: Mapping[str, Any]) -> SchedulerSpec:
     """
     name = config.get("_class_name", "DDPMScheduler")
     if name == "TimeTunerScheduler" and isinstance(config.get("base_scheduler"), Mapping):
-        return read_scheduler_config(config["base_scheduler"])  # of a pipeline that was tuned before
+        return read_scheduler_config(config["base_scheduler"])  # The pipeline was tuned before.
     if name not in ACCEPTED_SCHEDULERS:
         accepted = ", ".join(ACCEPTED_SCHEDULERS)
         raise ModelFormatError(SCHEDULER_CONFIG, f"_class_name is {name!r}; accepted: {accepted}")
@@ -168,7 +168,7 @@ def constructor_defaults(scheduler_class: Any) -> dict[str, Any]:
 
 
 def _class_of(name: str) -> Any:
-    import diffusers  # here, as it takes seconds that built-in mixtures need not wait
+    import diffusers  # It takes seconds, which built-in mixtures do not need.
 
     return getattr(diffusers, STAND_INS.get(name, name))
 
@@ -196,7 +196,7 @@ def _vp(values: Mapping[str, Any]) -> SchedulerSpec:
         if rescaled:
             alphas_cumprod[-1] = MIN_ALPHA_CUMPROD
         return SchedulerSpec(NoiseScheduleVP("discrete", alphas_cumprod=alphas_cumprod), MODEL_TYPES[prediction])
-    except Exception as error:  # diffusers raises whatever its constructor meets
+    except Exception as error:  # The constructor may raise anything.
         raise ModelFormatError(SCHEDULER_CONFIG, f"no noise schedule can be built from it ({error})") from None
 
 

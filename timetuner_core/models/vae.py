@@ -14,7 +14,7 @@ from timetuner_core.models.networks import Options, check_features, load_module,
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """Between images `(B, *image_shape)` in -1..1 and latents `(B, *sample_shape)` as the network sees them."""
+    """Maps images `(B, *image_shape)` in -1..1 to the network's latents `(B, *sample_shape)`, and back."""
 
     encode: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
@@ -60,7 +60,7 @@ def load_vae(
 
 
 def _normalisation(config: Any, channels: int) -> tuple[Tensor, Tensor]:
-    """What to subtract from a VAE's latents and then to multiply them with, each `(C, 1, 1)` or `(1, 1, 1)`."""
+    """The shift that a VAE's latents are reduced by, and the factor after that, each `(C, 1, 1)` or `(1, 1, 1)`."""
     mean, std = config.latents_mean, config.latents_std
     try:
         if mean is None or std is None:

@@ -2,7 +2,7 @@
 
 Each takes a `TuningProblem` and gives `timesteps` `(num_steps + 1,)`, float64, falling, with the problem's own ends
 and number of steps; the times between are all that changes. A grid that ends at 0, where lambda is infinite, keeps its
-last positive time too. What of each is its paper's and what is ours: docs/rivals.md.
+last positive time too. docs/rivals.md says how each differs from its paper.
 """
 
 from timetuner_core.rivals.ays import ays_timesteps

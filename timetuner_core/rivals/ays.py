@@ -25,14 +25,14 @@ def ays_timesteps(problem: TuningProblem, num_candidates: int | None = None, num
     candidates = candidate_timesteps(
         problem, max(40, 4 * problem.num_steps) if num_candidates is None else num_candidates
     )
-    if len(candidates) == 1:  # a single step, to time 0
+    if len(candidates) == 1:  # There is a single step, to time 0.
         return problem.timesteps.clone()
     return shortest_path_grid(problem, candidates, kl_bound_costs(problem, candidates, num_samples))
 
 
 @torch.no_grad()
 def kl_bound_costs(problem: TuningProblem, candidates: Tensor, num_samples: int) -> Tensor:
-    """What each step from candidate i to j adds to AYS's bound on the KL divergence, `(M, M)` for `i < j`, else 0.
+    """The share of each step from candidate i to j in AYS's bound on the KL divergence, `(M, M)` for `i < j`, else 0.
 
     In EDM's terms, `sigma = sigma_t / alpha_t` and x_t divided by alpha_t, that is the integral of
     `E || D(x_sigma, sigma) - D(x_i, sigma_i) ||^2 / sigma^3` from sigma_j to sigma_i, where `D` is the network's x0 and
@@ -62,5 +62,5 @@ def _denoiser_distances(problem: TuningProblem, candidates: Tensor, generator: t
         x = x + std * torch.randn(x.shape, generator=generator).to(x)
         denoised.append(predict(problem, alpha_t * x, t, rows).x0.flatten(1))
     D = torch.stack(denoised[::-1], dim=1)  # (B, M, dimension)
-    exact = "donot_use_mm_for_euclid_dist"  # the other way cancels for near candidates
+    exact = "donot_use_mm_for_euclid_dist"  # The other way cancels for near candidates.
     return torch.cdist(D, D, compute_mode=exact).double().square().sum(dim=0).cpu()

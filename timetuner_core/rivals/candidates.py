@@ -30,7 +30,7 @@ def dp_path(cost: Tensor, num_steps: int, discount: float = 1.0) -> list[int]:
     upward = torch.ones_like(cost, dtype=torch.bool).triu(1)
     hop = torch.where(upward, cost.double(), torch.inf).cpu()
     least = torch.full((size,), torch.inf, dtype=torch.float64)
-    least[-1] = 0.0  # with no hops left, only the end has arrived
+    least[-1] = 0.0  # Only the end needs no hops.
     following = []
     for _ in range(num_steps):
         least, following_k = (hop + discount * least).min(dim=1)

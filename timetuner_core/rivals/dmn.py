@@ -12,14 +12,14 @@ from timetuner_core.rivals.candidates import check_at_least_1, fixed_steps, grid
 from timetuner_core.samplers import SAMPLERS, SamplerStep, sample_steps
 from timetuner_core.tuning.problem import TuningProblem
 
-# Of the average step in lambda: what DMN's search keeps every step above, lest samplers that divide by steps fail.
-LEAST_STEP = 0.01
+# DMN's search keeps every step above this share of the average step in lambda: samplers divide by steps.
+MIN_STEP_SHARE = 0.01
 
-# Whose weights DMN takes for samplers whose own mislead it. UniPC: so does DMN's code. Those that extrapolate eps: a
-# network that answers x0 whatever x is lets their errors grow without bound, a real one does not.
+# Some samplers' own weights mislead DMN, so it takes those of another. For UniPC DMN's code does so too. The errors of
+# samplers that extrapolate eps grow without bound where a network ignores x, which a real one does not.
 WEIGHTS_OF = {"unipc_2": "dpmpp_3m", "unipc_3": "dpmpp_3m", "ipndm": "dpmpp_3m", "deis": "dpmpp_3m"}
 
-# How many of the first steps have no error of theirs set off against later ones', in DMN's bound.
+# Errors of the first three steps may not cancel errors of later steps in DMN's bound.
 SEPARATE_STEPS = 3
 
 
@@ -38,13 +38,13 @@ def dmn_timesteps(problem: TuningProblem, power: float = 2.0, max_iters: int = 1
     check_at_least_1(max_iters=max_iters)
     schedule, ends = problem.noise_schedule, grid_ends(problem)
     if problem.num_steps == 1:
-        dmn_bound(problem, problem.timesteps, power)  # refuses what it refuses for more steps
+        dmn_bound(problem, problem.timesteps, power)  # It refuses the same samplers as with more steps.
         return problem.timesteps.clone()
     lambda_first, lambda_last = schedule.marginal_lambda(ends).unbind()
 
     def grid_of(logits: Tensor) -> Tensor:
-        least = LEAST_STEP / len(logits)
-        steps = (least + (1 - LEAST_STEP) * torch.softmax(logits, dim=0)) * (lambda_last - lambda_first)
+        least = MIN_STEP_SHARE / len(logits)
+        steps = (least + (1 - MIN_STEP_SHARE) * torch.softmax(logits, dim=0)) * (lambda_last - lambda_first)
         inner = schedule.inverse_lambda(lambda_first + steps.cumsum(0)[:-1])
         return torch.cat([ends[:1], inner, ends[1:]])
 
@@ -64,7 +64,7 @@ def dmn_timesteps(problem: TuningProblem, power: float = 2.0, max_iters: int = 1
     grids = sorted((grid_between(schedule, ends, num_steps, name) for name in NAMED_GRIDS), key=bound_of)
     for start in grids[:2]:
         shares = schedule.marginal_lambda(start).diff() / (lambda_last - lambda_first)
-        logits = (shares - LEAST_STEP / len(shares)).clamp(min=1e-6).log()
+        logits = (shares - MIN_STEP_SHARE / len(shares)).clamp(min=1e-6).log()
         result = minimize(
             bound_and_gradient,
             logits.numpy(),
@@ -108,7 +108,7 @@ def dmn_bound(
 
 
 def _x0_error(noise_schedule: NoiseSchedule, t: Tensor, power: float) -> Tensor:
-    """What `dmn_bound` takes the network's x0 at t to be wrong by."""
+    """The error of the network's x0 at t that `dmn_bound` assumes."""
     if noise_schedule.starts_without_signal:
         alpha, sigma = noise_schedule.marginal_alpha(t), noise_schedule.marginal_std(t)
         error: Tensor = sigma**power / (alpha + sigma)
@@ -119,10 +119,10 @@ def _x0_error(noise_schedule: NoiseSchedule, t: Tensor, power: float) -> Tensor:
 
 
 def x0_weights(step_fn: SamplerStep, timesteps: Tensor, eta: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """What a sampler's result on a grid to a positive time is made of, beside noise it adds.
+    """The weights of x_T and of each predicted x0 in a sampler's result on a grid to a positive time.
 
     Found by running the sampler itself on a network that answers with unit vectors, so exact for any sampler that is
-    linear in x0, as all of ours are. Differentiable in `timesteps`.
+    linear in x0, as all shipped ones are. Differentiable in `timesteps`.
 
     Returns:
         The weight of each x0 that the network predicts, `(num_steps, C)` for C calls of the network: what each step
@@ -141,7 +141,7 @@ def x0_weights(step_fn: SamplerStep, timesteps: Tensor, eta: float = 0.0) -> tup
     counting = step_fn.sampler.step_fn(GuidedModel(network, schedule, "x_start"), schedule)
     noiseless = {"noise": torch.zeros_like(x_T), "eta": eta}
     steps = sample_steps(counting, x_T, timesteps, torch.ones_like(timesteps[1:]), **noiseless)
-    # x / sigma grows by x0's alone: what was there before a step goes on to the end shrunk like sigma.
+    # x / sigma grows by the x0's alone: all that was there before a step shrinks like sigma until the end.
     sigma = schedule.marginal_std(timesteps)
     states = torch.stack([x_T, *(x_s for x_s, _ in steps)])[:, 0] * (sigma[-1] / sigma)[:, None]
     return states.diff(dim=0)[:, 1:], schedule.time_of_model_input(torch.stack(inputs)), states[-1, 0]

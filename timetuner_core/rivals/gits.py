@@ -30,7 +30,7 @@ def gits_timesteps(
     candidates = candidate_timesteps(
         problem, max(61, 4 * problem.num_steps) if num_candidates is None else num_candidates
     )
-    if len(candidates) == 1:  # a single step, to time 0
+    if len(candidates) == 1:  # There is a single step, to time 0.
         return problem.timesteps.clone()
     return shortest_path_grid(problem, candidates, trajectory_costs(problem, candidates, max_samples), discount)
 
@@ -65,7 +65,7 @@ def _step_errors(problem: TuningProblem, candidates: Tensor, rows: Tensor) -> Te
     trajectory = torch.stack(z).flatten(2)  # (M, B, dimension)
     errors = trajectory.new_zeros(len(candidates), len(candidates), len(rows))
     for i, (x0, eps) in enumerate(predictions):
-        later = slice(i + 2, None)  # the step to the next candidate is the trajectory itself
+        later = slice(i + 2, None)  # The step to the next candidate is the trajectory itself.
         stepped = expand_like(signal[later], trajectory) * x0 + expand_like(noise[later], trajectory) * eps
         errors[i, later] = torch.linalg.vector_norm(stepped - trajectory[later], dim=2)
     return errors

@@ -1,4 +1,4 @@
-"""What a sampler is: one update from time `t` to `s < t`, and the loop over a grid."""
+"""A sampler is one update from time `t` to `s < t`, and the loop over a grid."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -187,7 +187,7 @@ class SamplerStep:
 
         Args:
             x: x_t, `(B, ...)`.
-            t, s: times of shape `()` or `(B,)`, `s < t`. t_ratio: likewise.
+            t, s: times of shape `()` or `(B,)`, `s < t`. t_ratio: `()` or `(B,)`.
             noise: what to add if noise is added, of x's shape; else drawn by `generator` (one, or one per sample).
 
         Raises:
@@ -271,7 +271,7 @@ def sample(
     t_ratios: Tensor,
     **step_kwargs: Any,
 ) -> Tensor:
-    """Where `sample_steps` ends: x0, `(B, ...)`."""
+    """The x0 at which `sample_steps` ends, `(B, ...)`."""
     for x_s, _ in sample_steps(step_fn, x, timesteps, t_ratios, **step_kwargs):
         x = x_s
     return x

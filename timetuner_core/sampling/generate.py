@@ -12,7 +12,7 @@ from timetuner_core.models.loading import DiffusionModel
 from timetuner_core.samplers import initial_noise
 from timetuner_core.time_tuner import TimeTuner
 
-# At which there is no guidance; without any, no scale has a bearing.
+# Guidance scale at which guidance changes nothing; `uncond` ignores the scale.
 UNGUIDED_SCALES: dict[GuidanceType, float] = {"uncond": 1.0, "classifier": 0.0, "classifier-free": 1.0}
 
 

@@ -49,7 +49,7 @@ class Travelling:
 
     Attributes:
         times: t, s and t_ratio of each step; as numbers, since taking three elements of tensors for each row and step
-            would take half of a step's time beside the network.
+            would take half of a step's time without the network.
     """
 
     row: Row
@@ -64,7 +64,7 @@ class Travelling:
 
 @dataclass(frozen=True)
 class Advance:
-    """What a step brought: the owners' rows that are done, in the order they joined, with images
+    """The result of a step: the owners' rows that are done, in the order they joined, with images
     `(len(done), *image_shape)`; and every row's step and predicted x0 `(rows, *sample_shape)`."""
 
     done: list[Row]
@@ -143,7 +143,8 @@ class RollingBatch:
         assert self.x is not None
         parts = [self._move(index, count) for index, count in batches(len(self.rows), self.batch_sizes)]
         x_s, x0 = (torch.cat(part) for part in zip(*parts, strict=True))
-        if length := get_sampler(self.sampler).history_length:  # and all are at the same time
+        if length := get_sampler(self.sampler).history_length:
+            # Only multistep samplers have a history; their rows all start together, so row 0's time is every row's.
             first = self.rows[0]
             past = Past(first.row.timesteps[first.step], self.x, x0)
             self.history = (*self.history, past)[-length:]

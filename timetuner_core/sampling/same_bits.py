@@ -17,11 +17,16 @@ from timetuner_core.samplers import initial_noise
 from timetuner_core.sampling.generate import UNGUIDED_SCALES
 
 BATCH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-SAMPLES = 3  # different ones in a probe's batches: each is seen at every position, among changing others
-PROBES = 2  # of the network, each with samples and a time of its own
-ANY_LENGTH = 77  # of tensor conditions where the model leaves it open: CLIP's
+# Each probe batch is filled with three distinct samples, rotated so that each one is tested at every position.
+SAMPLES = 3
 
-# From the indices `(B,)` of samples to a network's answers to them, each `(B, ...)`.
+# The network is probed this often, each time with other samples and another time.
+PROBES = 2
+
+# Tensor conditions have CLIP's length where the model leaves it open.
+DEFAULT_CONDITION_LENGTH = 77
+
+# A function of the indices `(B,)` of samples: the network's outputs for them, each `(B, ...)`.
 _Network = Callable[[Tensor], tuple[Tensor, ...]]
 
 
@@ -83,7 +88,7 @@ def _answers(networks: list[_Network], order: Tensor, expected: list[Tensor] | N
     others in the batch, or are not as expected."""
     answers = []
     for i, network in enumerate(networks):
-        # Turned by one sample at a time: each sample comes first once, and stands at every position once.
+        # The order is rotated by one sample at a time: each sample comes first once, and is at every position once.
         orders = [(order + turn) % SAMPLES for turn in range(SAMPLES)]
         rows = [_bits(network(index)) for index in orders]
         first = torch.stack([row[0] for row in rows])
@@ -117,7 +122,7 @@ def _networks(
 
     unguided = UNGUIDED_SCALES[guidance_type]
     scales = {True: [unguided + 1], False: [unguided], None: [unguided + 1, unguided]}[guided]
-    rescale = 0.7 if guidance_type == "classifier-free" else 0.0  # its sums may round otherwise too
+    rescale = 0.7 if guidance_type == "classifier-free" else 0.0  # Rescaling has sums that may round otherwise.
     model_fns = [model.model_fn(guidance_type, scale, rescale) for scale in scales]
 
     def predict(model_fn: GuidedModel, index: Tensor) -> tuple[Tensor, ...]:
@@ -130,7 +135,7 @@ def _conditions(model: DiffusionModel, length: int | None, count: int, generator
     """Random conditions, `(count,)` or `(count, L, D)`. Raises: ValueError."""
     if model.condition_shape is not None:
         default_length, width = model.condition_shape
-        return torch.randn(count, length or default_length or ANY_LENGTH, width, generator=generator)
+        return torch.randn(count, length or default_length or DEFAULT_CONDITION_LENGTH, width, generator=generator)
     if model.num_classes == 0:
         raise ValueError("the model has no conditions; accepted: guidance_type 'uncond'")
     return torch.randint(model.num_classes, (count,), generator=generator)

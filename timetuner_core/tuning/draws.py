@@ -105,7 +105,7 @@ def carry_forward(problem: TuningProblem, carried: Carried, i: int, t_ratio: Ten
     """The population after step `i`, computed in chunks of the batch size."""
     t, s = problem.timesteps[i], problem.timesteps[i + 1]
     remembers = history_length(problem.step_fn) > 0
-    # Samplers without a history need no earlier x_t, so theirs is overwritten.
+    # Samplers without a history need no earlier x_t, so it is overwritten.
     x_s = torch.empty_like(carried.x_t) if remembers else carried.x_t
     x0 = torch.empty_like(carried.x_t) if remembers else None
     for rows in whole_batches(problem):

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from timetuner_core.samplers import StepFn, history_length, sample
+from timetuner_core.tuners import Parameters
 from timetuner_core.tuning.adam import resumed_adam
 from timetuner_core.tuning.draws import draw_index, keyed_generator
 from timetuner_core.tuning.problem import (
-    Parameters,
     TuningProblem,
     TuningState,
     check_numbers,
@@ -129,7 +129,8 @@ def _adam_end_to_end(
         with torch.no_grad():
             if log_steps.requires_grad:
                 state.timesteps = _timesteps(problem.timesteps, log_steps).cpu()
-                log_steps.copy_(_log_steps(state.timesteps))  # as a resumed run would find them
+                # Go through the saved values, so an unbroken run and a resumed one see the same numbers.
+                log_steps.copy_(_log_steps(state.timesteps))
             lower, upper = (bound.to(device) for bound in problem.ratio_bounds(state.timesteps))
             if ratios.requires_grad:
                 ratios.copy_(ratios.clamp(lower, upper))

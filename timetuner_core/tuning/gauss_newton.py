@@ -11,10 +11,17 @@ MEMORY = 6
 # Half-widths of the difference quotient. A network's sinusoidal time embedding gives the loss ripples a few hundredths
 # apart: the coarse one looks past them, the fine one finds the bottom of the ripple where that led.
 COARSE, FINE = 5e-3, 2e-3
-COARSE_BATCHES = 6  # forgotten afterwards
-MAX_MOVE = 0.1  # of a ratio, in one step
-FORGET_AT = 5e-3  # a move of this size, beyond what chance makes, halves what was learnt before it
-MIN_BATCHES = COARSE_BATCHES + 6  # before the scatter of heavy-tailed scores can be trusted
+# The first batches are measured by the coarse one, and forgotten afterwards.
+COARSE_BATCHES = 6
+
+# Largest change of a ratio in one iteration.
+MAX_MOVE = 0.1
+
+# A change of this size, beyond what chance makes, halves the weight of earlier batches.
+HALVING_MOVE = 5e-3
+
+# The scatter of heavy-tailed scores cannot be trusted after fewer batches.
+MIN_BATCHES = COARSE_BATCHES + 6
 
 
 def batches_at_once(batches: int) -> int:
@@ -45,7 +52,7 @@ class GaussNewton:
             self.memory = torch.zeros_like(self.memory)
 
     def around(self, ratios: Tensor) -> tuple[Tensor, Tensor]:
-        """Where to measure residuals: on both sides of `ratios` `(K,)`, inside the bounds."""
+        """The ratios to measure residuals at: on both sides of `ratios` `(K,)`, inside the bounds."""
         half_width = COARSE if self.batches < COARSE_BATCHES else FINE
         return (ratios - half_width).clamp(min=self.lower), (ratios + half_width).clamp(max=self.upper)
 
@@ -66,7 +73,7 @@ class GaussNewton:
     def step(self, ratios: Tensor) -> Tensor:
         """The next ratios, `(K,)`: bounded in size, and within the bounds."""
         moved = (ratios + (self._wanted(ratios) - ratios).clamp(-MAX_MOVE, MAX_MOVE)).clamp(self.lower, self.upper)
-        keep = 1 / (1 + ((moved - ratios) / (FORGET_AT + 2 * self.standard_error(moved))).square())
+        keep = 1 / (1 + ((moved - ratios) / (HALVING_MOVE + 2 * self.standard_error(moved))).square())
         self.memory = self.memory * keep[:, None]
         return moved
 
@@ -79,11 +86,11 @@ class GaussNewton:
         return sure | at_bound
 
     def _wanted(self, ratios: Tensor) -> Tensor:
-        """Where the score vanishes, bounds or not; `ratios` if there is no telling."""
+        """The ratios at which the score vanishes, bounds or not; `ratios` where nothing is known."""
         return torch.where(self.memory[:, 1] > 0, self.memory[:, 2] / self.memory[:, 1], ratios)
 
     def standard_error(self, ratios: Tensor) -> Tensor:
-        """Of the estimate, `(K,)`: the root of the summed squared scores over the summed `h`."""
+        """The estimate's standard error, `(K,)`: the root of the summed squared scores over the summed `h`."""
         _, sum_h, _, sum_hh, sum_hu, sum_uu = self.memory.unbind(dim=1)
         squares = ratios.square() * sum_hh - 2 * ratios * sum_hu + sum_uu
         return torch.where(sum_h > 0, squares.clamp(min=0).sqrt() / sum_h, torch.inf)

@@ -1,4 +1,4 @@
-"""What the ratio r_i of a step i is tuned for: a residual whose mean square is to be least.
+"""The objectives of single steps: the ratio r_i of step i is tuned for the least mean square of a residual.
 
 Step i goes from x_t at `t` to `x_s(r_i)` at `s` by any one-step sampler, its network conditioned on `t * r_i`. Samples
 of several steps share a network batch: `t`, `s` and `r_i` are `(B,)`, one per sample.

@@ -7,20 +7,14 @@ import torch
 from torch import Tensor
 
 from timetuner_core.samplers import history_length
+from timetuner_core.tuners import Optimizer, TuneType
 from timetuner_core.tuning.adam import resumed_adam
 from timetuner_core.tuning.draws import Batch, Carried, carry_forward, draw_batch, first_carried
 from timetuner_core.tuning.gauss_newton import MIN_BATCHES, GaussNewton, batches_at_once
 from timetuner_core.tuning.objectives import Residual, next_eps_residual, teacher_step_residual
-from timetuner_core.tuning.problem import (
-    Optimizer,
-    StepObjective,
-    TuneType,
-    TuningProblem,
-    TuningState,
-    check_numbers,
-)
+from timetuner_core.tuning.problem import StepObjective, TuningProblem, TuningState, check_numbers
 
-# From pairs of a step and an iteration to the batch that is drawn for them and its residual.
+# A function of pairs of a step and an iteration: it draws their batch, and gives its residual.
 Draw = Callable[[list[tuple[int, int]]], tuple[Batch, Residual]]
 
 

@@ -12,10 +12,7 @@ from timetuner_core.noise_schedule import NoiseSchedule
 from timetuner_core.samplers import SamplerStep, StepFn, adds_noise
 from timetuner_core.tuning.gauss_newton import MEMORY
 
-TuneType = Literal["sequential", "parallel"]
 StepObjective = Literal["next_eps", "teacher_step"]
-Optimizer = Literal["gauss_newton", "adam"]
-Parameters = Literal["t_ratios", "timesteps", "both"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ class TuningState:
         return cls(ones, timesteps.double().cpu().clone(), zeros, memory, nans, nans.clone(), done)
 
     def note(self, steps: list[int], loss: Tensor, iterations: int = 1) -> None:
-        """So many more iterations on `steps`, with these losses."""
+        """Count iterations on `steps`, with their last losses."""
         first = [i for i in steps if self.iterations[i] == 0]
         self.iterations[steps] += iterations
         self.loss[steps] = loss.detach().double().cpu()
