@@ -5,6 +5,7 @@ import dataclasses
 import io
 import itertools
 import json
+import multiprocessing
 import re
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,14 @@ def test_tuners_are_charged_for_what_they_ask_of_the_network(comparison: Compari
     assert outcome_of(comparison, "end_to_end_grid", guidance="cfg:2").tuning_calls == 2 * expected
 
 
-def test_two_processes_give_the_figures_of_one(comparison: Comparison) -> None:
+@pytest.mark.parametrize("start_method", ["forkserver", pytest.param("spawn", marks=pytest.mark.exhaustive)])
+def test_two_processes_give_the_figures_of_one(
+    comparison: Comparison, start_method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`spawn` is what `run` uses. A fork server imports once what each spawned process imports for itself."""
+    context = multiprocessing.get_context(start_method)
+    context.set_forkserver_preload(["timetuner_core.compare"])
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
     by_two = run(dataclasses.replace(PLAN, guidances=("cfg:2",), samplers=("ddim",)), jobs=2)
     by_one = [o for o in comparison.outcomes if o.setting.group == by_two.plan.groups[0]]
 

@@ -3,6 +3,7 @@
 import json
 import pickle
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,20 @@ IMAGES = torch.arange(4 * 16, dtype=torch.uint8).reshape(4, 1, 4, 4)
 LABELS = torch.tensor([0, 1, 1, 0])
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small, valid, class-conditional model with data: two classes and the null class."""
+    folder = tmp_path_factory.mktemp("saved")
     unet = tiny_unet(num_class_embeds=3)
-    save_model(tmp_path, unet, {"null_class_label": 2}, num_train_timesteps=50, prediction_type="v_prediction")
-    save_file({"images": IMAGES, "labels": LABELS}, tmp_path / DATA)
-    return tmp_path
+    save_model(folder, unet, {"null_class_label": 2}, num_train_timesteps=50, prediction_type="v_prediction")
+    save_file({"images": IMAGES, "labels": LABELS}, folder / DATA)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy for a test to spoil."""
+    return shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
 
 
 # What loads

@@ -3,8 +3,9 @@
 import json
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 from tests.core.conftest import normals, save_model, tiny_unet
 from timetuner_core.grids import make_timesteps, uniform_timesteps
 from timetuner_core.model_wrapper import GuidanceType
-from timetuner_core.models.loading import ModelFormatError, load_builtin, load_folder
+from timetuner_core.models.loading import DiffusionModel, ModelFormatError, load_builtin, load_folder
 from timetuner_core.noise_schedule import NoiseScheduleEDM, NoiseScheduleFlow
 from timetuner_core.sampling.generate import Guidance, generate
 
@@ -101,22 +102,42 @@ KINDS: dict[str, tuple[Callable[[], Any], str]] = {
 
 def save_kind(folder: Path, kind: str) -> Any:
     """Write a model of that kind with what classifier-free guidance needs, and give diffusers' own module."""
-    module = KINDS[kind][0]()
-    if kind == "dit":
-        return save_dit(folder, module)
-    save_model(folder, module, {"null_class_label": NUM_CLASSES} if kind == "unet" else None)
-    if kind == "condition-unet":
-        tensors = {"conditions": conditions_of(kind, 5), "uncond_condition": conditions_of(kind, 1)}
-        save_file(tensors, folder / "data.safetensors")
+    module, saved = saved_kind(kind)
+    for name, content in saved.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
     return module
 
 
-def save_dit(folder: Path, module: Any) -> Any:
+@cache
+def saved_kind(kind: str) -> tuple[Any, dict[str, bytes]]:
+    """A module of that kind and the files of its folder; diffusers takes long to write them."""
+    module = KINDS[kind][0]()
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        if kind == "dit":
+            save_dit(folder, module)
+        else:
+            save_model(folder, module, {"null_class_label": NUM_CLASSES} if kind == "unet" else None)
+        if kind == "condition-unet":
+            tensors = {"conditions": conditions_of(kind, 5), "uncond_condition": conditions_of(kind, 1)}
+            save_file(tensors, folder / "data.safetensors")
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        return module, {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+@cache
+def loaded(kind: str, **options: Any) -> DiffusionModel:
+    with TemporaryDirectory() as folder:
+        save_kind(Path(folder), kind)
+        return load_folder(Path(folder), **options)
+
+
+def save_dit(folder: Path, module: Any) -> None:
     from diffusers import DDPMScheduler
 
     module.save_pretrained(folder / "transformer")
     DDPMScheduler().save_pretrained(folder / "scheduler")
-    return module
 
 
 def conditions_of(kind: str, rows: int) -> Tensor:
@@ -135,17 +156,16 @@ def kind(request: pytest.FixtureRequest) -> str:
     return name
 
 
-def test_a_loaded_network_gives_what_diffusers_own_module_gives(kind: str, tmp_path: Path) -> None:
-    module = save_kind(tmp_path, kind)
+def test_a_loaded_network_gives_what_diffusers_own_module_gives(kind: str) -> None:
+    module, _ = saved_kind(kind)
     x, t_input = inputs()
     condition = conditions_of(kind, len(x))
     expected = module(x, t_input, **{KINDS[kind][1]: condition}).sample[:, :1]
-    torch.testing.assert_close(load_folder(tmp_path).network(x, t_input, condition), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(loaded(kind).network(x, t_input, condition), expected, rtol=0, atol=1e-6)
 
 
-def test_every_kind_says_what_conditions_it_takes(kind: str, tmp_path: Path) -> None:
-    save_kind(tmp_path, kind)
-    model = load_folder(tmp_path)
+def test_every_kind_says_what_conditions_it_takes(kind: str) -> None:
+    model = loaded(kind)
     tensors = kind == "condition-unet"
     assert model.sample_shape == model.image_shape == (1, 4, 4)
     assert model.guidance_types == ("uncond", "classifier-free")
@@ -158,9 +178,8 @@ def test_every_kind_says_what_conditions_it_takes(kind: str, tmp_path: Path) -> 
     assert {tuple(row.flatten().tolist()) for row in drawn} == allowed
 
 
-def test_no_condition_means_the_one_that_stands_for_none(kind: str, tmp_path: Path) -> None:
-    save_kind(tmp_path, kind)
-    model = load_folder(tmp_path)
+def test_no_condition_means_the_one_that_stands_for_none(kind: str) -> None:
+    model = loaded(kind)
     x, t_input = inputs()
     assert model.uncond_condition is not None
     explicit = model.uncond_condition.repeat(len(x), *[1] * (model.uncond_condition.ndim - 1))
@@ -169,11 +188,8 @@ def test_no_condition_means_the_one_that_stands_for_none(kind: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("guidance_type", ["uncond", "classifier-free"])
-def test_forward_mode_agrees_with_finite_differences_and_autograd(
-    kind: str, guidance_type: GuidanceType, tmp_path: Path
-) -> None:
-    save_kind(tmp_path, kind)
-    model = load_folder(tmp_path, dtype=torch.float64)
+def test_forward_mode_agrees_with_finite_differences_and_autograd(kind: str, guidance_type: GuidanceType) -> None:
+    model = loaded(kind, dtype=torch.float64)
     model_fn = model.model_fn(guidance_type, 2.0)
     conditions: Any = model.conditions(guidance_type, conditions_of(kind, 4))
     x, direction, r = normals(4, 1, 4, 4), normals(4, 1, 4, 4, seed=1), torch.tensor(0.98, dtype=torch.float64)
@@ -190,34 +206,27 @@ def test_forward_mode_agrees_with_finite_differences_and_autograd(
     torch.testing.assert_close(gradient, (tangent * direction).sum())
 
 
-def test_forward_mode_works_in_single_precision(kind: str, tmp_path: Path) -> None:
-    save_kind(tmp_path, kind)
+def test_forward_mode_works_in_single_precision(kind: str) -> None:
     x, t_input = inputs()
     tangents = []
     for dtype in (torch.float32, torch.float64):
-        network = load_folder(tmp_path, dtype=dtype).network
+        network = loaded(kind, dtype=dtype).network
         tangents.append(torch.func.jvp(partial(network, x), (t_input,), (torch.ones_like(t_input),))[1])
     torch.testing.assert_close(*tangents, rtol=1e-3, atol=1e-5)
 
 
-def test_float64_is_float32_without_the_rounding(kind: str, tmp_path: Path) -> None:
-    save_kind(tmp_path, kind)
+def test_float64_is_float32_without_the_rounding(kind: str) -> None:
     x, t_input = inputs()
-    single, double = (
-        load_folder(tmp_path, dtype=dtype).network(x, t_input) for dtype in (torch.float32, torch.float64)
-    )
+    single, double = (loaded(kind, dtype=dtype).network(x, t_input) for dtype in (torch.float32, torch.float64))
     torch.testing.assert_close(single, double, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("options", "tolerance"), [({"dtype": torch.bfloat16}, 0.05), ({"channels_last": True}, 1e-5)])
-def test_options_change_the_speed_and_not_the_answer(
-    kind: str, options: dict[str, Any], tolerance: float, tmp_path: Path
-) -> None:
-    save_kind(tmp_path, kind)
+def test_options_change_the_speed_and_not_the_answer(kind: str, options: dict[str, Any], tolerance: float) -> None:
     x, t_input = inputs()
     condition = conditions_of(kind, len(x))
-    expected = load_folder(tmp_path).network(x, t_input, condition)
-    output = load_folder(tmp_path, **options).network(x, t_input, condition)
+    expected = loaded(kind).network(x, t_input, condition)
+    output = loaded(kind, **options).network(x, t_input, condition)
     assert output.dtype == torch.float32
     assert output.is_contiguous()
     assert torch.linalg.vector_norm(output - expected) < tolerance * torch.linalg.vector_norm(expected)
@@ -236,9 +245,8 @@ def test_a_compiled_network_gives_the_same_and_still_differentiates_in_forward_m
     torch.testing.assert_close(*tangents)
 
 
-def test_guided_samples_are_the_same_in_any_batch(kind: str, tmp_path: Path) -> None:
-    save_kind(tmp_path, kind)
-    model = load_folder(tmp_path)
+def test_guided_samples_are_the_same_in_any_batch(kind: str) -> None:
+    model = loaded(kind)
     condition = conditions_of(kind, 4)
     timesteps = uniform_timesteps(model.noise_schedule, 3)
 

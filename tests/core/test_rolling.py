@@ -82,18 +82,19 @@ MIXING = [
     ("mixture-ring", "ddim", Guidance("classifier", 2.0), 1.0),
     ("mixture-gratings", "ddpm", GUIDED, 0.0),
     ("mixture-gratings", "euler", UNGUIDED, 0.0),
-    ("digits8", "ddim", GUIDED, 0.0),
+    pytest.param("digits8", "ddim", GUIDED, 0.0, marks=pytest.mark.exhaustive),
     ("digits8", "ddim", replace(GUIDED, rescale=0.5), 1.0),
-    ("digits8", "ddpm", UNGUIDED, 0.0),
+    pytest.param("digits8", "ddpm", UNGUIDED, 0.0, marks=pytest.mark.exhaustive),
     ("digits32-ldm", "euler", GUIDED, 0.0),
-    ("digits32-ldm", "ddim", UNGUIDED, 1.0),
+    pytest.param("digits32-ldm", "ddim", UNGUIDED, 1.0, marks=pytest.mark.exhaustive),
 ]
 TOGETHER = [
     ("mixture-ring", "dpmpp_3m", GUIDED, 0.0),
     ("mixture-ring", "dpm_3", Guidance("classifier", 2.0), 0.0),
     ("mixture-gratings", "dpmpp_2m_sde", UNGUIDED, 0.0),
-    ("digits8", "unipc_2", GUIDED, 0.0),
+    pytest.param("digits8", "unipc_2", GUIDED, 0.0, marks=pytest.mark.exhaustive),
     ("digits8", "heun", UNGUIDED, 0.0),
+    ("mixture-ring", "unipc_2", GUIDED, 0.0),
     ("digits8", "ddim", replace(GUIDED, interval=(0.3, 0.7)), 1.0),
     ("digits32-ldm", "dpmpp_2m", GUIDED, 0.0),
 ]

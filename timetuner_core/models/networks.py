@@ -188,17 +188,18 @@ def _check_network(module: Any, config_name: str) -> None:
             raise ModelFormatError(
                 config_name, f"{key} is {config.get(key)!r}; accepted: {', '.join(map(str, accepted))}"
             )
+    _check_out_channels(config, config_name)
+    if type(module).__name__ == "UNet2DModel":
+        _check_divisible(module, sizes, config_name)
     if "patch_size" in config:
         _check_transformer(config, config_name, sizes)
-    elif config.in_channels != config.out_channels:
-        raise ModelFormatError(config_name, "out_channels must equal in_channels")
     elif "cross_attention_dim" in config and not isinstance(config.cross_attention_dim, int):
         raise ModelFormatError(config_name, "cross_attention_dim: accepted: one number for all blocks")
     else:
         check_features(config.block_out_channels[0], *sizes, config_name)
 
 
-# Network by network, what would want other inputs than x, time and one condition, or integer times.
+# Network by network, what would want other inputs than x, time and one condition, or integer times, or cannot run.
 _ACCEPTED: dict[str, dict[str, tuple[Any, ...]]] = {
     "UNet2DModel": {"time_embedding_type": ("positional",), "class_embed_type": (None,)},
     "UNet2DConditionModel": {
@@ -207,15 +208,31 @@ _ACCEPTED: dict[str, dict[str, tuple[Any, ...]]] = {
         "addition_embed_type": (None,),
         "encoder_hid_dim_type": (None,),
         "encoder_hid_dim": (None,),
+        "time_cond_proj_dim": (None,),
+        "attention_type": ("default",),
+        "dual_cross_attention": (False,),
+        "class_embeddings_concat": (False,),
     },
     "DiTTransformer2DModel": {},
 }
 
 
-def _check_transformer(config: Any, config_name: str, sizes: tuple[int, int]) -> None:
+def _check_out_channels(config: Any, config_name: str) -> None:
     out_channels = config.out_channels or config.in_channels
     if out_channels not in (config.in_channels, 2 * config.in_channels):
-        raise ModelFormatError(config_name, "out_channels must equal in_channels, or twice that if sigma is learned")
+        message = f"out_channels is {out_channels}; accepted: in_channels, {config.in_channels}, or twice that"
+        raise ModelFormatError(config_name, f"{message} if the variance is learned")
+
+
+def _check_divisible(module: Any, sizes: tuple[int, int], config_name: str) -> None:
+    """Refuse sizes that a `UNet2DModel` would halve to fractions: what it doubles again would not fit."""
+    factor = 2 ** sum(getattr(block, "downsamplers", None) is not None for block in module.down_blocks)
+    if any(size % factor for size in sizes):
+        message = f"sample_size is {module.config.sample_size!r}; accepted: multiples of {factor}"
+        raise ModelFormatError(config_name, f"{message}, as the network halves it {factor.bit_length() - 1} times")
+
+
+def _check_transformer(config: Any, config_name: str, sizes: tuple[int, int]) -> None:
     if sizes[0] != sizes[1] or sizes[0] % config.patch_size:
         raise ModelFormatError(config_name, "sample_size: accepted: one number, a multiple of patch_size")
     if (sizes[0] // config.patch_size) ** 2 > MAX_PATCHES:
