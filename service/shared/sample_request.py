@@ -38,7 +38,7 @@ class SampleRequest(SamplingSetting):
     seed: Seed = Field(0, description="Image k is drawn from seed + k, whatever the number of images.")
     condition: str | None = Field(
         None,
-        description="Tensor conditions, for models that take them: a base64 .npy file of float32 `(1 or num_images, L, D)`.",
+        description="Tensor conditions, if the model takes any: base64 .npy file of float32 `(1 or num_images, L, D)`.",
     )
     uncond_condition: str | None = Field(
         None,
