@@ -19,7 +19,9 @@ from service.up.announcement import running_url
 
 Url = Annotated[
     str | None,
-    typer.Option(envvar="TIMETUNER_URL", help="The service's. [that of TIMETUNER_HOME, started if it does not run]"),
+    typer.Option(
+        envvar="TIMETUNER_URL", help="URL of the service. [that of TIMETUNER_HOME, started if it does not run]"
+    ),
 ]
 
 MAX_ATTEMPTS = 4

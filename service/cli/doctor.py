@@ -40,7 +40,7 @@ class Finding:
 
 
 def doctor(
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Where the service is, or is to be.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port of the service.")] = 8000,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:

@@ -55,7 +55,7 @@ def cancel(job_id: JobId, url: Url = None, as_json: AsJson = False) -> None:
 @jobs.command()
 def logs(
     job_id: JobId,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job is over.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow the job until it is over.")] = False,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:

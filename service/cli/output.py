@@ -20,7 +20,7 @@ from service.client import (
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else on stdout.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="How many at most. [all]")]
+Limit = Annotated[int | None, typer.Option(min=1, help="The largest number of rows. [all]")]
 
 FAILED, USAGE, UNREACHABLE, REFUSED, NOT_FOUND = 1, 2, 3, 4, 5
 CODES: dict[type[Exception], int] = {

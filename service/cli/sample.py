@@ -45,13 +45,14 @@ def sample(
     eta: Eta = None,
     timesteps: Timesteps = None,
     class_label: Annotated[
-        list[int], typer.Option(help="For all images; repeated, one for each. [drawn at random]")
+        list[int], typer.Option(help="The label of all images; repeated, one label for each. [drawn at random]")
     ] = [],  # noqa: B006
     out: Annotated[
         Path, typer.Option(help="A .png of all images, a .zip of one each, or a .npy of the numbers.")
     ] = Path("samples.png"),
     show: Annotated[
-        bool | None, typer.Option("--show/--no-show", help="In the terminal. [if it is one, without --json]")
+        bool | None,
+        typer.Option("--show/--no-show", help="Show the images in the terminal. [if it is one, without --json]"),
     ] = None,
     url: Url = None,
     as_json: AsJson = False,

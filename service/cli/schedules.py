@@ -132,7 +132,7 @@ def export(
 
 @schedules.command(name="import")
 def import_(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="What `export` wrote.")],
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A file that `export` wrote.")],
     model: Annotated[str | None, typer.Option(help="A model's id or name. [the file's]")] = None,
     url: Url = None,
     as_json: AsJson = False,
@@ -151,8 +151,8 @@ def import_(
 
 @schedules.command()
 def alias(
-    name: Annotated[str, typer.Argument(help="Such as production.")],
-    schedule_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="The schedule to be called so.")] = None,
+    name: Annotated[str, typer.Argument(help="A name such as production.")],
+    schedule_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="The schedule that gets the name.")] = None,
     remove_from: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Take the name away from this model's schedule.")
     ] = None,

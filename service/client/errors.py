@@ -1,4 +1,4 @@
-"""What can go wrong between the client and the service."""
+"""The errors that the client raises."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 from pydantic import BaseModel, Field, ValidationError
 
-SHOWN = 200  # characters of a value that was refused
+MAX_SHOWN_CHARACTERS = 200  # Errors show this much of a refused value.
 
 
 class TimeTunerError(Exception):
@@ -118,8 +118,8 @@ def raise_for(response: httpx.Response) -> None:
     kind = KINDS.get(response.status_code, ServerError if response.is_server_error else ApiError)
     try:
         problem = Problem.model_validate_json(response.content)
-    except ValidationError:  # of a proxy, say
-        said = " ".join(response.text.split())[:SHOWN] or response.reason_phrase
+    except ValidationError:  # A proxy may have answered.
+        said = " ".join(response.text.split())[:MAX_SHOWN_CHARACTERS] or response.reason_phrase
         problem = Problem(title=response.reason_phrase, status=response.status_code, detail=said)
     retry_after = response.headers.get("Retry-After", "")
     raise kind(problem, float(retry_after) if retry_after.isdecimal() else None)
@@ -134,6 +134,6 @@ def _line(problem: Problem) -> str:
 def _fault(fault: Fault) -> str:
     field = ".".join(str(part) for part in fault.loc[1:] or fault.loc)
     message = fault.msg if field in fault.msg else f"{field}: {fault.msg}"
-    given = repr(fault.input)[:SHOWN]
+    given = repr(fault.input)[:MAX_SHOWN_CHARACTERS]
     is_value = fault.input is not None and not isinstance(fault.input, dict)
     return f"{message} (given: {given})" if is_value and given not in message else message

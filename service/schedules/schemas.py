@@ -61,15 +61,15 @@ class EvaluationOut(BaseModel):
     frechet_after: float | None
     metrics: dict[str, MetricOut] = Field(
         examples=[{"teacher_l2": {"before": 1.07, "after": 0.78, "change": -0.29, "low": -0.32, "high": -0.26}}],
-        description="By name: `teacher_l2`, `sliced_wasserstein` and, where they could be measured, `frechet`, "
+        description="Figures by name: `teacher_l2`, `sliced_wasserstein` and, where they could be measured, `frechet`, "
         "`frechet_features` (of a classifier that came with the model), `wasserstein` and `kl` (of mixtures, exact).",
     )
     reason: str | None = Field(
         examples=["closer to the teacher, and no metric is worse"],
         description="Why the schedule was accepted or rejected.",
     )
-    wall_time_seconds: float = Field(description="Of tuning, summed over workers; evaluation not counted.")
-    network_calls: int = Field(description="Samples put through the network while tuning, guidance counted.")
+    wall_time_seconds: float = Field(description="The time of tuning, summed over workers, without the evaluation.")
+    network_calls: int = Field(description="Samples put through the network while tuning. Guidance counts, too.")
 
 
 class ScheduleOut(BaseModel):

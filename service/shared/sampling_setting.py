@@ -42,11 +42,11 @@ class SamplingSetting(BaseModel):
     guidance_type: GuidanceType = "uncond"
     guidance_scale: GuidanceScale = Field(1, validate_default=True)
     guidance_rescale: Annotated[ExactNumber, Field(ge=0, le=1)] = Field(
-        0, validate_default=True, description="How far a classifier-free prediction's spread is brought back."
+        0, validate_default=True, description="How far the spread of a classifier-free prediction is reset, 0 to 1."
     )
     guidance_start: GuidanceTime = Field(0, validate_default=True, description="No guidance at times below.")
     guidance_end: GuidanceTime = Field(1000, validate_default=True, description="No guidance at times above.")
-    eta: Eta = Field(0, validate_default=True, description="Noise of each step; for the sampler ddim only.")
+    eta: Eta = Field(0, validate_default=True, description="The noise of each step, for the sampler ddim only.")
 
     @classmethod
     def stored(cls, row: Mapping[str, Any] | Self) -> Self:
