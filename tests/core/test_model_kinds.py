@@ -287,6 +287,24 @@ def test_latents_are_scaled_as_diffusers_pipelines_do(statistics: dict[str, Any]
     torch.testing.assert_close(model.decode(latents), module.decode(mean).sample, rtol=1e-4, atol=1e-5)
 
 
+def test_a_model_of_400_training_steps_and_images_that_are_no_squares_is_that_of_diffusers(tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler
+
+    module = tiny_unet(sample_size=(4, 6))
+    module.save_pretrained(tmp_path / "unet")
+    scheduler = DDIMScheduler(400, clip_sample=False, timestep_spacing="trailing")
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    model = load_folder(tmp_path)
+    assert (model.sample_shape, model.noise_schedule.max_num_steps) == ((1, 4, 6), 400)
+    scheduler.set_timesteps(5)
+    timesteps = model.noise_schedule.time_of_model_input(scheduler.timesteps.double())
+    samples = generate(model, Guidance("uncond", 1.0), [3, 4], None, torch.cat([timesteps, torch.zeros(1)]))
+    x = torch.stack([torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])
+    for t in scheduler.timesteps:
+        x = scheduler.step(module(x, t).sample, t, x).prev_sample
+    torch.testing.assert_close(samples, x, rtol=1e-4, atol=1e-4)
+
+
 def test_a_latent_model_is_tuned_in_latents_and_sampled_in_pixels(tmp_path: Path) -> None:
     vae().save_pretrained(tmp_path / "vae")
     save_model(tmp_path, tiny_unet())
@@ -412,7 +430,7 @@ BAD_CONFIGS: list[tuple[str, str, dict[str, Any], str]] = [
     ("unet", "unet/config.json", {"sample_size": 10**9}, "sample_size"),
     ("unet", "unet/config.json", {"sample_size": "4"}, "sample_size"),
     ("condition-unet", "unet/config.json", {"sample_size": None}, "sample_size"),
-    ("condition-unet", "unet/config.json", {"out_channels": 2}, "out_channels"),
+    ("condition-unet", "unet/config.json", {"out_channels": 3}, "out_channels"),
     ("condition-unet", "unet/config.json", {"num_class_embeds": 4}, "num_class_embeds"),
     ("condition-unet", "unet/config.json", {"addition_embed_type": "text", "cross_attention_dim": 64}, "addition"),
     ("condition-unet", "unet/config.json", {"cross_attention_dim": [6]}, "cross_attention_dim"),

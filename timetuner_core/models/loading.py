@@ -121,8 +121,9 @@ def load_folder(
     - `vae/`, optional, an `AutoencoderKL`, or `vqvae/`, a `VQModel`: the network works on its latents;
     - `model_index.json`, optional: a pipeline whose other components would change the result is refused;
     - `timetuner.json`, optional: `{"null_class_label": int}`, the last class embedding; a DiT has its own;
-    - `data.safetensors`, optional: `images`, uint8 `(P, C, H, W)` in 0..255 or float32 in -1..1, with `labels`, int64 `(P,)`, if there are classes; for a `UNet2DConditionModel`,
-      `conditions` `(P, L, D)`, and `uncond_condition` `(1, L, D)`, without which there is no guidance.
+    - `data.safetensors`, optional: `images`, `(P, C, H, W)`, uint8 in 0..255 or float32 in -1..1, with `labels`,
+      int64 `(P,)`, if there are classes; for a `UNet2DConditionModel`, `conditions` `(P, L, D)`, and
+      `uncond_condition` `(1, L, D)`, without which there is no guidance.
 
     Everything is checked before a network is built in memory: weights against the configuration by name and
     shape, then that they are finite.
