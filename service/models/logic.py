@@ -17,9 +17,9 @@ from service.models.archive import LOC, unpack
 from service.registry.database import Registry
 from service.registry.tables import Model, SampleJob, Schedule, TuningJob
 from service.shared.artifacts import ArtifactStore
+from timetuner_core.models.folder_files import files_of, model_files
 from timetuner_core.models.loading import (
     BUILTIN_FOLDERS,
-    MODEL_FILES,
     DiffusionModel,
     ModelFormatError,
     load_builtin,
@@ -127,10 +127,9 @@ def describe(model: DiffusionModel) -> dict[str, Any]:
 def folder_hash(folder: Path) -> str:
     """SHA-256 over the names and contents of a model's files."""
     digest = hashlib.sha256()
-    for name in MODEL_FILES:
-        if (folder / name).exists():
-            with (folder / name).open("rb") as file:
-                digest.update(f"{name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    for name in model_files(files_of(folder)):
+        with (folder / name).open("rb") as file:
+            digest.update(f"{name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
 
 

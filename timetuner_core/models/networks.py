@@ -20,8 +20,8 @@ from timetuner_core.models.folder_files import (
     Shape,
     check_finite,
     read_json,
-    read_shapes,
     read_tensors,
+    read_weight_shapes,
 )
 
 UNETS = ("UNet2DModel", "UNet2DConditionModel")
@@ -85,7 +85,9 @@ class LoadedNetwork:
 
 def load_network(path: Path, device: torch.device | str, options: Options) -> LoadedNetwork:
     """The network in `unet/` or `transformer/`. Raises: ModelFormatError."""
-    is_transformer = (path / TRANSFORMER_CONFIG).exists() and not (path / UNET_CONFIG).exists()
+    if (path / TRANSFORMER_CONFIG).exists() and (path / UNET_CONFIG).exists():
+        raise ModelFormatError(TRANSFORMER_CONFIG, "there is a unet/ too; accepted: one network")
+    is_transformer = (path / TRANSFORMER_CONFIG).exists()
     files = (TRANSFORMER_CONFIG, TRANSFORMER_WEIGHTS) if is_transformer else (UNET_CONFIG, UNET_WEIGHTS)
     module, class_name = load_module(path, *files, TRANSFORMERS if is_transformer else UNETS, _check_network)
     config = module.config
@@ -134,8 +136,9 @@ def load_module(
     if class_name not in accepted:
         names = ", ".join(map(repr, accepted))
         raise ModelFormatError(config_name, f"_class_name is {class_name!r}; accepted: {names}")
-    shapes = read_shapes(path, weights_name)
-    _check_depth(config, config_name, len(shapes))
+    shapes_by_file = read_weight_shapes(path, weights_name)
+    files = [tensor for tensors in shapes_by_file.values() for tensor in tensors]
+    _check_depth(config, config_name, len(files))
     try:
         with torch.device("meta"):  # Only shapes are made: a hostile configuration allocates nothing.
             module: Any = getattr(diffusers, class_name).from_config(config)
@@ -143,11 +146,15 @@ def load_module(
         raise ModelFormatError(config_name, f"no {class_name} can be built from it ({error})") from None
     check(module, config_name)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    current = {name: _current_name(name, expected) for name in shapes}
-    _check_shapes({current[name]: shape for name, shape in shapes.items()}, expected, weights_name, config_name)
-    state = read_tensors(path, weights_name)
-    check_finite(weights_name, state)
-    module.load_state_dict({current[name]: tensor.float() for name, tensor in state.items()}, assign=True)
+    current = {tensor: _current_name(tensor, expected) for tensor in files}
+    found = {current[tensor]: shape for shapes in shapes_by_file.values() for tensor, shape in shapes.items()}
+    _check_shapes(found, expected, next(iter(shapes_by_file)), config_name)
+    state: dict[str, Tensor] = {}
+    for name in shapes_by_file:
+        tensors = read_tensors(path, name)
+        check_finite(name, tensors)
+        state |= {current[tensor]: value.float() for tensor, value in tensors.items()}
+    module.load_state_dict(state, assign=True)
     _fill_buffers(module, config)
     return module.requires_grad_(False).eval(), class_name
 
