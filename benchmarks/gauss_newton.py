@@ -26,12 +26,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from timetuner_core.catalog import Optimizer, TuneType
 from timetuner_core.grids import make_timesteps
 from timetuner_core.models.loading import DiffusionModel, load_builtin
 from timetuner_core.samplers import get_sampler, sample
 from timetuner_core.tuning.objectives import StepResiduals
 from timetuner_core.tuning.per_step import tune_per_step
-from timetuner_core.tuning.problem import Optimizer, TuneType, TuningProblem, TuningState
+from timetuner_core.tuning.problem import TuningProblem, TuningState
 
 MODELS = ("digits8", "digits32-ldm")
 NUM_STEPS = 10

@@ -8,8 +8,8 @@ from sqlalchemy.orm import Session
 from service.http.errors import InvalidError, TooManyRequestsError
 from service.registry.jobs import count_queued
 from service.registry.tables import Job
+from service.shared.sampler_facts import sampler_facts
 from service.shared.sampling_setting import ALWAYS, Setting, Timesteps
-from timetuner_core.samplers import get_sampler
 
 
 def check_setting(spec: dict[str, Any], setting: Setting, where: str = "body") -> None:
@@ -33,7 +33,7 @@ def check_setting(spec: dict[str, Any], setting: Setting, where: str = "body") -
         refuse("guidance_rescale", "0 unless guidance_type is 'classifier-free'")
     if setting.guidance_start >= setting.guidance_end:
         refuse("guidance_start", f"below guidance_end, which is {setting.guidance_end:f}")
-    if setting.eta != 0 and not get_sampler(setting.sampler).takes_eta:
+    if setting.eta != 0 and not sampler_facts(setting.sampler).takes_eta:
         refuse("eta", f"0 for the sampler {setting.sampler!r}")
 
 

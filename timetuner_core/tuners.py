@@ -7,7 +7,8 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from timetuner_core.grids import GridName, make_timesteps, teacher_timesteps
+from timetuner_core.catalog import GridName
+from timetuner_core.grids import make_timesteps, teacher_timesteps
 from timetuner_core.rivals.ays import ays_timesteps
 from timetuner_core.rivals.dmn import dmn_timesteps
 from timetuner_core.rivals.gits import gits_timesteps

@@ -2,16 +2,19 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import Counter, Gauge, Histogram, start_http_server
-from torch import Tensor
 
 from service.registry.samples import Ended
 from service.registry.tables import Job, JobState, SampleJob
 from service.shared.settings import Settings
 from service.shared.telemetry import KINDS
-from timetuner_core.models.loading import DiffusionModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from timetuner_core.models.diffusion_model import DiffusionModel
 
 ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024)
 SECOND_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -33,19 +36,19 @@ def serve(settings: Settings) -> None:
         start_http_server(settings.metrics_port, settings.metrics_host)
 
 
-def counting(model: DiffusionModel, model_id: str) -> DiffusionModel:
+def counting(model: "DiffusionModel", model_id: str) -> "DiffusionModel":
     """The model, its network counting the rows put through it: padding, guidance and tuning included."""
     network: Callable[..., Tensor] = model.network
     evaluations = NETWORK_EVALUATIONS.labels(model_id)
 
-    def counted(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def counted(x: "Tensor", *args: Any, **kwargs: Any) -> "Tensor":
         evaluations.inc(len(x))
         return network(x, *args, **kwargs)
 
     return dataclasses.replace(model, network=counted)
 
 
-def hold(models: Iterable[DiffusionModel]) -> None:
+def hold(models: "Iterable[DiffusionModel]") -> None:
     """Note which models the worker holds from now on."""
     sizes = [model.num_bytes for model in models]
     MODELS_LOADED.set(len(sizes))

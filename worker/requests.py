@@ -8,7 +8,7 @@ from torch import Tensor
 from service.registry.tables import SampleJob, Schedule
 from service.shared.arrays import decode_array
 from timetuner_core.grids import check_t_ratios, check_timesteps, make_timesteps
-from timetuner_core.model_wrapper import repeat_to_batch
+from timetuner_core.guided_model import repeat_to_batch
 from timetuner_core.models.loading import DiffusionModel
 from timetuner_core.noise_schedule import NoiseSchedule
 from timetuner_core.sampling.generate import Guidance

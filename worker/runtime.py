@@ -25,7 +25,7 @@ from timetuner_core.sampling.generate import Guidance
 from timetuner_core.sampling.same_bits import all_sizes, steady_sizes
 from timetuner_core.tuning.problem import TuningProblem
 from worker import metrics
-from worker.lease import JobCancelledError, Lease, WorkerStoppingError
+from worker.lease import JobCancelledError, JobRefusedError, Lease, WorkerStoppingError
 from worker.requests import guidance_of
 from worker.traces import tuning_ended, tuning_span
 
@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 class Runtime:
     """Made once per worker process, when its first task needs it."""
 
-    def __init__(self, settings: Settings, celery: Celery) -> None:
+    def __init__(self, settings: Settings, celery: Celery, stopping: threading.Event | None = None) -> None:
+        """Once `stopping` is set, jobs are handed back and none is taken."""
         self.settings = settings
         self.celery = celery
         self.registry = Registry(settings.database_url)
@@ -47,7 +48,7 @@ class Runtime:
         self._sizes: dict[Hashable, tuple[int, ...]] = {}
         self.give_way: Callable[[], None] = lambda: None  # to what is more urgent; called while tuning
         self._problem: tuple[str, TuningProblem] | None = None
-        self.stopping = threading.Event()  # set: hand back what there is to do
+        self.stopping = stopping or threading.Event()
         gc.freeze()  # what is loaded by now stays, and need not be looked through; models come and go
 
     def load_model(self, model_id: str) -> DiffusionModel:
@@ -135,6 +136,8 @@ class Runtime:
                 _finish(lease, JobState.CANCELLED)
             except WorkerStoppingError:
                 _hand_back(lease)
+            except JobRefusedError as refusal:
+                _finish(lease, JobState.FAILED, str(refusal))
             except Exception as error:
                 logger.exception("%s failed", job_id)
                 if is_away(error):

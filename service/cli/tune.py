@@ -2,13 +2,9 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Group
-from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from service.cli.connection import Url, connected
 from service.cli.options import (
@@ -28,7 +24,11 @@ from service.cli.options import (
 )
 from service.cli.output import USAGE, AsJson, CommandError, print_json, stderr
 from service.cli.schedules import show_schedule
-from service.client import TuningJob
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from service.client import TuningJob
 
 
 def tune(
@@ -88,14 +88,14 @@ def tune(
         show_schedule(schedule)
 
 
-def _print_job(job: TuningJob, as_json: bool) -> None:
+def _print_job(job: "TuningJob", as_json: bool) -> None:
     if as_json:
         print_json(job)
     else:
         typer.echo(job.id)
 
 
-def _wait(job: TuningJob, watch: bool) -> TuningJob:
+def _wait(job: "TuningJob", watch: bool) -> "TuningJob":
     """The job once it is over; cancelled if we are interrupted."""
     try:
         with _display(job, watch) as show:
@@ -107,14 +107,18 @@ def _wait(job: TuningJob, watch: bool) -> TuningJob:
 
 
 @contextmanager
-def _display(job: TuningJob, watch: bool) -> Iterator[Callable[[TuningJob], None]]:
+def _display(job: "TuningJob", watch: bool) -> Iterator[Callable[["TuningJob"], None]]:
     """A function that shows the job as it is, on stderr; where that is no terminal, a line for each state."""
+    from rich.console import Group
+    from rich.live import Live
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     progress = Progress(*columns, console=stderr)
     bar = progress.add_task("", total=1.0)
     state = ""
 
-    def tell(job: TuningJob) -> None:
+    def tell(job: "TuningJob") -> None:
         nonlocal state
         if job.state != state:
             state = job.state
@@ -125,14 +129,16 @@ def _display(job: TuningJob, watch: bool) -> Iterator[Callable[[TuningJob], None
         return
     with Live(progress, console=stderr) as live:
 
-        def show(job: TuningJob) -> None:
+        def show(job: "TuningJob") -> None:
             progress.update(bar, description=f"{job.id} {job.state}", completed=job.progress)
             live.update(Group(_steps(job), progress) if watch else progress)
 
         yield show
 
 
-def _steps(job: TuningJob) -> Table:
+def _steps(job: "TuningJob") -> "Table":
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
     for column in ("step", "t", "t_ratio", "iterations", "loss"):
         table.add_column(column, justify="right")

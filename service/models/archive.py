@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeAlias, cast
 
 from service.http.errors import InvalidError, TooLargeError
-from timetuner_core.models.loading import MODEL_FILES, TRANSFORMER_CONFIG, UNET_CONFIG
+from timetuner_core.models.folder_files import MODEL_FILES, TRANSFORMER_CONFIG, UNET_CONFIG
 
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 MAX_FILES = 1000

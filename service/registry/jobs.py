@@ -12,10 +12,19 @@ from typing import Any
 from sqlalchemy import ColumnElement, Float, Select, bindparam, case, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from service.registry.tables import FINAL_STATES, Job, JobState, SampleJob, TuningJob, TuningJobEvent, TuningTask
+from service.registry.tables import (
+    FINAL_STATES,
+    Job,
+    JobState,
+    ModelRegistration,
+    SampleJob,
+    TuningJob,
+    TuningJobEvent,
+    TuningTask,
+)
 from service.registry.types import FromNow, utc_now
 
-JOB_CLASSES: tuple[type[Job], ...] = (TuningJob, TuningTask, SampleJob)
+JOB_CLASSES: tuple[type[Job], ...] = (TuningJob, TuningTask, SampleJob, ModelRegistration)
 PUBLISHED_CLASSES: tuple[type[Job], ...] = (TuningJob, TuningTask)  # each job by a message of its own
 
 

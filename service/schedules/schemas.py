@@ -10,7 +10,7 @@ from service.http.fields import ModelId, PageQuery, ScheduleId, Time, TuningJobI
 from service.registry.tables import ScheduleStatus
 from service.shared.fields import Eta, ExactNumber, GuidanceScale, Identifier, NumSteps
 from service.shared.sampling_setting import GuidanceTime, Sampler, Setting
-from timetuner_core.model_wrapper import GuidanceType
+from timetuner_core.catalog import GuidanceType
 
 MAX_DEPTH = 20
 GRID, RATIOS = [1.0, 0.55, 0.001], [0.98, 0.94]  # of the OpenAPI document's examples

@@ -37,6 +37,8 @@ class Settings(BaseSettings):
     otel_exporter_otlp_endpoint: str = ""  # of traces, by OTLP over HTTP; none without it
     log_level: Literal["debug", "info", "warning", "error"] = "warning"  # info: also each request and each job's end
 
+    on_demand_queues: list[str] = []  # whose workers `timetuner up` starts once there is a job for them
+
     lease_seconds: float = Field(15.0, gt=0)  # a worker silent for longer has lost its job
     max_attempts: int = Field(5, ge=1)
     dispatch_interval_seconds: float = Field(0.5, gt=0)

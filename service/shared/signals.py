@@ -18,6 +18,7 @@ from kombu.exceptions import OperationalError
 from service.registry.samples import Ended
 
 BELL = "timetuner:bell"
+MODEL_BELL = "timetuner:model-bell"
 NEWS = "timetuner:samples"
 SENT = "timetuner:bell-sent"
 SENT_MILLISECONDS = 1000
@@ -85,6 +86,13 @@ class Bus:
         except (redis.RedisError, OperationalError, OSError):
             logger.warning("the broker cannot be reached; the dispatcher will ring")
 
+    def ring_for_models(self) -> None:
+        """Tell all workers that there is a model to describe; the first to claim it has it."""
+        try:
+            self._redis.publish(MODEL_BELL, b"")
+        except redis.RedisError:
+            logger.warning("the broker cannot be reached; the dispatcher will ring")
+
     def is_called(self) -> bool:
         """Whether a call to sampling waits for somebody to hear it."""
         try:
@@ -113,12 +121,12 @@ class Bus:
             self.tell({"ended": rows})
 
     @contextmanager
-    def bell(self) -> Iterator[Bell]:
-        """An ear that hears from now on."""
+    def bell(self, channel: str = BELL) -> Iterator[Bell]:
+        """A subscription to a channel from now on."""
         pubsub = self._redis.pubsub()  # type: ignore[no-untyped-call]
         try:
             try:
-                pubsub.subscribe(BELL)
+                pubsub.subscribe(channel)
                 pubsub.get_message(timeout=2.0)  # that we are subscribed
             except redis.RedisError:
                 logger.warning("the broker cannot be reached; looking into the registry instead")

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 from service.shared.fields import Seed
 from service.shared.sampling_setting import Setting, Timesteps
 from service.shared.webhook_url import WEBHOOK_URL, WebhookUrl
-from timetuner_core.tuning.problem import Optimizer, Parameters, TuneType
+from timetuner_core.catalog import Optimizer, Parameters, TuneType
 
 BatchSize = Annotated[int, Field(ge=1, le=1024)]
 PopulationSize = Annotated[int, Field(ge=1, le=65_536)]

@@ -18,6 +18,7 @@ from service.registry.jobs import add_event, request_cancel
 from service.registry.keys import Scope, charge
 from service.registry.tables import FINAL_STATES, JobState, TuningJob, TuningJobEvent, Webhook
 from service.setting_checks import check_room, check_setting, check_timesteps, check_uncond
+from service.shared.sampler_facts import sampler_facts
 from service.shared.settings import Settings
 from service.shared.tuning_request import (
     AysTuner,
@@ -29,7 +30,6 @@ from service.shared.tuning_request import (
     TuningJobRequest,
 )
 from service.webhook_check import check_webhook
-from timetuner_core.samplers import get_sampler
 
 
 def submit(
@@ -132,10 +132,10 @@ def _check_noise(request: TuningJobRequest) -> None:
     """Refuse to match a result, of all steps or of one, that noise makes another each time."""
     if not isinstance(request.tuner, EndToEndTuner | TeacherStepTuner):
         return
-    sampler, accepted = get_sampler(request.sampler), "'next_eps', 'ays', 'gits', 'dmn' or 'grid'"
+    sampler, accepted = sampler_facts(request.sampler), "'next_eps', 'ays', 'gits', 'dmn' or 'grid'"
     if sampler.stochastic:
-        message = f"sampler is {sampler.name!r}, which adds noise; accepted: tuner.objective {accepted}"
-        raise InvalidError(message, ("body", "sampler"), sampler.name)
+        message = f"sampler is {request.sampler!r}, which adds noise; accepted: tuner.objective {accepted}"
+        raise InvalidError(message, ("body", "sampler"), request.sampler)
     if request.eta != 0:
         message = f"eta is {request.eta}; accepted: 0, or tuner.objective {accepted}"
         raise InvalidError(message, ("body", "eta"), float(request.eta))
@@ -151,7 +151,7 @@ def _check_tuner(request: TuningJobRequest, spec: dict[str, Any]) -> None:
     if isinstance(tuner, DataTuner) and tuner.data == "model" and not spec["has_data"]:
         refuse("data", "'generated' or 'auto', as no data came with this model")
     if isinstance(tuner, PerStepTuner):
-        if tuner.tune_type == "parallel" and get_sampler(request.sampler).history_length:
+        if tuner.tune_type == "parallel" and sampler_facts(request.sampler).history_length:
             refuse("tune_type", "for a multistep sampler 'sequential'")
         if tuner.optimizer == "adam" and tuner.tolerance is not None:
             refuse("tolerance", "null, or the optimizer 'gauss_newton'")
@@ -181,7 +181,7 @@ def _check_size(request: TuningJobRequest, spec: dict[str, Any], settings: Setti
     if values > settings.max_tuning_batch_values:
         detail = f"tuning holds {values} values at once; accepted: {settings.max_tuning_batch_values}"
         raise TooLargeError(detail, ("body", "tuner", "batch_size"), getattr(tuner, "batch_size", None))
-    calls_per_step = get_sampler(request.sampler).calls_per_step
+    calls_per_step = sampler_facts(request.sampler).calls_per_step
     teaching = getattr(tuner, "population_size", 0) * (_tuners_teacher(request, spec) or 0)
     evaluating = evaluation.num_samples * (evaluation.teacher_num_steps + 2 * request.num_steps)
     calls = guided * (calls_per_step * (teaching + evaluating) + _tuning_calls(request, calls_per_step))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.core.conftest import normals, save_model, tiny_unet
 from timetuner_core.grids import uniform_timesteps
-from timetuner_core.model_wrapper import GuidanceType
+from timetuner_core.guided_model import GuidanceType
 from timetuner_core.models.loading import ModelFormatError, load_builtin, load_folder
 from timetuner_core.noise_schedule import NoiseScheduleEDM, NoiseScheduleFlow
 from timetuner_core.sampling.generate import Guidance, generate

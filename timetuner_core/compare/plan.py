@@ -6,12 +6,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from timetuner_core.grids import GridName
-from timetuner_core.model_wrapper import GuidanceType
-from timetuner_core.models.loading import BUILTINS, DiffusionModel, ModelFormatError, load_builtin, load_folder
+from timetuner_core.catalog import BUILTINS, GridName, GuidanceType, Parameters
+from timetuner_core.models.loading import DiffusionModel, ModelFormatError, load_builtin, load_folder
 from timetuner_core.samplers import Sampler, sampler_names
 from timetuner_core.sampling.generate import Guidance
-from timetuner_core.tuning.problem import Parameters
 
 BASELINE = "untuned"
 GUIDANCE_TYPES: dict[str, GuidanceType] = {"cfg": "classifier-free", "classifier": "classifier"}

@@ -11,7 +11,7 @@ from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
 from timetuner_core.grids import check_t_ratios, check_timesteps
-from timetuner_core.model_wrapper import GuidedModel
+from timetuner_core.guided_model import GuidedModel
 from timetuner_core.models.schedulers import read_scheduler_config
 from timetuner_core.samplers import SAMPLERS, Generators, Past, get_sampler, remember, scaled
 

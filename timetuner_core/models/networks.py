@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from timetuner_core.models.diffusers_import import diffusers_class
 from timetuner_core.models.folder_files import (
     TRANSFORMER_CONFIG,
     TRANSFORMER_WEIGHTS,
@@ -18,11 +19,10 @@ from timetuner_core.models.folder_files import (
     UNET_WEIGHTS,
     ModelFormatError,
     Shape,
-    check_finite,
     read_json,
     read_shapes,
-    read_tensors,
 )
+from timetuner_core.models.tensors import check_finite, read_tensors
 
 UNETS = ("UNet2DModel", "UNet2DConditionModel")
 TRANSFORMERS = ("DiTTransformer2DModel",)
@@ -87,7 +87,8 @@ def load_network(path: Path, device: torch.device | str, options: Options) -> Lo
     """The network in `unet/` or `transformer/`. Raises: ModelFormatError."""
     is_transformer = (path / TRANSFORMER_CONFIG).exists() and not (path / UNET_CONFIG).exists()
     files = (TRANSFORMER_CONFIG, TRANSFORMER_WEIGHTS) if is_transformer else (UNET_CONFIG, UNET_WEIGHTS)
-    module, class_name = load_module(path, *files, TRANSFORMERS if is_transformer else UNETS, _check_network)
+    accepted = TRANSFORMERS if is_transformer else UNETS
+    module, class_name = load_module(path, *files, accepted, _check_network, options.compile)
     config = module.config
     height, width = _sample_size(config)
     module = options.apply(module, device)
@@ -115,6 +116,7 @@ def load_module(
     weights_name: str,
     accepted: tuple[str, ...],
     check: Callable[[Any, str], None] = lambda module, config_name: None,
+    compiler: bool = False,
 ) -> tuple[Any, str]:
     """A frozen diffusers module in float32 on the CPU, and its class's name.
 
@@ -123,12 +125,11 @@ def load_module(
 
     Args:
         accepted: names of diffusers classes. check: `(module without weights, config_name)`, may raise.
+        compiler: whether the module is to be compiled.
 
     Raises:
         ModelFormatError: anything missing, malformed or at odds with the rest.
     """
-    import diffusers  # here, as it takes seconds that built-in mixtures need not wait
-
     config = read_json(path, config_name)
     class_name = config.get("_class_name")
     if class_name not in accepted:
@@ -136,9 +137,10 @@ def load_module(
         raise ModelFormatError(config_name, f"_class_name is {class_name!r}; accepted: {names}")
     shapes = read_shapes(path, weights_name)
     _check_depth(config, config_name, len(shapes))
+    network_class = diffusers_class(class_name, compiler=compiler)
     try:
         with torch.device("meta"):  # shapes only: a hostile configuration allocates nothing
-            module: Any = getattr(diffusers, class_name).from_config(config)
+            module: Any = network_class.from_config(config)
     except Exception as error:  # diffusers raises whatever its constructors meet
         raise ModelFormatError(config_name, f"no {class_name} can be built from it ({error})") from None
     check(module, config_name)

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from timetuner_core.model_wrapper import ModelType
+from timetuner_core.catalog import ModelType
+from timetuner_core.models.diffusers_import import diffusers_class
 from timetuner_core.models.folder_files import SCHEDULER_CONFIG, ModelFormatError, read_json
 from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleEDM, NoiseScheduleFlow, NoiseScheduleVP
 
@@ -82,13 +83,12 @@ def read_scheduler_config(config: Mapping[str, Any]) -> SchedulerSpec:
 
 
 def _vp(config: Mapping[str, Any]) -> SchedulerSpec:
-    from diffusers import DDPMScheduler  # it knows every beta schedule, and saved configurations have every value
-
     prediction = _choice(config, "prediction_type", "epsilon", tuple(MODEL_TYPES))
     _choice(config, "timestep_type", "discrete", ("discrete",))
     _num_train_timesteps(config)
     try:
-        scheduler = DDPMScheduler.from_config(dict(config))  # type: ignore[no-untyped-call]
+        # DDPMScheduler knows every beta schedule, and saved configurations have every value.
+        scheduler = diffusers_class("DDPMScheduler").from_config(dict(config))
         alphas_cumprod = scheduler.alphas_cumprod.double()
         if config.get("rescale_betas_zero_snr"):
             alphas_cumprod[-1] = MIN_ALPHA_CUMPROD

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from timetuner_core.catalog import Parameters
 from timetuner_core.samplers import (
     StepFn,
     history_length,
@@ -15,7 +16,6 @@ from timetuner_core.samplers import (
 )
 from timetuner_core.tuning.adam import resumed_adam
 from timetuner_core.tuning.problem import (
-    Parameters,
     TuningProblem,
     TuningState,
     check_numbers,

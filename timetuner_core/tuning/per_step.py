@@ -5,6 +5,7 @@ from typing import get_args
 
 import torch
 
+from timetuner_core.catalog import Optimizer, TuneType
 from timetuner_core.samplers import (
     history_length,
 )
@@ -13,9 +14,7 @@ from timetuner_core.tuning.gauss_newton import MIN_BATCHES, GaussNewton, batches
 from timetuner_core.tuning.objectives import StepResiduals
 from timetuner_core.tuning.problem import (
     Carried,
-    Optimizer,
     StepObjective,
-    TuneType,
     TuningProblem,
     TuningState,
     carry_forward,

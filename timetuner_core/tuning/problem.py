@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from timetuner_core.model_wrapper import GuidedModel
+from timetuner_core.guided_model import GuidedModel
 from timetuner_core.noise_schedule import NoiseSchedule
 from timetuner_core.samplers import (
     Past,
@@ -21,10 +21,7 @@ from timetuner_core.samplers import (
 )
 from timetuner_core.tuning.gauss_newton import MEMORY
 
-TuneType = Literal["sequential", "parallel"]
 StepObjective = Literal["next_eps", "teacher_step"]
-Optimizer = Literal["gauss_newton", "adam"]
-Parameters = Literal["t_ratios", "timesteps", "both"]
 
 
 @dataclass(frozen=True)
