@@ -1,17 +1,15 @@
 """Time grids: `timesteps` of shape `(num_steps + 1,)`, float64, falling from `T`."""
 
-from typing import Literal, TypeAlias, get_args
+from typing import TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
+from timetuner_core.catalog import GridName, NamedGrid
 from timetuner_core.noise_schedule import NoiseSchedule
 
-NamedGrid = Literal["uniform", "quadratic", "log_snr", "edm"]
-GridName = Literal["default", NamedGrid]
 Timesteps: TypeAlias = Tensor | list[float]
 
-NAMED_GRIDS: tuple[NamedGrid, ...] = get_args(NamedGrid)
 EDM_RHO = 7.0
 
 

@@ -2,13 +2,9 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Group
-from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from service.cli.connection import Url, connected
 from service.cli.options import (
@@ -28,7 +24,11 @@ from service.cli.options import (
 )
 from service.cli.output import USAGE, AsJson, CommandError, print_json, stderr
 from service.cli.schedules import show_schedule
-from service.client import TuningJob
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from service.client import TuningJob
 
 
 def tune(
@@ -88,14 +88,14 @@ def tune(
         show_schedule(schedule)
 
 
-def _print_job(job: TuningJob, as_json: bool) -> None:
+def _print_job(job: "TuningJob", as_json: bool) -> None:
     if as_json:
         print_json(job)
     else:
         typer.echo(job.id)
 
 
-def _wait(job: TuningJob, watch: bool) -> TuningJob:
+def _wait(job: "TuningJob", watch: bool) -> "TuningJob":
     """Wait until the job is over. Ctrl-C cancels it."""
     try:
         with _display(job, watch) as show:
@@ -107,8 +107,12 @@ def _wait(job: TuningJob, watch: bool) -> TuningJob:
 
 
 @contextmanager
-def _display(job: TuningJob, watch: bool) -> Iterator[Callable[[TuningJob], None]]:
+def _display(job: "TuningJob", watch: bool) -> Iterator[Callable[["TuningJob"], None]]:
     """A function that shows the job on stderr. If that is no terminal, it prints a line for each new state."""
+    from rich.console import Group
+    from rich.live import Live
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     progress = Progress(*columns, console=stderr)
     bar = progress.add_task("", total=1.0)

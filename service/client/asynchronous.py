@@ -12,14 +12,14 @@ from tenacity import AsyncRetrying
 
 from service.client import calls
 from service.client.calls import Call
-from service.client.errors import raise_for
+from service.client.choices import JobState
+from service.client.problems import raise_for
 from service.client.requests import SampleRequest, ScheduleFilters, ScheduleImport, Setting, TuningJobRequest
 from service.client.results import (
     Alias,
     AuditEntry,
     Event,
     Health,
-    JobState,
     Model,
     Page,
     Readiness,

@@ -18,7 +18,8 @@ from httpx_sse import ServerSentEvent
 from numpy.typing import NDArray
 from pydantic import BaseModel, TypeAdapter
 
-from service.client.errors import UnexpectedAnswerError, raise_for
+from service.client.errors import UnexpectedAnswerError
+from service.client.problems import raise_for
 from service.client.requests import SampleRequest, ScheduleFilters, ScheduleImport, Setting, TuningJobRequest
 from service.client.results import (
     Alias,

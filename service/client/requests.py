@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import TypedDict  # Pydantic can read typing's own only from Python 3.12 on.
 
-GuidanceType: TypeAlias = Literal["uncond", "classifier", "classifier-free"]
+from service.client.choices import GuidanceType, ScheduleStatus
+
 Timesteps: TypeAlias = Literal["default", "uniform", "quadratic", "log_snr", "edm"] | Sequence[float]
-ScheduleStatus: TypeAlias = Literal["accepted", "rejected", "imported"]
 Data: TypeAlias = Literal["auto", "model", "generated"]
 
 

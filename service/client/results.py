@@ -4,7 +4,7 @@ import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,14 +12,14 @@ from PIL import Image
 from pydantic import BaseModel, Field, field_validator
 
 from service.client import display
+from service.client.choices import GuidanceType, JobState, ScheduleStatus
 from service.client.errors import JobFailedError, NoScheduleError
-from service.client.requests import GuidanceType, ScheduleImport, ScheduleStatus
+from service.client.requests import ScheduleImport
 from service.shared.image_formats import to_images, to_png_grid
 
 if TYPE_CHECKING:
     from timetuner_core.integrations.diffusers import TimeTunerScheduler
 
-JobState: TypeAlias = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 T = TypeVar("T")
 
 

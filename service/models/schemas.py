@@ -6,8 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.http.fields import ModelId, NextCursor, Time
 from service.shared.fields import PRINTABLE
-from timetuner_core.model_wrapper import GuidanceType, ModelType
-from timetuner_core.models.loading import BUILTINS
+from timetuner_core.catalog import BUILTINS, GuidanceType, ModelType
 
 
 class BuiltinModelRequest(BaseModel):

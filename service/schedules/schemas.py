@@ -10,7 +10,7 @@ from service.http.fields import ModelId, PageQuery, ScheduleId, Time, TuningJobI
 from service.registry.tables import ScheduleStatus
 from service.shared.fields import Eta, ExactNumber, GuidanceScale, Identifier, NumSteps
 from service.shared.sampling_setting import GuidanceTime, SamplerName, SamplingSetting
-from timetuner_core.model_wrapper import GuidanceType
+from timetuner_core.catalog import GuidanceType
 
 MAX_DEPTH = 20
 EXAMPLE_GRID, EXAMPLE_RATIOS = [1.0, 0.55, 0.001], [0.98, 0.94]

@@ -6,20 +6,13 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, WithJsonSchema
 
 from service.shared.fields import Eta, ExactNumber, GuidanceScale, Identifier, NumSteps
-from timetuner_core.grids import GridName
-from timetuner_core.model_wrapper import GuidanceType
-from timetuner_core.samplers import get_sampler, sampler_names
+from service.shared.sampler_facts import sampler_facts
+from timetuner_core.catalog import GridName, GuidanceType, sampler_names
 
 
 def _known_sampler(name: str) -> str:
-    try:
-        get_sampler(name)
-    except (
-        ImportError,
-        AttributeError,
-        TypeError,
-    ) as error:  # An installed entry point cannot be imported, or is no Sampler.
-        raise ValueError(f"the sampler {name!r} cannot be loaded ({error})") from None
+    """Raises: ValueError, naming the sampler."""
+    sampler_facts(name)
     return name
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tests.core.conftest import linear_betas
 from timetuner_core import NoiseScheduleVP
-from timetuner_core.grids import GridName, check_t_ratios, make_timesteps
+from timetuner_core.catalog import GridName
+from timetuner_core.grids import check_t_ratios, make_timesteps
 from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleEDM, NoiseScheduleFlow
 
 SCHEDULES: dict[str, NoiseSchedule] = {

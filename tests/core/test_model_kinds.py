@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.core.conftest import normals, save_model, tiny_unet
+from timetuner_core.catalog import GuidanceType
 from timetuner_core.grids import make_timesteps, uniform_timesteps
-from timetuner_core.model_wrapper import GuidanceType
 from timetuner_core.models.loading import DiffusionModel, ModelFormatError, load_builtin, load_folder
 from timetuner_core.noise_schedule import NoiseScheduleEDM, NoiseScheduleFlow
 from timetuner_core.sampling.generate import Guidance, generate

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from timetuner_core.coefficients import Coefficient, NoiseLevel
 from timetuner_core.grids import check_t_ratios, check_timesteps
-from timetuner_core.model_wrapper import GuidedModel
+from timetuner_core.guided_model import GuidedModel
 from timetuner_core.models.schedulers import EDM_SCHEDULERS, FLOW_SCHEDULERS, VP_SCHEDULERS, read_scheduler_config
 from timetuner_core.noise_schedule import NoiseScheduleFlow
 from timetuner_core.samplers import SAMPLERS, Generators, Past, get_sampler, remember

@@ -1,4 +1,4 @@
-"""Reading a model folder's files: JSON and safetensors, never a pickle, and checked before use."""
+"""Reading a model folder's JSON and the headers of its safetensors files, without PyTorch. Nothing is unpickled."""
 
 import json
 import re
@@ -6,10 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
 
 UNET_CONFIG = "unet/config.json"
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -52,7 +49,7 @@ LENGTH_BYTES = 8  # A safetensors file begins with its header's length.
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 # The safetensors library raises these for other files, and for dtypes that PyTorch does not have.
-_UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError)
+UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError)
 
 
 class ModelFormatError(ValueError):
@@ -187,12 +184,12 @@ def _shards(path: Path, index_name: str) -> list[str]:
 
 
 def _read_shapes(path: Path, name: str) -> dict[str, Shape]:
-    _check_header(path, name)
+    check_header(path, name)
     try:
-        with safe_open(path / name, framework="pt") as tensors:
+        with safe_open(path / name, framework="numpy") as tensors:
             slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
-    except _UNREADABLE as error:
-        raise _not_whole(name, error) from None
+    except UNREADABLE as error:
+        raise not_whole(name, error) from None
     for key, tensor in slices.items():
         if tensor.get_dtype() not in WEIGHT_DTYPES:
             message = f"tensor {key!r} has dtype {tensor.get_dtype()}; accepted: {', '.join(WEIGHT_DTYPES)}"
@@ -200,23 +197,27 @@ def _read_shapes(path: Path, name: str) -> dict[str, Shape]:
     return {key: tuple(tensor.get_shape()) for key, tensor in slices.items()}
 
 
-def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
-    """All tensors of a safetensors file. Raises: ModelFormatError."""
-    _check_header(path, name)
-    try:
-        return load_file(path / name)
-    except _UNREADABLE as error:
-        raise _not_whole(name, error) from None
+def check_files(path: Path) -> None:
+    """Refuse a folder whose JSON or safetensors headers cannot be read. `load_folder` checks what they say.
+
+    Raises:
+        ModelFormatError: names the file.
+    """
+    for name in model_files(files_of(path)):
+        if name.endswith(".json"):
+            read_json(path, name)
+        else:
+            check_header(path, name)
 
 
-def _check_header(path: Path, name: str) -> None:
-    """Refuse a header, and a number of tensors, that would be a burden just to read."""
+def check_header(path: Path, name: str) -> None:
+    """Refuse a header, and a number of tensors, that would be a burden just to read. Raises: ModelFormatError."""
     with (path / name).open("rb") as file:
         _refuse_lfs_pointer(name, file.read(len(LFS_POINTER)))
         file.seek(0)
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
         if length > MAX_HEADER_BYTES:
-            raise _not_whole(name, f"a header of {length} bytes; accepted: up to {MAX_HEADER_BYTES}")
+            raise not_whole(name, f"a header of {length} bytes; accepted: up to {MAX_HEADER_BYTES}")
         count = file.read(length).count(b'"data_offsets"')
     if count > MAX_TENSORS:
         raise ModelFormatError(name, f"it has {count} tensors; accepted: up to {MAX_TENSORS}")
@@ -228,12 +229,6 @@ def _refuse_lfs_pointer(name: str, content: bytes) -> None:
         raise ModelFormatError(name, message)
 
 
-def check_finite(name: str, tensors: dict[str, Tensor]) -> None:
-    """Raises: ModelFormatError."""
-    for key, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise ModelFormatError(name, f"tensor {key!r} has NaN or infinite values; accepted: finite ones")
-
-
-def _not_whole(name: str, error: Exception | str) -> ModelFormatError:
+def not_whole(name: str, error: Exception | str) -> ModelFormatError:
+    """The error for a file that is not a whole safetensors file, and why."""
     return ModelFormatError(name, f"not a whole safetensors file ({error})")

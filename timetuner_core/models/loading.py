@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from timetuner_core.catalog import BUILTIN_FOLDERS, BUILTINS, BUNDLED
 from timetuner_core.models.data import ModelData, read_data, read_null_class
 from timetuner_core.models.diffusion_model import DiffusionModel, draw_classes, draw_rows
 from timetuner_core.models.digits_classifier import digit_features
@@ -37,6 +38,7 @@ __all__ = [
     "BUILTINS",
     "BUILTIN_FOLDERS",
     "BUILTIN_MIXTURES",
+    "BUNDLED",
     "DATA",
     "METADATA",
     "MODEL_FILES",
@@ -57,13 +59,10 @@ __all__ = [
 # Components of a pipeline that make conditions or look at finished images: conditions come with each request.
 NOT_NEEDED = ("bert", "feature_extractor", "safety_checker", "text_encoder", "tokenizer")
 
-BUNDLED = Path(__file__).parents[1] / "bundled"
 BUILTIN_MIXTURES: dict[str, Callable[[], GaussianMixture]] = {
     "mixture-ring": ring_mixture,
     "mixture-gratings": gratings_mixture,
 }
-BUILTIN_FOLDERS = {name: BUNDLED / name for name in ("digits8", "digits32-ldm")}
-BUILTINS = (*BUILTIN_FOLDERS, *BUILTIN_MIXTURES)
 
 
 def load_builtin(
