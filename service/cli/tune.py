@@ -129,14 +129,16 @@ def _display(job: "TuningJob", watch: bool) -> Iterator[Callable[["TuningJob"], 
         return
     with Live(progress, console=stderr) as live:
 
-        def show(job: TuningJob) -> None:
+        def show(job: "TuningJob") -> None:
             progress.update(bar, description=f"{job.id} {job.state}", completed=job.progress)
             live.update(Group(_steps(job), progress) if watch else progress)
 
         yield show
 
 
-def _steps(job: TuningJob) -> Table:
+def _steps(job: "TuningJob") -> "Table":
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
     for column in ("step", "t", "t_ratio", "iterations", "loss"):
         table.add_column(column, justify="right")
