@@ -30,7 +30,7 @@ from service.registry.tables import EvaluationRow, Model, Schedule, ScheduleStat
 from service.registry.types import utc_now
 from service.schedules import logic
 from service.schedules.schemas import ScheduleQuery
-from service.shared.sampling_setting import SamplingSetting
+from service.shared.job_requests import SamplingSetting
 
 BATCH_ROWS = 5_000
 SAMPLERS = ("ddim", "dpmpp_2m", "dpmpp_3m", "euler", "heun", "unipc")

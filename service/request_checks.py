@@ -11,8 +11,8 @@ from service.http.errors import InvalidError, TooManyRequestsError
 from service.registry.jobs import count_queued
 from service.registry.tables import Job, Model
 from service.shared.addresses import is_allowed
+from service.shared.job_requests import ALWAYS, SamplingSetting, Timesteps
 from service.shared.sampler_facts import sampler_facts
-from service.shared.sampling_setting import ALWAYS, SamplingSetting, Timesteps
 from service.shared.settings import Settings
 
 

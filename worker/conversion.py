@@ -5,9 +5,7 @@ from torch import Tensor
 
 from service.registry.tables import SampleJob, Schedule
 from service.shared.arrays import decode_array
-from service.shared.sample_request import SampleRequest
-from service.shared.sampling_setting import SamplingSetting
-from service.shared.tuning_request import TuningJobRequest
+from service.shared.job_requests import SampleRequest, SamplingSetting, TuningJobRequest
 from timetuner_core.grids import check_t_ratios, check_timesteps, make_timesteps
 from timetuner_core.guided_model import repeat_to_batch
 from timetuner_core.models.loading import DiffusionModel

@@ -17,8 +17,8 @@ from service.registry.jobs import Claim, LeaseLostError, claim, finish, hand_bac
 from service.registry.samples import models_sampled_last
 from service.registry.tables import Job, JobState, Model
 from service.shared.artifacts import ArtifactStore
+from service.shared.job_requests import SampleRequest
 from service.shared.logs import about
-from service.shared.sample_request import SampleRequest
 from service.shared.settings import Settings
 from service.shared.signals import Bus
 from timetuner_core.models.loading import DiffusionModel, load_builtin, load_folder

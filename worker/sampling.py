@@ -20,7 +20,7 @@ from service.registry.samples import Ended, SampleClaim, claim_samples, ended, f
 from service.registry.tables import JobState, Schedule
 from service.registry.types import utc_now
 from service.shared.image_formats import to_preview
-from service.shared.sample_request import SampleRequest
+from service.shared.job_requests import SampleRequest
 from timetuner_core.sampling.rolling_batch import Advance, RollingBatch, Row, decode
 from worker import metrics
 from worker.conversion import guidance_of, rows_of

@@ -12,7 +12,7 @@ from service.registry.jobs import Claim
 from service.registry.samples import Ended, SampleClaim
 from service.registry.tables import JobState
 from service.registry.types import utc_now
-from service.shared.sample_request import SampleRequest
+from service.shared.job_requests import SampleRequest
 from service.shared.telemetry import KINDS, TRACER, context_of
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

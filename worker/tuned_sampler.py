@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from service.registry.tables import TuningJob
-from service.shared.tuning_request import TuningJobRequest
+from service.shared.job_requests import TuningJobRequest
 from timetuner_core.evaluation.verdict import Evaluation
 from timetuner_core.samplers import get_sampler
 from timetuner_core.tuners import DataTuner

@@ -9,8 +9,8 @@ from sqlalchemy.orm import Session
 from service.registry.jobs import add_event, finish
 from service.registry.schedules import next_version
 from service.registry.tables import EvaluationRow, JobState, Schedule, ScheduleStatus, TuningJob
+from service.shared.job_requests import TuningJobRequest
 from service.shared.telemetry import TRACER
-from service.shared.tuning_request import TuningJobRequest
 from timetuner_core.evaluation.verdict import Evaluation, Metric
 from timetuner_core.grids import teacher_timesteps
 from timetuner_core.tuning.problem import TuningState

@@ -7,7 +7,7 @@ from service.registry.samples import changes
 from service.registry.tables import Model, Schedule
 from service.request_checks import get_requested_model
 from service.schedules.logic import find_for_sampling, resolve
-from service.shared.sample_request import SampleRequest
+from service.shared.job_requests import SampleRequest
 
 MAX_CACHED_SCHEDULES = 10_000  # The cache of resolved schedules is emptied when it reaches this size.
 

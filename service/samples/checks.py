@@ -7,7 +7,7 @@ import numpy as np
 from service.http.errors import InvalidError, TooLargeError
 from service.registry.tables import Model
 from service.shared.arrays import decode_array
-from service.shared.sample_request import SampleRequest
+from service.shared.job_requests import SampleRequest
 from service.shared.sampler_facts import sampler_facts
 from service.shared.settings import Settings
 

@@ -34,7 +34,7 @@ from service.samples.submitting import Submission
 from service.samples.waiting import read_preference, stream_events, wait_for_end
 from service.shared import telemetry
 from service.shared.image_formats import FORMATS
-from service.shared.sample_request import SampleRequest
+from service.shared.job_requests import SampleRequest
 from service.state import AppState, State
 
 router = APIRouter(prefix="/v1/samples", tags=["samples"])

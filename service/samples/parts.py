@@ -4,7 +4,7 @@ from typing import Any
 
 from service.registry.tables import JobState, SampleJob
 from service.shared.arrays import decode_array, encode_array
-from service.shared.sample_request import SampleRequest
+from service.shared.job_requests import SampleRequest
 
 
 def split_into_parts(job: SampleJob, most: int) -> list[SampleJob]:

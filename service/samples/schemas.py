@@ -6,7 +6,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, computed_fie
 
 from service.http.fields import Fault, KeyId, ModelId, RequestId, SampleJobId, ScheduleId, Time
 from service.registry.tables import JobState
-from service.shared.sample_request import SampleRequest
+from service.shared.job_requests import SampleRequest
 
 
 class SampleJobOut(BaseModel):

@@ -24,7 +24,7 @@ from service.samples.catalog import Catalog
 from service.samples.checks import check_class_labels, check_conditions, check_size, sampling_cost
 from service.samples.content import negotiate
 from service.samples.parts import split_into_parts
-from service.shared.sample_request import SampleRequest
+from service.shared.job_requests import SampleRequest
 from service.shared.settings import Settings
 
 # Fields that do not affect the images. The ids of the model and the schedule enter the hash beside the request.

@@ -15,7 +15,7 @@ from service.registry.schedules import next_version
 from service.registry.tables import SampleJob, Schedule, ScheduleAlias, ScheduleStatus
 from service.request_checks import check_setting, check_timesteps, get_requested_model
 from service.schedules.schemas import ScheduleImport, ScheduleQuery
-from service.shared.sampling_setting import SamplingSetting
+from service.shared.job_requests import SamplingSetting
 
 MAX_SCANNED = 10_000  # One page of a list looks at no more schedules than that.
 MAX_COUNTED = 100

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
 from service.http.fields import ModelId, PageQuery, ScheduleId, Time, TuningJobId
 from service.registry.tables import ScheduleStatus
 from service.shared.fields import Eta, ExactNumber, GuidanceScale, Identifier, NumSteps
-from service.shared.sampling_setting import GuidanceTime, SamplerName, SamplingSetting
+from service.shared.job_requests import GuidanceTime, SamplerName, SamplingSetting
 from timetuner_core.catalog import GuidanceType
 
 MAX_DEPTH = 20

@@ -21,8 +21,8 @@ from service.http.errors import (
 )
 from service.http.fields import JSON_TYPE, PageParams, PathId, require_json
 from service.registry.tables import FINAL_STATES, JobState, TuningJob
+from service.shared.job_requests import TuningJobRequest
 from service.shared.queue import publish
-from service.shared.tuning_request import TuningJobRequest
 from service.state import AppState, State
 from service.tuning_jobs import logic
 from service.tuning_jobs.schemas import EventOut, EventPage, TuningJobDetail, TuningJobOut, TuningJobPage

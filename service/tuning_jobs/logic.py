@@ -23,9 +23,9 @@ from service.request_checks import (
     check_webhook,
     get_requested_model,
 )
+from service.shared.job_requests import TuningJobRequest
 from service.shared.sampler_facts import sampler_facts
 from service.shared.settings import Settings
-from service.shared.tuning_request import TuningJobRequest
 from timetuner_core.tuners import TUNERS, OptionError, TunedSetting
 
 

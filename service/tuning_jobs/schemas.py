@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.http.fields import Fault, KeyId, ModelId, NextCursor, RequestId, ScheduleId, Time, TuningJobId
 from service.registry.tables import JobState
-from service.shared.tuning_request import EXAMPLE
+from service.shared.job_requests import TUNING_EXAMPLE
 
 
 class StepOut(BaseModel):
@@ -34,7 +34,7 @@ class TuningJobOut(BaseModel):
     error: Fault
     request_id: RequestId | None = Field(description="The id of the HTTP request that made the job: see X-Request-Id.")
     cancel_requested: bool
-    request: dict[str, Any] = Field(examples=[EXAMPLE])
+    request: dict[str, Any] = Field(examples=[TUNING_EXAMPLE])
     schedule: ScheduleId | None = Field(validation_alias="schedule_id", description="The schedule it made.")
     created_at: Time
     started_at: Time | None

@@ -16,9 +16,8 @@ from service.registry.tables import TuningJob
 from service.schedules import logic as schedules_logic
 from service.schedules.schemas import ALIAS
 from service.shared.fields import Identifier
+from service.shared.job_requests import SamplingSetting, TuningJobRequest
 from service.shared.queue import publish
-from service.shared.sampling_setting import SamplingSetting
-from service.shared.tuning_request import TuningJobRequest
 from service.state import State
 from service.tuning_jobs import logic as jobs_logic
 from service.web.rendering import see

@@ -8,8 +8,8 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from service.registry.tables import Model, Schedule, ScheduleAlias, TuningJob
+from service.shared.job_requests import ALWAYS
 from service.shared.sampler_facts import sampler_facts
-from service.shared.sampling_setting import ALWAYS
 from service.tuning_jobs.logic import events_after
 from service.web.charts import Chart, Series, make_chart
 from timetuner_core.tuners import TUNERS

@@ -32,7 +32,7 @@ from service.registry.tables import JobState, Model, SampleJob, Schedule, Schedu
 from service.registry.types import utc_now
 from service.samples.catalog import Catalog
 from service.samples.submitting import Submission, submit_all
-from service.shared.sample_request import SampleRequest
+from service.shared.job_requests import SampleRequest
 from service.shared.settings import Settings
 
 pytestmark = pytest.mark.both_engines

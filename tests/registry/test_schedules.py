@@ -17,7 +17,7 @@ from service.registry.schedules import next_version
 from service.registry.tables import EvaluationRow, Model, Schedule, ScheduleStatus
 from service.schedules import logic
 from service.schedules.schemas import ScheduleQuery
-from service.shared.sampling_setting import SamplingSetting
+from service.shared.job_requests import SamplingSetting
 from tests.conftest import MakeDatabaseUrl
 
 pytestmark = pytest.mark.both_engines

@@ -12,10 +12,9 @@ from pydantic import ValidationError
 from service.registry.database import Registry
 from service.registry.tables import JobState, Model, SampleJob, Schedule, TuningJob
 from service.samples.schemas import SampleJobOut
+from service.shared.job_requests import SampleRequest, TuningJobRequest
 from service.shared.queue import celery_app
-from service.shared.sample_request import SampleRequest
 from service.shared.settings import Settings
-from service.shared.tuning_request import TuningJobRequest
 from timetuner_core.models.loading import load_builtin
 from worker.conversion import guidance_of, rows_of
 from worker.runtime import Runtime

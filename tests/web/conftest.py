@@ -13,7 +13,7 @@ from service.registry.jobs import add_event
 from service.registry.schedules import next_version
 from service.registry.tables import EvaluationRow, JobState, Schedule, ScheduleStatus, TuningJob, TuningJobStep
 from service.registry.types import utc_now
-from service.shared.tuning_request import TuningJobRequest
+from service.shared.job_requests import TuningJobRequest
 from tests.conftest import StartStack
 from tests.keys import guarded, new_user  # noqa: F401 (fixtures)
 from tests.stack import Json, Stack

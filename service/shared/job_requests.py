@@ -1,0 +1,177 @@
+"""The requests of jobs, as they are accepted, stored and read by workers, and the setting that they share."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Self, Union
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    FiniteFloat,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
+
+from service.shared.fields import Eta, ExactNumber, GuidanceScale, Identifier, NumSteps, Seed
+from service.shared.sampler_facts import sampler_facts
+from service.shared.webhook_url import WEBHOOK_URL, WebhookUrl
+from timetuner_core.catalog import GridName, GuidanceType, sampler_names
+from timetuner_core.tuners import TUNERS, EndToEndTuner
+
+
+def _known_sampler(name: str) -> str:
+    """Raises: ValueError, naming the sampler."""
+    sampler_facts(name)
+    return name
+
+
+SamplerName = Annotated[
+    str, AfterValidator(_known_sampler), WithJsonSchema({"type": "string", "enum": sampler_names()})
+]
+GuidanceTime = Annotated[ExactNumber, Field(ge=0, le=1000)]
+ALWAYS = {"guidance_scale": 1, "guidance_rescale": 0, "guidance_start": 0, "guidance_end": 1000}
+Timesteps = GridName | Annotated[list[FiniteFloat], Field(min_length=2, max_length=100_001)]
+
+
+class SamplingSetting(BaseModel):
+    """A model and how it is sampled. A schedule is tuned for one setting and found by it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: Identifier = Field(examples=["mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W"])
+    num_steps: NumSteps = Field(examples=[2])
+    sampler: SamplerName = "ddim"
+    guidance_type: GuidanceType = "uncond"
+    guidance_scale: GuidanceScale = Field(1, validate_default=True)
+    guidance_rescale: Annotated[ExactNumber, Field(ge=0, le=1)] = Field(
+        0, validate_default=True, description="How far the spread of a classifier-free prediction is reset, 0 to 1."
+    )
+    guidance_start: GuidanceTime = Field(0, validate_default=True, description="No guidance at times below.")
+    guidance_end: GuidanceTime = Field(1000, validate_default=True, description="No guidance at times above.")
+    eta: Eta = Field(0, validate_default=True, description="The noise of each step, for the sampler ddim only.")
+
+    @classmethod
+    def stored(cls, row: Mapping[str, Any] | Self) -> Self:
+        """The request that a job's row holds as JSON. Fields of a newer version, at any depth, are ignored.
+
+        Raises:
+            ValidationError: a field has a value that this version does not know.
+        """
+        return cls.model_validate(row, extra="ignore")
+
+    def key(self) -> dict[str, Any]:
+        """The columns of `Schedule.KEY`. Unguided sampling has the values of `ALWAYS`."""
+        guidance = ALWAYS if self.guidance_type == "uncond" else {name: getattr(self, name) for name in ALWAYS}
+        names = ("sampler", "num_steps", "guidance_type", "eta")
+        return {"model_id": self.model, **{name: getattr(self, name) for name in names}, **guidance}
+
+
+def _objective(value: Any) -> str:
+    """The objective that a request names, or the default."""
+    given = value.get("objective", "end_to_end") if isinstance(value, dict) else getattr(value, "objective", None)
+    return str(given)
+
+
+if TYPE_CHECKING:
+    from timetuner_core.tuners import AnyTuner
+else:
+    _TAGGED = [Annotated[tuner, Tag(objective)] for objective, tuner in TUNERS.items()]
+    AnyTuner = Annotated[Union[*_TAGGED], Discriminator(_objective)]
+
+
+class EvaluationRequest(BaseModel):
+    """How the result is compared with the untuned sampler before it is stored."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    num_samples: int = Field(512, ge=16, le=50_000)
+    teacher_num_steps: int = Field(100, ge=1, le=1000)
+    batch_size: int = Field(64, ge=1, le=1024)
+
+
+TUNING_EXAMPLE: dict[str, Any] = {
+    "model": "mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W",
+    "num_steps": 10,
+    "guidance_type": "classifier-free",
+    "guidance_scale": 2.0,
+}
+
+
+def _any_of(schema: dict[str, Any]) -> None:
+    """Describe the tuners by `anyOf`. To tools, a tuner without an objective is valid as several of them."""
+    schema["anyOf"] = schema.pop("oneOf")
+
+
+class TuningJobRequest(SamplingSetting):
+    """Tune one schedule."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [TUNING_EXAMPLE]},
+    )
+
+    timesteps: Timesteps = Field("default", description="The grid to tune on: a name, or num_steps + 1 times.")
+    tuner: AnyTuner = Field(default_factory=EndToEndTuner, json_schema_extra=_any_of)
+    evaluation: EvaluationRequest = Field(default_factory=EvaluationRequest)
+    seed: Seed = 0
+    webhook_url: WebhookUrl | None = WEBHOOK_URL
+
+    @model_validator(mode="after")
+    def _choose_start(self) -> Self:
+        """Set the default, so that the stored request holds it."""
+        if isinstance(self.tuner, EndToEndTuner) and self.tuner.start is None:
+            self.tuner.start = "best" if self.timesteps == "default" else "given"
+        return self
+
+
+class SampleRequest(SamplingSetting):
+    """Sample images."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W",
+                    "num_steps": 10,
+                    "num_images": 4,
+                    "guidance_type": "classifier-free",
+                    "guidance_scale": 2.0,
+                    "class_labels": [0, 1, 2, 3],
+                    "seed": 7,
+                }
+            ]
+        },
+    )
+
+    timesteps: Timesteps = Field(
+        "default", description="The grid of untuned sampling, a name or num_steps + 1 times; a schedule has its own."
+    )
+    schedule: Identifier = Field(
+        "auto",
+        description="`auto`: the best accepted one for this setting, else untuned; `none`: untuned; an id; an alias.",
+    )
+    num_images: int = Field(1, ge=1, le=100_000)
+    seed: Seed = Field(0, description="Image k is drawn from seed + k, whatever the number of images.")
+    condition: str | None = Field(
+        None,
+        description="Tensor conditions, if the model takes any: base64 .npy file of float32 `(1 or num_images, L, D)`.",
+    )
+    uncond_condition: str | None = Field(
+        None,
+        description="The condition that stands for none, `(1, L, D)`. The default is the one that came with the model.",
+    )
+    class_labels: int | list[int] | None = Field(
+        None, description="One label for all images, or one for each. Only guided requests have labels."
+    )
+    deadline_seconds: FiniteFloat | None = Field(
+        None,
+        gt=0,
+        le=86_400,
+        description="A job that has not begun by then is dropped, and a request that waits for it gets 504.",
+    )
+    webhook_url: WebhookUrl | None = WEBHOOK_URL
+    previews: bool = Field(False, description="The event stream shows what each step predicts.")
