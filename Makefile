@@ -1,8 +1,9 @@
 INSTALLED := .venv/installed
 BIN := .venv/bin
+IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 REDOCLY := @redocly/cli@2.77.0
 
-.PHONY: demo up test chaos fuzz soak lint openapi docs format bench audit lock
+.PHONY: demo up test test-all chaos fuzz soak lint openapi docs format bench audit lock
 
 demo: $(INSTALLED)  ## the main job, end to end; writes demo.png
 	$(BIN)/python examples/demo.py
@@ -11,11 +12,15 @@ up: $(INSTALLED)  ## serve on http://127.0.0.1:8000 until Ctrl-C
 	$(BIN)/timetuner up
 
 test: $(INSTALLED)
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/pytest $(IN_PARALLEL)
+
+test-all: $(INSTALLED)  ## the exhaustive matrices too, and every test on both engines
+	$(BIN)/pytest $(IN_PARALLEL) --all
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+	$(BIN)/python tools/synchronous_client.py --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
@@ -28,6 +33,7 @@ docs: $(INSTALLED)  ## the documentation as a web site, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(INSTALLED)
+	$(BIN)/python tools/synchronous_client.py
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 

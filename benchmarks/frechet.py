@@ -19,11 +19,11 @@ from torch import Tensor
 
 from timetuner_core.compare import parse_guidance
 from timetuner_core.compare.processes import workers
-from timetuner_core.evaluation import frechet_distance
-from timetuner_core.experiment import Experiment
+from timetuner_core.evaluation.distances import frechet_distance
 from timetuner_core.grids import make_timesteps
-from timetuner_core.loading import load_builtin
+from timetuner_core.models.loading import load_builtin
 from timetuner_core.samplers import get_sampler
+from timetuner_core.tuning_setup import Experiment
 
 SEEDS = 3_000_000_000  # from here: beside those of experiments, which start at 2**31 and at 2**31 + 2**30
 Row = dict[str, str]

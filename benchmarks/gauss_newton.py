@@ -27,9 +27,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from timetuner_core.grids import make_timesteps
-from timetuner_core.loading import DiffusionModel, load_builtin
+from timetuner_core.models.loading import DiffusionModel, load_builtin
 from timetuner_core.samplers import get_sampler, sample
-from timetuner_core.tuning import Optimizer, StepResiduals, TuneType, TuningProblem, TuningState, tune_per_step
+from timetuner_core.tuners import Optimizer, TuneType
+from timetuner_core.tuning.draws import draw_batch
+from timetuner_core.tuning.objectives import next_eps_residual
+from timetuner_core.tuning.per_step import losses_of, tune_per_step
+from timetuner_core.tuning.problem import TuningProblem, TuningState
 
 MODELS = ("digits8", "digits32-ldm")
 NUM_STEPS = 10
@@ -59,12 +63,14 @@ class HeldOut:
     def __init__(self, name: str) -> None:
         problem = problem_of(name, NUM_STEPS, seed=10_000, batch_size=128, data_seed=1)
         self.steps = list(range(NUM_STEPS - 1))
-        residuals = StepResiduals(problem, "next_eps", substeps=8, carried=None)
-        self.batches = [residuals.draw([(i, iteration) for i in self.steps]) for iteration in range(HELD_OUT // 128)]
+        iterations = range(HELD_OUT // 128)
+        self.batches = [draw_batch(problem, [(i, k) for i in self.steps], None) for k in iterations]
+        self.residuals = [next_eps_residual(batch) for batch in self.batches]
 
     @torch.no_grad()
     def __call__(self, t_ratios: Tensor) -> float:
-        losses = [float(batch.losses(t_ratios[self.steps]).sum()) for batch in self.batches]
+        drawn = zip(self.batches, self.residuals, strict=True)
+        losses = [float(losses_of(batch, residual, t_ratios[self.steps]).sum()) for batch, residual in drawn]
         return sum(losses) / len(losses)
 
 

@@ -26,11 +26,11 @@ from ulid import ULID
 
 from service.registry.database import Registry
 from service.registry.schedules import next_version
-from service.registry.tables import Evaluation, Model, Schedule, ScheduleStatus
+from service.registry.tables import EvaluationRow, Model, Schedule, ScheduleStatus
 from service.registry.types import utc_now
-from service.requests import Setting
 from service.schedules import logic
 from service.schedules.schemas import ScheduleQuery
+from service.shared.sampling_setting import SamplingSetting
 
 BATCH_ROWS = 5_000
 SAMPLERS = ("ddim", "dpmpp_2m", "dpmpp_3m", "euler", "heun", "unipc")
@@ -38,9 +38,9 @@ SCALES = tuple(Decimal(scale) for scale in ("1.5", "2", "3", "4", "5", "7.5", "1
 STATUSES = (ScheduleStatus.ACCEPTED, ScheduleStatus.REJECTED, ScheduleStatus.IMPORTED)
 NUM_MODELS = 20
 MODELS = [f"mdl_{k:026}" for k in range(NUM_MODELS)]
-POPULAR = Setting(model=MODELS[0], num_steps=10, guidance_type="classifier-free", guidance_scale=Decimal("7.5"))
+POPULAR = SamplingSetting(model=MODELS[0], num_steps=10, guidance_type="classifier-free", guidance_scale=Decimal("7.5"))
 POPULAR_VERSIONS = 10_000
-REJECTED = Setting(model=MODELS[0], num_steps=10, sampler="ddim", eta=Decimal("0.5"))  # as many, none accepted
+REJECTED = SamplingSetting(model=MODELS[0], num_steps=10, sampler="ddim", eta=Decimal("0.5"))  # as many, none accepted
 FILTERS: dict[str, dict[str, Any]] = {
     "none": {},
     "model": {"model": MODELS[1]},
@@ -57,7 +57,7 @@ FILTERS: dict[str, dict[str, Any]] = {
 }
 
 
-def settings(rng: random.Random, rows: int) -> Iterator[Setting]:
+def settings(rng: random.Random, rows: int) -> Iterator[SamplingSetting]:
     """Of a million, 10,000 each are of the two settings that many tune; models are used the less the later."""
     popular = POPULAR_VERSIONS / rows
     weights = [1 / (1 + k) for k in range(NUM_MODELS)]
@@ -67,7 +67,7 @@ def settings(rng: random.Random, rows: int) -> Iterator[Setting]:
             yield POPULAR if chance < popular else REJECTED
             continue
         guided = rng.random() < 0.7
-        yield Setting.model_construct(
+        yield SamplingSetting.model_construct(
             model=rng.choices(MODELS, weights)[0],
             num_steps=rng.randint(1, 50),
             sampler=rng.choice(SAMPLERS),
@@ -139,7 +139,7 @@ def fill(registry: Registry, rows: int, seed: int = 0) -> None:
             connection.execute(insert(Model), values)
         for schedules, evaluations in batches(rows, seed):
             connection.execute(insert(Schedule), schedules)
-            connection.execute(insert(Evaluation), evaluations)
+            connection.execute(insert(EvaluationRow), evaluations)
         connection.commit()
         connection.invalidate()
     if not registry.is_sqlite:  # its autovacuum would have done it by now; SQLite knows as much of its tables as ever
@@ -159,7 +159,7 @@ def timed(registry: Registry, calls: Sequence[Callable[[Session], Any]]) -> list
     return sorted(times[1:])
 
 
-def server_times(registry: Registry, wanted: Sequence[Setting]) -> list[float]:
+def server_times(registry: Registry, wanted: Sequence[SamplingSetting]) -> list[float]:
     """Milliseconds that PostgreSQL itself takes to plan and run it, without the way there and SQLAlchemy."""
 
     def explain(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> tuple[str, Any]:

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from service.settings import Settings
-from timetuner_core.batching import all_sizes, steady_sizes
-from timetuner_core.generation import Guidance, generate
+from service.shared.settings import Settings
 from timetuner_core.grids import make_timesteps
-from timetuner_core.loading import BUILTINS, load_builtin, load_folder
+from timetuner_core.models.loading import BUILTINS, load_builtin, load_folder
+from timetuner_core.sampling.generate import Guidance, generate
+from timetuner_core.sampling.same_bits import all_sizes, steady_sizes
 from worker.runtime import pick_device
 
 MODEL = "digits8"

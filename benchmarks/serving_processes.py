@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving_load import Target
 
 from service.registry.database import Registry
-from service.supervisor import valkey_command
+from service.up.supervisor import valkey_command
 
 HERE = Path(__file__).parent
 MODEL, NUM_STEPS = "digits8", 10  # as in serving_model, which loads PyTorch

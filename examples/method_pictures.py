@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from timetuner_core import TimeTuner, model_wrapper
-from timetuner_core.mixtures import ring_mixture
+from timetuner_core.models.mixtures import ring_mixture
 
 MIXTURE = ring_mixture()
 TUNER = TimeTuner(model_wrapper(MIXTURE, MIXTURE.noise_schedule), MIXTURE.noise_schedule)

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional
 
-from timetuner_core.features import DigitsClassifier
+from timetuner_core.models.digits_classifier import DigitsClassifier
 
 
 def digits() -> tuple[Tensor, Tensor]:

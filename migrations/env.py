@@ -7,7 +7,7 @@ from sqlalchemy import TypeDecorator
 
 from service.registry.database import Registry
 from service.registry.tables import Base
-from service.settings import Settings
+from service.shared.settings import Settings
 
 
 def render_item(kind: str, item: Any, _context: Any) -> str | Literal[False]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -13,11 +14,13 @@ from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
-from service import health, openapi, telemetry
+from service import health
 from service.access import endpoints as audit
 from service.access.authentication import AuthenticationMiddleware
-from service.body_limit import BodyLimitMiddleware
-from service.errors import (
+from service.access.state import access_state
+from service.http import openapi
+from service.http.body_limit import BodyLimitMiddleware
+from service.http.errors import (
     ForbiddenError,
     Problem,
     TooManyRequestsError,
@@ -26,23 +29,26 @@ from service.errors import (
     install_error_handlers,
     problem_content,
 )
+from service.http.request_ids import HEADER as REQUEST_ID_HEADER
+from service.http.request_ids import RequestIdMiddleware
+from service.http.security_headers import SecurityHeadersMiddleware
 from service.metrics import Metrics, MetricsMiddleware, QueueCollector
 from service.models import endpoints as models
 from service.models.schemas import BuiltinModelRequest
-from service.request_ids import HEADER as REQUEST_ID_HEADER
-from service.request_ids import RequestIdMiddleware
 from service.samples import endpoints as samples
 from service.samples.admission import AdmissionMiddleware
+from service.samples.state import samples_state
 from service.schedules import endpoints as schedules
-from service.security_headers import SecurityHeadersMiddleware
-from service.settings import Settings
+from service.shared import telemetry
+from service.shared.sampler_facts import installed_samplers
+from service.shared.settings import Settings
 from service.state import open_state
 from service.tuning_jobs import endpoints as tuning_jobs
 from service.web import endpoints as web
 from service.web import forms as web_forms
 from service.web.error_pages import ErrorPageMiddleware
 
-# A span per request to the API proper, of the client's trace if it has one; FastAPI makes none unless a tracer is set.
+# FastAPI makes a span for each request to the API, in the client's trace if it has one. Without a tracer it makes none.
 TRACED: TelemetryConfig = {
     "metrics": False,
     "logs": False,
@@ -60,14 +66,16 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         telemetry.start_tracing("timetuner-api", settings.otel_exporter_otlp_endpoint)
         with open_state(settings) as state:
-            app.state.timetuner = state
-            metrics.registry.register(QueueCollector(state.registry, state.admission))
-            listening = asyncio.create_task(state.news.run())
-            gc.freeze()  # what is loaded by now stays: collections that look through it all hold up every request
+            app.state.timetuner, app.state.access = state, access_state(state)
+            app.state.samples = samples = samples_state(state)
+            metrics.registry.register(QueueCollector(state.registry, samples.admission))
+            listening = asyncio.create_task(samples.events.run())
+            threading.Thread(target=installed_samplers, daemon=True).start()  # No request should wait for it.
+            gc.freeze()  # Objects loaded by now stay. Collections that went through them would delay all requests.
             yield
             listening.cancel()
 
-    # FastAPI, but what its pages of the documentation load comes with the package.
+    # FastAPIOffline serves the files of the documentation pages itself, so browsers load nothing from elsewhere.
     app = FastAPIOffline(
         **openapi.ABOUT,
         version=version("timetuner"),
@@ -82,9 +90,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     routes = [route for route in every if isinstance(route, APIRoute)]
     _add_middleware(app, settings, metrics, [route.path for route in routes])
     install_error_handlers(app, routes)
-    of_keys = error_responses(UnauthenticatedError, ForbiddenError, TooManyRequestsError)
+    key_errors = error_responses(UnauthenticatedError, ForbiddenError, TooManyRequestsError)
     for area in areas:
-        app.include_router(area.router, responses={} if area is health else of_keys)
+        app.include_router(area.router, responses={} if area is health else key_errors)
 
     app.include_router(web.router)
     app.include_router(web_forms.router)
@@ -94,9 +102,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 
 def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, paths: list[str]) -> None:
-    """From the innermost to the outermost."""
-    app.add_middleware(AdmissionMiddleware, admission=lambda: app.state.timetuner.admission, path="/v1/samples")
-    app.add_middleware(AuthenticationMiddleware, state=lambda: app.state.timetuner)
+    """Add the middleware, the innermost first."""
+    app.add_middleware(AdmissionMiddleware, admission=lambda: app.state.samples.admission, path="/v1/samples")
+    app.add_middleware(AuthenticationMiddleware, state=lambda: app.state.timetuner, access=lambda: app.state.access)
     app.add_middleware(
         BodyLimitMiddleware,
         max_body_bytes=settings.max_body_bytes,

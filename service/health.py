@@ -7,14 +7,14 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
 from sqlalchemy import text
 
-from service.access.needs import needs
-from service.errors import ForbiddenError, TooManyRequestsError, UnauthenticatedError, error_responses
-from service.queue import QUEUES
+from service.access.callers import needs
+from service.http.errors import ForbiddenError, TooManyRequestsError, UnauthenticatedError, error_responses
+from service.shared.queue import QUEUES
 from service.state import AppState, State
 
 router = APIRouter(tags=["health"])
 
-PUBLIC: dict[str, Any] = {"security": []}  # no key is ever needed
+NO_KEY_NEEDED: dict[str, Any] = {"security": []}
 PROBE = Field(examples=["ok"])
 METRICS = {"schema": {"type": "string", "examples": ['timetuner_queue_jobs{kind="tuning"} 2.0\n']}}
 
@@ -24,7 +24,7 @@ class Health(BaseModel):
 
 
 class Readiness(BaseModel):
-    """What each part said: `ok`, or what is wrong."""
+    """The state of each part: `ok`, or its fault."""
 
     ready: bool
     database: str = PROBE
@@ -32,7 +32,7 @@ class Readiness(BaseModel):
     workers: str = PROBE
 
 
-@router.get("/healthz", operation_id="health", openapi_extra=PUBLIC, responses=error_responses(ForbiddenError))
+@router.get("/healthz", operation_id="health", openapi_extra=NO_KEY_NEEDED, responses=error_responses(ForbiddenError))
 def healthz() -> Health:
     """Whether this process answers."""
     return Health()
@@ -41,11 +41,11 @@ def healthz() -> Health:
 @router.get(
     "/readyz",
     operation_id="readiness",
-    openapi_extra=PUBLIC,
+    openapi_extra=NO_KEY_NEEDED,
     responses={503: {"model": Readiness, "description": "Not ready."}, **error_responses(ForbiddenError)},
 )
 def readyz(state: State, response: Response) -> Readiness:
-    """Whether requests can be served: database and broker reachable, a worker for each queue."""
+    """Whether requests can be served: database and broker reachable, a worker for each queue or one that is started."""
     database = _database(state)
     broker, workers = _broker_and_workers(state)
     ready = database == broker == workers == "ok"
@@ -72,17 +72,19 @@ def _database(state: AppState) -> str:
     try:
         with state.registry.read() as session:
             session.execute(text("SELECT 1"))
-    except Exception as error:  # whatever the driver raises
+    except Exception as error:  # Database drivers have errors of their own.
         return f"unreachable ({type(error).__name__})"
     return "ok"
 
 
 def _broker_and_workers(state: AppState) -> tuple[str, str]:
     try:
-        with state.celery.connection_for_write() as connection:  # new, as the broker may have been restarted
+        # The broker may have been restarted, so the check uses a new connection.
+        with state.celery.connection_for_write() as connection:
             replies = state.celery.control.inspect(timeout=1.0, connection=connection).active_queues() or {}
-    except Exception as error:  # whatever the transport raises
+    except Exception as error:  # Transports have errors of their own.
         return f"unreachable ({type(error).__name__})", "unknown"
     served = {queue["name"] for queues in replies.values() for queue in queues}
-    missing = [queue for queue in QUEUES if queue not in served]
+    needed = [queue for queue in QUEUES if queue not in state.settings.on_demand_queues]
+    missing = [queue for queue in needed if queue not in served]
     return "ok", f"none for {', '.join(missing)}" if missing else "ok"

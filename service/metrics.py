@@ -1,4 +1,4 @@
-"""The API's Prometheus metrics. What each is good for: docs/observability.md."""
+"""The API's Prometheus metrics. docs/observability.md explains each."""
 
 import logging
 import time
@@ -15,10 +15,10 @@ from service.registry.database import Registry
 from service.registry.tables import Job, JobState, SampleJob
 from service.registry.types import utc_now
 from service.samples.admission import Admission
-from service.telemetry import KINDS
+from service.shared.telemetry import KINDS
 
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
-OTHER = "other"  # a method or a path of the client's own invention: labels must stay few
+OTHER = "other"  # The label of unknown methods and paths. Clients invent them, and labels must stay few.
 REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class QueueCollector(Collector):
         self._admission = admission
 
     def collect(self) -> Iterator[Metric]:
-        """Nothing of the queues if the database is away: rather no figure than a wrong one."""
+        """Collect the metrics. While the database is away, those of the queues are left out."""
         if self._admission.rate is not None:
             name, text = "timetuner_sampling_images_per_second", "As measured while some were waiting."
             yield GaugeMetricFamily(name, text, self._admission.rate)
@@ -69,7 +69,7 @@ class QueueCollector(Collector):
         """How many jobs are queued, and for how many seconds the oldest has been."""
         query = select(func.count(), func.min(job_class.created_at)).where(job_class.state == JobState.QUEUED)
         if job_class is SampleJob:
-            query = query.where(SampleJob.num_parts == 0)  # no worker takes one that was split
+            query = query.where(SampleJob.num_parts == 0)  # Workers take only the parts of a job that was split.
         with self._registry.read() as session:
             count, oldest = session.execute(query).one()
         return count, max(0.0, (utc_now() - oldest).total_seconds()) if oldest else 0.0
@@ -79,7 +79,7 @@ class MetricsMiddleware:
     """Measures every request."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: Collection[str]) -> None:
-        """`paths` has those a request may be for; of one that is refused before it is routed, only they are told."""
+        """`paths` are the known ones. A request refused before routing is labelled by its path if that is known."""
         self.app = app
         self.metrics = metrics
         self.paths = frozenset(paths)

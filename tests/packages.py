@@ -4,17 +4,16 @@ from pathlib import Path
 
 # A midpoint rule of its own: DPM-Solver-2 by another name.
 MIDPOINT = """
-from timetuner_core.samplers import Sampler, scaled
-import torch
+from timetuner_core.samplers import Sampler
 
 def midpoint(step):
-    x0, eps = step.predict(step.x, step.t)
-    middle = step.noise_schedule.inverse_lambda(step.start.lambda_ + step.h / 2)
+    x0, eps = step.predict(step.x_t, step.t)
+    middle = step.time_between(1 / 2)
 
     def move(s, eps):
-        level = step.level(s)
-        shrunk = scaled(level.alpha / step.start.alpha, step.x)
-        return shrunk - scaled(level.sigma * torch.expm1(level.lambda_ - step.start.lambda_), eps)
+        level = step.noise_level(s)
+        growth = (level.lambda_ - step.lambda_t).expm1()
+        return level.alpha / step.alpha_t * step.x_t - level.sigma * growth * eps
 
     return move(step.s, step.predict(move(middle, eps), middle).eps), x0
 

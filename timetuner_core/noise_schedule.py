@@ -10,6 +10,9 @@ from torch.nn import functional
 
 ScheduleKind = Literal["discrete", "linear", "cosine"]
 
+CONTINUOUS_T_MIN = 1e-3
+MAX_FINAL_NOISE_TO_SIGNAL = 0.05  # images in -1..1 have 256 levels, 0.008 apart
+
 
 class NoiseSchedule(ABC):
     """A forward process `x_t = alpha_t * x0 + sigma_t * eps` in continuous time, `t` in `(0, T]`.
@@ -28,7 +31,12 @@ class NoiseSchedule(ABC):
     @property
     @abstractmethod
     def t_min(self) -> float:
-        """The end of the default time grid."""
+        """The lowest time at which grids call the network."""
+
+    @property
+    def t_end(self) -> float:
+        """The end of grids: `t_min`, or 0 if so much noise is left at `t_min` that one can see it."""
+        return self.t_min
 
     @property
     def max_num_steps(self) -> int | None:
@@ -49,7 +57,7 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def model_input_time(self, t: Tensor) -> Tensor:
-        """What the network is fed for time `t`."""
+        """The network's input for time `t`."""
 
     @abstractmethod
     def time_of_model_input(self, t_input: Tensor) -> Tensor:
@@ -61,7 +69,7 @@ class NoiseSchedule(ABC):
 
     def starting_std(self, t: Tensor) -> float:
         """The standard deviation of the noise to start from at `t`: `prior_std` at `T`."""
-        if float(t) == self.T:  # where nearly all start
+        if float(t) == self.T:
             return self.prior_std
         T = torch.tensor(self.T, dtype=t.dtype)
         return self.prior_std * float(self.marginal_std(t) / self.marginal_std(T))
@@ -118,7 +126,7 @@ class NoiseScheduleVP(NoiseSchedule):
     @property
     def t_min(self) -> float:
         """The first training step, or 1e-3 in continuous time."""
-        return 1.0 / self.total_N if self.schedule == "discrete" else 1e-3
+        return 1.0 / self.total_N if self.schedule == "discrete" else CONTINUOUS_T_MIN
 
     @property
     def max_num_steps(self) -> int | None:
@@ -160,7 +168,7 @@ class NoiseScheduleVP(NoiseSchedule):
         return ((left + fraction) / self.total_N).to(lambda_t.dtype)
 
     def model_input_time(self, t: Tensor) -> Tensor:
-        """What the network is fed for time `t`: `(t - 1/N) * N` in `0..N-1` if discrete, else `t`."""
+        """The network's input for time `t`: `(t - 1/N) * N` in `0..N-1` if discrete, else `t`."""
         return (t - 1.0 / self.total_N) * self.total_N if self.schedule == "discrete" else t
 
     def time_of_model_input(self, t_input: Tensor) -> Tensor:
@@ -176,8 +184,8 @@ class NoiseScheduleFlow(NoiseSchedule):
     """Flow matching (Lipman et al. 2023; Liu et al. 2023): `alpha = 1 - sigma`, `sigma_t = t` if `shift` is 1.
 
     `sigma_t = shift t / (1 + (shift - 1) t)` (Esser et al. 2024, eq. 23) spends more of a uniform grid at high
-    noise. The network is fed `num_train_timesteps * sigma_t`. At `t = 1` alpha would be 0; it is kept at 1e-6, so
-    that lambda_t is finite.
+    noise. The network is fed `num_train_timesteps * sigma_t`; one training step means that it is fed sigma itself and
+    was trained on all of them. At `t = 1` alpha would be 0; it is kept at 1e-6, so that lambda_t is finite.
 
     Raises:
         ValueError: `shift` or `num_train_timesteps` not above 0.
@@ -191,7 +199,11 @@ class NoiseScheduleFlow(NoiseSchedule):
 
     @property
     def t_min(self) -> float:
-        return 1.0 / self.num_train_timesteps
+        return 1.0 / self.num_train_timesteps if self.num_train_timesteps > 1 else CONTINUOUS_T_MIN
+
+    @property
+    def t_end(self) -> float:
+        return _end_of_grids(self)
 
     def marginal_log_mean_coeff(self, t: Tensor) -> Tensor:
         alpha_t = (1.0 - t) / (1.0 + (self.shift - 1.0) * t)
@@ -234,6 +246,10 @@ class NoiseScheduleEDM(NoiseSchedule):
     def t_min(self) -> float:
         return self.sigma_min
 
+    @property
+    def t_end(self) -> float:
+        return _end_of_grids(self)
+
     def marginal_log_mean_coeff(self, t: Tensor) -> Tensor:
         return torch.zeros_like(t)
 
@@ -248,6 +264,11 @@ class NoiseScheduleEDM(NoiseSchedule):
 
     def time_of_model_input(self, t_input: Tensor) -> Tensor:
         return torch.exp(4 * t_input)
+
+
+def _end_of_grids(schedule: NoiseSchedule) -> float:
+    lambda_t = schedule.marginal_lambda(torch.tensor(schedule.t_min, dtype=torch.float64))
+    return 0.0 if math.exp(-float(lambda_t)) > MAX_FINAL_NOISE_TO_SIGNAL else schedule.t_min
 
 
 _COSINE_S = 0.008

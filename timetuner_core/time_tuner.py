@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from timetuner_core import tuning
-from timetuner_core.grids import GridName, Timesteps, check_t_ratios, check_timesteps, make_timesteps, teacher_timesteps
-from timetuner_core.model_wrapper import GuidedModel
+from timetuner_core.catalog import GridName
+from timetuner_core.grids import Timesteps, check_t_ratios, check_timesteps, make_timesteps, teacher_timesteps
+from timetuner_core.guided_model import GuidedModel
 from timetuner_core.noise_schedule import NoiseSchedule
 from timetuner_core.samplers import Generators, SamplerStep, StepFn, get_sampler, sample_steps
+from timetuner_core.tuners import Optimizer, TuneType
+from timetuner_core.tuning.end_to_end import tune_end_to_end
+from timetuner_core.tuning.per_step import tune_per_step
+from timetuner_core.tuning.problem import TuningProblem, TuningState
 
 
 class TimeTuner:
@@ -156,12 +160,12 @@ class TimeTuner:
         encode_fn: Callable[[Tensor], Tensor] | None = None,
         num_steps: int | None = None,
         timesteps: Timesteps | GridName | None = None,
-        tune_type: tuning.TuneType = "sequential",
+        tune_type: TuneType = "sequential",
         lr: float = 2e-3,
         total_iters: int = 500,
         verbose: bool = False,
         *,
-        optimizer: tuning.Optimizer = "adam",
+        optimizer: Optimizer = "adam",
         batch_size: int | None = None,
         population_size: int = 1024,
         seed: int = 0,
@@ -192,7 +196,7 @@ class TimeTuner:
         """
         grid = self.get_timesteps(num_steps, timesteps)
         x0, condition, loader_batch = _population(data_loader, encode_fn, population_size, device)
-        problem = tuning.TuningProblem(
+        problem = TuningProblem(
             self.model_fn,
             self.noise_schedule,
             step_fn,
@@ -204,8 +208,8 @@ class TimeTuner:
             step_kwargs=step_kwargs,
         )
         groups = 1 if tune_type == "parallel" else problem.num_steps - 1
-        state = tuning.TuningState.start(grid)
-        tuned = tuning.tune_per_step(problem, state, "next_eps", tune_type, optimizer, lr=lr, total_iters=total_iters)
+        state = TuningState.start(grid)
+        tuned = tune_per_step(problem, state, "next_eps", tune_type, optimizer, lr=lr, total_iters=total_iters)
         return _last_ratios(tuned, state, groups * total_iters, verbose)
 
     def optimize_end_to_end(
@@ -239,9 +243,9 @@ class TimeTuner:
         problem = self._from_noise(
             x, step_fn, self.get_timesteps(num_steps, timesteps), condition, batch_size, seed, step_kwargs
         )
-        state = tuning.TuningState.start(problem.timesteps)
+        state = TuningState.start(problem.timesteps)
         teacher = teacher_timesteps(self.noise_schedule, teacher_num_steps)
-        tuned = tuning.tune_end_to_end(problem, state, teacher, lr=lr, total_iters=total_iters)
+        tuned = tune_end_to_end(problem, state, teacher, lr=lr, total_iters=total_iters)
         return _last_ratios(tuned, state, total_iters + math.ceil(len(x) / batch_size), verbose)
 
     def optimize_schedule(
@@ -265,8 +269,8 @@ class TimeTuner:
             timesteps `(num_steps + 1,)` and t_ratios `(num_steps,)`, float64 on the CPU, to sample with together.
         """
         problem = self._from_noise(x, step_fn, self.get_timesteps(num_steps), condition, batch_size, seed, step_kwargs)
-        state = tuning.TuningState.start(problem.timesteps)
-        tuned = tuning.tune_end_to_end(
+        state = TuningState.start(problem.timesteps)
+        tuned = tune_end_to_end(
             problem,
             state,
             teacher_timesteps(self.noise_schedule, teacher_num_steps),
@@ -287,8 +291,8 @@ class TimeTuner:
         batch_size: int,
         seed: int,
         step_kwargs: dict[str, Any],
-    ) -> tuning.TuningProblem:
-        return tuning.TuningProblem(
+    ) -> TuningProblem:
+        return TuningProblem(
             self.model_fn,
             self.noise_schedule,
             step_fn,
@@ -301,7 +305,7 @@ class TimeTuner:
         )
 
 
-def _last_ratios(tuned: Iterator[tuning.TuningState], state: tuning.TuningState, total: int, verbose: bool) -> Tensor:
+def _last_ratios(tuned: Iterator[TuningState], state: TuningState, total: int, verbose: bool) -> Tensor:
     """Run a tuner to its end."""
     with tqdm(tuned, "tuning", total, disable=not verbose) as progress:
         for _ in progress:

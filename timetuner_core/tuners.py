@@ -1,66 +1,454 @@
-"""Every tuner by name: what it is given, and how it is run. Each ends in a grid and ratios."""
+# ruff: noqa: RUF009 (`option` makes a dataclass field, as `field` does)
+"""Every tuner by name: its options, what it costs, what it refuses, and how it is run. Each ends in a grid and ratios.
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, get_args
+A tuner is one class here. Its fields are the options that requests give: pydantic reads their types, bounds and
+descriptions, and the API's document shows them. A service that only reads and checks requests needs no PyTorch, so
+`run` imports the computation when it is called.
+"""
 
-from torch import Tensor
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 
-from timetuner_core import rivals
-from timetuner_core.grids import GridName, make_timesteps, teacher_timesteps
-from timetuner_core.tuning import TuningProblem, TuningState, tune_end_to_end, tune_per_step
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from timetuner_core.tuning.problem import TuningProblem, TuningState
+
+TuneType = Literal["sequential", "parallel"]
+Optimizer = Literal["gauss_newton", "adam"]
+Parameters = Literal["t_ratios", "timesteps", "both"]
+Population = Literal["data", "noise", "none"]
 
 
 @dataclass(frozen=True)
-class Tuner:
-    """A tuner by name.
+class TunedSetting:
+    """The setting that a tuner's options are checked, and its costs counted, against.
 
     Attributes:
-        population: what `TuningProblem.population` must hold: data x0, initial noise x_T, or whatever.
-        run: `(problem, state, **options)`, an iterator that updates `state` as it goes; from a state that another
-            run left behind it goes on, and from one that is done it yields nothing.
+        calls_per_step: how often the sampler calls the network per step. history_length: the sampler's.
+        has_data: whether data came with the model.
+        timesteps_given: whether the grid to start from is explicit or named, other than by default.
     """
 
-    population: Literal["data", "noise", "none"]
-    run: Callable[..., Iterator[TuningState]]
+    num_steps: int
+    calls_per_step: int = 1
+    history_length: int = 0
+    has_data: bool = False
+    timesteps_given: bool = False
 
 
-def _end_to_end(
-    problem: TuningProblem,
-    state: TuningState,
-    teacher_num_steps: int = 50,
-    start: Literal["given", "best"] = "given",
-    **options: Any,
-) -> Iterator[TuningState]:
-    """`best` starts with the best of the named grids."""
-    schedule = problem.noise_schedule
-    names = get_args(GridName) if start == "best" else ()
-    starts = [make_timesteps(schedule, problem.num_steps, name) for name in names]
-    teacher = teacher_timesteps(schedule, teacher_num_steps)
-    return tune_end_to_end(problem, state, teacher, starts=starts, **options)
+class OptionError(ValueError):
+    """An option that does not fit the setting. name: the option; accepted: what would fit."""
+
+    def __init__(self, tuner: "Tuner", name: str, accepted: str) -> None:
+        self.name, self.value, self.accepted = name, getattr(tuner, name), accepted
+        super().__init__(f"{name} is {self.value!r}; accepted: {accepted}")
 
 
-def _search(
-    search: Callable[..., Tensor], problem: TuningProblem, state: TuningState, **options: Any
-) -> Iterator[TuningState]:
-    """A search for a grid: over in one go."""
-    if not bool(state.done.all()):
-        state.timesteps = search(problem, **options).double().cpu()
-        state.done[:] = True
-        yield state
+def option(default: Any, description: str | None = None, **bounds: float) -> Any:
+    """An option of a tuner: `ge`, `gt` and `le` are its bounds."""
+    return field(default=default, metadata=bounds | ({"description": description} if description else {}))
 
 
-def _as_it_is(problem: TuningProblem) -> Tensor:
-    return problem.timesteps
+def batch_size_option(description: str | None = "Samples per iteration (and per step, if per step).") -> Any:
+    return option(16, description, ge=1, le=1024)
 
 
-TUNERS: dict[str, Tuner] = {
-    "end_to_end": Tuner("noise", _end_to_end),
-    "next_eps": Tuner("data", partial(tune_per_step, objective="next_eps")),
-    "teacher_step": Tuner("data", partial(tune_per_step, objective="teacher_step")),
-    "ays": Tuner("data", partial(_search, rivals.ays_timesteps)),
-    "gits": Tuner("noise", partial(_search, rivals.gits_timesteps)),
-    "dmn": Tuner("none", partial(_search, rivals.dmn_timesteps)),
-    "grid": Tuner("none", partial(_search, _as_it_is)),
+def population_size_option(default: int, description: str) -> Any:
+    return option(default, description, ge=1, le=65_536)
+
+
+def teacher_option(description: str | None = None) -> Any:
+    return option(50, description, ge=1, le=1000)
+
+
+def num_candidates_option() -> Any:
+    return option(None, "Times to choose from; null: enough.", ge=2, le=4096)
+
+
+@dataclass(kw_only=True)
+class Tuner:
+    """A tuner with its options.
+
+    Attributes:
+        label: a line for people to choose it by.
+        population: what `TuningProblem.population` must hold: data x0, initial noise x_T, or anything.
+        matches_results: whether it compares end results, which a sampler that adds noise makes different each time.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (pydantic's own name)
+
+    label: ClassVar[str]
+    population: ClassVar[Population]
+    matches_results: ClassVar[bool] = False
+    if TYPE_CHECKING:
+        # Each tuner declares its own name, in its own place among the fields: stored requests keep their order.
+        objective: str
+
+    def check(self, setting: TunedSetting) -> None:
+        """Raise OptionError for an option that does not fit the setting."""
+
+    def teacher_steps(self, setting: TunedSetting) -> int | None:
+        """The steps of the tuner's own teacher, if it has one to follow or to make its data."""
+        return None
+
+    def samples_at_once(self, setting: TunedSetting) -> int:
+        """Samples that are in memory together: a network batch, or a grid search's candidates."""
+        return 0
+
+    def network_samples(self, setting: TunedSetting) -> int:
+        """Samples put through the network at most, while tuning; guidance and teachers are not counted."""
+        return 0
+
+    def tuned_steps(self, num_steps: int) -> list[int]:
+        """The steps that the tuner changes."""
+        return list(range(num_steps))
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether each step is a task of its own."""
+        return False
+
+    @property
+    def iterations(self) -> int:
+        """The iterations after which a step is done at the latest. A search for a grid has one."""
+        return 1
+
+    def run(
+        self, problem: "TuningProblem", state: "TuningState", steps: Sequence[int] | None = None
+    ) -> "Iterator[TuningState]":
+        """Tune from wherever `state` is, which is updated in place and given after each iteration.
+
+        A state that is done is given no more.
+
+        Args:
+            steps: only these, for a tuner whose steps do not depend on each other; None is all.
+        """
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class EndToEndTuner(Tuner):
+    """All steps together, so that the sampler's result matches a many-step teacher's. Needs no data."""
+
+    label = "end to end: grid and ratios together, against a teacher"
+    population = "noise"
+    matches_results = True
+
+    objective: Literal["end_to_end"] = "end_to_end"
+    parameters: Parameters = option("both", "What is learned: one ratio per step, the grid, or both.")
+    start: Literal["given", "best"] | None = option(
+        None,
+        "The grid to begin with: `timesteps`, or the named one whose samples are nearest; null: the latter "
+        "unless `timesteps` are given.",
+    )
+    batch_size: int = batch_size_option()
+    lr: float = option(1e-2, "Adam's learning rate, falling to 0.", gt=0, le=1)
+    total_iters: int = option(100, ge=1, le=10_000)
+    population_size: int = population_size_option(256, "Initial noises to tune on.")
+    teacher_num_steps: int = teacher_option()
+
+    def check(self, setting: TunedSetting) -> None:
+        if self.start == "best" and setting.timesteps_given:
+            raise OptionError(self, "start", "'given' where timesteps are given")
+
+    def teacher_steps(self, setting: TunedSetting) -> int | None:
+        return self.teacher_num_steps
+
+    def samples_at_once(self, setting: TunedSetting) -> int:
+        return self.batch_size
+
+    def network_samples(self, setting: TunedSetting) -> int:
+        forward_and_recomputed = 2
+        steps = self.total_iters * setting.num_steps
+        return forward_and_recomputed * self.batch_size * steps * setting.calls_per_step
+
+    @property
+    def iterations(self) -> int:
+        return self.total_iters
+
+    def run(
+        self,
+        problem: "TuningProblem",
+        state: "TuningState",
+        steps: Sequence[int] | None = None,
+        *,
+        target: "Tensor | None" = None,
+        recompute: bool = True,
+    ) -> "Iterator[TuningState]":
+        """See `tune_end_to_end` for `target` and `recompute`."""
+        from timetuner_core.catalog import GridName
+        from timetuner_core.grids import make_timesteps, teacher_timesteps
+        from timetuner_core.tuning.end_to_end import tune_end_to_end
+
+        schedule = problem.noise_schedule
+        names = get_args(GridName) if self.start == "best" else ()
+        return tune_end_to_end(
+            problem,
+            state,
+            teacher_timesteps(schedule, self.teacher_num_steps),
+            self.parameters,
+            lr=self.lr,
+            total_iters=self.total_iters,
+            starts=[make_timesteps(schedule, problem.num_steps, name) for name in names],
+            target=target,
+            recompute=recompute,
+        )
+
+
+@dataclass(kw_only=True)
+class DataTuner(Tuner):
+    """A tuner that draws from data."""
+
+    population = "data"
+
+    batch_size: int = batch_size_option()
+    population_size: int = population_size_option(1024, "Data to draw from.")
+    data: Literal["auto", "model", "generated"] = option(
+        "auto", "The data that came with the model, or the teacher's samples; auto: the former if any."
+    )
+    teacher_num_steps: int = teacher_option("The steps of the teacher that generates data, if any.")
+
+    def check(self, setting: TunedSetting) -> None:
+        if self.data == "model" and not setting.has_data:
+            raise OptionError(self, "data", "'generated' or 'auto', as no data came with this model")
+
+    def teacher_steps(self, setting: TunedSetting) -> int | None:
+        return self.teacher_num_steps if self.data == "generated" or not setting.has_data else None
+
+
+@dataclass(kw_only=True)
+class PerStepTuner(DataTuner):
+    """One ratio per step, each by an objective of its own."""
+
+    tune_type: TuneType = option("parallel")
+    spread: bool = option(True, "If parallel: one task per step, over all tuning workers; else one batch.")
+    optimizer: Optimizer = option("gauss_newton", "The published optimiser is `adam`.")
+    lr: float | None = option(None, "Adam's learning rate; for Adam only, 0.002 if null.", gt=0, le=1)
+    total_iters: int | None = option(
+        None, "Per step, at most; 500 with Adam and 64 with Gauss-Newton if null.", ge=1, le=10_000
+    )
+    tolerance: float | None = option(
+        None, "Enough when a ratio's standard error is below; for Gauss-Newton only, 0.002 if null.", ge=1e-6, le=1
+    )
+
+    def __post_init__(self) -> None:
+        """Fill in the defaults that depend on the optimiser, so that a stored request keeps them."""
+        is_adam = self.optimizer == "adam"
+        self.total_iters = self.total_iters or (500 if is_adam else 64)
+        if is_adam and self.lr is None:
+            self.lr = 2e-3
+        if not is_adam and self.tolerance is None:
+            self.tolerance = 2e-3
+
+    def check(self, setting: TunedSetting) -> None:
+        super().check(setting)
+        if self.tune_type == "parallel" and setting.history_length:
+            raise OptionError(self, "tune_type", "for a multistep sampler 'sequential'")
+        if self.optimizer == "adam" and self.tolerance is not None:
+            raise OptionError(self, "tolerance", "null, or the optimizer 'gauss_newton'")
+        if self.optimizer == "gauss_newton" and self.lr is not None:
+            raise OptionError(self, "lr", "null, or the optimizer 'adam'")
+
+    def samples_at_once(self, setting: TunedSetting) -> int:
+        in_one_batch = self.tune_type == "parallel" and not self.spread
+        return self.batch_size * (setting.num_steps if in_one_batch else 1)
+
+    def network_samples(self, setting: TunedSetting) -> int:
+        residuals_per_batch = 2 if self.optimizer == "gauss_newton" else 1
+        calls = self.target_calls(setting) + residuals_per_batch * self.residual_calls(setting)
+        carrying = self.population_size * setting.calls_per_step if self.tune_type == "sequential" else 0
+        return setting.num_steps * (self.batch_size * self.iterations * calls + carrying)
+
+    def target_calls(self, setting: TunedSetting) -> int:
+        """Network calls for what a step's residual is measured against."""
+        raise NotImplementedError
+
+    def residual_calls(self, setting: TunedSetting) -> int:
+        """Network calls for one residual."""
+        raise NotImplementedError
+
+    @property
+    def is_spread(self) -> bool:
+        return self.tune_type == "parallel" and self.spread
+
+    @property
+    def iterations(self) -> int:
+        return self.total_iters or 0
+
+    def run(
+        self, problem: "TuningProblem", state: "TuningState", steps: Sequence[int] | None = None
+    ) -> "Iterator[TuningState]":
+        from timetuner_core.tuning.per_step import tune_per_step
+
+        given = {"lr": self.lr, "tolerance": self.tolerance, "substeps": getattr(self, "substeps", None)}
+        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        options["steps"] = None if steps is None else list(steps)
+        return tune_per_step(
+            problem,
+            state,
+            self.objective,  # type: ignore[arg-type]  # one of the two below
+            self.tune_type,
+            self.optimizer,
+            total_iters=self.iterations,
+            **options,
+        )
+
+
+@dataclass(kw_only=True)
+class NextEpsTuner(PerStepTuner):
+    """The published objective: the network predicts after a step what it predicted before. The last keeps ratio 1."""
+
+    label = "next_eps: the published procedure, step by step"
+
+    objective: Literal["next_eps"]
+
+    def target_calls(self, setting: TunedSetting) -> int:
+        return 1
+
+    def residual_calls(self, setting: TunedSetting) -> int:
+        return setting.calls_per_step + 1  # The network is called once more where the step ends.
+
+    def tuned_steps(self, num_steps: int) -> list[int]:
+        return list(range(num_steps - 1))
+
+
+@dataclass(kw_only=True)
+class TeacherStepTuner(PerStepTuner):
+    """Each step ends where the same sampler gets in many."""
+
+    label = "teacher_step: each step against a teacher's"
+    matches_results = True
+
+    objective: Literal["teacher_step"]
+    substeps: int = option(8, "The teacher's steps for one of the sampler's.", ge=2, le=64)
+
+    def target_calls(self, setting: TunedSetting) -> int:
+        return self.substeps * setting.calls_per_step
+
+    def residual_calls(self, setting: TunedSetting) -> int:
+        return setting.calls_per_step
+
+
+@dataclass(kw_only=True)
+class GridSearch(Tuner):
+    """A search for a grid, over in one go: the ratios stay 1."""
+
+    def search(self, problem: "TuningProblem") -> "Tensor":
+        """The best grid, `(num_steps + 1,)`."""
+        raise NotImplementedError
+
+    def run(
+        self, problem: "TuningProblem", state: "TuningState", steps: Sequence[int] | None = None
+    ) -> "Iterator[TuningState]":
+        if not bool(state.done.all()):
+            state.timesteps = self.search(problem).double().cpu()
+            state.done[:] = True
+            yield state
+
+
+def _check_candidates(tuner: "AysTuner | GitsTuner", setting: TunedSetting) -> None:
+    if tuner.num_candidates is not None and tuner.num_candidates <= setting.num_steps:
+        raise OptionError(tuner, "num_candidates", f"null, or more than num_steps, which is {setting.num_steps}")
+
+
+def _whole_batches(num_samples: int, batch_size: int) -> int:
+    """Samples in as many whole batches as hold `num_samples`."""
+    return math.ceil(num_samples / batch_size) * batch_size
+
+
+@dataclass(kw_only=True)
+class AysTuner(DataTuner, GridSearch):
+    """Align Your Steps (Sabour, Fidler & Kreis 2024): the grid of least bound on the KL divergence."""
+
+    label = "ays: Align Your Steps"
+
+    objective: Literal["ays"]
+    num_candidates: int | None = num_candidates_option()
+    num_samples: int = option(64, "Data to estimate the bound on.", ge=1, le=4096)
+
+    def check(self, setting: TunedSetting) -> None:
+        super().check(setting)
+        _check_candidates(self, setting)
+
+    def candidates(self, num_steps: int) -> int:
+        return self.num_candidates or max(40, 4 * num_steps)
+
+    def samples_at_once(self, setting: TunedSetting) -> int:
+        return self.batch_size * self.candidates(setting.num_steps)
+
+    def network_samples(self, setting: TunedSetting) -> int:
+        return self.candidates(setting.num_steps) * _whole_batches(self.num_samples, self.batch_size)
+
+    def search(self, problem: "TuningProblem") -> "Tensor":
+        from timetuner_core.rivals.ays import ays_timesteps
+
+        return ays_timesteps(problem, self.num_candidates, self.num_samples)
+
+
+@dataclass(kw_only=True)
+class GitsTuner(GridSearch):
+    """GITS (Chen et al., ICML 2024): the grid that stays nearest a many-step trajectory, by dynamic programming."""
+
+    label = "gits: nearest to a many-step trajectory"
+    population = "noise"
+
+    objective: Literal["gits"]
+    batch_size: int = batch_size_option(None)
+    population_size: int = population_size_option(256, "Initial noises whose trajectories are followed.")
+    num_candidates: int | None = num_candidates_option()
+    discount: float = option(1.15, "The factor of the cost, per step; above 1, late steps weigh more.", gt=0, le=10)
+
+    def check(self, setting: TunedSetting) -> None:
+        _check_candidates(self, setting)
+
+    def candidates(self, num_steps: int) -> int:
+        return self.num_candidates or max(61, 4 * num_steps)
+
+    def samples_at_once(self, setting: TunedSetting) -> int:
+        return self.batch_size * self.candidates(setting.num_steps)
+
+    def network_samples(self, setting: TunedSetting) -> int:
+        return self.candidates(setting.num_steps) * _whole_batches(self.population_size, self.batch_size)
+
+    def search(self, problem: "TuningProblem") -> "Tensor":
+        from timetuner_core.rivals.gits import gits_timesteps
+
+        return gits_timesteps(problem, self.num_candidates, self.discount, self.population_size)
+
+
+@dataclass(kw_only=True)
+class DmnTuner(GridSearch):
+    """DMN (Xue et al., CVPR 2024): the grid of least bound on the result's error. Asks the network nothing."""
+
+    label = "dmn: bound on the result's error"
+    population = "none"
+
+    objective: Literal["dmn"]
+    power: float = option(2.0, "The network's error is taken as sigma ** power / alpha.", ge=0, le=10)
+
+    def search(self, problem: "TuningProblem") -> "Tensor":
+        from timetuner_core.rivals.dmn import dmn_timesteps
+
+        return dmn_timesteps(problem, self.power)
+
+
+@dataclass(kw_only=True)
+class GridTuner(GridSearch):
+    """Nothing is tuned: `timesteps` is evaluated against the default grid."""
+
+    label = "grid: nothing is tuned"
+    population = "none"
+
+    objective: Literal["grid"]
+
+    def search(self, problem: "TuningProblem") -> "Tensor":
+        return problem.timesteps
+
+
+AnyTuner: TypeAlias = EndToEndTuner | NextEpsTuner | TeacherStepTuner | AysTuner | GitsTuner | DmnTuner | GridTuner
+TUNERS: dict[str, type[AnyTuner]] = {
+    get_args(tuner.__annotations__["objective"])[0]: tuner for tuner in get_args(AnyTuner)
 }

@@ -1,7 +1,7 @@
 """The dispatcher: `python -m worker.dispatcher`. Any number may run; one is enough.
 
-It takes jobs back from workers that fell silent, and tells the broker of jobs it has not heard of: those
-submitted while it was away, those it lost, those taken back. It also deletes what is not to be kept any longer.
+It takes jobs back whose leases expired. It publishes jobs that the broker has no message of: those submitted while the
+broker was away, those it lost, those taken back. It deletes old samples, and sends webhooks.
 """
 
 import logging
@@ -12,18 +12,18 @@ from datetime import timedelta
 from celery import Celery
 from prometheus_client import Gauge, start_http_server
 
-from service.artifacts import ArtifactStore
-from service.bus import Bus
-from service.logs import start_logging
-from service.queue import TASKS, celery_app, publish
 from service.registry.database import Registry
 from service.registry.jobs import JOB_CLASSES, PUBLISHED_CLASSES, take_back_expired, unpublished
+from service.registry.models import next_registration
 from service.registry.samples import ended, forgotten_parents, samples_wait
 from service.registry.tables import SampleJob
-from service.settings import Settings
+from service.shared.artifacts import ArtifactStore
+from service.shared.logs import start_logging
+from service.shared.queue import TASKS, celery_app, publish
+from service.shared.settings import Settings
+from service.shared.signals import Bus
 from worker.joining import join_all
 from worker.retention import Sweeper
-from worker.webhooks import WebhookSender
 
 logger = logging.getLogger(__name__)
 
@@ -40,14 +40,14 @@ def dispatch_once(
 ) -> None:
     """One round over all kinds of jobs.
 
-    A message older than `republish_seconds` whose queue is empty was lost, or is in the hands of a worker about
-    to claim it; so may be one ten times as old, whatever is in the queue. Publishing again does no harm, as a job
-    can be claimed only once.
+    A message older than `republish_seconds` whose queue is empty was lost, or a worker is about to claim its job. A
+    message ten times as old is taken for lost even if the queue is not empty. Publishing again does no harm, because a
+    job can be claimed only once.
     """
     for job_class in JOB_CLASSES:
         with registry.write() as session:
             over = take_back_expired(session, job_class, max_attempts)
-        bus.tell_ended(ended(job, job.state, error=job.error) for job in over if isinstance(job, SampleJob))
+        bus.publish_ends(ended(job, job.state, error=job.error) for job in over if isinstance(job, SampleJob))
     for job_class in PUBLISHED_CLASSES:
         with registry.read() as session:
             surely = unpublished(session, job_class, published_before=timedelta(seconds=10 * republish_seconds))
@@ -58,9 +58,12 @@ def dispatch_once(
             publish(app, registry, job_class, due)
     with registry.read() as session:
         parents, waiting = forgotten_parents(session), samples_wait(session)
-    bus.tell_ended(join_all(registry, artifacts, parents))
+        model_waits = next_registration(session) is not None
+    bus.publish_ends(join_all(registry, artifacts, parents))
     if waiting:
-        bus.ring()
+        bus.announce_samples()
+    if model_waits:
+        bus.announce_models()
 
 
 def queue_length(app: Celery, queue: str) -> int:
@@ -79,8 +82,11 @@ def main() -> None:
     registry, app = Registry(settings.database_url), celery_app(settings.broker_url)
     artifacts, bus = ArtifactStore(settings.artifacts_url), Bus(app, settings.broker_url)
     sweeper = Sweeper(registry, artifacts, settings.keep_samples_days)
-    sender = WebhookSender(registry, settings) if settings.webhook_secret else None
-    if sender is not None:
+    sender = None
+    if settings.webhook_secret:
+        from worker.webhooks import WebhookSender
+
+        sender = WebhookSender(registry, settings)
         sender.start()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -90,7 +96,7 @@ def main() -> None:
             dispatch_once(registry, artifacts, app, bus, settings.max_attempts, settings.republish_seconds)
             sweeper.sweep_if_due()
             LAST_ROUND.set_to_current_time()
-        except Exception:  # database or broker away: the next round may find them back
+        except Exception:  # The database or the broker is away. The next round tries again.
             logger.exception("a round failed")
     if sender is not None:
         sender.stop()

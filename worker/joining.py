@@ -3,23 +3,24 @@
 import logging
 from collections.abc import Iterable
 
-import numpy as np
 from ulid import ULID
 
-from service.artifacts import ArtifactStore
 from service.registry.database import Registry
 from service.registry.samples import Ended, join_parts
+from service.shared.artifacts import ArtifactStore
 
 logger = logging.getLogger(__name__)
 
 
 def join_all(registry: Registry, artifacts: ArtifactStore, parent_ids: Iterable[str]) -> list[Ended]:
-    """Bring requests that were split up to date with their parts; how those ended that are over by that.
+    """Update requests that were split from the states of their parts. Returns the ends of those that are over.
 
-    One whose images cannot be stored stays as it is: it is tried again by the dispatcher.
+    A request whose images cannot be stored stays as it is, and the dispatcher tries again.
     """
 
     def join(places: list[tuple[str, int, int]]) -> str:
+        import numpy as np  # Only a process that joins something needs it.
+
         artifact = f"samples/{ULID()}.npy"
         artifacts.put_array(artifact, np.concatenate([artifacts.get_rows(*place) for place in places]))
         return artifact

@@ -1,4 +1,4 @@
-"""Holding a job while working on it: the lease is renewed from a thread, writes are fenced."""
+"""Leases: a worker holds a job by renewing its lease from a thread, and all its writes are fenced."""
 
 import logging
 import threading
@@ -19,7 +19,7 @@ from service.registry.tables import FINAL_STATES, Job, TuningJob
 logger = logging.getLogger(__name__)
 
 
-SAVE_AGAIN_SECONDS = 0.5
+RETRY_SECONDS = 0.5
 
 
 class JobCancelledError(Exception):
@@ -27,7 +27,11 @@ class JobCancelledError(Exception):
 
 
 class WorkerStoppingError(Exception):
-    """The worker is to stop: others shall have the job."""
+    """The worker stops, so other workers take the job."""
+
+
+class JobRefusedError(Exception):
+    """What the job asks for cannot be done, through no fault of the worker."""
 
 
 class Renewing:
@@ -55,7 +59,7 @@ class Renewing:
                 self._renew()
             except LeaseLostError:
                 return
-            except Exception:  # the database is away: try again, the leases may outlast it
+            except Exception:  # The database is away. The leases may not expire before it is back.
                 logger.exception("cannot renew leases")
 
     def _renew(self) -> None:
@@ -64,8 +68,10 @@ class Renewing:
 
 
 class Lease(Renewing):
-    """A claimed job. Renews its lease every third of it; `check()` raises once the job is lost or cancelled, or the
-    worker is `stopping`."""
+    """A claimed job. Its lease is renewed every third of its time.
+
+    `check()` raises once the job is lost or cancelled, or the worker is `stopping`.
+    """
 
     def __init__(
         self, registry: Registry, claim: Claim, lease_seconds: float, stopping: threading.Event | None = None
@@ -86,7 +92,7 @@ class Lease(Renewing):
             raise WorkerStoppingError(self.claim.job_id)
 
     def persist(self, write: Callable[[], object]) -> None:
-        """Do a transaction, again and again while the database is away. Raises: as `check`, and what `write` raises."""
+        """Do a transaction, and retry while the database is away. Raises: the errors of `check` and of `write`."""
         while True:
             try:
                 write()
@@ -96,23 +102,25 @@ class Lease(Renewing):
                     raise
                 logger.warning("the database is away; trying again: %s", error.orig)
             self.check()
-            time.sleep(SAVE_AGAIN_SECONDS)
+            time.sleep(RETRY_SECONDS)
 
     @contextmanager
     def write(self) -> Iterator[tuple[Session, Job]]:
-        """A transaction that commits only if the job is still ours. Raises: LeaseLostError."""
+        """A transaction that commits only if this worker still holds the job. Raises: LeaseLostError."""
         with self._registry.write() as session:
             yield session, renew(session, self.claim, self._seconds)
 
     @contextmanager
     def write_to(self, tuning_job_id: str) -> Iterator[tuple[Session, TuningJob]]:
-        """As `write`, for one of a tuning job's tasks to write to the job.
+        """A transaction on a tuning job for the holder of one of its tasks.
 
         Raises:
-            LeaseLostError: the task is no longer ours. JobCancelledError: the job is over.
+            LeaseLostError: another worker holds the task.
+            JobCancelledError: the job is over.
         """
         with self._registry.write() as session:
-            job = session.get_one(TuningJob, tuning_job_id, with_for_update=True)  # before the task, as everyone does
+            # All code locks the job before its tasks, which prevents deadlocks.
+            job = session.get_one(TuningJob, tuning_job_id, with_for_update=True)
             if job.state in FINAL_STATES:
                 raise JobCancelledError(tuning_job_id)
             renew(session, self.claim, self._seconds)
@@ -129,8 +137,7 @@ class Lease(Renewing):
 
 
 class SampleLeases(Renewing):
-    """All the sampling jobs a worker has at the moment, renewed together; of each it knows whether it is still to be
-    worked on."""
+    """The leases of all sampling jobs of a worker, renewed together. They tell which jobs were lost or cancelled."""
 
     def __init__(self, registry: Registry, lease_seconds: float) -> None:
         super().__init__(registry, lease_seconds)
@@ -144,18 +151,18 @@ class SampleLeases(Renewing):
             self._claims |= {claim.job_id: claim for claim in claims}
 
     def drop(self, job_ids: Iterable[str]) -> None:
-        """Their jobs are over."""
+        """Stop renewing the leases of these jobs, because they are over."""
         with self._lock:
             for job_id in job_ids:
                 self._claims.pop(job_id, None)
 
     def given_up(self) -> tuple[list[SampleClaim], list[SampleClaim]]:
-        """Those lost to another worker, and those to be cancelled, since the last look."""
+        """The claims lost to other workers, and those to be cancelled, since the last call."""
         with self._lock:
             lost, self._lost = self._lost, set()
             cancelled, self._cancelled = self._cancelled, set()
-            ours = self._claims
-            return [ours[i] for i in lost if i in ours], [ours[i] for i in cancelled if i in ours]
+            held = self._claims
+            return [held[i] for i in lost if i in held], [held[i] for i in cancelled if i in held]
 
     def _renew(self) -> None:
         with self._lock:

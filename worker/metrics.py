@@ -1,17 +1,17 @@
-"""A worker's Prometheus metrics, served if METRICS_PORT is set. What each is good for: docs/observability.md."""
+"""A worker's Prometheus metrics, served if METRICS_PORT is set. docs/observability.md explains each."""
 
-import dataclasses
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from prometheus_client import Counter, Gauge, Histogram, start_http_server
-from torch import Tensor
 
 from service.registry.samples import Ended
 from service.registry.tables import Job, JobState, SampleJob
-from service.settings import Settings
-from service.telemetry import KINDS
-from timetuner_core.loading import DiffusionModel
+from service.shared.settings import Settings
+from service.shared.telemetry import KINDS
+
+if TYPE_CHECKING:
+    from timetuner_core.models.diffusion_model import DiffusionModel
 
 ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024)
 SECOND_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -28,24 +28,12 @@ MODEL_BYTES = Gauge("timetuner_model_bytes", "Of the models that the worker hold
 
 
 def serve(settings: Settings) -> None:
-    """From a thread, for as long as the process lives. Raises: OSError, if the port is taken."""
+    """Serve metrics from a thread until the process ends. Raises: OSError, if the port is taken."""
     if settings.metrics_port:
         start_http_server(settings.metrics_port, settings.metrics_host)
 
 
-def counting(model: DiffusionModel, model_id: str) -> DiffusionModel:
-    """The model, its network counting the rows put through it: padding, guidance and tuning included."""
-    network: Callable[..., Tensor] = model.network
-    evaluations = NETWORK_EVALUATIONS.labels(model_id)
-
-    def counted(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        evaluations.inc(len(x))
-        return network(x, *args, **kwargs)
-
-    return dataclasses.replace(model, network=counted)
-
-
-def hold(models: Iterable[DiffusionModel]) -> None:
+def hold(models: "Iterable[DiffusionModel]") -> None:
     """Note which models the worker holds from now on."""
     sizes = [model.num_bytes for model in models]
     MODELS_LOADED.set(len(sizes))
@@ -57,7 +45,7 @@ def job_ended(job_class: type[Job], state: JobState) -> None:
 
 
 def samples_ended(ends: Iterable[Ended]) -> None:
-    """Count requests; the parts of one that was split are not counted by themselves."""
+    """Count requests that ended. The parts of a request that was split are not counted."""
     for end in ends:
         if end.parent_id is None:
             job_ended(SampleJob, end.state)

@@ -1,4 +1,4 @@
-"""What a worker process holds: settings, registry, artifacts, device, and the models it has loaded."""
+"""The state of a worker process: settings, registry, artifacts, device, and the loaded models."""
 
 import gc
 import logging
@@ -12,30 +12,32 @@ from typing import Any
 import torch
 from celery import Celery
 
-from service.artifacts import ArtifactStore
-from service.bus import Bus
-from service.logs import about
 from service.registry.database import Registry, is_away
 from service.registry.jobs import Claim, LeaseLostError, claim, finish, hand_back, unpublish
 from service.registry.samples import models_sampled_last
 from service.registry.tables import Job, JobState, Model
-from service.settings import Settings
-from timetuner_core.batching import all_sizes, steady_sizes
-from timetuner_core.generation import Guidance
-from timetuner_core.loading import DiffusionModel, load_builtin, load_folder
-from timetuner_core.tuning import TuningProblem
+from service.shared.artifacts import ArtifactStore
+from service.shared.logs import about
+from service.shared.sample_request import SampleRequest
+from service.shared.settings import Settings
+from service.shared.signals import Bus
+from timetuner_core.models.loading import DiffusionModel, load_builtin, load_folder
+from timetuner_core.sampling.generate import Guidance
+from timetuner_core.sampling.same_bits import all_sizes, steady_sizes
+from timetuner_core.tuning.problem import TuningProblem
 from worker import metrics
-from worker.lease import JobCancelledError, Lease, WorkerStoppingError
-from worker.requests import guidance_of
+from worker.conversion import guidance_of
+from worker.lease import JobCancelledError, JobRefusedError, Lease, WorkerStoppingError
 from worker.traces import tuning_ended, tuning_span
 
 logger = logging.getLogger(__name__)
 
 
 class Runtime:
-    """Made once per worker process, when its first task needs it."""
+    """The state of a worker process. The first task makes it."""
 
-    def __init__(self, settings: Settings, celery: Celery) -> None:
+    def __init__(self, settings: Settings, celery: Celery, stopping: threading.Event | None = None) -> None:
+        """Make the runtime. Once `stopping` is set, jobs are handed back and none is taken."""
         self.settings = settings
         self.celery = celery
         self.registry = Registry(settings.database_url)
@@ -43,19 +45,19 @@ class Runtime:
         self.device = pick_device(settings.device)
         self.owner = f"{socket.gethostname()}:{os.getpid()}"
         self.bus = Bus(celery, settings.broker_url)
-        self._models: OrderedDict[str, DiffusionModel] = OrderedDict()  # the one used last comes last
+        self._models: OrderedDict[str, DiffusionModel] = OrderedDict()  # The model used last is the last.
         self._sizes: dict[Hashable, tuple[int, ...]] = {}
-        self.give_way: Callable[[], None] = lambda: None  # to what is more urgent; called while tuning
+        self.give_way: Callable[[], None] = lambda: None  # Tuning calls it to let urgent work go first.
         self._problem: tuple[str, TuningProblem] | None = None
-        self.stopping = threading.Event()  # set: hand back what there is to do
-        gc.freeze()  # what is loaded by now stays, and need not be looked through; models come and go
+        self.stopping = stopping or threading.Event()  # Once it is set, jobs are handed back.
+        gc.freeze()  # Objects loaded by now stay, so collections need not go through them.
 
     def load_model(self, model_id: str) -> DiffusionModel:
-        """The model on this worker's device. Those used last stay loaded, up to `max_model_bytes` together."""
+        """The model on this worker's device. The models used last stay loaded, up to `max_model_bytes` together."""
         if model_id not in self._models:
-            self._problem = None  # it would hold on to its model, beside those kept on purpose
+            self._problem = None  # It holds a reference to its model, which could not be freed.
             with metrics.LOAD.time():
-                model = metrics.counting(self._load(model_id), model_id)
+                model = self._load(model_id).watched(metrics.NETWORK_EVALUATIONS.labels(model_id).inc)
             kept = sum(model.num_bytes for model in self._models.values())
             while self._models and kept + model.num_bytes > self.settings.max_model_bytes:
                 _, dropped = self._models.popitem(last=False)
@@ -70,19 +72,21 @@ class Runtime:
         return list(self._models)
 
     def warm_up(self) -> None:
-        """Load the models that were sampled from last, as far as there is room, and try their batch sizes."""
+        """Load the models that were sampled last, as far as there is room, and find their batch sizes."""
         with self.registry.read() as session:
             recent = models_sampled_last(session, self.settings.warm_models)
         for model_id, request in reversed(recent):
             try:
                 self.load_model(model_id)
-                self.batch_sizes(model_id, guidance_of(request), None)
-            except Exception:  # who asks for it will hear
+                self.batch_sizes(model_id, guidance_of(SampleRequest.stored(request)), None)
+            except Exception:  # A request for the model fails with the same error.
                 logger.exception("model %s could not be loaded", model_id)
 
     def batch_sizes(self, model_id: str, guidance: Guidance, condition_shape: tuple[int, ...] | None) -> Sequence[int]:
-        """The batch sizes among which a sample's bits do not change, for this device and such requests; or all sizes,
-        if nobody minds."""
+        """The batch sizes that give a sample the same bits, for this device and such requests.
+
+        Without `same_bits`, all sizes are allowed.
+        """
         most = self.settings.sample_batch_size
         if not self.settings.same_bits:
             return all_sizes(most)
@@ -104,18 +108,20 @@ class Runtime:
         return self._sizes[key]
 
     def problem(self, tuning_job_id: str, make: Callable[[], TuningProblem]) -> TuningProblem:
-        """What a tuning job tunes on; the last job's stays, for its next task."""
+        """The problem of a tuning job. That of the last job is kept for its next task."""
         if self._problem is None or self._problem[0] != tuning_job_id:
-            self._problem = None  # before the next one is there
+            self._problem = None  # The old problem is freed before the new one takes memory.
             self._problem = (tuning_job_id, make())
         return self._problem[1]
 
     def run(self, job_class: type[Job], job_id: str, work: Callable[["Runtime", Lease], None]) -> bool:
-        """Claim a job and work on it; whatever happens, the registry says what became of it.
+        """Claim a job and work on it. Its end is stored in the registry, however it ends.
 
-        A job someone else has, or that is over, is left alone: then False; so is any once the worker is to stop.
-        `work` finishes the job itself when all went well. If it fails because the database is away, the lease runs
-        out, and the job goes on elsewhere.
+        `work` stores a success itself. If it fails because the database is away, the lease expires, and another worker
+        continues the job.
+
+        Returns:
+            False if the job is over, another worker has it, this worker is stopping, or the database went away.
         """
         with self.registry.write() as session:
             if self.stopping.is_set():
@@ -135,6 +141,8 @@ class Runtime:
                 _finish(lease, JobState.CANCELLED)
             except WorkerStoppingError:
                 _hand_back(lease)
+            except JobRefusedError as refusal:
+                _finish(lease, JobState.FAILED, str(refusal))
             except Exception as error:
                 logger.exception("%s failed", job_id)
                 if is_away(error):
@@ -157,7 +165,7 @@ class Runtime:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU."""
+    """The device of a setting. `auto` is CUDA if available, otherwise the CPU."""
     if name != "auto":
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

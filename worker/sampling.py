@@ -1,4 +1,4 @@
-"""Sampling: all requests at once, each at its own step; who is done leaves, and who comes joins at the next step."""
+"""Sampling: all requests share batches, each at its own step. Jobs join and leave the batches at every step."""
 
 import base64
 import logging
@@ -19,81 +19,99 @@ from service.registry.database import is_away
 from service.registry.samples import Ended, SampleClaim, claim_samples, ended, finish_samples, hand_back_samples
 from service.registry.tables import JobState, Schedule
 from service.registry.types import utc_now
-from service.samples.formats import to_preview
-from timetuner_core.rolling import Advance, RollingBatch, decode
+from service.shared.image_formats import to_preview
+from service.shared.sample_request import SampleRequest
+from timetuner_core.sampling.rolling_batch import Advance, RollingBatch, Row, decode
 from worker import metrics
+from worker.conversion import guidance_of, rows_of
 from worker.joining import join_all
 from worker.lease import SampleLeases
-from worker.requests import guidance_of, rows_of
 from worker.runtime import Runtime
 from worker.traces import trace_samples
 
 logger = logging.getLogger(__name__)
 
-LINGER_SECONDS = 0.2  # after the last sample: a client that waited for it may have more
+IDLE_SECONDS = 0.2  # A worker waits this long for new jobs before it stops: clients often send a next request.
 
-# A batch that is nearly full is topped up by groups, or after a few steps: those who start together end together,
-# so that a full one takes jobs and hands in results every few steps, not at every one.
-GROUPS = 4  # that a full batch consists of
-MOST_STEPS = 3  # that a smaller room stays empty
+# Jobs are claimed when at least a quarter of the batch is free, or after three steps. Rows that start together end
+# together, so a full batch claims jobs and stores results every few steps and not at every step.
+MIN_FREE_SHARE = 1 / 4
+MAX_STEPS_BETWEEN_CLAIMS = 3
 
 
 @dataclass
 class Cohort:
-    """A rolling batch, and the jobs whose rows are in it; whether somebody may have followed one of them."""
+    """A rolling batch, and the jobs whose rows are in it, by their ids.
+
+    Attributes:
+        followed: requests of those jobs whose steps are published, as somebody may follow them.
+    """
 
     key: Hashable
     model_id: str
     batch: RollingBatch
     claims: dict[str, SampleClaim] = field(default_factory=dict)
-    followed: bool = False
+    followed: dict[str, SampleRequest] = field(default_factory=dict)
+
+    def add(self, claim: SampleClaim, request: SampleRequest, rows: list[Row]) -> None:
+        self.batch.add(rows)
+        self.claims[claim.job_id] = claim
+        # The steps of a job of low priority can be followed: the request that made it does not wait for its end.
+        if request.previews or claim.job.priority:
+            self.followed[claim.job_id] = request
+
+    def pop(self, job_id: str) -> SampleClaim | None:
+        """Take a job out. Its rows stay in the batch."""
+        self.followed.pop(job_id, None)
+        return self.claims.pop(job_id, None)
 
 
 class SampleServer:
-    """Takes jobs, moves them on step by step, and hands in what is done, until nothing is left to take."""
+    """Claims jobs, samples them step by step, and stores what is done, until there are no jobs."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._cohorts: list[Cohort] = []
-        self._writer = ThreadPoolExecutor(1, "results")  # while the next step is computed
+        self._writer = ThreadPoolExecutor(1, "results")  # Results are stored while the next step is computed.
         self._writing: list[Future[None]] = []
         self._looked_at = self._called_at = 0.0
         self._steps_since_taking = 0
-        self._stop_by: float | None = None  # by then, jobs are handed back
+        self._stop_by: float | None = None  # Jobs that are not done by then are handed back.
 
     @property
     def stopping(self) -> bool:
-        """Whether to take no more jobs."""
+        """Whether the worker claims no more jobs."""
         return self._stop_by is not None
 
     def stop(self) -> None:
-        """Take no more jobs, and soon hand back those there are."""
+        """Claim no more jobs. Those that are not done after `drain_seconds` are handed back."""
         self._stop_by = time.monotonic() + self._runtime.settings.drain_seconds
 
     def serve_if_called(self) -> None:
-        """For whoever is at something else: sampling goes first. Looks now and then only."""
+        """Sample if a worker is requested. Tuning calls this often, so it asks the broker only every `IDLE_SECONDS`."""
         now = time.monotonic()
-        if now - self._looked_at < LINGER_SECONDS:
+        if now - self._looked_at < IDLE_SECONDS:
             return
         self._looked_at = now
-        if not self.stopping and self._runtime.bus.is_called():
+        if not self.stopping and self._runtime.bus.is_worker_requested():
             self.serve()
 
     def serve(self) -> None:
-        """Until there is nothing to sample, and no more comes for a moment."""
-        self._runtime.bus.answered()
+        """Sample until there are no jobs, and none comes for a moment."""
+        self._runtime.bus.worker_started()
         with SampleLeases(self._runtime.registry, self._runtime.settings.lease_seconds) as leases:
             try:
                 while self._serve_until_idle(leases):
                     pass
             finally:
                 self._wait_for_results(0)
-                self._cohorts = []  # of rows that an error left behind, others will take care
+                # Unfinished jobs are dropped after an error. Their leases expire, and another worker runs them.
+                self._cohorts = []
 
     def _serve_until_idle(self, leases: SampleLeases) -> bool:
-        """Whether somebody may have come after we stopped to listen."""
+        """Whether jobs may have come after the subscription ended."""
         served = False
-        with self._runtime.bus.bell() as bell:
+        with self._runtime.bus.subscribe_to_work() as work:
             more = True
             while not self.stopping or self._cohorts:
                 if more and not self.stopping and self._is_time_to_take():
@@ -102,9 +120,9 @@ class SampleServer:
                     self._hand_back(leases)
                 elif self._cohorts:
                     self._move_on(leases)
-                    more = bell.rung() or more
+                    more = work.has_message() or more
                     served = True
-                elif not bell.rung(LINGER_SECONDS):
+                elif not work.has_message(IDLE_SECONDS):
                     break
                 else:
                     more = True
@@ -115,14 +133,14 @@ class SampleServer:
         return self._runtime.settings.sample_batch_size - sum(len(cohort.batch.rows) for cohort in self._cohorts)
 
     def _is_time_to_take(self) -> bool:
-        """Whether there is room, for a group at least unless the last was taken a while ago."""
+        """Whether enough of the batch is free, or the last claim is some steps ago."""
         room = self._room
-        if 0 < room < self._runtime.settings.sample_batch_size // GROUPS:
-            return self._steps_since_taking >= MOST_STEPS
+        if 0 < room < int(self._runtime.settings.sample_batch_size * MIN_FREE_SHARE):
+            return self._steps_since_taking >= MAX_STEPS_BETWEEN_CLAIMS
         return True
 
     def _try_to_take(self, leases: SampleLeases) -> bool:
-        """As `_take`; if the registry is away, what is in flight goes on meanwhile."""
+        """Call `_take`. While the registry is away, running jobs go on."""
         try:
             return self._take(leases)
         except DBAPIError:
@@ -132,7 +150,7 @@ class SampleServer:
             return True
 
     def _take(self, leases: SampleLeases) -> bool:
-        """Claim what there is room for; whether there may be more, for when there is room again."""
+        """Claim jobs that there is room for. Returns whether there may be more."""
         settings, registry = self._runtime.settings, self._runtime.registry
         room = self._room
         if room <= 0:
@@ -156,7 +174,7 @@ class SampleServer:
             try:
                 self._join(claim, found.get(claim.job.schedule_id or ""))
             except Exception as error:
-                if is_away(error):  # the lease runs out, and it is taken again
+                if is_away(error):  # The lease expires, and the job is claimed again.
                     leases.drop([claim.job_id])
                     continue
                 logger.exception("%s failed", claim.job_id, extra=_ids([claim]))
@@ -165,26 +183,27 @@ class SampleServer:
         return more
 
     def _call_others(self) -> None:
-        """They may be idle, while there is no room here."""
+        """Request another worker, because there is no room here."""
         now = time.monotonic()
-        if now - self._called_at > LINGER_SECONDS:
+        if now - self._called_at > IDLE_SECONDS:
             self._called_at = now
-            self._runtime.bus.wake()
+            self._runtime.bus.request_worker()
 
     def _join(self, claim: SampleClaim, schedule: Schedule | None) -> None:
-        """Put a job's rows into the batch that runs such jobs, or into a new one."""
-        request = claim.job.request
+        """Put a job's rows into a batch that they fit into, or into a new one."""
+        request = SampleRequest.stored(claim.job.request)
         model = self._runtime.load_model(claim.job.model_id)
-        rows = rows_of(claim.job, model, schedule)
+        rows = rows_of(claim.job, request, model, schedule)
         guidance = guidance_of(request)
         shapes = [None if c is None else tuple(c.shape) for c in (rows[0].condition, rows[0].uncond_condition)]
-        key: list[Any] = [claim.job.model_id, request["sampler"], request["eta"], guidance.type, guidance.guides]
+        eta = float(request.eta)
+        key: list[Any] = [claim.job.model_id, request.sampler, eta, guidance.type, guidance.guides]
         key += [guidance.rescale, guidance.interval, *shapes]
         batch = RollingBatch(
             model,
-            request["sampler"],
+            request.sampler,
             guidance,
-            request["eta"],
+            eta,
             self._runtime.batch_sizes(claim.job.model_id, guidance, shapes[0]),
             self._runtime.device,
             self._runtime.settings.sample_batch_size,
@@ -197,12 +216,10 @@ class SampleServer:
         else:
             cohort = Cohort(tuple(key), claim.job.model_id, batch)
             self._cohorts.append(cohort)
-        cohort.batch.add(rows)
-        cohort.claims[claim.job_id] = claim
-        cohort.followed |= _may_be_followed(claim)
+        cohort.add(claim, request, rows)
 
     def _move_on(self, leases: SampleLeases) -> None:
-        """One step of every batch; results are handed in meanwhile."""
+        """Move every batch on by one step. Results are stored meanwhile."""
         self._give_up(leases)
         self._steps_since_taking += 1
         for cohort in list(self._cohorts):
@@ -225,28 +242,29 @@ class SampleServer:
         for claim in (*lost, *cancelled):
             leases.drop([claim.job_id])
             for cohort in self._cohorts:
-                if cohort.claims.pop(claim.job_id, None):
+                if cohort.pop(claim.job_id):
                     cohort.batch.discard(claim.job_id)
         self._cohorts = [cohort for cohort in self._cohorts if cohort.claims]
         self._submit([(claim, ended(claim.job, JobState.CANCELLED)) for claim in cancelled], [], None)
 
     def _report(self, cohort: Cohort, advance: Advance) -> None:
-        """Tell of each step of the jobs that somebody may follow, with what can be seen so far if it was asked for."""
+        """Publish the step of each job that may be followed, and a preview if its request asks for one."""
         if not cohort.followed:
             return
         steps: dict[str, list[Any]] = {}
         previews: dict[str, list[int]] = {}
         for k, travelling in enumerate(advance.travelling):
-            claim = cohort.claims.get(str(travelling.row.owner))
-            if claim is None or not _may_be_followed(claim):
+            job_id = str(travelling.row.owner)
+            request = cohort.followed.get(job_id)
+            if request is None:
                 continue
-            shown = claim.job.parent_id or claim.job_id
+            shown = cohort.claims[job_id].job.parent_id or job_id
             steps[shown] = [travelling.step, travelling.row.num_steps]
-            if claim.job.request["previews"]:
+            if request.previews:
                 previews.setdefault(shown, []).append(k)
         if steps:
             images = {shown: self._preview(cohort, advance, rows) for shown, rows in previews.items()}
-            self._runtime.bus.tell({"steps": steps, "previews": images})
+            self._runtime.bus.publish({"steps": steps, "previews": images})
 
     def _preview(self, cohort: Cohort, advance: Advance, rows: list[int]) -> str | None:
         images = decode(cohort.batch.model, advance.x0[torch.tensor(rows)], cohort.batch.batch_sizes)
@@ -257,25 +275,40 @@ class SampleServer:
         if advance.images is None:
             return
         images = advance.images.float().cpu().numpy()
-        ours = [k for k, row in enumerate(advance.done) if str(row.owner) in cohort.claims]
-        owners = list(dict.fromkeys(str(advance.done[k].owner) for k in ours))  # their rows lie together
+        self._fail_not_finite(cohort, advance, images, leases)
+        kept = [k for k, row in enumerate(advance.done) if str(row.owner) in cohort.claims]
+        owners = list(dict.fromkeys(str(advance.done[k].owner) for k in kept))  # The rows of a job are adjacent.
         artifact = f"samples/{ULID()}.npy"
         ends, first = [], 0
         for owner in owners:
-            claim = cohort.claims.pop(owner)
+            claim = cohort.claims[owner]
+            cohort.pop(owner)
             ends.append((claim, ended(claim.job, JobState.SUCCEEDED, artifact, first)))
             first += claim.job.num_images
         metrics.IMAGES.labels(cohort.model_id).inc(first)
-        self._submit(ends, images[ours], leases)
+        self._submit(ends, images[kept], leases)
+
+    def _fail_not_finite(
+        self, cohort: Cohort, advance: Advance, images: NDArray[np.float32], leases: SampleLeases
+    ) -> None:
+        """End the jobs with a NaN or an infinity in an image: no other job of the batch is concerned."""
+        finite = np.isfinite(images).reshape(len(images), -1).all(axis=1)
+        seeds: dict[str, int] = {}
+        for k in np.flatnonzero(~finite).tolist():
+            seeds.setdefault(str(advance.done[k].owner), advance.done[k].seed)
+        for owner, seed in seeds.items():
+            if claim := cohort.claims.pop(owner, None):
+                message = f"the network's answers led to NaN or infinite values, first in the image of seed {seed}"
+                self._fail([claim], ArithmeticError(message), leases)
 
     def _hand_back(self, leases: SampleLeases) -> None:
-        """Leave what is not done to others."""
+        """Hand unfinished jobs back, so that other workers run them."""
         claims = [claim for cohort in self._cohorts for claim in cohort.claims.values()]
         self._cohorts = []
         leases.drop(claim.job_id for claim in claims)
         with self._runtime.registry.write() as session:
             hand_back_samples(session, claims)
-        self._runtime.bus.wake()
+        self._runtime.bus.request_worker()
         logger.info("handed back %d jobs", len(claims))
 
     def _fail(self, claims: Iterable[SampleClaim], error: Exception, leases: SampleLeases) -> None:
@@ -288,7 +321,7 @@ class SampleServer:
         images: NDArray[np.float32] | list[Any],
         leases: SampleLeases | None,
     ) -> None:
-        """Have results written, one batch after the other; beside the next step, if there is one."""
+        """Store results, one batch after the other. If there is a next step, a thread does it meanwhile."""
         if not ends:
             return
         if any(cohort.batch.rows for cohort in self._cohorts):
@@ -308,11 +341,11 @@ class SampleServer:
         except Exception:
             logger.exception("results could not be stored")
         finally:
-            if leases is not None:  # if that failed, the leases run out, and others make them again
+            if leases is not None:  # If storing failed, the leases expire, and other workers run the jobs again.
                 leases.drop(claim.job_id for claim, _ in ends)
 
     def _store(self, ends: Any, images: Any) -> Any:
-        """Keep the images; how the jobs end: where there is no room, for one, not as they were to."""
+        """Store the images. Returns the ends of the jobs, which fail if the images cannot be stored."""
         if not len(images):
             return ends
         try:
@@ -324,7 +357,7 @@ class SampleServer:
         return ends
 
     def _end(self, ends: list[tuple[SampleClaim, Ended]], others: list[Ended]) -> list[Ended]:
-        """Enter how jobs ended, and tell who waits for them, or for the whole that they are parts of; all these."""
+        """Enter how jobs ended, join parts, and publish the ends. Returns all ends."""
         if not ends and not others:
             return []
         with self._runtime.registry.write() as session:
@@ -332,21 +365,16 @@ class SampleServer:
         parents = {one.parent_id for one in over if one.parent_id}
         over += join_all(self._runtime.registry, self._runtime.artifacts, parents)
         metrics.samples_ended(over)
-        self._runtime.bus.tell_ended(over)
+        self._runtime.bus.publish_ends(over)
         return over
 
     def _wait_for_results(self, at_most: int) -> None:
-        """Until no more than so many are being written."""
+        """Wait until at most so many batches of results are being stored."""
         while len(self._writing) > at_most:
             self._writing.pop(0).result()
 
 
-def _may_be_followed(claim: SampleClaim) -> bool:
-    """Whether it was asked for previews of, or nobody waits for it within the request that made it."""
-    return bool(claim.job.request["previews"] or claim.job.priority)
-
-
 def _ids(claims: Iterable[SampleClaim]) -> dict[str, list[str | None]]:
-    """What a log line is about."""
+    """The ids for a log line about these jobs."""
     pairs = [(claim.job_id, claim.request_id) for claim in claims]
     return {"job_ids": [job_id for job_id, _ in pairs], "request_ids": [request_id for _, request_id in pairs]}

@@ -1,26 +1,28 @@
-"""Spans of jobs: of the trace of the request that a sampling job came by, or of a tuning job's own."""
+"""Spans of jobs: sampling jobs belong to their request's trace, and each tuning job begins a trace."""
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime, timedelta
 
 from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind, StatusCode, get_current_span, set_span_in_context
+from pydantic import ValidationError
 
 from service.registry.jobs import Claim
 from service.registry.samples import Ended, SampleClaim
 from service.registry.tables import JobState
 from service.registry.types import utc_now
-from service.telemetry import KINDS, TRACER, context_of
+from service.shared.sample_request import SampleRequest
+from service.shared.telemetry import KINDS, TRACER, context_of
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def trace_samples(ends: Iterable[tuple[SampleClaim, Ended]], handed_in: datetime) -> None:
-    """A span for each job from its claim until now, when its result is stored, with a child for its steps and one for
-    the storing; and, before it, one for the wait.
+    """Make the spans of jobs whose results were stored.
 
-    They are made when all is over, as the jobs of a batch have no stretch of code each.
+    Each job has a span for its wait, and one from its claim until now, with children for its steps and for storing. All
+    are made afterwards, because the jobs of a batch share the code that runs them.
     """
     now = utc_now()
     for claim, end in ends:
@@ -28,8 +30,11 @@ def trace_samples(ends: Iterable[tuple[SampleClaim, Ended]], handed_in: datetime
         parent = context_of(job.traceparent)
         _past("wait", parent, job.created_at, began)
         attributes: dict[str, str | int] = {"timetuner.job.id": job.id, "timetuner.model.id": job.model_id}
-        attributes |= {"timetuner.num_steps": job.request["num_steps"], "timetuner.num_images": job.num_images}
+        attributes["timetuner.num_images"] = job.num_images
         span = TRACER.start_span("sampling", parent, SpanKind.CONSUMER, attributes, start_time=_nanoseconds(began))
+        if span.is_recording():
+            with suppress(ValidationError):  # The job failed because its request cannot be read.
+                span.set_attribute("timetuner.num_steps", SampleRequest.stored(job.request).num_steps)
         _note_end(span, end.state, end.error)
         inside = set_span_in_context(span)
         _past("steps", inside, began, handed_in)

@@ -1,23 +1,18 @@
-"""What a tuning job's request means on this worker: its model, its sampler, and the tuner that is to improve it."""
+"""A tuning job on this worker: its model, its sampler, and the tuner that improves it."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor
-
 from service.registry.tables import TuningJob
-from timetuner_core.evaluation import Evaluation
-from timetuner_core.experiment import Experiment
-from timetuner_core.loading import DiffusionModel
+from service.shared.tuning_request import TuningJobRequest
+from timetuner_core.evaluation.verdict import Evaluation
 from timetuner_core.samplers import get_sampler
-from timetuner_core.tuners import TUNERS
-from timetuner_core.tuning import TuningProblem, TuningState
-from worker.requests import guidance_of, timesteps_of
+from timetuner_core.tuners import DataTuner
+from timetuner_core.tuning.problem import TuningProblem, TuningState
+from timetuner_core.tuning_setup import Experiment
+from worker.conversion import guidance_of, timesteps_of
 from worker.runtime import Runtime
-
-# What a request's tuner says of the population and of where it is run; all else is for the tuner itself.
-NO_OPTIONS = {"objective", "batch_size", "spread", "population_size", "data"}
 
 
 class TunedSampler:
@@ -25,31 +20,41 @@ class TunedSampler:
 
     Attributes:
         timesteps: the grid to start from, `(num_steps + 1,)`.
-        network_calls: samples put through the network so far; whoever stores them starts again at 0.
+        network_calls: samples put through the network since they were last stored.
     """
 
     def __init__(self, runtime: Runtime, job: TuningJob, check: Callable[[], None]) -> None:
         """`check` is called before every network call, and may raise to stop."""
         self.runtime = runtime
         self.job_id, self.model_id = job.id, job.model_id
-        self.request = request = job.request
-        self.tuner = request["tuner"]
+        self.request = request = TuningJobRequest.stored(job.request)
+        self.tuner = request.tuner
         self.network_calls = 0
+
+        def before_call(num_samples: int) -> None:
+            check()
+            self.network_calls += num_samples
+
         self.experiment = Experiment(
-            self._watched(runtime.load_model(job.model_id), check),
+            runtime.load_model(job.model_id).watched(before_call),
             guidance_of(request),
-            get_sampler(request["sampler"]),
-            request["eta"],
-            request["seed"],
-            request["evaluation"]["batch_size"],
+            get_sampler(request.sampler),
+            float(request.eta),
+            request.seed,
+            request.evaluation.batch_size,
             runtime.device,
         )
         self.timesteps = timesteps_of(request, self.experiment.model.noise_schedule)
 
     @property
     def tuned_steps(self) -> list[int]:
-        """The steps that the tuner has anything to say about."""
-        return list(range(self.request["num_steps"] - (self.tuner["objective"] == "next_eps")))
+        """The steps that the tuner changes."""
+        return self.tuner.tuned_steps(self.request.num_steps)
+
+    @property
+    def total_iters(self) -> int:
+        """The iterations after which a step is done at the latest. A search for a grid has one."""
+        return self.tuner.iterations
 
     def tune(self, state: TuningState, steps: list[int] | None = None) -> Iterator[TuningState]:
         """Tune from wherever `state` is, which is updated in place and given after each iteration.
@@ -58,26 +63,16 @@ class TunedSampler:
             steps: of a tuner whose steps do not depend on each other, only these.
         """
         if bool(state.done[self.tuned_steps if steps is None else steps].all()):
-            return  # and no population need be made
-        only = {} if steps is None else {"steps": steps}
-        yield from TUNERS[self.tuner["objective"]].run(self._problem(), state, **self._options(), **only)
+            return  # No population is made for steps that are done.
+        yield from self.tuner.run(self._problem(), state, steps)
 
     def evaluate(self, state: TuningState) -> Evaluation:
-        """The tuned sampler against the untuned one, on noise that tuning did not see."""
-        settings = self.request["evaluation"]
-        num_samples, teacher_num_steps = settings["num_samples"], settings["teacher_num_steps"]
-        return self.experiment.evaluate(state.timesteps, state.t_ratios, num_samples, teacher_num_steps)
-
-    def _options(self) -> dict[str, Any]:
-        needs_data = TUNERS[self.tuner["objective"]].population == "data"
-        for_the_data = {"teacher_num_steps"} if needs_data else set()
-        options = {name: value for name, value in self.tuner.items() if name not in NO_OPTIONS | for_the_data}
-        if self.tuner["objective"] == "gits":
-            options["max_samples"] = self.tuner["population_size"]
-        return {name: value for name, value in options.items() if value is not None}
+        """Evaluate the tuned sampler against the untuned one, on noise that tuning did not use."""
+        how = self.request.evaluation
+        return self.experiment.evaluate(state.timesteps, state.t_ratios, how.num_samples, how.teacher_num_steps)
 
     def _problem(self) -> TuningProblem:
-        """What the job's other tasks on this worker have too, but on a network that this attempt watches."""
+        """The problem that the job's tasks on this worker share, on a network that counts this attempt's calls."""
         problem = self.runtime.problem(self.job_id, self._new_problem)
         model_fn = self.experiment.guidance.model_fn(self.experiment.model)
         step_fn = self.experiment.sampler.step_fn(model_fn, problem.noise_schedule)
@@ -85,22 +80,13 @@ class TunedSampler:
 
     def _new_problem(self) -> TuningProblem:
         tuner = self.tuner
-        about_data = {"data": tuner["data"], "teacher_num_steps": tuner["teacher_num_steps"]} if "data" in tuner else {}
+        about_data: dict[str, Any] = {}
+        if isinstance(tuner, DataTuner):
+            about_data = {"data": tuner.data, "teacher_num_steps": tuner.teacher_num_steps}
         return self.experiment.problem(
-            tuner["objective"],
+            tuner.population,
             self.timesteps,
-            tuner.get("population_size", 1),
-            tuner.get("batch_size", 1),
+            getattr(tuner, "population_size", 1),
+            getattr(tuner, "batch_size", 1),
             **about_data,
         )
-
-    def _watched(self, model: DiffusionModel, check: Callable[[], None]) -> DiffusionModel:
-        """The model, its network counting the samples put through it, after a look whether it may go on."""
-        network: Callable[..., Tensor] = model.network
-
-        def watched(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            check()
-            self.network_calls += len(x)
-            return network(x, *args, **kwargs)
-
-        return dataclasses.replace(model, network=watched)

@@ -1,19 +1,19 @@
-"""Running a tuning job: tune from wherever the last attempt got to, evaluate, store the schedule."""
+"""Running a tuning job: tune from the last saved state, evaluate, store the schedule."""
 
+import dataclasses
 import math
 from importlib.metadata import version
-from typing import Any
 
 from sqlalchemy.orm import Session
 
 from service.registry.jobs import add_event, finish
 from service.registry.schedules import next_version
-from service.registry.tables import Evaluation as EvaluationRow
-from service.registry.tables import JobState, Schedule, ScheduleStatus, TuningJob
-from service.telemetry import TRACER
-from timetuner_core.evaluation import Evaluation, Metric
+from service.registry.tables import EvaluationRow, JobState, Schedule, ScheduleStatus, TuningJob
+from service.shared.telemetry import TRACER
+from service.shared.tuning_request import TuningJobRequest
+from timetuner_core.evaluation.verdict import Evaluation, Metric
 from timetuner_core.grids import teacher_timesteps
-from timetuner_core.tuning import TuningState
+from timetuner_core.tuning.problem import TuningState
 from worker.lease import Lease
 from worker.runtime import Runtime
 from worker.tuned_sampler import TunedSampler
@@ -28,7 +28,7 @@ def run_tuning_job(runtime: Runtime, lease: Lease) -> None:
     sampler = TunedSampler(runtime, job, lease.check)
     state = load_state(job, sampler.timesteps)
     with TRACER.start_as_current_span("tune"):
-        if spreads(job.request["tuner"]):
+        if sampler.tuner.is_spread:
             state = tune_by_tasks(runtime, lease, sampler)
         else:
             tune(sampler, state, lease, lease.write, runtime.settings.save_seconds)
@@ -38,16 +38,11 @@ def run_tuning_job(runtime: Runtime, lease: Lease) -> None:
         lease.persist(lambda: _store(lease, sampler, state, evaluation))
 
 
-def spreads(tuner: dict[str, Any]) -> bool:
-    """Whether a tuner's steps are tasks of their own."""
-    return tuner.get("tune_type") == "parallel" and bool(tuner["spread"])
-
-
 def _store(lease: Lease, sampler: TunedSampler, state: TuningState, result: Evaluation) -> None:
-    """Schedule, evaluation and the job's end, in one transaction."""
+    """Store the schedule, its evaluation and the job's end in one transaction."""
     with lease.write() as (session, job):
         assert isinstance(job, TuningJob)
-        schedule = _schedule_row(session, job, state, result)
+        schedule = _schedule_row(session, job, sampler.request, state, result)
         session.add(schedule)
         session.flush()
         session.add(_evaluation_row(schedule.id, job, sampler, result))
@@ -56,9 +51,10 @@ def _store(lease: Lease, sampler: TunedSampler, state: TuningState, result: Eval
         finish(session, job, JobState.SUCCEEDED)
 
 
-def _schedule_row(session: Session, job: TuningJob, state: TuningState, result: Evaluation) -> Schedule:
-    request = job.request
-    key = {name: request[name] for name in Schedule.KEY if name != "model_id"} | {"model_id": job.model_id}
+def _schedule_row(
+    session: Session, job: TuningJob, request: TuningJobRequest, state: TuningState, result: Evaluation
+) -> Schedule:
+    key = request.key()
     return Schedule(
         **key,
         job_id=job.id,
@@ -67,18 +63,22 @@ def _schedule_row(session: Session, job: TuningJob, state: TuningState, result: 
         score=_no_nan(result.score),
         timesteps=state.timesteps.tolist(),
         t_ratios=state.t_ratios.tolist(),
-        provenance={"tuner": request["tuner"], "seed": request["seed"], "timetuner": version("timetuner")},
+        provenance={
+            "tuner": dataclasses.asdict(request.tuner),
+            "seed": request.seed,
+            "timetuner": version("timetuner"),
+        },
     )
 
 
 def _evaluation_row(schedule_id: str, job: TuningJob, sampler: TunedSampler, result: Evaluation) -> EvaluationRow:
-    settings = job.request["evaluation"]
-    teacher = teacher_timesteps(sampler.experiment.model.noise_schedule, settings["teacher_num_steps"])
+    request = sampler.request
+    teacher = teacher_timesteps(sampler.experiment.model.noise_schedule, request.evaluation.teacher_num_steps)
     return EvaluationRow(
         schedule_id=schedule_id,
-        num_samples=settings["num_samples"],
+        num_samples=request.evaluation.num_samples,
         teacher_num_steps=len(teacher) - 1,
-        seed=job.request["seed"],
+        seed=request.seed,
         teacher_l2_before=_no_nan(result.teacher_l2_before),
         teacher_l2_after=_no_nan(result.teacher_l2_after),
         teacher_l2_change_low=_no_nan(result.change.low),
@@ -93,12 +93,12 @@ def _evaluation_row(schedule_id: str, job: TuningJob, sampler: TunedSampler, res
 
 
 def _no_nan(value: float) -> float:
-    """SQLite takes NaN for nothing at all."""
+    """Replace NaN by infinity, because SQLite stores NaN as null."""
     return math.inf if math.isnan(value) else value
 
 
 def _metric(metric: Metric) -> dict[str, float | None]:
-    """As it is stored; JSON has no word for what is not finite."""
+    """A metric as it is stored. JSON has no number that is not finite, so these are null."""
     change = metric.change
     figures = {"before": metric.before, "after": metric.after, "change": change.mean}
     figures |= {"low": change.low, "high": change.high}

@@ -1,4 +1,4 @@
-"""Where tuning stands, kept in the registry: what makes an interrupted job go on, and parts of it merge."""
+"""The state of tuning, stored in the registry, so that interrupted jobs continue and the results of tasks merge."""
 
 import logging
 import math
@@ -15,16 +15,16 @@ from torch import Tensor
 from service.registry.database import is_away
 from service.registry.jobs import add_event
 from service.registry.tables import Job, TuningJob, TuningJobStep
-from timetuner_core.tuning import TuningState
+from timetuner_core.tuning.problem import TuningState
 from worker.lease import Lease
 from worker.metrics import TUNING_ITERATIONS
 from worker.tuned_sampler import TunedSampler
 
 logger = logging.getLogger(__name__)
 
-TUNING_SHARE = 0.8  # of the progress bar; evaluation has the rest
+TUNING_SHARE_OF_PROGRESS = 0.8  # The evaluation has the rest.
 
-# A transaction on the tuning job, its row locked, for as long as this worker may write to it.
+# A transaction on the tuning job with its row locked. It fails once this worker may not write to the job any more.
 Write = Callable[[], AbstractContextManager[tuple[Session, Job]]]
 
 
@@ -36,8 +36,9 @@ def tune(
     save_seconds: float,
     steps: list[int] | None = None,
 ) -> None:
-    """Tune to the end, saving `state` about every `save_seconds`, so that another worker could go on from there. While
-    the database is away tuning goes on, and is saved later.
+    """Tune to the end, and save `state` about every `save_seconds`, so that another worker can continue from there.
+
+    While the database is away, tuning goes on and the state is saved later.
 
     Args:
         steps: tune and save only these; then the rest of `state` is not looked at.
@@ -58,19 +59,19 @@ def tune(
 
 
 def read_job(session: Session, job_id: str) -> TuningJob:
-    """A tuning job and its steps, to be looked at when the session is over."""
+    """A tuning job and its steps, loaded so that they can be read after the session."""
     return session.get_one(TuningJob, job_id, options=[selectinload(TuningJob.steps)])
 
 
 def load_state(job: TuningJob, timesteps: Tensor) -> TuningState:
-    """What was saved of a job so far, or the start on the grid `timesteps`, `(num_steps + 1,)`."""
+    """The saved state of a job, or the start on the grid `timesteps`, `(num_steps + 1,)`."""
     state = TuningState.start(timesteps)
     if job.timesteps is not None:
         state.timesteps = torch.tensor(job.timesteps, dtype=torch.float64)
     for row in job.steps:
         i = row.step_index
         if len(row.memory) != state.memory.shape[1]:
-            continue  # another version's, which this one's tuners cannot go on from
+            continue  # Another version saved it, and this version's tuners cannot continue from it.
         state.t_ratios[i], state.iterations[i], state.done[i] = row.t_ratio, row.iterations, row.done
         state.memory[i] = torch.tensor(row.memory, dtype=torch.float64)
         state.loss[i] = math.nan if row.loss is None else row.loss
@@ -79,7 +80,7 @@ def load_state(job: TuningJob, timesteps: Tensor) -> TuningState:
 
 
 def step_rows(job_id: str, state: TuningState, steps: Iterable[int]) -> Iterator[TuningJobStep]:
-    """`state` of these steps, as rows to be merged."""
+    """The state of these steps as rows to be merged."""
     for i in steps:
         loss, initial_loss = float(state.loss[i]), float(state.initial_loss[i])
         yield TuningJobStep(
@@ -95,7 +96,7 @@ def step_rows(job_id: str, state: TuningState, steps: Iterable[int]) -> Iterator
 
 
 def _save(sampler: TunedSampler, state: TuningState, write: Write, steps: list[int] | None, since: float) -> float:
-    """Write the state of `steps`, and add to the job what this worker did for it since; returns the time now.
+    """Store the state of `steps`, and add this worker's calls and time since `since` to the job. Returns the time now.
 
     Raises:
         ArithmeticError: a state that no sampler can use, and no database keep.
@@ -113,15 +114,15 @@ def _save(sampler: TunedSampler, state: TuningState, write: Write, steps: list[i
         job.network_calls += sampler.network_calls
         job.tuning_seconds += now - since
         job.losses = 0
-        _note_progress(session, job, load_state(job, sampler.timesteps), sampler.tuner.get("total_iters", 1))
+        _note_progress(session, job, load_state(job, sampler.timesteps), sampler.total_iters)
     sampler.network_calls = 0
     return now
 
 
 def _note_progress(session: Session, job: TuningJob, state: TuningState, total_iters: int) -> None:
-    """As of all workers' steps."""
+    """Store the job's progress, which counts the steps of all workers, and add an event."""
     share = torch.where(state.done, 1.0, state.iterations / total_iters)
-    job.progress = TUNING_SHARE * float(share.mean())
+    job.progress = TUNING_SHARE_OF_PROGRESS * float(share.mean())
     losses = state.loss[state.loss.isfinite()]
     event: dict[str, Any] = {"progress": job.progress, "t_ratios": state.t_ratios.tolist()}
     if len(losses):

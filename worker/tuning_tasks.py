@@ -1,6 +1,6 @@
-"""One task per step, for tuners whose steps do not depend on each other: any tuning worker may take some.
+"""Tuners whose steps are independent have one task per step, which any tuning worker may take.
 
-The job's own worker takes them too, one after another, so that a job ends even if nobody helps.
+The job's own worker takes tasks, too, one after another, so that a job ends even without other workers.
 """
 
 import time
@@ -8,10 +8,10 @@ from functools import partial
 
 from sqlalchemy import select
 
-from service.queue import publish
 from service.registry.jobs import add_tasks, finish, is_free
 from service.registry.tables import FINAL_STATES, JobState, TuningJob, TuningTask
-from timetuner_core.tuning import TuningState
+from service.shared.queue import publish
+from timetuner_core.tuning.problem import TuningState
 from worker.lease import JobCancelledError, Lease
 from worker.runtime import Runtime
 from worker.tuned_sampler import TunedSampler
@@ -25,25 +25,25 @@ class TaskFailedError(Exception):
 
 
 def tune_by_tasks(runtime: Runtime, lease: Lease, sampler: TunedSampler) -> TuningState:
-    """Have every step tuned, here or by others, and give the merged result.
+    """Tune every step, here or on other workers. Returns the merged state.
 
     Raises:
-        TaskFailedError: one of the tasks did.
+        TaskFailedError: one of the tasks failed.
     """
     job_id = lease.claim.job_id
     _make_tasks(lease, sampler)
     publish(runtime.celery, runtime.registry, TuningTask, [task.id for task in _open_tasks(runtime, job_id)])
     while _open_tasks(runtime, job_id):
         lease.check()
-        ours = _next_free(runtime, job_id)
-        if ours is None or not runtime.run(TuningTask, ours, run_tuning_task):
+        task_id = _next_free(runtime, job_id)
+        if task_id is None or not runtime.run(TuningTask, task_id, run_tuning_task):
             time.sleep(POLL_SECONDS)
     with runtime.registry.read() as session:
         return load_state(read_job(session, job_id), sampler.timesteps)
 
 
 def run_tuning_task(runtime: Runtime, lease: Lease) -> None:
-    """Tune one step from wherever it was left, and finish the task."""
+    """Tune one step from its saved state, and finish the task."""
     with runtime.registry.read() as session:
         task = session.get_one(TuningTask, lease.claim.job_id)
         job = read_job(session, task.job_id)
@@ -60,7 +60,7 @@ def _finish(lease: Lease) -> None:
 
 
 def _make_tasks(lease: Lease, sampler: TunedSampler) -> None:
-    """A task for each step to be tuned, and the state of all steps to start from; an earlier attempt's are left."""
+    """Store a task for each step to be tuned, and the initial state of all steps. Earlier attempts' tasks are kept."""
     with lease.write() as (session, job):
         assert isinstance(job, TuningJob)
         state = load_state(job, sampler.timesteps)
@@ -80,8 +80,8 @@ def _open_tasks(runtime: Runtime, job_id: str) -> list[TuningTask]:
     for task in tasks:
         if task.state == JobState.FAILED:
             raise TaskFailedError(f"step {task.step_index}: {task.error}")
-        if task.state == JobState.CANCELLED:  # with the job
-            raise JobCancelledError(job_id)
+        if task.state == JobState.CANCELLED:
+            raise JobCancelledError(job_id)  # Tasks are cancelled only with their job.
     return [task for task in tasks if task.state not in FINAL_STATES]
 
 

@@ -1,4 +1,4 @@
-"""Telling webhooks how jobs ended: signed, again and again until somebody hears, and never where they must not go."""
+"""Sending webhooks: signed, repeated until they are accepted, and only to allowed addresses."""
 
 import base64
 import contextlib
@@ -18,24 +18,24 @@ from urllib.parse import urlsplit
 
 import httpcore
 
-from service.addresses import Network, is_allowed
-from service.logs import about
 from service.registry.database import Registry
 from service.registry.tables import SampleJob
 from service.registry.types import utc_now
 from service.registry.webhooks import Delivery, end_webhook, take_due_webhooks
-from service.settings import Settings
+from service.shared.addresses import Network, is_allowed
+from service.shared.logs import about
+from service.shared.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE = 8
-LOOK_SECONDS = 0.5
-SECONDS = 10.0  # for an attempt, from looking the name up to the end of the answer
-GONE = 410  # of an answer: do not come again
+MAX_PARALLEL_ATTEMPTS = 8
+POLL_SECONDS = 0.5
+ATTEMPT_SECONDS = 10.0  # An attempt may take this long, from the look-up of the name to the end of the response.
+HTTP_GONE = 410  # Receivers answer this to get no more webhooks.
 
 
 class ForbiddenAddressError(Exception):
-    """A name that stands for an address which webhooks must not reach."""
+    """A host name resolves to an address that webhooks must not reach."""
 
 
 class WebhookSender:
@@ -46,24 +46,24 @@ class WebhookSender:
         self._settings = settings
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="webhooks", daemon=True)
-        self._pool = ThreadPoolExecutor(AT_ONCE, "webhooks")
+        self._pool = ThreadPoolExecutor(MAX_PARALLEL_ATTEMPTS, "webhooks")
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """After the attempts that are being made."""
+        """Stop once the current attempts have ended."""
         self._stop.set()
         self._thread.join()
         self._pool.shutdown()
 
     def _run(self) -> None:
-        while not self._stop.wait(LOOK_SECONDS):
+        while not self._stop.wait(POLL_SECONDS):
             try:
                 with self._registry.write() as session:
-                    due = take_due_webhooks(session, self._settings.webhook_retry_seconds, AT_ONCE)
+                    due = take_due_webhooks(session, self._settings.webhook_retry_seconds, MAX_PARALLEL_ATTEMPTS)
                 list(self._pool.map(self._deliver, due))
-            except Exception:  # the database is away: the next look may find it back
+            except Exception:  # The database is away. The next poll tries again.
                 logger.exception("cannot look for webhooks")
 
     def _deliver(self, delivery: Delivery) -> None:
@@ -73,10 +73,10 @@ class WebhookSender:
             try:
                 status = post(webhook.url, webhook.id, body_of(delivery), self._settings)
                 error = None if status // 100 == 2 else f"answered {status}"
-                last = last or status == GONE
+                last = last or status == HTTP_GONE
             except ForbiddenAddressError as refusal:
                 error, last = str(refusal), True
-            except Exception as fault:  # whatever names, connections, TLS and answers have wrong
+            except Exception as fault:  # Look-ups, connections, TLS and responses have errors of many types.
                 error = f"{type(fault).__name__}: {fault}"
             if error is not None:
                 logger.warning("webhook %s: %s%s", webhook.id, error, "; given up" if last else "")
@@ -86,7 +86,7 @@ class WebhookSender:
 
 
 def body_of(delivery: Delivery) -> bytes:
-    """What is posted: the kind of end, and where to read more."""
+    """The body of a webhook: how the job ended, and where to read more."""
     job = delivery.job
     kind, path = ("sampling", "samples") if isinstance(job, SampleJob) else ("tuning", "tuning-jobs")
     data = {"id": job.id, "state": job.state, "error": job.error, "request_id": job.request_id}
@@ -96,10 +96,10 @@ def body_of(delivery: Delivery) -> bytes:
 
 
 def post(url: str, webhook_id: str, body: bytes, settings: Settings) -> int:
-    """The status that is answered; redirects are not followed, and of the answer no more than its head is read.
+    """Post a webhook and return the status. Redirects are not followed, and the response's body is not read.
 
     Raises:
-        ForbiddenAddressError, or what the network raises.
+        ForbiddenAddressError, or an error of the network.
     """
     timestamp = str(int(time.time()))
     headers = [
@@ -111,7 +111,7 @@ def post(url: str, webhook_id: str, body: bytes, settings: Settings) -> int:
         ("webhook-timestamp", timestamp),
         ("webhook-signature", signature(settings.webhook_secret, webhook_id, timestamp, body)),
     ]
-    backend = GuardedBackend(settings.webhook_networks, time.monotonic() + SECONDS)
+    backend = GuardedBackend(settings.webhook_networks, time.monotonic() + ATTEMPT_SECONDS)
     with (
         httpcore.ConnectionPool(ssl_context=ssl.create_default_context(), network_backend=backend) as pool,
         pool.stream("POST", url, headers=headers, content=body) as response,
@@ -120,14 +120,14 @@ def post(url: str, webhook_id: str, body: bytes, settings: Settings) -> int:
 
 
 def signature(secret: str, webhook_id: str, timestamp: str, body: bytes) -> str:
-    """By the Standard Webhooks specification, version 1."""
+    """The signature by the Standard Webhooks specification, version 1."""
     key = base64.b64decode(secret.removeprefix("whsec_"))
     signed = b".".join([webhook_id.encode(), timestamp.encode(), body])
     return "v1," + base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode()
 
 
 class GuardedBackend(httpcore.NetworkBackend):
-    """Connects to addresses it has checked, as it has checked them: a name is looked up once."""
+    """Connects only to addresses that it has checked. A name is looked up once, so it cannot change in between."""
 
     def __init__(self, networks: Iterable[Network], deadline: float) -> None:
         self._networks = list(networks)
@@ -158,7 +158,7 @@ class GuardedBackend(httpcore.NetworkBackend):
 
 
 class BoundedStream(httpcore.NetworkStream):
-    """A connection that nothing is waited for beyond a deadline, however it is dripped."""
+    """A connection with a deadline for all its reads and writes together."""
 
     def __init__(self, stream: httpcore.NetworkStream, deadline: float) -> None:
         self._stream = stream
@@ -184,7 +184,7 @@ class BoundedStream(httpcore.NetworkStream):
 
 
 def seconds_left(deadline: float) -> float:
-    """Raises: httpcore.ReadTimeout, if there are none."""
+    """The seconds until the deadline. Raises: httpcore.ReadTimeout, if there are none."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise httpcore.ReadTimeout("the attempt took too long")

@@ -1,8 +1,7 @@
-"""Who makes a request, found out before anything else of it is read; and the refusals, written down."""
+"""Authentication: find out who makes a request before its body is read, and record refusals."""
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from fastapi.concurrency import run_in_threadpool
 from limits import RateLimitItemPerMinute
@@ -12,20 +11,21 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.access.callers import CALLER, Caller
+from service.access.callers import CALLER_IN_SCOPE, Caller
 from service.access.cookies import check_same_origin, cookie_authorization
 from service.access.local import check_local
-from service.errors import ServiceError, UnauthenticatedError, problem_response
-from service.logs import request_id
+from service.access.state import AccessState
+from service.http.errors import ServiceError, UnauthenticatedError, problem_response
+from service.shared.logs import request_id
+from service.state import AppState
 
-if TYPE_CHECKING:
-    from service.state import AppState
-
-GUARDED = ("/v1/", "/metrics")  # for nobody without a key; of the rest, the web page's endpoints say themselves
-# For everybody, whatever their cookie is.
-OPEN = ("/docs", "/redoc", "/openapi.json", "/healthz", "/readyz", "/static/", "/login")
+# Paths that nobody may use without a key. Of all others, the web page's endpoints check the caller themselves.
+GUARDED_PREFIXES = ("/v1/", "/metrics")
+# Paths that everybody may use. A cookie is not looked at.
+OPEN_PREFIXES = ("/docs", "/redoc", "/openapi.json", "/healthz", "/readyz", "/static/", "/login")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-WRITTEN = RateLimitItemPerMinute(60)  # refusals of each key, and of each kind of those that are refused at once
+# Refusals that are recorded: each key has this limit, and so has each status of requests without a valid key.
+RECORDED_REFUSALS = RateLimitItemPerMinute(60)
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +33,14 @@ logger = logging.getLogger(__name__)
 class AuthenticationMiddleware:
     """401 for requests without a valid key, if one is needed; 429 for keys that ask too often.
 
-    What else a key is refused is an entry of the audit log. Refusals here are lines of the process's log, as nobody
-    should be able to fill the database without a key; of either only so many a minute.
+    Requests refused for other reasons, but with a valid key, get an entry in the audit log. Requests refused here only
+    get a line in the process's log, so that nobody can fill the database without a key. Both are limited per minute.
     """
 
-    def __init__(self, app: ASGIApp, state: "Callable[[], AppState]") -> None:
+    def __init__(self, app: ASGIApp, state: Callable[[], AppState], access: Callable[[], AccessState]) -> None:
         self.app = app
-        self.state = state
-        self._written = FixedWindowRateLimiter(MemoryStorage())
+        self.state, self.access = state, access
+        self._recorded = FixedWindowRateLimiter(MemoryStorage())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -49,13 +49,13 @@ class AuthenticationMiddleware:
         try:
             caller = await self._caller(scope)
         except ServiceError as refusal:
-            if self._written.hit(WRITTEN, f"{refusal.status}"):
+            if self._recorded.hit(RECORDED_REFUSALS, f"{refusal.status}"):
                 client = scope["client"] or ["a Unix socket"]
                 logger.warning("%s %s from %s refused: %s", scope["method"], _path(scope), client[0], refusal.detail)
             answer = problem_response(refusal.status, refusal.detail, refusal.errors, refusal.headers)
             await answer(scope, receive, send)
             return
-        scope[CALLER] = caller
+        scope[CALLER_IN_SCOPE] = caller
         if caller is None or caller.key is None:
             await self.app(scope, receive, send)
             return
@@ -69,29 +69,29 @@ class AuthenticationMiddleware:
 
         await self.app(scope, receive, noting)
         refused = status == 403 or (scope["method"] not in SAFE_METHODS and 400 <= status < 500 and status != 429)
-        if refused and self._written.hit(WRITTEN, caller.key.id):
+        if refused and self._recorded.hit(RECORDED_REFUSALS, caller.key.id):
             await run_in_threadpool(self._write, caller, scope, status)
 
     async def _caller(self, scope: Scope) -> Caller | None:
-        """None where nobody asks. Raises: UnauthenticatedError, ForbiddenError, KeyLimitError."""
-        headers, state = Headers(scope=scope), self.state()
+        """The caller, or None on paths that need none. Raises: UnauthenticatedError, ForbiddenError, KeyLimitError."""
+        headers, access = Headers(scope=scope), self.access()
         authorization = headers.get("authorization")
-        if not await state.keys.is_needed(authorization):
+        if not await access.keys.is_needed(authorization):
             check_local(scope, headers)
             return Caller(None, request_id())
-        guarded = scope["path"].startswith(GUARDED)
+        guarded = scope["path"].startswith(GUARDED_PREFIXES)
         by_cookie = None if authorization else cookie_authorization(headers)
-        if not guarded and (by_cookie is None or scope["path"].startswith(OPEN)):
+        if not guarded and (by_cookie is None or scope["path"].startswith(OPEN_PREFIXES)):
             return None
         try:
-            key = await state.keys.find(authorization or by_cookie)
+            key = await access.keys.find(authorization or by_cookie)
         except UnauthenticatedError:
             if guarded:
                 raise
             return None
         if by_cookie and scope["method"] not in SAFE_METHODS:
             check_same_origin(headers)
-        await state.rates.count(key)
+        await access.rates.count(key)
         return Caller(key, request_id())
 
     def _write(self, caller: Caller, scope: Scope, status: int) -> None:
@@ -104,6 +104,6 @@ class AuthenticationMiddleware:
 
 
 def _path(scope: Scope) -> str:
-    """As it was sent: decoded, it could have line breaks, or what no database keeps."""
+    """The path as it was sent. Decoded, it could hold line breaks or characters that no database stores."""
     path: bytes = scope.get("raw_path") or b""
     return path.decode("ascii", "backslashreplace")

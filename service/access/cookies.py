@@ -1,11 +1,11 @@
-"""API keys that browsers keep for the web page, in a cookie that no script reads and no other site sends."""
+"""API keys of browsers: a cookie holds the key for the web page. Scripts cannot read it."""
 
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.requests import cookie_parser
 
-from service.errors import ForbiddenError
+from service.http.errors import ForbiddenError
 
 COOKIE = "timetuner_key"
 ACCEPTED = "requests that this service's own pages send"
@@ -18,7 +18,10 @@ def cookie_authorization(headers: Headers) -> str | None:
 
 
 def check_same_origin(headers: Headers) -> None:
-    """Refuse what another site has a browser send: it sends the cookie unasked. Raises: ForbiddenError."""
+    """CSRF check. Browsers attach the cookie to requests that other sites trigger, so refuse those.
+
+    Raises: ForbiddenError.
+    """
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
     if site is not None:
         if site != "same-origin":

@@ -1,4 +1,4 @@
-"""Keys as requests present them, looked up once a second and remembered in between."""
+"""API keys as requests present them. Each is looked up at most once a second and cached in between."""
 
 import asyncio
 import hmac
@@ -11,14 +11,14 @@ from typing import Any, Literal
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.exc import SQLAlchemyError
 
-from service.errors import UnauthenticatedError
+from service.http.errors import UnauthenticatedError
 from service.registry.database import Registry
-from service.registry.keys import KEY_TEXT, USED_SECONDS, any_key, find_key, hash_secret, note_use
+from service.registry.keys import KEY_TEXT, LAST_USED_RESOLUTION_SECONDS, any_key, find_key, hash_secret, note_use
 from service.registry.tables import ApiKey
 from service.registry.types import utc_now
 
-REMEMBER_SECONDS = 1.0  # so long a revoked key may still be accepted
-REMEMBERED = 4096  # keys, before they are forgotten
+CACHE_SECONDS = 1.0  # A revoked key may still be accepted for this long.
+MAX_CACHED_KEYS = 4096  # The cache is emptied when it reaches this size.
 
 AuthMode = Literal["auto", "on", "off"]
 
@@ -26,18 +26,18 @@ logger = logging.getLogger(__name__)
 
 
 class KeyRing:
-    """For the event loop of one API process."""
+    """The keys that one API process knows. All methods run in its event loop."""
 
     def __init__(self, registry: Registry, mode: AuthMode) -> None:
         self._registry = registry
         self._mode = mode
-        self._remembered: dict[str, tuple[float, asyncio.Future[Any]]] = {}
+        self._cached: dict[str, tuple[float, asyncio.Future[Any]]] = {}
         self._noting: set[asyncio.Task[None]] = set()
 
     async def is_needed(self, authorization: str | None) -> bool:
-        """Whether a request must have a key: by `auto`, if any was ever made, or it claims to have one."""
+        """Whether a request must have a key. With `auto`, it must if any key exists or if it presents one."""
         if self._mode == "auto":
-            return authorization is not None or await self._recall("", self._read_any)
+            return authorization is not None or await self._cached_read("", self._read_any)
         return self._mode == "on"
 
     async def find(self, authorization: str | None) -> ApiKey:
@@ -49,7 +49,7 @@ class KeyRing:
         if scheme.lower() != "bearer" or match is None:
             raise UnauthenticatedError("the Authorization header has no API key")
         prefix, secret = match.groups()
-        key: ApiKey | None = await self._recall(prefix, lambda: self._read(prefix))
+        key: ApiKey | None = await self._cached_read(prefix, lambda: self._read(prefix))
         if key is None or not hmac.compare_digest(key.secret_hash, hash_secret(secret)):
             raise UnauthenticatedError("there is no such API key")
         now = utc_now()
@@ -57,23 +57,23 @@ class KeyRing:
             raise UnauthenticatedError(f"the API key {key.id} was revoked")
         if key.expires_at is not None and key.expires_at <= now:
             raise UnauthenticatedError(f"the API key {key.id} expired at {key.expires_at:%Y-%m-%dT%H:%M:%SZ}")
-        if key.last_used_at is None or now - key.last_used_at > timedelta(seconds=USED_SECONDS):
-            key.last_used_at = now  # as remembered: once is enough
+        if key.last_used_at is None or now - key.last_used_at > timedelta(seconds=LAST_USED_RESOLUTION_SECONDS):
+            key.last_used_at = now  # The cached row is changed, too, so that the use is stored once.
             task = asyncio.create_task(run_in_threadpool(self._note_use, key.id, now))
             self._noting.add(task)
             task.add_done_callback(self._noting.discard)
         return key
 
-    async def _recall(self, name: str, read: Callable[[], Any]) -> Any:
-        """What was read less than `REMEMBER_SECONDS` ago; requests that come at the same time share one look."""
+    async def _cached_read(self, name: str, read: Callable[[], Any]) -> Any:
+        """The result of `read`, cached for `CACHE_SECONDS`. Simultaneous requests share one read."""
         now = time.monotonic()
-        remembered = self._remembered.get(name)
-        if remembered is None or now - remembered[0] > REMEMBER_SECONDS:
-            if len(self._remembered) >= REMEMBERED:
-                self._remembered.clear()
-            remembered = now, asyncio.ensure_future(run_in_threadpool(read))
-            self._remembered[name] = remembered
-        return await asyncio.shield(remembered[1])  # a client that hangs up must not take the look from the others
+        cached = self._cached.get(name)
+        if cached is None or now - cached[0] > CACHE_SECONDS:
+            if len(self._cached) >= MAX_CACHED_KEYS:
+                self._cached.clear()
+            cached = now, asyncio.ensure_future(run_in_threadpool(read))
+            self._cached[name] = cached
+        return await asyncio.shield(cached[1])  # A client that hangs up must not cancel the read for the others.
 
     def _read(self, prefix: str) -> ApiKey | None:
         with self._registry.read() as session:

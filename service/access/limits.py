@@ -1,35 +1,25 @@
-"""How much a key may use: requests a minute, counted in the broker for all API processes; and a daily quota."""
+"""Requests per minute of each API key, counted in the broker for all API processes."""
 
 import logging
 import math
 import time
-from datetime import timedelta
 
 from limits import RateLimitItemPerMinute
 from limits.aio.storage import MemoryStorage, RedisStorage
 from limits.aio.strategies import MovingWindowRateLimiter
 from redis import RedisError
 
-from service.bus import redis_url
-from service.errors import TooManyRequestsError
+from service.http.errors import KeyLimitError
 from service.registry.tables import ApiKey
-from service.registry.types import utc_now
+from service.shared.signals import redis_url
 
 PREFIX = "timetuner:requests"
 
 logger = logging.getLogger(__name__)
 
 
-class KeyLimitError(TooManyRequestsError):
-    """A key has used all that it may for now; `seconds` until it may more."""
-
-    def __init__(self, detail: str, seconds: float) -> None:
-        super().__init__(detail)
-        self.headers = {"Retry-After": str(max(1, math.ceil(seconds)))}
-
-
 class RateLimits:
-    """Requests of each key in any 60 seconds; while the broker is away, each API process counts by itself."""
+    """Limits the requests of each key in any 60 seconds. Without the broker, each API process counts by itself."""
 
     def __init__(self, broker_url: str) -> None:
         url = redis_url(broker_url).replace("unix://", "redis+unix://", 1)
@@ -55,19 +45,7 @@ class RateLimits:
 
 
 async def _hit(limiter: MovingWindowRateLimiter, item: RateLimitItemPerMinute, key_id: str) -> float | None:
-    """None if there is room for a request, which counts then; else the seconds until there is."""
+    """Count a request if it fits, and return None; otherwise return the seconds until one fits."""
     if await limiter.hit(item, key_id):
         return None
     return (await limiter.get_window_stats(item, key_id)).reset_time - time.time()
-
-
-def quota_error(key: ApiKey, cost: int, left: int) -> KeyLimitError:
-    """That a request costs more than is left of its key's daily quota."""
-    now = utc_now()
-    midnight = (now + timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
-    detail = (
-        f"this request costs {cost} (values x steps x images x network calls); of this API key's "
-        f"{key.pixel_steps_per_day} a day (pixel_steps_per_day) {left} are left; accepted: up to that, or a new try "
-        "at 0:00 UTC"
-    )
-    return KeyLimitError(detail, (midnight - now).total_seconds())

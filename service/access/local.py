@@ -1,4 +1,4 @@
-"""While no key is needed: serving this machine alone, and no web page that a browser on it has open.
+"""Protection while no key is needed: only this machine is served, and no other site through its browsers.
 
 A page of any site can have its visitor's browser send requests to 127.0.0.1. It cannot read the answers, nor send JSON,
 unless its own name leads to 127.0.0.1 (DNS rebinding): then the Host header has that name. But forms may be sent
@@ -12,14 +12,14 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from service.errors import ForbiddenError
+from service.http.errors import ForbiddenError
 
 ACCEPTED = "this machine, by 127.0.0.1, localhost or [::1], while no API key is needed"
 
 
 def check_local(scope: Scope, headers: Headers) -> None:
-    """Raises: ForbiddenError."""
-    client = scope.get("client")  # None: by a Unix socket
+    """Refuse requests from other machines or other sites. Raises: ForbiddenError."""
+    client = scope.get("client")  # Requests over a Unix socket have no client address.
     if client is not None and not is_loopback(client[0]):
         raise ForbiddenError(f"this request is from {client[0]}; accepted: {ACCEPTED}")
     host, origin = headers.get("host", ""), headers.get("origin")
@@ -31,7 +31,7 @@ def check_local(scope: Scope, headers: Headers) -> None:
 
 @lru_cache(maxsize=64)
 def is_loopback(host: str) -> bool:
-    """Whether a name or an address is this machine's own, which no other reaches."""
+    """Whether a name or an address is this machine's own and cannot be reached from others."""
     try:
         return ip_address(host).is_loopback
     except ValueError:

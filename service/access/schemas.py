@@ -1,8 +1,8 @@
-"""What the audit log returns."""
+"""Responses of the audit log's endpoint."""
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.api import KeyId, NextCursor, RequestId, Time, TuningJobId
+from service.http.fields import KeyId, NextCursor, RequestId, Time, TuningJobId
 
 
 class AuditEntryOut(BaseModel):
@@ -15,7 +15,7 @@ class AuditEntryOut(BaseModel):
         description="The operation's id, such as `cancel_tuning_job`; or what the command did.",
     )
     object: TuningJobId = Field(
-        description="What it was done to: an id, of an alias its model's and its name; the path if refused."
+        description="The id of the object; the model's id and the name of an alias; the path of a refused request."
     )
     outcome: str = Field(examples=["done"], description="`done`, or `refused: ` and the status.")
     request_id: RequestId | None = Field(description="The request's X-Request-Id.")

@@ -27,8 +27,8 @@ for name, group in {"models": models, "jobs": jobs, "schedules": schedules, "key
 
 
 def main() -> None:
-    """The console script. Whatever goes wrong is one line on stderr, and an exit code of docs/cli.md."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # whatever a model's configuration may say, nothing is fetched
+    """The console script. Errors are one line on stderr, and an exit code that docs/cli.md lists."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # Model configurations must not cause downloads.
     try:
         code = app(standalone_mode=False)
     except (TimeTunerError, typer.TyperException, OSError) as error:

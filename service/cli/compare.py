@@ -12,7 +12,7 @@ import typer
 
 from service.cli.output import USAGE, AsJson, CommandError, print_json, stderr
 
-# Options that are not the names of what they say.
+# These fields of a plan have options of another name.
 OPTIONS = {"models": "--model", "guidances": "--guidance", "entrants": "--tuners"}
 
 
@@ -35,7 +35,7 @@ def compare(
     """Compare all tuners on models, samplers and numbers of steps, from the same noise; writes a report."""
     from timetuner_core.compare import PlanError
 
-    # Unwind when told to stop, and so end the processes.
+    # SIGTERM unwinds the stack, which ends the worker processes.
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         options = {

@@ -1,4 +1,4 @@
-"""Which service a command talks to: one by its URL; else that of the home, started for the command if need be."""
+"""The service that a command talks to: by URL, or that of the home, which is started for the command if needed."""
 
 import os
 import socket
@@ -8,18 +8,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import httpx
 import typer
 
-from service.announcement import running_url
 from service.cli.output import UNREACHABLE, CommandError, stderr
-from service.client import TimeTuner
+
+if TYPE_CHECKING:
+    from service.client import TimeTuner
 
 Url = Annotated[
     str | None,
-    typer.Option(envvar="TIMETUNER_URL", help="The service's. [that of TIMETUNER_HOME, started if it does not run]"),
+    typer.Option(
+        envvar="TIMETUNER_URL", help="URL of the service. [that of TIMETUNER_HOME, started if it does not run]"
+    ),
 ]
 
 MAX_ATTEMPTS = 4
@@ -27,15 +29,17 @@ STOP_SECONDS = 60.0
 
 
 @contextmanager
-def connected(url: str | None, outlives: bool = False) -> Iterator[TimeTuner]:
-    """A client of the service that is meant.
+def connected(url: str | None, outlives: bool = False) -> Iterator["TimeTuner"]:
+    """A client of the service.
 
     Args:
-        outlives: what the command begins goes on after it, so that a service of its own will not do.
+        outlives: the command starts work that goes on after it, so it cannot use a service of its own.
 
     Raises:
         CommandError: no such service runs, or none could be started.
     """
+    from service.up.announcement import running_url
+
     url = url or running_url(home := _home())
     if url is not None:
         with _client(url) as client:
@@ -48,7 +52,9 @@ def connected(url: str | None, outlives: bool = False) -> Iterator[TimeTuner]:
         yield client
 
 
-def _client(url: str) -> TimeTuner:
+def _client(url: str) -> "TimeTuner":
+    from service.client import TimeTuner
+
     try:
         return TimeTuner(url, max_attempts=MAX_ATTEMPTS)
     except ValueError as error:
@@ -56,15 +62,15 @@ def _client(url: str) -> TimeTuner:
 
 
 def _home() -> Path:
-    from service.settings import Settings
+    from service.shared.settings import Settings
 
-    return Settings().home.absolute()
+    return Settings().timetuner_home.absolute()
 
 
 @contextmanager
 def _own_service(home: Path) -> Iterator[str]:
-    """A service for the time being; its processes end with us, whatever becomes of us."""
-    from service.supervisor import die_with_parent
+    """A service for one command. Its processes end with this one, even if it is killed."""
+    from service.up.supervisor import die_with_parent
 
     stderr.print(f"starting a service in {home} for this command (timetuner up keeps one running)", soft_wrap=True)
     home.mkdir(parents=True, exist_ok=True)
@@ -80,7 +86,7 @@ def _own_service(home: Path) -> Iterator[str]:
             env=environment,
             stdout=output,
             stderr=output,
-            start_new_session=True,  # a terminal's Ctrl-C is for us, and we stop it in order
+            start_new_session=True,  # A terminal's Ctrl-C reaches only this process, which then stops the service.
             preexec_fn=die_with_parent,  # noqa: PLW1509 (we have no threads)
         )
     try:
@@ -92,12 +98,14 @@ def _own_service(home: Path) -> Iterator[str]:
         try:
             process.wait(STOP_SECONDS)
         finally:
-            process.kill()  # if it is still there, after a second Ctrl-C or that time; its children die with it
+            process.kill()  # It is still there after STOP_SECONDS or a second Ctrl-C. Its children die with it.
             process.wait()
 
 
 def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
-    """The supervisor ends by itself if it is not ready in time."""
+    """Wait until the service is ready. Its supervisor ends by itself if that takes too long."""
+    import httpx
+
     while process.poll() is None:
         try:
             if httpx.get(f"{url}/readyz", timeout=5, trust_env=False).is_success:

@@ -1,4 +1,4 @@
-"""`timetuner doctor`: what a service needs here, or whether one elsewhere is well."""
+"""`timetuner doctor`: check the needs of a service on this machine, or the state of one elsewhere."""
 
 import platform
 import shutil
@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from service.announcement import running_url
 from service.cli.connection import Url
 from service.cli.output import FAILED, AsJson, print_json, print_table
-from service.client import TimeTuner, TimeTunerError
+from service.client import TimeTunerError
 
 if TYPE_CHECKING:
-    from service.settings import Settings
+    from service.shared.settings import Settings
 
 OLDEST_PYTHON = (3, 11)
 MIN_DISK_BYTES = MIN_MEMORY_BYTES = 2**30
@@ -27,7 +26,7 @@ MIN_DISK_BYTES = MIN_MEMORY_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found; `mend` is what to do if it is not well."""
+    """The result of one check. `mend` says how to repair a fault."""
 
     check: str
     ok: bool
@@ -40,12 +39,12 @@ class Finding:
 
 
 def doctor(
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Where the service is, or is to be.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port of the service.")] = 8000,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check what a service needs here, or with --url whether that service is well; and say how to mend what is not."""
-    from service.settings import Settings
+    """Check the needs of a service on this machine, or with --url that service, and say how to repair faults."""
+    from service.shared.settings import Settings
 
     findings = list(_remote(url) if url else _local(Settings(), port))
     if as_json:
@@ -65,10 +64,12 @@ def _remote(url: str) -> Iterator[Finding]:
 def _local(settings: "Settings", port: int) -> Iterator[Finding]:
     yield from _versions()
     yield _device(settings.device)
-    yield from _room(settings.home.absolute())
+    yield from _room(settings.timetuner_home.absolute())
     yield _database(settings)
     yield _broker(settings)
-    url = running_url(settings.home.absolute())
+    from service.up.announcement import running_url
+
+    url = running_url(settings.timetuner_home.absolute())
     yield from [_port(port)] if url is None else _service(url)
 
 
@@ -92,13 +93,13 @@ def _versions() -> Iterator[Finding]:
 
 
 def _device(name: str) -> Finding:
-    """By a small computation on it."""
+    """Check the device by a small computation."""
     import torch
 
     try:
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         torch.ones(2, device=device).sum().item()
-    except (RuntimeError, AssertionError) as error:  # the latter: torch was built without CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA.
         reason = str(error).partition("\n")[0]
         return Finding(
             "device", False, f"{name}: {reason}", "set DEVICE to auto, cpu, or a device that this machine has"
@@ -129,15 +130,17 @@ def _room(home: Path) -> Iterator[Finding]:
 def _database(settings: "Settings") -> Finding:
     from sqlalchemy.exc import SQLAlchemyError
 
-    from service.cli.registry import reason_of, revisions
-    from service.registry.database import Registry
+    from service.cli.registry import reason_of
+    from service.registry.database import Registry, SchemaError
 
     registry = Registry(settings.database_url)
     name = registry.url.render_as_string()
     if registry.is_sqlite and not Path(registry.url.database or "").exists():
         return Finding("database", True, f"{name}: none yet; timetuner up makes it")
     try:
-        current, newest = revisions(registry)
+        current, newest = registry.revisions()
+    except SchemaError as error:
+        return Finding("database", False, error.found, error.mend)
     except SQLAlchemyError as error:
         return Finding(
             "database", False, f"{name}: {reason_of(error)}", "start it, and set DATABASE_URL to where it is"
@@ -151,7 +154,7 @@ def _database(settings: "Settings") -> Finding:
 def _broker(settings: "Settings") -> Finding:
     import redis
 
-    from service.bus import redis_url
+    from service.shared.signals import redis_url
 
     if "broker_url" not in settings.model_fields_set:
         return _embedded_broker()
@@ -192,7 +195,9 @@ def _port(port: int) -> Finding:
 
 
 def _service(url: str) -> Iterator[Finding]:
-    """Whether a service is well, and whether it takes the key."""
+    """Check a service's state, and whether it accepts the key."""
+    from service.client import TimeTuner
+
     with TimeTuner(url, max_attempts=1) as client:
         ready = None
         yield _asked(

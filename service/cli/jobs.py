@@ -1,15 +1,17 @@
-"""`timetuner jobs`: tuning jobs; by their ids, sampling jobs too."""
+"""`timetuner jobs`: tuning jobs, and sampling jobs by their ids."""
 
 import json
 from itertools import islice
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from service.cli.connection import Url, connected
 from service.cli.output import AsJson, Limit, print_facts, print_json, print_table
-from service.client import SampleJob, TimeTuner, TuningJob
-from service.client.results import JobState
+from service.client.choices import JobState
+
+if TYPE_CHECKING:
+    from service.client import SampleJob, TimeTuner, TuningJob
 
 jobs = typer.Typer(no_args_is_help=True, help="Follow and cancel jobs.")
 
@@ -23,7 +25,7 @@ def list_(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tuning jobs, newest first."""
+    """List tuning jobs, newest first."""
     with connected(url) as client:
         found = list(islice(client.tuning_jobs.list(state=state), limit))
     if as_json:
@@ -38,7 +40,7 @@ def list_(
 
 @jobs.command()
 def show(job_id: JobId, url: Url = None, as_json: AsJson = False) -> None:
-    """One job, and where tuning stands for each step."""
+    """Show one job, and the state of each step."""
     with connected(url) as client:
         job = _jobs(client, job_id).get(job_id)
     _show(job, as_json)
@@ -46,7 +48,7 @@ def show(job_id: JobId, url: Url = None, as_json: AsJson = False) -> None:
 
 @jobs.command()
 def cancel(job_id: JobId, url: Url = None, as_json: AsJson = False) -> None:
-    """Cancel: a queued job at once, a running one as soon as its worker sees it."""
+    """Cancel a job. A queued job ends at once, a running one as soon as its worker notices."""
     with connected(url) as client:
         job = _jobs(client, job_id).cancel(job_id)
     _show(job, as_json)
@@ -55,11 +57,11 @@ def cancel(job_id: JobId, url: Url = None, as_json: AsJson = False) -> None:
 @jobs.command()
 def logs(
     job_id: JobId,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job is over.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow the job until it is over.")] = False,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """What happened to a tuning job; with --json, an event on each line."""
+    """Print the events of a tuning job. With --json, each line is an event."""
     with connected(url) as client:
         for event in client.tuning_jobs.events(job_id, follow=follow):
             if as_json:
@@ -69,11 +71,13 @@ def logs(
                 typer.echo(f"{event.created_at:%Y-%m-%dT%H:%M:%SZ} {event.type} {facts}".rstrip())
 
 
-def _jobs(client: TimeTuner, job_id: str) -> Any:
+def _jobs(client: "TimeTuner", job_id: str) -> Any:
     return client.samples if job_id.startswith("smp_") else client.tuning_jobs
 
 
-def _show(job: TuningJob | SampleJob, as_json: bool) -> None:
+def _show(job: "TuningJob | SampleJob", as_json: bool) -> None:
+    from service.client import TuningJob
+
     if as_json:
         print_json(job)
         return

@@ -1,4 +1,4 @@
-"""`timetuner keys`: on the database itself, as nobody can use the API before there is a key."""
+"""`timetuner keys`. It works on the database, because nobody can use the API before there is a key."""
 
 import re
 from datetime import UTC, datetime, timedelta
@@ -33,7 +33,7 @@ def _name(text: str) -> str:
 
 
 def _scope(text: str) -> str:
-    from service.registry.keys import Scope  # which takes long to import
+    from service.registry.keys import Scope  # This import is slow.
 
     if text not in list(Scope):
         raise typer.BadParameter(f"{text!r}; accepted: {', '.join(Scope)}")
@@ -56,7 +56,7 @@ def create(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a key, and print it: it cannot be had again."""
+    """Make a key and print it. It cannot be shown again."""
     from service.cli.registry import open_registry
     from service.registry.keys import Scope, create_key
 
@@ -72,7 +72,7 @@ def create(
 
 @keys.command(name="list")
 def list_(as_json: AsJson = False) -> None:
-    """All keys, newest first."""
+    """List all keys, newest first."""
     from service.cli.registry import open_registry
     from service.registry.keys import list_keys
 
@@ -95,7 +95,7 @@ def list_(as_json: AsJson = False) -> None:
 def revoke(
     key_id: Annotated[str, typer.Argument(metavar="ID", help="Such as key_01J...")], as_json: AsJson = False
 ) -> None:
-    """Make a key worthless, within a second or two; its jobs stay."""
+    """Revoke a key. This takes effect within two seconds. Its jobs stay."""
     from service.cli.registry import open_registry
     from service.registry.keys import revoke_key
 
@@ -108,7 +108,7 @@ def revoke(
 
 
 def _fields(key: "ApiKey") -> dict[str, Any]:
-    """What may be known of a key."""
+    """The fields of a key that are no secret."""
     names = ("id", "prefix", "name", "scopes", "requests_per_minute", "pixel_steps_per_day")
     times = ("created_at", "expires_at", "revoked_at", "last_used_at")
     return {name: getattr(key, name) for name in names + times}

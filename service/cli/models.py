@@ -2,14 +2,16 @@
 
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from service.cli.connection import Url, connected
 from service.cli.options import ModelName, find_model
 from service.cli.output import AsJson, Limit, print_facts, print_json, print_table
-from service.client import Model
+
+if TYPE_CHECKING:
+    from service.client import Model
 
 models = typer.Typer(no_args_is_help=True, help="Register and list models.")
 
@@ -36,7 +38,7 @@ def import_(
 
 @models.command(name="list")
 def list_(limit: Limit = None, url: Url = None, as_json: AsJson = False) -> None:
-    """The registered models, newest first."""
+    """List the registered models, newest first."""
     with connected(url) as client:
         found = list(islice(client.models.list(), limit))
     if as_json:
@@ -51,7 +53,7 @@ def list_(limit: Limit = None, url: Url = None, as_json: AsJson = False) -> None
 
 @models.command()
 def show(model: ModelName, url: Url = None, as_json: AsJson = False) -> None:
-    """One model."""
+    """Show one model."""
     with connected(url) as client:
         found = client.models.get(find_model(client, model))
     _show(found, as_json)
@@ -69,7 +71,7 @@ def rm(model: ModelName, url: Url = None, as_json: AsJson = False) -> None:
         typer.echo(model_id)
 
 
-def _show(model: Model, as_json: bool) -> None:
+def _show(model: "Model", as_json: bool) -> None:
     if as_json:
         print_json(model)
     else:

@@ -1,17 +1,20 @@
-"""Options that several commands have. What they leave out, the service decides."""
+"""Options of several commands. The service has defaults for those that are not given."""
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from service.cli.output import NOT_FOUND, CommandError
-from service.client import TimeTuner, requests
+from service.client.choices import GuidanceType as AnyGuidanceType
+
+if TYPE_CHECKING:
+    from service.client import TimeTuner
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model's id or name.")]
 NumSteps = Annotated[int, typer.Option(min=1, help="Steps of sampling.")]
-Sampler = Annotated[str | None, typer.Option(help="Such as ddim or dpmpp_2m. [ddim]")]
-GuidanceType = Annotated[requests.GuidanceType | None, typer.Option(help="[uncond]")]
+SamplerName = Annotated[str | None, typer.Option(help="Such as ddim or dpmpp_2m. [ddim]")]
+GuidanceType = Annotated[AnyGuidanceType | None, typer.Option(help="[uncond]")]
 GuidanceScale = Annotated[float | None, typer.Option(help="[1]")]
 GuidanceRescale = Annotated[float | None, typer.Option(help="[0]")]
 GuidanceStart = Annotated[float | None, typer.Option(help="No guidance at times below. [0]")]
@@ -33,12 +36,12 @@ Timesteps = Annotated[
 
 
 def given(**options: Any) -> Any:
-    """Those that were given."""
+    """The options that were given."""
     return {name: value for name, value in options.items() if value not in (None, [])}
 
 
 def assignment(text: str) -> tuple[str, Any]:
-    """A field of a request, and its value: JSON, or else text."""
+    """A field of a request, and its value, which is JSON or text."""
     name, equals, value = text.partition("=")
     if not name or not equals:
         raise typer.BadParameter(f"{text!r}; accepted: NAME=VALUE, such as total_iters=50")
@@ -48,8 +51,8 @@ def assignment(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def find_model(client: TimeTuner, name: str) -> str:
-    """The id of the model that is meant: an id, or else the newest of this name. Raises: CommandError."""
+def find_model(client: "TimeTuner", name: str) -> str:
+    """The id of a model, which is given by its id or its name. The newest of a name counts. Raises: CommandError."""
     if name.startswith("mdl_"):
         return name
     for model in client.models.list(limit=200):

@@ -1,4 +1,4 @@
-"""The registry's database, for commands that are on it rather than on the API."""
+"""The registry's database, for commands that use it directly and not the API."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,16 +6,18 @@ from contextlib import contextmanager
 from sqlalchemy.exc import SQLAlchemyError
 
 from service.cli.output import UNREACHABLE, CommandError
-from service.registry.database import Registry, alembic_config
-from service.settings import Settings
+from service.registry.database import Registry, SchemaError
+from service.shared.settings import Settings
 
 
 @contextmanager
 def open_registry() -> Iterator[Registry]:
-    """Raises: CommandError, if it cannot be used."""
+    """The registry of the settings. Raises: CommandError, if it cannot be used."""
     registry = Registry(Settings().database_url)
     try:
         yield registry
+    except SchemaError as error:
+        raise CommandError(str(error), UNREACHABLE) from None
     except SQLAlchemyError as error:
         database = registry.url.render_as_string()
         message = f"{database} cannot be used: {reason_of(error)}; accepted: a database after `timetuner db upgrade`"
@@ -25,16 +27,5 @@ def open_registry() -> Iterator[Registry]:
 
 
 def reason_of(error: SQLAlchemyError) -> str:
-    """What the database's driver says, in a line."""
+    """The error message of the database's driver, in one line."""
     return str(getattr(error, "orig", error)).partition("\n")[0]
-
-
-def revisions(registry: Registry) -> tuple[str | None, str | None]:
-    """The schema that the database has, and the newest one."""
-    from alembic.runtime.migration import MigrationContext
-    from alembic.script import ScriptDirectory
-
-    with registry.engine.connect() as connection:
-        current = MigrationContext.configure(connection).get_current_revision()
-    url = registry.url.render_as_string(hide_password=False)
-    return current, ScriptDirectory.from_config(alembic_config(url)).get_current_head()

@@ -3,7 +3,7 @@
 import json
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,13 +17,15 @@ from service.cli.options import (
     GuidanceType,
     ModelName,
     NumSteps,
-    Sampler,
+    SamplerName,
     find_model,
     given,
 )
 from service.cli.output import USAGE, AsJson, CommandError, Limit, print_facts, print_json, print_table
-from service.client import Schedule
-from service.client.requests import ScheduleStatus
+from service.client.choices import ScheduleStatus
+
+if TYPE_CHECKING:
+    from service.client import Schedule
 
 schedules = typer.Typer(no_args_is_help=True, help="List, move and name schedules.")
 
@@ -42,7 +44,7 @@ def list_(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Schedules that match all that is given, newest first."""
+    """List schedules that match all filters, newest first."""
     filters = given(
         num_steps=num_steps,
         sampler=sampler,
@@ -66,7 +68,7 @@ def list_(
 
 @schedules.command()
 def show(schedule_id: ScheduleId, url: Url = None, as_json: AsJson = False) -> None:
-    """One schedule, and its evaluation."""
+    """Show one schedule and its evaluation."""
     with connected(url) as client:
         schedule = client.schedules.get(schedule_id)
     if as_json:
@@ -79,7 +81,7 @@ def show(schedule_id: ScheduleId, url: Url = None, as_json: AsJson = False) -> N
 def resolve(
     model: ModelName,
     num_steps: NumSteps,
-    sampler: Sampler = None,
+    sampler: SamplerName = None,
     guidance_type: GuidanceType = None,
     guidance_scale: GuidanceScale = None,
     guidance_rescale: GuidanceRescale = None,
@@ -89,7 +91,7 @@ def resolve(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """What sampling would use by itself, and why."""
+    """Show the schedule that sampling would use, and why."""
     setting = given(
         num_steps=num_steps,
         sampler=sampler,
@@ -132,7 +134,7 @@ def export(
 
 @schedules.command(name="import")
 def import_(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="What `export` wrote.")],
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A file that `export` wrote.")],
     model: Annotated[str | None, typer.Option(help="A model's id or name. [the file's]")] = None,
     url: Url = None,
     as_json: AsJson = False,
@@ -151,8 +153,8 @@ def import_(
 
 @schedules.command()
 def alias(
-    name: Annotated[str, typer.Argument(help="Such as production.")],
-    schedule_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="The schedule to be called so.")] = None,
+    name: Annotated[str, typer.Argument(help="A name such as production.")],
+    schedule_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="The schedule that gets the name.")] = None,
     remove_from: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Take the name away from this model's schedule.")
     ] = None,
@@ -175,8 +177,8 @@ def alias(
         typer.echo(name)
 
 
-def show_schedule(schedule: Schedule) -> None:
-    """All of it but its provenance."""
+def show_schedule(schedule: "Schedule") -> None:
+    """Print a schedule without its provenance."""
     print_facts(
         schedule.model_dump(include={"id", "job", "model", "sampler", "num_steps", "eta", "version", "status", "score"})
         | {"guidance": _guidance(schedule), "timesteps": schedule.timesteps, "t_ratios": schedule.t_ratios}
@@ -188,7 +190,7 @@ def show_schedule(schedule: Schedule) -> None:
         print_table(columns, ((name, m.before, m.after, m.change, m.low, m.high) for name, m in metrics))
 
 
-def _guidance(schedule: Schedule) -> str:
+def _guidance(schedule: "Schedule") -> str:
     scale = f" x{schedule.guidance_scale:g}" if schedule.guidance_type != "uncond" else ""
     return schedule.guidance_type + scale
 

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from service.cli.output import USAGE, AsJson, CommandError, print_json
+from service.cli.output import UNREACHABLE, USAGE, AsJson, CommandError, print_json
 
 db = typer.Typer(no_args_is_help=True, help="The registry's database.")
 
-Host = Annotated[str, typer.Option(help="Address to listen on; on any but loopback, requests need API keys.")]
+Host = Annotated[str, typer.Option(help="Address to listen on. On any but loopback, requests need API keys.")]
 Port = Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")]
 
 
@@ -28,7 +28,8 @@ def up(
 
     DATABASE_URL, ARTIFACTS_URL and BROKER_URL replace the embedded parts.
     """
-    from service.supervisor import Supervisor
+    from service.registry.database import SchemaError
+    from service.up.supervisor import Supervisor
 
     _settle_authentication("up", host)
     if home is not None:
@@ -37,16 +38,20 @@ def up(
     ready = (
         json.dumps({"url": supervisor.url}) if as_json else f"TimeTuner is ready at {supervisor.url} (Ctrl-C stops it)"
     )
-    raise typer.Exit(supervisor.run(ready))
+    try:
+        code = supervisor.run(ready)
+    except SchemaError as error:
+        raise CommandError(str(error), UNREACHABLE) from None
+    raise typer.Exit(code)
 
 
 def api(host: Host = "127.0.0.1", port: Port = 8000) -> None:
     """Run the API alone."""
     import uvicorn
 
-    from service.http_protocol import BoundedHttpProtocol
-    from service.logs import start_logging
-    from service.settings import Settings
+    from service.http.protocol import BoundedHttpProtocol
+    from service.shared.logs import start_logging
+    from service.shared.settings import Settings
 
     _settle_authentication("api", host)
     settings = Settings()
@@ -66,9 +71,9 @@ def api(host: Host = "127.0.0.1", port: Port = 8000) -> None:
 
 
 def _settle_authentication(command: str, host: str) -> None:
-    """Beyond this machine, have requests need API keys; where that was forbidden, do not start."""
+    """Require API keys if the service can be reached from other machines. Refuse to start if AUTH forbids that."""
     from service.access.local import is_loopback
-    from service.settings import Settings
+    from service.shared.settings import Settings
 
     if is_loopback(host):
         return
@@ -81,10 +86,10 @@ def _settle_authentication(command: str, host: str) -> None:
 @db.command()
 def upgrade(as_json: AsJson = False) -> None:
     """Bring the database to the newest schema, creating it if need be."""
-    from service.cli.registry import open_registry, revisions
+    from service.cli.registry import open_registry
 
     with open_registry() as registry:
         registry.upgrade()
-        revision, _ = revisions(registry)
+        revision, _ = registry.revisions()
     if as_json:
         print_json({"schema": revision})

@@ -1,4 +1,4 @@
-"""Pictures in a terminal: by its own protocol, if its environment says that it has one; else by coloured characters."""
+"""Pictures in a terminal, by its own protocol if the environment names one, or by coloured characters."""
 
 import base64
 import io
@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-KITTY_CHUNK = 4096  # characters of one escape sequence, at most
+KITTY_CHUNK_CHARACTERS = 4096  # The longest text of one escape sequence.
 
 
 def show_png(png: bytes) -> None:
-    """On stdout."""
+    """Show a PNG on stdout."""
     console = Console()
     protocol = _protocol()
     if protocol == "kitty":
@@ -35,14 +35,14 @@ def _protocol() -> str | None:
 
 def _kitty(png: bytes) -> Iterator[str]:
     text = base64.b64encode(png).decode()
-    chunks = [text[start : start + KITTY_CHUNK] for start in range(0, len(text), KITTY_CHUNK)]
+    chunks = [text[start : start + KITTY_CHUNK_CHARACTERS] for start in range(0, len(text), KITTY_CHUNK_CHARACTERS)]
     for k, chunk in enumerate(chunks):
-        what = "a=T,f=100," if k == 0 else ""  # show a PNG
+        what = "a=T,f=100," if k == 0 else ""  # These keys mean: show a PNG.
         yield f"\x1b_G{what}m={int(k < len(chunks) - 1)};{chunk}\x1b\\"
 
 
 def _half_blocks(png: bytes, width: int) -> Text:
-    """Two pixels to a character, one above the other."""
+    """The image as text. Each character shows two pixels, one above the other."""
     image = Image.open(io.BytesIO(png)).convert("RGB")
     image.thumbnail((width, image.height), Image.Resampling.BOX)
     text = Text(no_wrap=True)

@@ -1,7 +1,7 @@
-"""The client for ordinary code."""
+"""The client for ordinary code, as tools/synchronous_client.py makes it."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self, TypeVar, Unpack
 
@@ -12,14 +12,14 @@ from tenacity import Retrying
 
 from service.client import calls
 from service.client.calls import Call
-from service.client.errors import raise_for
+from service.client.choices import JobState
+from service.client.problems import raise_for
 from service.client.requests import SampleRequest, ScheduleFilters, ScheduleImport, Setting, TuningJobRequest
 from service.client.results import (
     Alias,
     AuditEntry,
     Event,
     Health,
-    JobState,
     Model,
     Page,
     Readiness,
@@ -31,7 +31,7 @@ from service.client.results import (
     TuningJobFields,
 )
 from service.client.sending import MAX_ATTEMPTS, http_options, retries, telling_unreachable
-from service.client.waiting import LONGEST, J, Patience, Progress, showing
+from service.client.waiting import MAX_POLL_SECONDS, J, Patience, Progress, Refresh, showing
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -68,7 +68,7 @@ class TimeTuner:
         return str(self._http.base_url).rstrip("/")
 
     def audit(self, *, limit: int = 50) -> Iterator[AuditEntry]:
-        """Who changed what, newest first; for a key with the scope admin."""
+        """The audit log, newest first. It needs a key with the scope admin."""
         return self.pages(calls.list_audit(limit))
 
     def health(self) -> Health:
@@ -91,22 +91,22 @@ class TimeTuner:
     def pages(self, call: Call[Page[T]]) -> Iterator[T]:
         """All items, page by page as they are wanted."""
         page = self.send(call)
-        yield from page.items
+        for item in page.items:
+            yield item
         while page.next_cursor is not None:
             page = self.send(call.after(page.next_cursor))
-            yield from page.items
+            for item in page.items:
+                yield item
 
     def stream(self, call: Call[Any], event: type[M]) -> Iterator[M]:
         """Server-sent events, as they come."""
-        with (
-            telling_unreachable(self._http.base_url),
-            self._http.stream(call.method, call.path, headers={"Accept": "text/event-stream"}) as response,
-        ):
-            if not response.is_success:
-                response.read()
-                raise_for(response)
-            for sent in EventSource(response).iter_sse():
-                yield event.model_validate(calls.sent_event(sent))
+        with telling_unreachable(self._http.base_url):
+            with self._http.stream(call.method, call.path, headers={"Accept": "text/event-stream"}) as response:
+                if not response.is_success:
+                    response.read()
+                    raise_for(response)
+                for sent in EventSource(response).iter_sse():
+                    yield event.model_validate(calls.sent_event(sent))
 
     def close(self) -> None:
         self._http.close()
@@ -180,7 +180,8 @@ class Aliases:
         self._client = client
 
     def list(self, model: str) -> list[Alias]:
-        return self._client.send(calls.list_aliases(model)).items
+        page = self._client.send(calls.list_aliases(model))
+        return page.items
 
     def set(self, model: str, name: str, schedule: str) -> Alias:
         """Give one of the model's schedules a name, or move the name to it."""
@@ -202,7 +203,8 @@ class TuningJobs:
 
     def list(self, *, state: JobState | None = None, limit: int = 50) -> "Iterator[TuningJob]":
         """The caller's jobs, newest first; `limit` is a page's."""
-        return map(self._bound, self._client.pages(calls.list_tuning_jobs(state, limit)))
+        for fields in self._client.pages(calls.list_tuning_jobs(state, limit)):
+            yield self._bound(fields)
 
     def get(self, job: str) -> "TuningJob":
         """The job, with the state of each step."""
@@ -212,17 +214,19 @@ class TuningJobs:
         return self._bound(self._client.send(calls.cancel_tuning_job(job)))
 
     def events(self, job: str, *, after: int = 0, follow: bool = False) -> Iterator[Event]:
-        """What happened to a job, after the event of that id; with `follow`, until it is over."""
+        """The events of a job after the event of that id. With `follow`, until the job is over."""
         while True:
-            is_last = not follow or self.get(job).is_over  # asked first, so that nothing comes in between
-            events = self._client.send(calls.list_tuning_job_events(job, after)).items
-            yield from events
-            if events:
-                after = events[-1].id
-            elif is_last:
+            # The job is asked for first, as it may end between the two requests.
+            now = self.get(job) if follow else None
+            page = self._client.send(calls.list_tuning_job_events(job, after))
+            for event in page.items:
+                yield event
+            if page.items:
+                after = page.items[-1].id
+            elif now is None or now.is_over:
                 return
             else:
-                time.sleep(LONGEST)
+                time.sleep(MAX_POLL_SECONDS)
 
     def _bound(self, fields: TuningJobFields) -> "TuningJob":
         job = TuningJob.model_construct(**dict(fields))
@@ -236,7 +240,7 @@ class TuningJob(TuningJobFields):
     _jobs: TuningJobs = PrivateAttr()
 
     def refresh(self) -> "TuningJob":
-        """As it is now."""
+        """The job as it is now."""
         return self._jobs.get(self.id)
 
     def wait(self, *, progress: "Progress[TuningJob]" = False, timeout: float | None = None) -> "TuningJob":
@@ -254,7 +258,7 @@ class TuningJob(TuningJobFields):
         return self._jobs.cancel(self.id)
 
     def events(self, *, follow: bool = False) -> Iterator[Event]:
-        """What happened to it; with `follow`, until it is over."""
+        """The events of the job. With `follow`, until the job is over."""
         return self._jobs.events(self.id, follow=follow)
 
 
@@ -288,7 +292,7 @@ class SampleJobs:
         return self._bound(self._client.send(calls.cancel_sample_job(job)))
 
     def content(self, job: str) -> Samples:
-        """What a job that is over has sampled, as often as wanted."""
+        """The samples of a job that is over. They can be read repeatedly."""
         return self._client.send(calls.get_sample_content(job))
 
     def events(self, job: str) -> Iterator[SampleEvent]:
@@ -307,12 +311,13 @@ class SampleJob(SampleJobFields):
     _jobs: SampleJobs = PrivateAttr()
 
     def refresh(self) -> "SampleJob":
-        """As it is now."""
+        """The job as it is now."""
         return self._jobs.get(self.id)
 
     def wait(self, *, progress: "Progress[SampleJob]" = False, timeout: float | None = None) -> Samples:
-        """What was sampled. Raises: as `TuningJob.wait`."""
-        return self._jobs.content(_wait(self, self.refresh, progress, timeout).id)
+        """The samples. Raises: the errors of `TuningJob.wait`."""
+        job = _wait(self, self.refresh, progress, timeout)
+        return self._jobs.content(job.id)
 
     def cancel(self) -> "SampleJob":
         return self._jobs.cancel(self.id)
@@ -322,7 +327,7 @@ class SampleJob(SampleJobFields):
         return self._jobs.events(self.id)
 
 
-def _wait(job: J, refresh: Callable[[], J], progress: "Progress[J]", timeout: float | None) -> J:
+def _wait(job: J, refresh: Refresh[J], progress: "Progress[J]", timeout: float | None) -> J:
     patience = Patience(timeout)
     with showing(progress, job) as show:
         show(job)

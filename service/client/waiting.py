@@ -1,7 +1,7 @@
 """Waiting for jobs: how long, how often to look, and what to show meanwhile."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
@@ -10,8 +10,10 @@ from service.client.errors import WaitTimeoutError
 from service.client.results import Job
 
 J = TypeVar("J", bound=Job)
-Progress: TypeAlias = bool | Callable[[J], None]  # a bar, nothing, or whatever the function shows
-SHORTEST, LONGEST = 0.1, 1.0  # seconds between looks
+Refresh: TypeAlias = Callable[[], J]
+AsyncRefresh: TypeAlias = Callable[[], Awaitable[J]]
+Progress: TypeAlias = bool | Callable[[J], None]  # True shows a bar. A function shows what it likes.
+MIN_POLL_SECONDS, MAX_POLL_SECONDS = 0.1, 1.0
 
 
 @dataclass
@@ -20,11 +22,11 @@ class Patience:
 
     timeout: float | None
     started: float = field(default_factory=time.monotonic)
-    pause: float = SHORTEST / 1.5
+    pause: float = MIN_POLL_SECONDS / 1.5
 
     def next_pause(self, job: Job) -> float:
         """Seconds until the next look. Raises: WaitTimeoutError."""
-        self.pause = min(LONGEST, self.pause * 1.5)
+        self.pause = min(MAX_POLL_SECONDS, self.pause * 1.5)
         if self.timeout is None:
             return self.pause
         left = self.started + self.timeout - time.monotonic()

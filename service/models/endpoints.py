@@ -12,29 +12,28 @@ from pydantic import ValidationError
 from sqlalchemy import select
 from starlette.datastructures import UploadFile
 
-from service.access.callers import Caller
-from service.access.needs import needs
-from service.api import JSON_TYPE, PRINTABLE, PageParams, PathId, check_fields, newest_first
-from service.errors import (
+from service.access.callers import MayWriteModels, needs
+from service.access.idempotency import GivenKey
+from service.http.errors import (
     ConflictError,
     InvalidError,
     NotFoundError,
     TooLargeError,
+    UnavailableError,
     UnsupportedMediaTypeError,
     error_responses,
 )
-from service.idempotency import GivenKey
+from service.http.fields import JSON_TYPE, PageParams, PathId, check_fields, newest_first
 from service.models import logic
 from service.models.schemas import BuiltinModelRequest, ModelOut, ModelPage
-from service.registry.keys import Scope
-from service.registry.tables import Model
-from service.state import State
+from service.registry.tables import Model, ModelRegistration
+from service.shared.fields import PRINTABLE
+from service.state import AppState, State
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
-Writer = Annotated[Caller, needs(Scope.MODELS_WRITE)]
 MULTIPART = "multipart/form-data"
-REGISTRATIONS = CapacityLimiter(2)  # at once, as each has its model in memory; others wait, in no thread's way
+UPLOADS = CapacityLimiter(2)  # Two archives are unpacked at once. Others wait without a thread.
 REQUEST_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -100,11 +99,11 @@ async def _parse(request: Request) -> tuple[BuiltinModelRequest | None, UploadFi
     openapi_extra=REQUEST_BODY,
     responses={
         200: {"model": ModelOut, "description": "The same content was registered before."},
-        **error_responses(UnsupportedMediaTypeError, TooLargeError, InvalidError, ConflictError),
+        **error_responses(UnsupportedMediaTypeError, TooLargeError, InvalidError, ConflictError, UnavailableError),
     },
 )
 async def register_model(
-    caller: Writer,  # before the body is read
+    caller: MayWriteModels,  # It comes first, so that the scope is checked before the body is read.
     parsed: Annotated[tuple[BuiltinModelRequest | None, UploadFile | None, str | None], Depends(_parse)],
     state: State,
     response: Response,
@@ -118,12 +117,25 @@ async def register_model(
         )
     else:
         assert archive is not None and name is not None
-        limit = 2 * state.settings.max_body_bytes
-        register = partial(logic.register_archive, state.registry, caller, state.artifacts, archive.file, name, limit)
-        model, created = await to_thread.run_sync(register, idempotency_key, limiter=REGISTRATIONS)
+        hand_in = partial(
+            logic.hand_in_archive, state.registry, caller, state.artifacts, archive.file, name, state.settings
+        )
+        handed_in = await to_thread.run_sync(hand_in, idempotency_key, limiter=UPLOADS)
+        model = await _described(state, handed_in.found)
+        created = handed_in.is_new and model.id == handed_in.found.id
+        if handed_in.once is not None:
+            await run_in_threadpool(logic.remember, state.registry, handed_in.once, model)
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/v1/models/{model.id}"
     return ModelOut.model_validate(model)
+
+
+async def _described(state: AppState, found: Model | ModelRegistration) -> Model:
+    """The model that a worker makes of a registration."""
+    if isinstance(found, Model):
+        return found
+    await run_in_threadpool(state.bus.announce_models)
+    return await logic.wait_for_model(state, found.id)
 
 
 @router.get("", operation_id="list_models", dependencies=[needs()], responses=error_responses(InvalidError))
@@ -147,6 +159,6 @@ def get_model(model_id: PathId, state: State) -> ModelOut:
     operation_id="delete_model",
     responses=error_responses(NotFoundError, ConflictError),
 )
-def delete_model(caller: Writer, model_id: PathId, state: State) -> None:
+def delete_model(caller: MayWriteModels, model_id: PathId, state: State) -> None:
     """Delete a model that no schedule and no job refers to."""
     logic.delete_model(state.registry, caller, state.artifacts, model_id)

@@ -1,1 +1,1 @@
-"""The SQL registry, shared by service and worker: tables and sessions. Imports neither of the two."""
+"""The SQL registry: tables, and the queries on them. API and workers share it, and it imports neither."""

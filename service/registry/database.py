@@ -15,20 +15,35 @@ from service.registry.tables import Model, RegistryChanges, Schedule, ScheduleAl
 if TYPE_CHECKING:
     from alembic.config import Config
 
-IDLE_SECONDS = 30  # that a transaction may do nothing
+MAX_IDLE_IN_TRANSACTION_SECONDS = 30
+LAST_COMMIT_WITH_OLDER_MIGRATIONS = "e4c2e61"
+
+
+class SchemaError(Exception):
+    """This version's migrations do not know the database's schema.
+
+    Attributes:
+        found: the database, its schema, and what is accepted.
+        mend: what may help.
+    """
+
+    def __init__(self, found: str, mend: str) -> None:
+        super().__init__(f"{found}; {mend}")
+        self.found = found
+        self.mend = mend
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether an error says that the database cannot be used at the moment, and nothing of what was asked."""
+    """Whether an error says that the database cannot be used at the moment. Errors of the query itself do not count."""
     if not isinstance(error, DBAPIError):
         return False
-    if getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:  # the schema is a wrong one
+    if getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:  # The query does not fit the schema.
         return False
     return isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
 
 
 class RegistrySession(Session):
-    """A session that notes whether it changed what others may remember."""
+    """A session that notes whether it changed models, schedules or aliases, which other processes cache."""
 
 
 @event.listens_for(RegistrySession, "after_flush")
@@ -63,19 +78,49 @@ class Registry:
         with RegistrySession(self._writing, expire_on_commit=False) as session, session.begin():
             yield session
             session.flush()
-            if session.info.get("changed"):  # last, as it holds up all others that change something
+            # The update comes last: the lock on its row makes all other such writers wait.
+            if session.info.get("changed"):
                 session.execute(update(RegistryChanges).values(number=RegistryChanges.number + 1))
 
     def upgrade(self) -> None:
-        """Bring the database to the newest migration, creating it if need be."""
+        """Bring the database to the newest migration, creating it if need be.
+
+        Raises: SchemaError, if its schema is not one of this version's; the database is left as it is.
+        """
         if self.is_sqlite and self.url.database:
             Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
-        from alembic import command  # here, as no other process need load it
+        from alembic import command  # Only migrations need Alembic, so other processes do not load it.
 
+        self.revisions()
         command.upgrade(alembic_config(self.url.render_as_string(hide_password=False)), "head")
+
+    def revisions(self) -> tuple[str | None, str | None]:
+        """The database's migration, None before the first, and the newest one.
+
+        Raises: SchemaError, if the database's migration is not one of this version's.
+        """
+        from alembic.runtime.migration import MigrationContext
+        from alembic.script import ScriptDirectory
+
+        with self.engine.connect() as connection:
+            current = MigrationContext.configure(connection).get_current_revision()
+        scripts = ScriptDirectory.from_config(alembic_config(self.url.render_as_string(hide_password=False)))
+        if current is not None and current not in {script.revision for script in scripts.walk_revisions()}:
+            raise _unknown_schema(self.url.render_as_string(), current, str(scripts.get_base()))
+        return current, scripts.get_current_head()
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+def _unknown_schema(database: str, current: str, oldest: str) -> SchemaError:
+    mend = (
+        f"run `timetuner db upgrade` of commit {LAST_COMMIT_WITH_OLDER_MIGRATIONS} on it first"
+        if current < oldest
+        else "a newer version of TimeTuner may have made it"
+    )
+    found = f"{database} has schema {current}; accepted: none yet, or one of this version's, from {oldest} on"
+    return SchemaError(found, mend)
 
 
 def alembic_config(database_url: str) -> "Config":
@@ -93,8 +138,8 @@ def _postgresql_engine(url: Any) -> Engine:
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _record: Any) -> None:
-        # A process that hangs in the middle of a transaction must not keep its locks from all others.
-        connection.execute(f"SET idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'")
+        # A process that hangs within a transaction must not keep its locks.
+        connection.execute(f"SET idle_in_transaction_session_timeout = '{MAX_IDLE_IN_TRANSACTION_SECONDS}s'")
         connection.commit()
 
     return engine
@@ -105,14 +150,15 @@ def _sqlite_engine(url: Any) -> Engine:
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # the driver would begin transactions by itself, and late
-        # 500 KiB of pages for each connection instead of 2 MiB: there are dozens, and the system keeps the file, too.
+        # The driver would begin transactions by itself, and too late.
+        connection.isolation_level = None
+        # A connection caches 500 KiB of pages, not 2 MiB: there are dozens, and the system caches the file, too.
         for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "cache_size=-500"):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")
     def begin(connection: Any) -> None:
-        # A writer takes the write lock at once: upgrading a read transaction can fail instead of waiting.
+        # A writer takes the write lock at once, because upgrading a read transaction can fail instead of waiting.
         connection.exec_driver_sql(connection.get_execution_options().get("sqlite_begin", "BEGIN"))
 
     return engine

@@ -1,7 +1,7 @@
-"""The life of a job, whatever its kind: submitted, published, claimed under a lease, finished or taken back.
+"""The life of a job of any kind: submitted, published, claimed under a lease, finished or taken back.
 
-The registry is the truth and the broker only a doorbell: a job is run by whoever claims it here, so a
-message that is lost, late or doubled does no harm. When a lease has run out is for the database's clock to say.
+The registry is the truth and the broker only a notification: the worker that claims a job here runs it, so a message
+that is lost, late or doubled does no harm. The database's clock decides when a lease has expired.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,20 @@ from typing import Any
 from sqlalchemy import ColumnElement, Float, Select, bindparam, case, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from service.registry.tables import FINAL_STATES, Job, JobState, SampleJob, TuningJob, TuningJobEvent, TuningTask
+from service.registry.tables import (
+    FINAL_STATES,
+    Job,
+    JobState,
+    ModelRegistration,
+    SampleJob,
+    TuningJob,
+    TuningJobEvent,
+    TuningTask,
+)
 from service.registry.types import FromNow, utc_now
 
-JOB_CLASSES: tuple[type[Job], ...] = (TuningJob, TuningTask, SampleJob)
-PUBLISHED_CLASSES: tuple[type[Job], ...] = (TuningJob, TuningTask)  # each job by a message of its own
+JOB_CLASSES: tuple[type[Job], ...] = (TuningJob, TuningTask, SampleJob, ModelRegistration)
+PUBLISHED_CLASSES: tuple[type[Job], ...] = (TuningJob, TuningTask)  # Each of these jobs has its own message.
 
 
 class LeaseLostError(Exception):
@@ -30,17 +39,13 @@ class Claim:
     job_class: type[Job]
     job_id: str
     fencing_token: int
-    request_id: str | None  # of the HTTP request that the job came by
+    request_id: str | None  # The id of the HTTP request that made the job.
 
 
 def add_event(session: Session, job: Job, type: str, **data: Any) -> None:
-    """Record an event of a tuning job; others keep none."""
+    """Record an event of a tuning job. Other kinds of jobs have no events."""
     if isinstance(job, TuningJob):
         session.add(TuningJobEvent(job_id=job.id, type=type, data=data))
-
-
-def count_queued(session: Session, job_class: type[Job]) -> int:
-    return session.scalar(select(func.count()).where(job_class.state == JobState.QUEUED)) or 0
 
 
 def claim(session: Session, job_class: type[Job], job_id: str, owner: str, lease_seconds: float) -> Claim | None:
@@ -59,7 +64,7 @@ def claim(session: Session, job_class: type[Job], job_id: str, owner: str, lease
 
 
 def claimed_by(job_class: type[Job], owner: Any, lease_seconds: Any, now: Any) -> dict[str, Any]:
-    """What claiming changes in a job's row: of values, or of parameters that stand for them."""
+    """The columns that claiming a job sets. The arguments are values, or bind parameters that stand for them."""
     return {
         "state": JobState.RUNNING,
         "attempt": job_class.attempt + 1,
@@ -94,7 +99,7 @@ def renew(session: Session, claim: Claim, lease_seconds: float) -> Job:
 
 
 def finish(session: Session, job: Job, state: JobState, error: str | None = None) -> None:
-    """Enter a final state; what is left of a job's tasks or parts is cancelled with it."""
+    """Enter a final state. Tasks or parts of the job that are not over are cancelled with it."""
     job.state = state
     job.error = error[:2000] if error else None
     job.finished_at = utc_now()
@@ -106,8 +111,10 @@ def finish(session: Session, job: Job, state: JobState, error: str | None = None
 
 
 def request_cancel(session: Session, job: Job) -> None:
-    """Cancel a queued job at once; tell a running one's worker, which looks at every renewal. With it go its tasks
-    or parts."""
+    """Cancel a queued job at once. A running job's worker sees the request when it renews its lease.
+
+    The job's tasks or parts are cancelled with it.
+    """
     if job.state in FINAL_STATES:
         return
     if job.state == JobState.QUEUED or (isinstance(job, SampleJob) and job.num_parts):
@@ -119,7 +126,7 @@ def request_cancel(session: Session, job: Job) -> None:
 
 
 def _cancel_children(session: Session, job: Job) -> None:
-    """Everybody who needs both locks the job first and then its children, by id: so nobody waits in a circle."""
+    """Cancel a job's tasks or parts. All code locks the job first and its children by id, which prevents deadlocks."""
     children: Select[TuningTask] | Select[SampleJob]
     if isinstance(job, TuningJob):
         children = select(TuningTask).where(TuningTask.job_id == job.id, TuningTask.state.not_in(FINAL_STATES))
@@ -135,7 +142,7 @@ def _cancel_children(session: Session, job: Job) -> None:
 
 
 def hand_back(session: Session, job: Job) -> None:
-    """Queue a job again that its worker cannot run to its end; that was no attempt."""
+    """Queue a job again that its worker cannot run to its end. The attempt does not count."""
     job.attempt -= 1
     if job.cancel_requested:
         finish(session, job, JobState.CANCELLED)
@@ -144,12 +151,13 @@ def hand_back(session: Session, job: Job) -> None:
 
 
 def unpublish(session: Session, job_class: type[Job], job_id: str) -> None:
-    """Have the broker told of a job again, if it is still queued: whoever heard of it will not run it."""
+    """Have a queued job published again, because the worker that got its message will not run it."""
     queued = job_class.state == JobState.QUEUED
     session.execute(update(job_class).where(job_class.id == job_id, queued).values(published_at=None))
 
 
-@cache  # these are asked several times a second, and making a statement takes longer than running it
+# Statements are cached: dispatchers run these several times a second, and making one takes longer than running it.
+@cache
 def _expired(job_class: type[Job]) -> Select[Any]:
     return select(job_class).where(_is_expired(job_class)).with_for_update(skip_locked=True)
 
@@ -163,8 +171,10 @@ def _unpublished(job_class: type[Job]) -> Select[Any]:
 
 
 def take_back_expired(session: Session, job_class: type[Job], max_attempts: int) -> list[Job]:
-    """Queue again the jobs whose workers fell silent; those that are over now: cancelled meanwhile, or failed because
-    too many workers were lost over them without getting on."""
+    """Queue the jobs again whose leases expired. Returns those that are over instead.
+
+    A job is over if it was cancelled meanwhile, or if it has lost `max_attempts` workers since it last made progress.
+    """
     jobs = session.scalars(_expired(job_class)).all()
     for job in jobs:
         job.losses += 1
@@ -186,9 +196,9 @@ def _requeue(session: Session, job: Job) -> None:
 
 
 def add_tasks(session: Session, job: TuningJob, step_indices: list[int]) -> list[str]:
-    """Have each of these steps tuned as a task of its own, unless it was asked before; all the job's tasks, by step.
+    """Add a task for each of these steps that has none. Returns the ids of all the job's tasks, by step.
 
-    For whoever holds the job's lock: then no task is made twice, and none for a job that is over.
+    The caller holds the lock on the job's row, so no task is made twice, and none for a job that is over.
     """
     of_the_job = select(TuningTask).where(TuningTask.job_id == job.id).order_by(TuningTask.step_index)
     there = {task.step_index for task in session.scalars(of_the_job)}
@@ -198,7 +208,7 @@ def add_tasks(session: Session, job: TuningJob, step_indices: list[int]) -> list
 
 
 def unpublished(session: Session, job_class: type[Job], published_before: timedelta, limit: int = 100) -> list[str]:
-    """Queued jobs the broker was never told of, or was told so long ago that it may have forgotten."""
+    """Queued jobs that were never published, or so long ago that the message may have been lost."""
     parameters = {"seconds": -published_before.total_seconds(), "most": limit}
     return list(session.scalars(_unpublished(job_class), parameters))
 
@@ -207,3 +217,8 @@ def mark_published(session: Session, job_class: type[Job], job_ids: list[str]) -
     named = job_class.id.in_(job_ids)
     session.execute(select(job_class.id).where(named).order_by(job_class.id).with_for_update())
     session.execute(update(job_class).where(named).values(published_at=FromNow()))
+
+
+def count_queued(session: Session, job_class: type[Job]) -> int:
+    """The number of jobs that wait for a worker."""
+    return session.scalar(select(func.count()).where(job_class.state == JobState.QUEUED)) or 0

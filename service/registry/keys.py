@@ -1,7 +1,7 @@
-"""API keys: their text, what the registry keeps of it, and what they have used.
+"""API keys: their text, the part of it that the registry stores, and what they have used.
 
-A key's text is `tt_<prefix>_<secret>`; the row is found by the prefix, and has but a hash of the secret. That is a
-plain SHA-256: a slow hash protects what people choose and others may guess, while nobody can try 256 random bits.
+A key's text is `tt_<prefix>_<secret>`. The row is found by the prefix and holds only a hash of the secret. The hash is
+a plain SHA-256: slow hashes protect passwords that can be guessed, and nobody can guess 256 random bits.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ from service.registry.tables import ApiKey, AuditEntry
 from service.registry.types import utc_now
 
 KEY_TEXT = re.compile(r"tt_([0-9a-f]{12})_([0-9a-f]{64})", re.ASCII)
-USED_SECONDS = 60.0  # how exact `last_used_at` is
-CLI = "cli"  # who acts by the `timetuner` command, in the audit log
+LAST_USED_RESOLUTION_SECONDS = 60.0
+CLI_ACTOR = "cli"  # The audit log names the `timetuner` command so.
 
 
 class Scope(StrEnum):
-    """What a key may do beyond reading models, schedules and its own jobs. `admin` may do everything."""
+    """A permission beyond reading models, schedules and the key's own jobs. `admin` may do everything."""
 
     SAMPLE = "sample"
     TUNE = "tune"
@@ -39,7 +39,7 @@ def create_key(
     requests_per_minute: int | None = None,
     pixel_steps_per_day: int | None = None,
 ) -> tuple[ApiKey, str]:
-    """A new key and its text, which cannot be had again."""
+    """Make a key. Returns its row, and its text, which is not stored and cannot be read again."""
     prefix, secret = secrets.token_hex(6), secrets.token_hex(32)
     key = ApiKey(
         name=name,
@@ -52,16 +52,16 @@ def create_key(
     )
     session.add(key)
     session.flush()
-    session.add(AuditEntry(actor=CLI, action="create_key", object=key.id, outcome="done"))
+    session.add(AuditEntry(actor=CLI_ACTOR, action="create_key", object=key.id, outcome="done"))
     return key, f"tt_{prefix}_{secret}"
 
 
 def revoke_key(session: Session, key_id: str) -> ApiKey | None:
-    """Make a key worthless; None if there is none of this id. One that was revoked before stays as it is."""
+    """Revoke a key; None if there is no such key. A key that was revoked before is left unchanged."""
     key = session.get(ApiKey, key_id)
     if key is not None and key.revoked_at is None:
         key.revoked_at = utc_now()
-        session.add(AuditEntry(actor=CLI, action="revoke_key", object=key.id, outcome="done"))
+        session.add(AuditEntry(actor=CLI_ACTOR, action="revoke_key", object=key.id, outcome="done"))
     return key
 
 
@@ -75,7 +75,7 @@ def find_key(session: Session, prefix: str) -> ApiKey | None:
 
 
 def any_key(session: Session) -> bool:
-    """Whether there is any key, be it worthless by now."""
+    """Whether there is any key. Revoked and expired keys count."""
     return bool(session.scalar(select(exists(select(ApiKey.id)))))
 
 
@@ -88,10 +88,10 @@ def note_use(session: Session, key_id: str, now: datetime) -> None:
 
 
 def charge(session: Session, key_id: str, costs: Sequence[int]) -> list[int | None]:
-    """Count costs against a key's daily quota, each that fits: None; of others, how much was left.
+    """Count costs against a key's daily quota. Gives None for each cost that fits, and what was left for the others.
 
-    The key's row stays locked until the transaction ends, so that requests at the same time cannot exceed the quota
-    together. Whoever charges several keys in one transaction goes by their ids, so that nobody waits in a circle.
+    The key's row stays locked until the transaction ends, so that simultaneous requests cannot exceed the quota
+    together. A transaction that charges several keys goes by their ids, which prevents deadlocks.
     """
     key = session.get_one(ApiKey, key_id, with_for_update={"key_share": True}, populate_existing=True)
     today = utc_now().date()

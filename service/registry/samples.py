@@ -1,4 +1,4 @@
-"""Sampling jobs: taken by workers many at a time, finished many at a time, joined where they are parts of one."""
+"""Sampling jobs: workers claim and finish many at a time, and parts of a large request are joined."""
 
 import itertools
 from collections.abc import Callable, Collection, Sequence
@@ -14,14 +14,14 @@ from service.registry.jobs import Claim, claimed_by, finish, hand_back
 from service.registry.tables import FINAL_STATES, JobState, RegistryChanges, SampleJob
 from service.registry.types import FromNow, first_id, utc_now
 
-PATIENCE_SECONDS = 1.0  # how long jobs of models that a worker holds may go before those of others
+# Jobs of models that a worker has loaded go before others, until one of the others has waited this long.
+PATIENCE_SECONDS = 1.0
 LATE = "dropped: no worker was free before its deadline"
 
 
 @dataclass(frozen=True)
 class SampleClaim(Claim):
-    """A claim, and the job as it was claimed: a row with its columns, as making an object of it takes longer than the
-    query."""
+    """A claim, and the row of the claimed job. It is a plain row: an ORM object takes longer to make than the query."""
 
     job: SampleJob
     claimed_at: datetime = field(default_factory=utc_now)
@@ -29,7 +29,11 @@ class SampleClaim(Claim):
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job ended, as far as whoever waits for it wants to know."""
+    """How a job ended: what a request that waits for it needs to know.
+
+    Attributes:
+        num_images: images that no worker needs to make any more.
+    """
 
     job_id: str
     state: JobState
@@ -37,13 +41,13 @@ class Ended:
     artifact_row: int = 0
     error: str | None = None
     parent_id: str | None = None
-    num_images: int = 0  # that no worker need make any more
+    num_images: int = 0
 
 
 def ended(
     job: SampleJob, state: JobState, artifact: str | None = None, row: int = 0, error: str | None = None
 ) -> Ended:
-    """How a job that no other waits for ended."""
+    """The end of a job. The images of a request that was split are counted with its parts."""
     return Ended(job.id, state, artifact, row, error, job.parent_id, 0 if job.num_parts else job.num_images)
 
 
@@ -56,7 +60,7 @@ def _next_jobs(*order: Any) -> Select[Any]:
     return ordered.with_for_update(skip_locked=True)
 
 
-# Made once: a worker claims before every few steps, and making a statement takes longer than running it.
+# Statements are made once: a worker claims every few steps, and making a statement takes longer than running it.
 _NEXT = _next_jobs()
 _HELD = SampleJob.model_id.in_(bindparam("models", expanding=True))
 _NEXT_BY_MODEL = _next_jobs(case((_HELD, 0), (SampleJob.created_at < bindparam("impatient_since"), 0), else_=1))
@@ -69,7 +73,7 @@ _CLAIM = (
 
 
 def add_samples(session: Session, jobs: Sequence[SampleJob]) -> None:
-    """Store jobs made by hand, as rows: as objects of the session they would take longer."""
+    """Store new jobs with one Core insert, which is faster than the ORM's."""
     if not jobs:
         return
     for job, column in itertools.product(jobs, _ROWS.columns):
@@ -83,11 +87,13 @@ def add_samples(session: Session, jobs: Sequence[SampleJob]) -> None:
 def claim_samples(
     session: Session, owner: str, lease_seconds: float, room: int, models: Collection[str], only_these: bool
 ) -> tuple[list[SampleClaim], list[Ended], bool]:
-    """Take the jobs to be run next, as many as make up to `room` images together; and those too late to be run; and
-    whether there may be more.
+    """Claim the next jobs, up to `room` images together.
 
-    Jobs come by priority and age. Those of `models`, which the worker holds, go first, until another has waited for
-    `PATIENCE_SECONDS`; with `only_these`, the first of another model ends the search.
+    Jobs come by priority and age. Jobs of `models`, which the worker has loaded, go first, until another has waited for
+    `PATIENCE_SECONDS`. With `only_these`, the first job of another model ends the search.
+
+    Returns:
+        The claims, the ends of jobs whose deadline has passed, and whether there may be more jobs.
     """
     now, most = utc_now(), max(room, 1)
     parameters: dict[str, Any] = {"most": most}
@@ -96,7 +102,7 @@ def claim_samples(
     candidates: Any = session.connection().execute(_NEXT_BY_MODEL if models else _NEXT, parameters).all()
     allowed = set(models)
     taken: list[SampleJob] = []
-    late: list[SampleJob] = []  # as objects
+    late: list[SampleJob] = []
     for job in candidates:
         if job.deadline_at is not None and job.deadline_at < now:
             late.append(session.get_one(SampleJob, job.id))
@@ -104,7 +110,7 @@ def claim_samples(
             break
         else:
             if job.model_id not in allowed:
-                allowed = {job.model_id}  # a worker that loads one may have to give up those it has
+                allowed = {job.model_id}  # Loading this model may drop the loaded ones.
             taken.append(job)
             room -= job.num_images
     for job in late:
@@ -118,19 +124,19 @@ def claim_samples(
 
 
 def renew_samples(session: Session, claims: Collection[SampleClaim], lease_seconds: float) -> tuple[set[str], set[str]]:
-    """Extend the leases; the ids of jobs that are no longer ours, and of those to be cancelled."""
+    """Extend the leases. Returns the ids of jobs that other workers have claimed, and of jobs to be cancelled."""
     rows = _locked(session, claims)
-    ours = {claim.job_id for claim in claims if _is_ours(claim, rows)}
+    held = {claim.job_id for claim in claims if _is_held(claim, rows)}
     end = FromNow(lease_seconds)
-    session.execute(update(SampleJob).where(SampleJob.id.in_(ours)).values(lease_expires_at=end))
-    return {claim.job_id for claim in claims} - ours, {job_id for job_id in ours if rows[job_id].cancel_requested}
+    session.execute(update(SampleJob).where(SampleJob.id.in_(held)).values(lease_expires_at=end))
+    return {claim.job_id for claim in claims} - held, {job_id for job_id in held if rows[job_id].cancel_requested}
 
 
 def hand_back_samples(session: Session, claims: Collection[SampleClaim]) -> None:
-    """Queue those jobs again that are still ours: their worker stops before they are done."""
+    """Queue jobs again whose worker stops before they are done. Jobs that another worker has claimed are skipped."""
     rows = _locked(session, claims)
     for claim in claims:
-        if _is_ours(claim, rows):
+        if _is_held(claim, rows):
             hand_back(session, session.get_one(SampleJob, claim.job_id, populate_existing=True))
 
 
@@ -155,15 +161,15 @@ _END = (
 
 
 def finish_samples(session: Session, ends: Sequence[tuple[SampleClaim, Ended]]) -> list[Ended]:
-    """Enter the final state of each job that is still ours; those."""
+    """Enter the final state of each job whose claim still holds. Returns the ends that were entered."""
     if not ends:
         return []
-    ends = sorted(ends, key=lambda end: end[0].job_id)  # the order in which everybody locks
+    ends = sorted(ends, key=lambda end: end[0].job_id)  # All code locks jobs by id, which prevents deadlocks.
     entered = session.connection().execute(_END, [_end_values(claim, ended) for claim, ended in ends]).rowcount
     if entered == len(ends):
         return [ended for _, ended in ends]
-    rows = _locked(session, [claim for claim, _ in ends])  # as the update left them
-    return [ended for claim, ended in ends if _is_ours(claim, rows, ended.state)]
+    rows = _locked(session, [claim for claim, _ in ends])
+    return [ended for claim, ended in ends if _is_held(claim, rows, ended.state)]
 
 
 def _end_values(claim: SampleClaim, ended: Ended) -> dict[str, object]:
@@ -174,10 +180,10 @@ def _end_values(claim: SampleClaim, ended: Ended) -> dict[str, object]:
 
 
 def join_parts(session: Session, parent_id: str, join: Callable[[list[tuple[str, int, int]]], str]) -> Ended | None:
-    """Bring a request that was split up to date with its parts; how it ended, if it is over by that.
+    """Update a request that was split from the states of its parts. Returns its end if it is over.
 
     Args:
-        join: makes one file of the parts' images: of files, each with the first row and the number of rows.
+        join: makes one file of the parts' images, given (file, first row, number of rows) of each part.
     """
     parent = session.get_one(SampleJob, parent_id, with_for_update=True, populate_existing=True)
     if parent.state in FINAL_STATES:
@@ -199,7 +205,7 @@ def join_parts(session: Session, parent_id: str, join: Callable[[list[tuple[str,
     return ended(parent, parent.state, parent.artifact, error=parent.error)
 
 
-@cache  # made when a dispatcher first asks; nobody else does
+@cache  # Only dispatchers need this statement, so it is made when it is first used.
 def _forgotten_parents() -> Select[Any]:
     part = aliased(SampleJob)
     parts = select(part.id).where(part.parent_id == SampleJob.id)
@@ -214,17 +220,17 @@ _WAITING = select(exists().where(SampleJob.state == JobState.QUEUED, SampleJob.n
 
 
 def forgotten_parents(session: Session) -> list[str]:
-    """Requests that are not over although a part failed, or all are: whoever ended these did not live to say so."""
+    """Open requests of which a part failed or all parts are over: their worker died before it joined them."""
     return list(session.scalars(_forgotten_parents()))
 
 
 def samples_wait(session: Session) -> bool:
-    """Whether a job is queued."""
+    """Whether any sampling job is queued for a worker."""
     return bool(session.scalar(_WAITING))
 
 
 def models_sampled_last(session: Session, count: int) -> list[tuple[str, dict[str, Any]]]:
-    """The models of the last samples, the newest first, each with its last request."""
+    """The models that were sampled last, newest first, each with its last request as stored."""
     jobs = session.scalars(select(SampleJob).order_by(SampleJob.id.desc()).limit(1000))
     requests: dict[str, dict[str, Any]] = {}
     for job in jobs:
@@ -233,14 +239,14 @@ def models_sampled_last(session: Session, count: int) -> list[tuple[str, dict[st
 
 
 def delete_old_samples(session: Session, before: datetime, limit: int) -> int:
-    """Delete requests that were over by then, with their parts, up to so many rows; how many. Their files stay."""
+    """Delete up to `limit` rows of requests that ended before a time, and their parts. Returns the number of rows."""
     whole, part = aliased(SampleJob), aliased(SampleJob)
     over = whole.state.in_(FINAL_STATES), whole.finished_at < before, whole.parent_id.is_(None)
-    # Ids are in the order of time: those to be deleted come first.
+    # Ids rise with time, so the oldest rows come first.
     old = select(whole.id).where(whole.id < first_id("smp", before), *over).order_by(whole.id).limit(limit)
     ids = list(session.scalars(old))
     parts = session.scalars(select(part.id).where(part.parent_id.in_(ids), part.state.in_(FINAL_STATES)).limit(limit))
-    deleted = [*parts] or ids  # parts first, as they refer to the whole
+    deleted = [*parts] or ids  # Parts go first, as they refer to the whole.
     session.execute(
         delete(SampleJob).where(SampleJob.id.in_(deleted)), execution_options={"synchronize_session": False}
     )
@@ -248,7 +254,7 @@ def delete_old_samples(session: Session, before: datetime, limit: int) -> int:
 
 
 def unreferenced(session: Session, artifacts: Collection[str]) -> set[str]:
-    """Those files that no sample job refers to."""
+    """The files among `artifacts` that no sampling job refers to."""
     there = select(SampleJob.artifact).where(SampleJob.artifact.in_(artifacts)).distinct()
     return set(artifacts) - set(session.scalars(there))
 
@@ -274,7 +280,7 @@ def _locked(session: Session, claims: Collection[SampleClaim]) -> dict[str, Row[
     return {row.id: row for row in rows}
 
 
-def _is_ours(
+def _is_held(
     claim: SampleClaim, rows: dict[str, Row[str, JobState, int, bool]], state: JobState = JobState.RUNNING
 ) -> bool:
     row = rows.get(claim.job_id)

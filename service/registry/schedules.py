@@ -10,9 +10,9 @@ from service.registry.tables import Model, Schedule, ScheduleVersion
 
 
 def next_version(session: Session, key: Mapping[str, Any]) -> int:
-    """One more than the newest version that a setting, given as the columns of `Schedule.KEY`, ever had.
+    """The next version of a setting, which is given as the columns of `Schedule.KEY`. No version is given twice.
 
-    The model's row stays locked until the transaction ends, so that two writers cannot get the same.
+    The model's row stays locked until the transaction ends, so that two writers cannot get the same version.
     """
     session.get_one(Model, key["model_id"], with_for_update={"key_share": True})
     stored = session.scalar(select(func.max(Schedule.version)).filter_by(**key)) or 0

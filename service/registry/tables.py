@@ -26,7 +26,7 @@ FINAL_STATES = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 
 
 class ScheduleStatus(StrEnum):
-    """Whether a schedule beat, on held-out noise, the untuned one it would replace; imported: nobody measured."""
+    """Whether a schedule beat the untuned one on held-out noise. Imported schedules were not measured."""
 
     ACCEPTED = "accepted"
     REJECTED = "rejected"
@@ -66,11 +66,16 @@ class Model(Base):
 
 
 class Job(Base):
-    """What every job has: its request, its state, and the lease of the worker that runs it.
+    """The columns of every kind of job: its request, its state, and the lease of the worker that runs it.
 
-    A worker owns a job while `fencing_token` is the one it got by claiming it, and must renew
-    `lease_expires_at`, a time of the database's clock; whoever lost the lease can write nothing more.
-    `published_at`, of the same clock, is null while the broker has yet to be told: the job row is its own outbox.
+    A worker owns a job while `fencing_token` is the one it got by claiming it, and renews `lease_expires_at`, a time of
+    the database's clock. A worker that lost the lease can write nothing more. `published_at`, of the same clock, is
+    null until the broker has a message of the job: the job's row is its own outbox.
+
+    Attributes:
+        progress: 0 to 1.
+        request_id: the id of the HTTP request that made the job.
+        losses: workers that were lost while running the job, since it last made progress.
     """
 
     __abstract__ = True
@@ -78,11 +83,11 @@ class Job(Base):
     id: Mapped[str] = mapped_column(primary_key=True)
     state: Mapped[JobState] = mapped_column(String(16), default=JobState.QUEUED)
     request: Mapped[dict[str, Any]]
-    progress: Mapped[float] = mapped_column(default=0.0)  # 0..1
+    progress: Mapped[float] = mapped_column(default=0.0)
     error: Mapped[str | None] = mapped_column(String(2000))
-    request_id: Mapped[str | None] = mapped_column(String(64))  # of the HTTP request it came by
+    request_id: Mapped[str | None] = mapped_column(String(64))
     attempt: Mapped[int] = mapped_column(default=0)
-    losses: Mapped[int] = mapped_column(default=0)  # of workers that fell silent over it, since it last got on
+    losses: Mapped[int] = mapped_column(default=0)
     fencing_token: Mapped[int] = mapped_column(default=0)
     lease_owner: Mapped[str | None]
     lease_expires_at: Mapped[datetime | None]
@@ -102,14 +107,14 @@ class TuningJob(Job):
     )
 
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("job"))
-    owner: Mapped[str | None]  # the API key that asked; null: none was needed
+    owner: Mapped[str | None]  # The API key that asked, or null if none was needed.
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
-    # Written by processes of the release before `idempotency_keys`, for as long as it takes to replace them.
+    # Processes of the release before `idempotency_keys` write these two columns while an upgrade replaces them.
     idempotency_key: Mapped[str | None] = mapped_column(unique=True)
     request_hash: Mapped[str | None]
-    network_calls: Mapped[int] = mapped_column(BigInteger, default=0)  # so far, over all attempts and workers
-    tuning_seconds: Mapped[float] = mapped_column(default=0.0)  # likewise
-    timesteps: Mapped[list[float] | None] = mapped_column(JSON)  # the grid so far, as tuners may move it
+    network_calls: Mapped[int] = mapped_column(BigInteger, default=0)  # The sum over all attempts and workers.
+    tuning_seconds: Mapped[float] = mapped_column(default=0.0)  # The sum over all attempts and workers.
+    timesteps: Mapped[list[float] | None] = mapped_column(JSON)  # The grid so far: tuners may move it.
 
     steps: Mapped[list["TuningJobStep"]] = relationship(order_by="TuningJobStep.step_index")
     schedule: Mapped["Schedule | None"] = relationship(back_populates="job")
@@ -129,16 +134,16 @@ class TuningJobStep(Base):
     step_index: Mapped[int] = mapped_column(primary_key=True)
     t_ratio: Mapped[float]
     iterations: Mapped[int]
-    memory: Mapped[list[float]]  # the optimiser's
+    memory: Mapped[list[float]]  # The optimiser's state.
     loss: Mapped[float | None]
     initial_loss: Mapped[float | None]
     done: Mapped[bool]
 
 
 class TuningTask(Job):
-    """One step of a tuning job whose steps do not depend on each other, for any worker to tune.
+    """One step of a tuning job whose steps are independent. Any worker may tune it.
 
-    None is left to run once the job is over.
+    A job that is over has no task left to run.
     """
 
     __tablename__ = "tuning_tasks"
@@ -161,7 +166,7 @@ class TuningJobEvent(Base):
 
 
 def _list_indexes(table: str, listed_by: Iterable[tuple[str, ...]], filters: tuple[str, ...]) -> list[Index]:
-    """Rows by id under each of `listed_by`; the other filters come along, so that a scan need not look at the rows."""
+    """Indexes that order rows by id for each of `listed_by`. They hold the other filters, too: a scan reads no rows."""
 
     def index(first: tuple[str, ...]) -> Index:
         name = "_".join(("ix", table, *first, "id"))
@@ -171,7 +176,7 @@ def _list_indexes(table: str, listed_by: Iterable[tuple[str, ...]], filters: tup
 
 
 class OfSetting:
-    """The setting that a schedule is for, by which it is found."""
+    """The columns of the setting that a schedule is for."""
 
     KEY = (
         "model_id",
@@ -191,8 +196,10 @@ class OfSetting:
     guidance_type: Mapped[str]
     guidance_scale: Mapped[Decimal]
     guidance_rescale: Mapped[Decimal] = mapped_column(default=Decimal(0))
-    guidance_start: Mapped[Decimal] = mapped_column(default=Decimal(0))  # guidance at times from here ...
-    guidance_end: Mapped[Decimal] = mapped_column(default=Decimal(1000))  # ... to here
+    guidance_start: Mapped[Decimal] = mapped_column(
+        default=Decimal(0)
+    )  # Guidance applies at times from here to `guidance_end`.
+    guidance_end: Mapped[Decimal] = mapped_column(default=Decimal(1000))
     eta: Mapped[Decimal]
 
 
@@ -204,7 +211,8 @@ class Schedule(OfSetting, Base):
     """
 
     __tablename__ = "schedules"
-    LISTED_BY = (("model_id", "num_steps"), ("model_id",), ())  # filters that lists are indexed by, the narrowest first
+    # Lists are indexed by these sets of filters, the narrowest first.
+    LISTED_BY = (("model_id", "num_steps"), ("model_id",), ())
     __table_args__ = (
         UniqueConstraint(*OfSetting.KEY, "version", name="uq_schedules_version"),
         Index("ix_schedules_resolve", *OfSetting.KEY, "status", "score", "id"),
@@ -218,15 +226,15 @@ class Schedule(OfSetting, Base):
     score: Mapped[float | None]
     timesteps: Mapped[list[float]]
     t_ratios: Mapped[list[float]]
-    provenance: Mapped[dict[str, Any]]  # objective, optimiser, data, seed, code version
+    provenance: Mapped[dict[str, Any]]  # {tuner: {objective, ...}, seed, timetuner}
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
     job: Mapped["TuningJob | None"] = relationship(back_populates="schedule")
-    evaluation: Mapped["Evaluation | None"] = relationship(back_populates="schedule", cascade="all, delete-orphan")
+    evaluation: Mapped["EvaluationRow | None"] = relationship(back_populates="schedule", cascade="all, delete-orphan")
 
 
 class ScheduleVersion(OfSetting, Base):
-    """The newest version that a setting ever had: that of a schedule which was deleted is not given to another."""
+    """The newest version that a setting ever had. Deleted schedules keep their versions, which are not given again."""
 
     __tablename__ = "schedule_versions"
     __table_args__ = (UniqueConstraint(*OfSetting.KEY, name="uq_schedule_versions_setting"),)
@@ -244,8 +252,15 @@ class ScheduleAlias(Base):
     schedule_id: Mapped[str] = mapped_column(ForeignKey("schedules.id"), index=True)
 
 
-class Evaluation(Base):
-    """A schedule against its untuned twin, on the same held-out noise."""
+class EvaluationRow(Base):
+    """The evaluation of a schedule against untuned sampling, on the same held-out noise.
+
+    Attributes:
+        teacher_l2_change_low: lower end of the 95 % interval of the paired difference, after - before.
+        reason: why the schedule was accepted or rejected.
+        wall_time_seconds: time of tuning, without the evaluation.
+        network_calls: samples put through the network while tuning.
+    """
 
     __tablename__ = "evaluations"
 
@@ -255,14 +270,14 @@ class Evaluation(Base):
     seed: Mapped[int]
     teacher_l2_before: Mapped[float]
     teacher_l2_after: Mapped[float]
-    teacher_l2_change_low: Mapped[float]  # 95 % interval of the paired difference, after - before
+    teacher_l2_change_low: Mapped[float]
     teacher_l2_change_high: Mapped[float]
     frechet_before: Mapped[float | None]
     frechet_after: Mapped[float | None]
     metrics: Mapped[dict[str, Any]] = mapped_column(default=dict)  # {name: {before, after, change, low, high}}
-    reason: Mapped[str | None] = mapped_column(String(2000))  # why the schedule was accepted or rejected
-    wall_time_seconds: Mapped[float]  # of tuning, evaluation not counted
-    network_calls: Mapped[int] = mapped_column(BigInteger)  # samples through the network while tuning
+    reason: Mapped[str | None] = mapped_column(String(2000))
+    wall_time_seconds: Mapped[float]
+    network_calls: Mapped[int] = mapped_column(BigInteger)
 
     schedule: Mapped["Schedule"] = relationship(back_populates="evaluation")
 
@@ -270,34 +285,63 @@ class Evaluation(Base):
 class SampleJob(Job):
     """A request for samples, or a part of one.
 
-    A request for more images than a worker holds at once is split into parts, jobs of their own with a `parent_id`;
-    its own row has `num_parts` and no worker takes it. `published_at` stays null: a bell tells workers that there
-    is something to do, not what.
+    A request for more images than a worker samples at once is split into parts, which are jobs with a `parent_id`. Its
+    own row has `num_parts`, and no worker takes it. `published_at` stays null, because sampling jobs have no messages:
+    workers are told that there is work, not which.
+
+    Attributes:
+        owner: the API key that asked, or null if none was needed.
+        request_hash: a hash of all that decides the images.
+        priority: jobs of the lowest number go first.
+        deadline_at: a job that has not begun by then is dropped.
+        first_image: the number of a part's first image in its parent.
+        artifact: a .npy file, which may hold images of other jobs, too.
+        artifact_row: the row of the job's first image in the file.
+        traceparent: the W3C trace context of the request.
     """
 
     __tablename__ = "sample_jobs"
     __table_args__ = (Index(None, "state", "priority", "id"),)
 
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("smp"))
-    owner: Mapped[str | None]  # the API key that asked; null: none was needed
+    owner: Mapped[str | None]  # The API key that asked, or null if none was needed.
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
     schedule_id: Mapped[str | None] = mapped_column(ForeignKey("schedules.id"), index=True)
-    request_hash: Mapped[str] = mapped_column(index=True)  # of all that decides the images
+    request_hash: Mapped[str] = mapped_column(index=True)
     num_images: Mapped[int]
-    priority: Mapped[int] = mapped_column(default=0)  # lowest first
-    deadline_at: Mapped[datetime | None]  # not begun by then, it is dropped
+    priority: Mapped[int] = mapped_column(default=0)
+    deadline_at: Mapped[datetime | None]
     parent_id: Mapped[str | None] = mapped_column(ForeignKey("sample_jobs.id"), index=True)
-    first_image: Mapped[int] = mapped_column(default=0)  # of the parent's that this part makes
+    first_image: Mapped[int] = mapped_column(default=0)
     num_parts: Mapped[int] = mapped_column(default=0)
-    traceparent: Mapped[str | None]  # W3C trace context of the request
-    artifact: Mapped[str | None] = mapped_column(index=True)  # a .npy file, which may hold other jobs' images too ...
-    artifact_row: Mapped[int] = mapped_column(default=0)  # ... ours from this one on
+    traceparent: Mapped[str | None]
+    artifact: Mapped[str | None] = mapped_column(index=True)
+    artifact_row: Mapped[int] = mapped_column(default=0)
+
+
+class ModelRegistration(Job):
+    """A model that was handed in, until a worker has loaded and described it.
+
+    The model gets this row's id, unless its content is that of a registered model. `request` is empty, and
+    `published_at` stays null: a bell tells workers that there is something to do, not what.
+    """
+
+    __tablename__ = "model_registrations"
+    __table_args__ = (Index(None, "state"),)
+
+    id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("mdl"))
+    owner: Mapped[str | None]  # the API key that asked; null: none was needed
+    name: Mapped[str]
+    content_hash: Mapped[str] = mapped_column(index=True)
+    artifact: Mapped[str]  # the folder of its files
+    model_id: Mapped[str | None]  # the model it became, or that has the same content; not a foreign key: it may go
+    refused_field: Mapped[str | None]  # what `error` is about, if the model cannot be used; null of other errors
 
 
 class Webhook(Base):
-    """Where a job's end is to be told: made with the job, due when that is over. An entry of an outbox.
+    """An entry of the outbox of webhooks. It is made with its job and due when the job is over.
 
-    `next_attempt_at` is null when it was delivered or given up.
+    `next_attempt_at` is null when the webhook was delivered or given up. `error` is that of the last attempt.
     """
 
     __tablename__ = "webhooks"
@@ -306,15 +350,15 @@ class Webhook(Base):
     tuning_job_id: Mapped[str | None] = mapped_column(ForeignKey("tuning_jobs.id", ondelete="CASCADE"), index=True)
     sample_job_id: Mapped[str | None] = mapped_column(ForeignKey("sample_jobs.id", ondelete="CASCADE"), index=True)
     url: Mapped[str] = mapped_column(String(2000))
-    attempt: Mapped[int] = mapped_column(default=0)  # how many were made
+    attempt: Mapped[int] = mapped_column(default=0)  # The number of attempts so far.
     next_attempt_at: Mapped[datetime | None] = mapped_column(default=utc_now, index=True)
     delivered_at: Mapped[datetime | None]
-    error: Mapped[str | None] = mapped_column(String(2000))  # of the last attempt, if it was given up
+    error: Mapped[str | None] = mapped_column(String(2000))
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
 
 class RegistryChanges(Base):
-    """How often models, schedules and aliases have changed: whoever remembers any can tell whether they still hold."""
+    """How often models, schedules and aliases have changed. Processes that cache them compare the number."""
 
     __tablename__ = "registry_changes"
 
@@ -323,48 +367,56 @@ class RegistryChanges(Base):
 
 
 class IdempotencyKey(Base):
-    """A request that was done, so that it is not done again: see `service.idempotency`."""
+    """A request that was done and must not be done again: see `service.access.idempotency`."""
 
     __tablename__ = "idempotency_keys"
 
-    key: Mapped[str] = mapped_column(primary_key=True)  # a hash of whose it is, of what, and of its text
+    key: Mapped[str] = mapped_column(primary_key=True)  # A hash of the caller, the operation and the key's text.
     request_hash: Mapped[str]
-    object_id: Mapped[str]  # of what the request made
+    object_id: Mapped[str]  # The id of the row that the request made.
     created_at: Mapped[datetime] = mapped_column(default=utc_now, index=True)
 
 
 class ApiKey(Base):
-    """Who may use the API, and how much. None is ever deleted: jobs and the audit log name it.
+    """An API key and its limits. Keys are never deleted, because jobs and the audit log name them.
 
-    `quota_used` is what was used of `pixel_steps_per_day` on `quota_day`.
+    `quota_used` is the part of `pixel_steps_per_day` that was used on `quota_day`, a day in UTC. `prefix` is the part
+    of the key's text that is no secret. `last_used_at` is exact to a minute.
     """
 
     __tablename__ = "api_keys"
 
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("key"))
     name: Mapped[str]
-    prefix: Mapped[str] = mapped_column(unique=True)  # the part of its text that is no secret
+    prefix: Mapped[str] = mapped_column(unique=True)
     secret_hash: Mapped[str]
     scopes: Mapped[list[str]]
     requests_per_minute: Mapped[int | None]
     pixel_steps_per_day: Mapped[int | None] = mapped_column(BigInteger)
-    quota_day: Mapped[date | None]  # in UTC
+    quota_day: Mapped[date | None]
     quota_used: Mapped[int] = mapped_column(BigInteger, default=0)
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     expires_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
-    last_used_at: Mapped[datetime | None]  # to the minute
+    last_used_at: Mapped[datetime | None]
 
 
 class AuditEntry(Base):
-    """Who changed what, or was refused to."""
+    """An entry of the audit log: a caller changed something, or was refused to.
+
+    Attributes:
+        actor: an API key's id, or `cli`.
+        action: the operation id in the OpenAPI document, or the command's action.
+        object: the id of the changed object; the request's path if it was refused.
+        outcome: `done`, or `refused: ` and the status.
+    """
 
     __tablename__ = "audit_log"
 
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("aud"))
-    actor: Mapped[str]  # an API key's id, or `cli`
-    action: Mapped[str]  # the operation id in the OpenAPI document, or what the command did
-    object: Mapped[str]  # what it was done to: an id; if it was refused, the request's path
-    outcome: Mapped[str]  # `done`, or `refused: ` and the status
+    actor: Mapped[str]
+    action: Mapped[str]
+    object: Mapped[str]
+    outcome: Mapped[str]
     request_id: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(default=utc_now)

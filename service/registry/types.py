@@ -17,7 +17,7 @@ def new_id(prefix: str) -> str:
 
 
 def first_id(prefix: str, time: datetime) -> str:
-    """An identifier before all that were made at `time` or later."""
+    """An identifier that sorts before all that are made at `time` or later."""
     return f"{prefix}_{ULID.from_datetime(time)!s:.10}"
 
 
@@ -26,7 +26,7 @@ def utc_now() -> datetime:
 
 
 class ExactDecimal(TypeDecorator[Decimal]):
-    """A decimal of at most six places, kept as an integer of millionths: equality is exact on every engine."""
+    """A decimal of at most six places, stored as an integer of millionths: equality is exact on every engine."""
 
     impl = BigInteger
     cache_ok = True
@@ -45,7 +45,7 @@ class ExactDecimal(TypeDecorator[Decimal]):
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """A point in time, always aware and in UTC; SQLite keeps it without a zone, PostgreSQL gives its server's."""
+    """A point in time, always aware and in UTC. SQLite stores no zone, and PostgreSQL gives its server's."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -60,7 +60,7 @@ class UtcDateTime(TypeDecorator[datetime]):
 
 
 class FromNow(FunctionElement[datetime]):
-    """A time so many seconds from now, by the database's clock, with which no other has to agree."""
+    """The time `seconds` from now by the database's clock. Clocks of other machines do not matter."""
 
     type = UtcDateTime()
     inherit_cache = True
@@ -77,4 +77,5 @@ def _from_now_postgresql(element: FromNow, compiler: Any, **options: Any) -> str
 @compiles(FromNow, "sqlite")
 def _from_now_sqlite(element: FromNow, compiler: Any, **options: Any) -> str:
     seconds = compiler.process(element.clauses, **options)
-    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', ({seconds}) || ' seconds')"  # as `UtcDateTime` is kept
+    # SQLite stores `UtcDateTime` in this format.
+    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', ({seconds}) || ' seconds')"

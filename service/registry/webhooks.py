@@ -1,4 +1,4 @@
-"""The outbox of webhooks: a row that is made with its job is to be sent once that job is over."""
+"""The outbox of webhooks. A row is made with its job and is due when the job is over."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -9,36 +9,39 @@ from sqlalchemy.orm import Session
 from service.registry.tables import FINAL_STATES, SampleJob, TuningJob, Webhook
 from service.registry.types import utc_now
 
-BACKOFF = 4  # each wait is so many times the one before
+BACKOFF_FACTOR = 4
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """An attempt that is to be made now."""
+    """A webhook to be sent now, and the job whose end it tells."""
 
     webhook: Webhook
     job: TuningJob | SampleJob
 
 
 def take_due_webhooks(session: Session, retry_seconds: float, limit: int) -> list[Delivery]:
-    """Webhooks to be sent now. Their next attempt is set down first: whoever is killed while sending has it made
-    again, and nobody else sends meanwhile."""
+    """Take the webhooks to be sent now.
+
+    Their next attempt is scheduled first. So no other process sends them meanwhile, and an attempt whose process is
+    killed is made again.
+    """
     now = utc_now()
     over = or_(TuningJob.state.in_(FINAL_STATES), SampleJob.state.in_(FINAL_STATES))
     query = select(Webhook, TuningJob, SampleJob).outerjoin(TuningJob).outerjoin(SampleJob)
     query = query.where(Webhook.next_attempt_at <= now, over).order_by(Webhook.next_attempt_at).limit(limit)
     taken = []
     for webhook, tuning_job, sample_job in session.execute(query).all():
-        wait = timedelta(seconds=retry_seconds * BACKOFF**webhook.attempt)
+        wait = timedelta(seconds=retry_seconds * BACKOFF_FACTOR**webhook.attempt)
         unchanged = (Webhook.id == webhook.id, Webhook.attempt == webhook.attempt, Webhook.next_attempt_at.is_not(None))
         values = {"attempt": webhook.attempt + 1, "next_attempt_at": now + wait}
-        ours = update(Webhook).where(*unchanged).values(values).returning(Webhook.id)
-        if session.scalar(ours, execution_options={"synchronize_session": False}) is not None:
+        take = update(Webhook).where(*unchanged).values(values).returning(Webhook.id)
+        if session.scalar(take, execution_options={"synchronize_session": False}) is not None:
             taken.append(Delivery(webhook, tuning_job or sample_job))
     return taken
 
 
 def end_webhook(session: Session, webhook_id: str, error: str | None, delivered_at: datetime | None = None) -> None:
-    """No more attempts."""
+    """Make no more attempts: the webhook was delivered, or is given up with an error."""
     values = {"next_attempt_at": None, "delivered_at": delivered_at, "error": error[:2000] if error else None}
     session.execute(update(Webhook).where(Webhook.id == webhook_id).values(values))

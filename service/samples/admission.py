@@ -1,4 +1,4 @@
-"""Whether there is room for one more request for samples, and if not, when there will be."""
+"""Admission control of sampling: whether there is room for one more request, and if not, when there will be."""
 
 import asyncio
 import logging
@@ -12,22 +12,22 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.errors import TooManyRequestsError, problem_response
+from service.http.errors import TooManyRequestsError, problem_response
 from service.registry.database import Registry
 from service.registry.tables import JobState, SampleJob
 
-LOOK_SECONDS = 0.1  # how old the count of the queue may be
-LULL_SECONDS = 1.0  # without requests: what was reckoned before says little of the queue now
-MEMORY_SECONDS = 10.0  # how far back the measured rate looks
-UNKNOWN_SECONDS = 10.0  # what to say while nothing has been measured
+MAX_COUNT_AGE_SECONDS = 0.1  # A count of the queue that is older is made anew.
+STALE_SECONDS = 1.0  # The estimate since the last count is not trusted for longer.
+RATE_MEMORY_SECONDS = 10.0  # Older measurements of the rate lose weight with this time constant.
+DEFAULT_RETRY_SECONDS = 10.0  # Clients are told to wait this long while no rate has been measured.
 
 logger = logging.getLogger(__name__)
 
 
 class Admission:
-    """The queue of samples, counted every `LOOK_SECONDS` and reckoned in between; and how fast it is served.
+    """The queue of samples, counted every `MAX_COUNT_AGE_SECONDS` and estimated in between, and how fast it is served.
 
-    The rate is measured while there is a queue: it is what the workers can do, not what they are asked for.
+    The rate is measured only while there is a queue, so that it is the workers' capacity and not the demand.
     """
 
     def __init__(
@@ -37,10 +37,11 @@ class Admission:
         self._clock = clock
         self._max_jobs, self._max_seconds = max_jobs, max_seconds
         self._jobs = self._images = 0
-        self._unstored_jobs = self._unstored_images = 0  # on their way into the registry, which cannot count them yet
-        self._looked_at = -math.inf
-        self._looking: asyncio.Task[None] | None = None
-        self._served, self._seconds = 0.0, 0.0  # images, and the time they took, the older the less
+        # Admitted jobs that are not stored yet, so that the registry cannot count them.
+        self._unstored_jobs = self._unstored_images = 0
+        self._counted_at = -math.inf
+        self._counting: asyncio.Task[None] | None = None
+        self._served, self._seconds = 0.0, 0.0  # Images and the time they took. Older ones have less weight.
         self._last_end: float | None = None
 
     @property
@@ -49,47 +50,47 @@ class Admission:
         return self._served / self._seconds if self._seconds > 0 else None
 
     async def refusal(self) -> float | None:
-        """None if there is room; else how many seconds it will take until there is.
+        """None if there is room, or the seconds until there will be.
 
-        Nobody is refused by an old count; who is let in by one does not wait for a new one, except after a lull: a
-        reckoning that is off would take that for time in which jobs were served.
+        A request is refused only by a fresh count. It is admitted by an older one without waiting, unless no request
+        came for a while: the estimate would count that time as time in which jobs were served.
         """
-        if self._clock() - self._looked_at > LULL_SECONDS or self._seconds_to_room() > 0:
+        if self._clock() - self._counted_at > STALE_SECONDS or self._seconds_to_room() > 0:
             self.refresh()
-            if self._looking is not None:
-                await asyncio.shield(self._looking)
+            if self._counting is not None:
+                await asyncio.shield(self._counting)
         return self._seconds_to_room() or None
 
     def refresh(self) -> None:
-        """Have an old count made anew, in the background: for those who come next, once who came has been served."""
-        if self._clock() - self._looked_at > LOOK_SECONDS:
-            self._looking = self._looking or asyncio.create_task(self._look())
+        """Make an old count anew in the background, for the next requests."""
+        if self._clock() - self._counted_at > MAX_COUNT_AGE_SECONDS:
+            self._counting = self._counting or asyncio.create_task(self._recount())
 
     def _seconds_to_room(self) -> float:
-        """Zero if there is room."""
+        """Seconds until there is room, zero if there is."""
         rate = self.rate
         excess = (self._jobs + 1 - self._max_jobs) / max(self._jobs, 1) * self._images
         if rate is not None:
             excess = max(excess, self._images - self._max_seconds * rate)
         if excess <= 0:
             return 0.0
-        return UNKNOWN_SECONDS if rate is None else excess / rate
+        return DEFAULT_RETRY_SECONDS if rate is None else excess / rate
 
-    async def _look(self) -> None:
+    async def _recount(self) -> None:
         try:
             jobs, images = await run_in_threadpool(self._count)
             self._jobs, self._images = jobs + self._unstored_jobs, images + self._unstored_images
-            self._looked_at = self._clock()
+            self._counted_at = self._clock()
             if self._jobs == 0:
                 self._last_end = None
         except SQLAlchemyError:
-            logger.warning("the queue of samples cannot be counted")  # who comes with a request will hear of it
+            logger.warning("the queue of samples cannot be counted")  # Requests fail when they are stored.
         finally:
-            self._looking = None
+            self._counting = None
 
     @contextmanager
     def admit(self, images: int) -> Iterator[None]:
-        """While so many images are on their way into the registry; they count from now on, unless that fails."""
+        """A context in which a request for so many images is stored. They count from now on, unless that fails."""
         self._jobs, self._images = self._jobs + 1, self._images + images
         self._unstored_jobs, self._unstored_images = self._unstored_jobs + 1, self._unstored_images + images
         try:
@@ -101,16 +102,18 @@ class Admission:
             self._unstored_jobs, self._unstored_images = self._unstored_jobs - 1, self._unstored_images - images
 
     def spared(self, images: int) -> None:
-        """What was admitted is there already."""
+        """A job that was admitted needs no work, because its images exist."""
         self._jobs, self._images = max(0, self._jobs - 1), max(0, self._images - images)
 
     def ended(self, images: int, jobs: int = 1) -> None:
-        """So many images are done, or given up, of jobs that ended together: told one by one, they would seem to have
-        been made in no time."""
+        """Note that jobs ended together, and how many images they had.
+
+        Noted one by one, all but the first would seem to have taken no time.
+        """
         now = self._clock()
         if self._last_end is not None and self._jobs > 0:
             seconds = now - self._last_end
-            keep = math.exp(-seconds / MEMORY_SECONDS)
+            keep = math.exp(-seconds / RATE_MEMORY_SECONDS)
             self._served, self._seconds = keep * self._served + images, keep * self._seconds + seconds
         self._jobs, self._images = max(0, self._jobs - jobs), max(0, self._images - images)
         self._last_end = now if self._jobs > 0 else None
@@ -124,7 +127,7 @@ class Admission:
 
 
 class AdmissionMiddleware:
-    """429 for requests for samples while there is no room, before anything of them is read."""
+    """Answers 429 to requests for samples while there is no room, before their body is read."""
 
     def __init__(self, app: ASGIApp, admission: Callable[[], Admission], path: str) -> None:
         self.app = app

@@ -1,22 +1,15 @@
 """/v1/samples"""
 
-import asyncio
 import hashlib
-import json
-import re
-import time
-from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette import EventSourceResponse
 
-from service import telemetry
-from service.access.callers import Caller
-from service.access.needs import AnyCaller, needs
-from service.api import JSON_TYPE, PathId, require_json
-from service.errors import (
+from service.access.callers import AnyCaller, MaySample
+from service.access.idempotency import GivenKey, Once
+from service.http.errors import (
     ConflictError,
     DeadlineError,
     InvalidError,
@@ -28,29 +21,33 @@ from service.errors import (
     UnsupportedMediaTypeError,
     error_responses,
 )
-from service.idempotency import GivenKey, Once
+from service.http.fields import JSON_TYPE, PathId, require_json
 from service.models.logic import get_model
-from service.registry.jobs import request_cancel
-from service.registry.keys import Scope
-from service.registry.samples import LATE, Ended, ended
+from service.registry.samples import LATE, Ended
 from service.registry.tables import FINAL_STATES, JobState, SampleJob
 from service.registry.types import new_id
-from service.samples import logic
-from service.samples.formats import FORMATS
-from service.samples.schemas import SampleJobOut, SampleRequest
+from service.samples.content import negotiate
+from service.samples.reading import cancel_job, end_of, read_job
+from service.samples.schemas import SampleJobOut
+from service.samples.state import Samples, SamplesState
+from service.samples.submitting import Submission
+from service.samples.waiting import read_preference, stream_events, wait_for_end
+from service.shared import telemetry
+from service.shared.image_formats import FORMATS
+from service.shared.sample_request import SampleRequest
 from service.state import AppState, State
 
 router = APIRouter(prefix="/v1/samples", tags=["samples"])
-
-Sampler = Annotated[Caller, needs(Scope.SAMPLE)]
 Accept = Annotated[str, Header(include_in_schema=False)]
+
 Prefer = Annotated[
     str | None, Header(description="`respond-async`: answer 202 at once; `wait=N`: wait up to N seconds.")
 ]
+
 IfNoneMatch = Annotated[str | None, Header(description="ETags of the content that the client has.")]
-LOOK_SECONDS = 1.0  # between looks into the registry, should a worker's news get lost
 AS_JSON = {"type": "object", "examples": [{"images": ["iVBORw0KGgo="]}]}
 EVENTS = {"type": "string", "examples": ['event: step\ndata: {"step": 1, "num_steps": 10}\n\n']}
+
 CONTENT: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The images, in the format of the Accept header.",
@@ -82,10 +79,11 @@ CONTENT: dict[int | str, dict[str, Any]] = {
     },
 )
 async def sample(
-    caller: Sampler,
+    caller: MaySample,
     body: SampleRequest,
     request: Request,
     state: State,
+    samples: Samples,
     accept: Accept = "*/*",
     prefer: Prefer = None,
     idempotency_key: GivenKey = None,
@@ -95,35 +93,35 @@ async def sample(
     A request that was served before, seed and all, gets the same images without sampling. A client that hangs up
     while it waits cancels its job, unless it gave an `Idempotency-Key`: then it may ask again for what came of it.
     """
-    respond_async, seconds = _preference(prefer, state.settings.max_wait_seconds)
+    respond_async, seconds = read_preference(prefer, state.settings.max_wait_seconds)
     job_id = new_id("smp")
-    with state.news.follow(job_id) as news:
+    with samples.events.follow(job_id) as events:
         once = Once.of(caller, "sample", idempotency_key, body.model_dump_json())
         waits_for = None if respond_async else accept
-        submission = logic.Submission(job_id, body, waits_for, telemetry.traceparent(), caller, once)
-        with state.admission.admit(body.num_images):
-            job = await state.submissions.add(submission)
+        submission = Submission(job_id, body, waits_for, telemetry.traceparent(), caller, once)
+        with samples.admission.admit(body.num_images):
+            job = await samples.submissions.add(submission)
         if job.state == JobState.SUCCEEDED or job.id != job_id:
-            state.admission.spared(body.num_images)
-        state.admission.refresh()
+            samples.admission.spared(body.num_images)
+        samples.admission.refresh()
         if respond_async:
             return _accepted(job)
-        end = await _end(state, caller, request if once is None else None, job, news, seconds)
+        end = await wait_for_end(state, caller, request if once is None else None, job, events, seconds)
     if end is None:
-        return _accepted(await run_in_threadpool(_read, state, caller, job.id))
-    return await run_in_threadpool(_content, state, job, end, accept, None)
+        return _accepted(await run_in_threadpool(read_job, state, caller, job.id))
+    return await run_in_threadpool(_content, state, samples, job, end, accept, None)
 
 
 @router.get("/{job_id}", operation_id="get_sample_job", responses=error_responses(NotFoundError))
 def get_sample_job(caller: AnyCaller, job_id: PathId, state: State) -> SampleJobOut:
     """The state of a sampling job."""
-    return SampleJobOut.model_validate(_read(state, caller, job_id))
+    return SampleJobOut.model_validate(read_job(state, caller, job_id))
 
 
 @router.post("/{job_id}/cancel", operation_id="cancel_sample_job", responses=error_responses(NotFoundError))
-def cancel_sample_job(caller: Sampler, job_id: PathId, state: State) -> SampleJobOut:
+def cancel_sample_job(caller: MaySample, job_id: PathId, state: State) -> SampleJobOut:
     """Cancel a sampling job; one that is over stays as it is."""
-    return SampleJobOut.model_validate(_cancel(state, caller, job_id))
+    return SampleJobOut.model_validate(cancel_job(state, caller, job_id))
 
 
 @router.get(
@@ -137,13 +135,18 @@ def cancel_sample_job(caller: Sampler, job_id: PathId, state: State) -> SampleJo
     },
 )
 def get_sample_content(
-    caller: AnyCaller, job_id: PathId, state: State, accept: Accept = "*/*", if_none_match: IfNoneMatch = None
+    caller: AnyCaller,
+    job_id: PathId,
+    state: State,
+    samples: Samples,
+    accept: Accept = "*/*",
+    if_none_match: IfNoneMatch = None,
 ) -> Response:
     """The images of a sampling job, in any format, as often as wanted."""
-    job = _read(state, caller, job_id)
+    job = read_job(state, caller, job_id)
     if job.state not in FINAL_STATES:
         raise ConflictError(f"sampling job {job_id!r} is {job.state}; accepted: one that has succeeded")
-    return _content(state, job, _end_of(job), accept, if_none_match)
+    return _content(state, samples, job, end_of(job), accept, if_none_match)
 
 
 @router.get(
@@ -155,11 +158,11 @@ def get_sample_content(
         **error_responses(NotFoundError),
     },
 )
-async def follow_sample_job(caller: AnyCaller, job_id: PathId, state: State) -> EventSourceResponse:
+async def follow_sample_job(caller: AnyCaller, job_id: PathId, state: State, samples: Samples) -> EventSourceResponse:
     """The job as it is (`state`), each step from now on (`step`: step, num_steps and, if the request asked for
     previews, a base64 PNG of the images as predicted there), and the job once it is over (`end`)."""
-    await run_in_threadpool(_read, state, caller, job_id)  # 404 before the stream begins
-    return EventSourceResponse(_stream(state, caller, job_id))
+    await run_in_threadpool(read_job, state, caller, job_id)  # A 404 must come before the stream begins.
+    return EventSourceResponse(stream_events(state, samples, caller, job_id))
 
 
 def _accepted(job: SampleJob) -> Response:
@@ -171,67 +174,14 @@ def _accepted(job: SampleJob) -> Response:
     )
 
 
-async def _end(
-    state: AppState, caller: Caller, request: Request | None, job: SampleJob, news: "asyncio.Queue[Any]", seconds: float
-) -> Ended | None:
-    """How a job ends, or None if that takes more than `seconds`. Cancels it if the client of `request` hangs up."""
-    if job.state in FINAL_STATES:
-        return _end_of(job)
-    hung_up = asyncio.create_task(_hung_up(request))
-    deadline = time.monotonic() + seconds
-    try:
-        while (left := deadline - time.monotonic()) > 0:
-            told = asyncio.create_task(news.get())
-            await asyncio.wait({told, hung_up}, timeout=min(left, LOOK_SECONDS), return_when=asyncio.FIRST_COMPLETED)
-            if told.done():
-                if isinstance(told.result(), Ended):
-                    return told.result()  # type: ignore[no-any-return]
-                continue
-            told.cancel()
-            if hung_up.done():
-                await run_in_threadpool(_cancel, state, caller, job.id)
-                return None
-            current = await run_in_threadpool(_read, state, caller, job.id)
-            if current.state in FINAL_STATES:
-                return _end_of(current)
-        return None
-    finally:
-        hung_up.cancel()
-
-
-async def _hung_up(request: Request | None) -> None:
-    """Until the client does; without a request, for ever."""
-    if request is None:
-        await asyncio.Event().wait()
-        return
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _end_of(job: SampleJob) -> Ended:
-    return ended(job, job.state, job.artifact, job.artifact_row, job.error)
-
-
-def _read(state: AppState, caller: Caller, job_id: str) -> SampleJob:
-    with state.registry.read() as session:
-        return logic.get_job(session, caller, job_id)
-
-
-def _cancel(state: AppState, caller: Caller, job_id: str) -> SampleJob:
-    with state.registry.write() as session:
-        job = logic.get_job(session, caller, job_id, with_for_update=True)
-        request_cancel(session, job)
-        caller.record(session, "cancel_sample_job", job_id)
-    state.bus.tell_ended([_end_of(job)] if job.state in FINAL_STATES else [])
-    return job
-
-
-def _content(state: AppState, job: SampleJob, end: Ended, accept: str, if_none_match: str | None) -> Response:
+def _content(
+    state: AppState, samples: SamplesState, job: SampleJob, end: Ended, accept: str, if_none_match: str | None
+) -> Response:
     """The images of a job that is over."""
     if end.state != JobState.SUCCEEDED or end.artifact is None:
         detail = f"sampling job {job.id!r} has {end.state}: {end.error}"
         raise DeadlineError(detail) if end.error == LATE else JobFailedError(detail)
-    media_type = logic.negotiate(accept, _image_shape(state, job.model_id))
+    media_type = negotiate(accept, _image_shape(state, samples, job.model_id))
     place = f"{end.artifact}:{end.artifact_row}:{job.num_images}:{media_type}"
     etag = f'"{hashlib.sha256(place.encode()).hexdigest()[:32]}"'
     headers = {
@@ -246,32 +196,9 @@ def _content(state: AppState, job: SampleJob, end: Ended, accept: str, if_none_m
     return Response(FORMATS[media_type](images), headers=headers, media_type=media_type)
 
 
-def _image_shape(state: AppState, model_id: str) -> list[int]:
-    """Of a model, which never changes."""
-    if model_id not in state.image_shapes:
+def _image_shape(state: AppState, samples: SamplesState, model_id: str) -> list[int]:
+    """The image shape of a model, which never changes."""
+    if model_id not in samples.image_shapes:
         with state.registry.read() as session:
-            state.image_shapes[model_id] = get_model(session, model_id).spec["image_shape"]
-    return state.image_shapes[model_id]
-
-
-async def _stream(state: AppState, caller: Caller, job_id: str) -> AsyncIterator[ServerSentEvent]:
-    with state.news.follow(job_id) as news:
-        job = await run_in_threadpool(_read, state, caller, job_id)
-        yield ServerSentEvent(SampleJobOut.model_validate(job).model_dump_json(), event="state")
-        while job.state not in FINAL_STATES:
-            try:
-                told = await asyncio.wait_for(news.get(), LOOK_SECONDS)
-            except TimeoutError:
-                told = None
-            if isinstance(told, dict):
-                yield ServerSentEvent(json.dumps(told), event="step")
-            else:
-                job = await run_in_threadpool(_read, state, caller, job_id)
-        yield ServerSentEvent(SampleJobOut.model_validate(job).model_dump_json(), event="end")
-
-
-def _preference(prefer: str | None, longest: float) -> tuple[bool, float]:
-    """Whether to answer at once, and else how long to wait (RFC 7240)."""
-    prefer = prefer or ""
-    wait = re.search(r"\bwait\s*=\s*(\d{1,6})\b", prefer)
-    return "respond-async" in prefer and wait is None, min(float(wait[1]), longest) if wait else longest
+            samples.image_shapes[model_id] = get_model(session, model_id).spec["image_shape"]
+    return samples.image_shapes[model_id]

@@ -1,78 +1,33 @@
-"""What the sampling endpoints accept and return."""
+"""Responses of the sampling endpoints."""
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, computed_field
+from typing import Annotated
 
-from service.api import Fault, Identifier, KeyId, ModelId, RequestId, SampleJobId, ScheduleId, Seed, Time
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, computed_field
+
+from service.http.fields import Fault, KeyId, ModelId, RequestId, SampleJobId, ScheduleId, Time
 from service.registry.tables import JobState
-from service.requests import Setting, Timesteps
-from service.webhooks import WEBHOOK_URL, WebhookUrl
-
-
-class SampleRequest(Setting):
-    """Sample images."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={
-            "examples": [
-                {
-                    "model": "mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W",
-                    "num_steps": 10,
-                    "num_images": 4,
-                    "guidance_type": "classifier-free",
-                    "guidance_scale": 2.0,
-                    "class_labels": [0, 1, 2, 3],
-                    "seed": 7,
-                }
-            ]
-        },
-    )
-
-    timesteps: Timesteps = Field(
-        "default", description="The grid of untuned sampling, a name or num_steps + 1 times; a schedule has its own."
-    )
-    schedule: Identifier = Field(
-        "auto",
-        description="`auto`: the best accepted one for this setting, else untuned; `none`: untuned; an id; an alias.",
-    )
-    num_images: int = Field(1, ge=1, le=100_000)
-    seed: Seed = Field(0, description="Image k is drawn from seed + k, whatever the number of images.")
-    condition: str | None = Field(
-        None,
-        description="For models with tensor conditions: a base64 .npy file of float32 `(1 or num_images, L, D)`.",
-    )
-    uncond_condition: str | None = Field(
-        None, description="Likewise `(1, L, D)`, what stands for no condition; default: what came with the model."
-    )
-    class_labels: int | list[int] | None = Field(
-        None, description="One label for all images, or one for each; with guidance only."
-    )
-    deadline_seconds: FiniteFloat | None = Field(
-        None, gt=0, le=86_400, description="Not begun by then, the job is dropped: 504 for who waits for it."
-    )
-    webhook_url: WebhookUrl | None = WEBHOOK_URL
-    previews: bool = Field(False, description="Have the event stream show what each step predicts.")
+from service.shared.sample_request import SampleRequest
 
 
 class SampleJobOut(BaseModel):
     model_config = ConfigDict(from_attributes=True)
 
     id: SampleJobId
-    owner: KeyId | None = Field(description="The API key that asked; null: none was needed.")
+    owner: KeyId | None = Field(description="The API key that asked, or null if none was needed.")
     model: ModelId = Field(validation_alias="model_id")
     state: JobState
     progress: float
     error: Fault
-    request_id: RequestId | None = Field(description="Of the HTTP request it came by: see X-Request-Id.")
+    request_id: RequestId | None = Field(description="The id of the HTTP request that made the job: see X-Request-Id.")
     schedule: ScheduleId | None = Field(validation_alias="schedule_id", description="The schedule used; null: untuned.")
-    request: SampleRequest
+    request: Annotated[SampleRequest, BeforeValidator(SampleRequest.stored)]
     created_at: Time
     started_at: Time | None
     finished_at: Time | None
 
     @computed_field(  # type: ignore[prop-decorator]
         examples=["/v1/samples/smp_01JD3K5V8Q2M4N6P7R9S0T1V2W/content"],
-        description="Where the images are, once it succeeded.",
+        description="The path of the images, once the job has succeeded.",
     )
     @property
     def content(self) -> str | None:

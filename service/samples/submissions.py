@@ -1,4 +1,4 @@
-"""The way of sampling requests into the registry: all that come while one transaction runs share the next."""
+"""Batched writes of sampling requests: all that come while one transaction runs share the next."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -6,19 +6,19 @@ from collections.abc import Callable, Sequence
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.exc import IntegrityError
 
-from service.errors import ServiceError
+from service.http.errors import ServiceError
 from service.registry.tables import JobState, SampleJob
-from service.samples.logic import Submission
+from service.samples.submitting import Submission
 
 
 class Submissions:
-    """`submit_all` by groups; then `ring`, once for all of a group."""
+    """Calls `submit_all` with groups of requests, and then `announce`, once for each group."""
 
     def __init__(
-        self, submit_all: Callable[[Sequence[Submission]], list[SampleJob | ServiceError]], ring: Callable[[], None]
+        self, submit_all: Callable[[Sequence[Submission]], list[SampleJob | ServiceError]], announce: Callable[[], None]
     ) -> None:
         self._submit_all = submit_all
-        self._ring = ring
+        self._announce = announce
         self._waiting: list[tuple[Submission, asyncio.Future[SampleJob]]] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -35,23 +35,23 @@ class Submissions:
             group, self._waiting = self._waiting, []
             outcomes = await run_in_threadpool(self._outcomes, [submission for submission, _ in group])
             for (_, future), outcome in zip(group, outcomes, strict=True):
-                if future.done():  # nobody waits any more
-                    continue
+                if future.done():
+                    continue  # The request was cancelled.
                 if isinstance(outcome, BaseException):
                     future.set_exception(outcome)
                 else:
                     future.set_result(outcome)
 
     def _outcomes(self, submissions: list[Submission]) -> list[SampleJob | Exception]:
-        """Of a group; if the database refuses it, of each alone, so that one does not spoil the others."""
+        """The outcomes of a group. If the database refuses it, each request is tried alone, so that one fails alone."""
         try:
             outcomes = self._submit_all(submissions)
             if any(isinstance(outcome, SampleJob) and outcome.state == JobState.QUEUED for outcome in outcomes):
-                self._ring()
+                self._announce()
             return [*outcomes]
         except IntegrityError as error:
             if len(submissions) == 1:
                 return [error]
             return [outcome for submission in submissions for outcome in self._outcomes([submission])]
-        except Exception as error:  # the database is away: each request says so
+        except Exception as error:  # While the database is away, each request of the group fails with this error.
             return [error] * len(submissions)

@@ -5,15 +5,13 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Path, Response
 from sqlalchemy.orm import Session
 
-from service.access.callers import Caller
-from service.access.needs import needs
-from service.api import PathId, require_json
-from service.errors import ConflictError, InvalidError, NotFoundError, UnsupportedMediaTypeError, error_responses
-from service.idempotency import GivenKey, Once, make_once
-from service.models.logic import get_model, get_requested_model
-from service.registry.keys import Scope
+from service.access.callers import MayWriteModels, needs
+from service.access.idempotency import GivenKey, Once, make_once
+from service.http.errors import ConflictError, InvalidError, NotFoundError, UnsupportedMediaTypeError, error_responses
+from service.http.fields import PathId, require_json
+from service.models.logic import get_model
 from service.registry.tables import Schedule
-from service.requests import check_setting
+from service.request_checks import check_setting, get_requested_model
 from service.schedules import logic
 from service.schedules.schemas import (
     ALIAS,
@@ -33,7 +31,6 @@ router = APIRouter(tags=["schedules"])
 
 AliasName = Annotated[str, Path(pattern=ALIAS, description="Such as `production`.")]
 READS = [needs()]
-Writer = Annotated[Caller, needs(Scope.MODELS_WRITE)]
 
 
 @router.get("/v1/schedules", operation_id="list_schedules", dependencies=READS, responses=error_responses(InvalidError))
@@ -52,7 +49,7 @@ def list_schedules(state: State, query: ScheduleFilters) -> SchedulePage:
     responses=error_responses(InvalidError, ConflictError, UnsupportedMediaTypeError),
 )
 def import_schedule(
-    caller: Writer, body: ScheduleImport, state: State, response: Response, idempotency_key: GivenKey = None
+    caller: MayWriteModels, body: ScheduleImport, state: State, response: Response, idempotency_key: GivenKey = None
 ) -> ScheduleOut:
     """Store a schedule made elsewhere, to sample with by id or alias; `auto` goes by evaluations, so it skips it."""
     once = Once.of(caller, "import_schedule", idempotency_key, body.model_dump_json())
@@ -99,7 +96,7 @@ def get_schedule(schedule_id: PathId, state: State) -> ScheduleOut:
     operation_id="delete_schedule",
     responses=error_responses(NotFoundError, ConflictError),
 )
-def delete_schedule(caller: Writer, schedule_id: PathId, state: State) -> None:
+def delete_schedule(caller: MayWriteModels, schedule_id: PathId, state: State) -> None:
     """Delete a schedule that no alias and no sampling job names."""
     logic.delete_schedule(state.registry, caller, schedule_id)
 
@@ -122,7 +119,7 @@ def list_aliases(model_id: PathId, state: State) -> AliasList:
     dependencies=[Depends(require_json)],
     responses=error_responses(NotFoundError, InvalidError, UnsupportedMediaTypeError),
 )
-def set_alias(caller: Writer, model_id: PathId, name: AliasName, body: AliasRequest, state: State) -> AliasOut:
+def set_alias(caller: MayWriteModels, model_id: PathId, name: AliasName, body: AliasRequest, state: State) -> AliasOut:
     """Give one of a model's schedules a name, or move the name to another one."""
     with state.registry.write() as session:
         get_model(session, model_id)
@@ -136,7 +133,7 @@ def set_alias(caller: Writer, model_id: PathId, name: AliasName, body: AliasRequ
     operation_id="delete_alias",
     responses=error_responses(NotFoundError),
 )
-def delete_alias(caller: Writer, model_id: PathId, name: AliasName, state: State) -> None:
+def delete_alias(caller: MayWriteModels, model_id: PathId, name: AliasName, state: State) -> None:
     """Take a name away from its schedule."""
     with state.registry.write() as session:
         logic.delete_alias(session, model_id, name)

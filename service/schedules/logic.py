@@ -8,21 +8,22 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, aliased, joinedload
 
 from service.access.callers import Caller
-from service.errors import ConflictError, InvalidError, NotFoundError
-from service.models.logic import get_model, get_requested_model
+from service.http.errors import ConflictError, InvalidError, NotFoundError
+from service.models.logic import get_model
 from service.registry.database import Registry
 from service.registry.schedules import next_version
 from service.registry.tables import SampleJob, Schedule, ScheduleAlias, ScheduleStatus
-from service.requests import Setting, check_setting, check_timesteps
+from service.request_checks import check_setting, check_timesteps, get_requested_model
 from service.schedules.schemas import ScheduleImport, ScheduleQuery
+from service.shared.sampling_setting import SamplingSetting
 
-MAX_SCANNED = 10_000  # schedules that one page may look at
+MAX_SCANNED = 10_000  # One page of a list looks at no more schedules than that.
 MAX_COUNTED = 100
 RESERVED_ALIASES = ("auto", "none")
 
 
 def get_schedule(session: Session, schedule_id: str) -> Schedule:
-    """Raises: NotFoundError."""
+    """A schedule and its evaluation. Raises: NotFoundError."""
     schedule = session.get(Schedule, schedule_id, options=[joinedload(Schedule.evaluation)])
     if schedule is None:
         raise NotFoundError(f"no schedule {schedule_id!r}")
@@ -44,8 +45,8 @@ def newest(session: Session, query: ScheduleQuery) -> tuple[Sequence[Schedule], 
     if query.cursor is not None:
         scan = scan.where(Schedule.id < query.cursor)
 
-    # The inner limit keeps planners from going by other filters than the indexed ones. The engines filter what it gives
-    # in its order; asked to order again, SQLite would sort, and so never stop early.
+    # The inner limit keeps query planners from using other filters than the indexed ones. The outer query keeps the
+    # order; if it ordered again, SQLite would sort, and so never stop early.
     scanned = scan.add_columns(*(getattr(Schedule, name) for name in others))
     row = scanned.limit(MAX_SCANNED if others else query.limit + 1).subquery().c
     matching = select(row.id).where(*(row[name] == given[name] for name in others))
@@ -61,7 +62,7 @@ def newest(session: Session, query: ScheduleQuery) -> tuple[Sequence[Schedule], 
     return rows, session.scalar(scan.offset(MAX_SCANNED - 1).limit(1)) if others else None
 
 
-def resolve(session: Session, setting: Setting) -> tuple[Schedule | None, str]:
+def resolve(session: Session, setting: SamplingSetting) -> tuple[Schedule | None, str]:
     """The best accepted schedule for exactly this setting, or None for untuned, and the reason."""
     schedule, num_rejected = session.execute(_best(), setting.key()).one()
     if schedule is not None:
@@ -70,12 +71,13 @@ def resolve(session: Session, setting: Setting) -> tuple[Schedule | None, str]:
     return None, f"untuned: no accepted schedule for this setting ({counted} rejected)"
 
 
-@cache  # putting it together takes longer than running it
+@cache  # Making the statement takes longer than running it.
 def _best() -> Select[Schedule | None, int]:
-    """One row for a setting's key: the accepted schedule of the lowest score, the newest of equals, and its evaluation;
-    or, where there is none, how many were rejected, counted no further than needed.
+    """One row for a setting's key: the best accepted schedule, or None, and how many were rejected if there is none.
 
-    One query, and each of its parts reads one end of a range of `ix_schedules_resolve`, however many the versions.
+    The best has the lowest score, and is the newest of equals. Rejected schedules are counted no further than needed.
+
+    It is one query. Each part reads one end of a range of `ix_schedules_resolve`, however many versions there are.
     """
     of_setting = [getattr(Schedule, name) == bindparam(name) for name in Schedule.KEY]
     is_accepted = and_(*of_setting, Schedule.status == ScheduleStatus.ACCEPTED)
@@ -94,7 +96,7 @@ def import_schedule(session: Session, request: ScheduleImport) -> Schedule:
     """Store a schedule made elsewhere as the next version of its setting. Raises: InvalidError."""
     spec = get_requested_model(session, request.model).spec
     check_setting(spec, request)
-    _check_grid(request, spec["T"])
+    _check_grid(request, spec["T"], spec["num_train_timesteps"])
     key = request.key()
     schedule = Schedule(
         **key,
@@ -111,7 +113,7 @@ def import_schedule(session: Session, request: ScheduleImport) -> Schedule:
 
 
 def delete_schedule(registry: Registry, caller: Caller, schedule_id: str) -> None:
-    """Delete a schedule that no alias and no sampling job names: these say what was sampled with it.
+    """Delete a schedule that no alias and no sampling job names, because these tell how their samples were made.
 
     Raises:
         NotFoundError, ConflictError.
@@ -125,12 +127,12 @@ def delete_schedule(registry: Registry, caller: Caller, schedule_id: str) -> Non
                     raise conflict
             session.delete(schedule)
             caller.record(session, "delete_schedule", schedule_id)
-    except IntegrityError:  # named by someone in between
+    except IntegrityError:  # Another request named the schedule meanwhile.
         raise conflict from None
 
 
-def _check_grid(request: ScheduleImport, T: float) -> None:
-    """The conditions of `timetuner_core.grids`, refused with the field's name."""
+def _check_grid(request: ScheduleImport, T: float, num_train_timesteps: int | None) -> None:
+    """Check the conditions of `timetuner_core.grids`, and name the field that does not meet them."""
     timesteps, t_ratios = request.timesteps, request.t_ratios
     check_timesteps(timesteps, request.num_steps, T)
     if len(t_ratios) != request.num_steps:
@@ -138,6 +140,10 @@ def _check_grid(request: ScheduleImport, T: float) -> None:
         raise InvalidError(message, ("body", "t_ratios"))
     if not all(0 < t * t_ratio <= T * (1 + 1e-6) for t, t_ratio in zip(timesteps, t_ratios, strict=False)):
         message = f"accepted as t_ratios: any that keep t * t_ratio within (0, {T}]"
+        raise InvalidError(message, ("body", "t_ratios"), t_ratios)
+    t_min = 0.0 if num_train_timesteps is None else 1 / num_train_timesteps
+    if any(t * t_ratio < min(t, t_min) * (1 - 1e-6) for t, t_ratio in zip(timesteps, t_ratios, strict=False)):
+        message = f"accepted as t_ratios: any that keep t * t_ratio at {t_min} or above, the network's first time"
         raise InvalidError(message, ("body", "t_ratios"), t_ratios)
 
 
@@ -170,7 +176,7 @@ def aliases(session: Session, model_id: str) -> Sequence[ScheduleAlias]:
 
 
 def delete_alias(session: Session, model_id: str, name: str) -> None:
-    """Raises: NotFoundError."""
+    """Delete a model's alias. Raises: NotFoundError."""
     alias = session.get(ScheduleAlias, (model_id, name))
     if alias is None:
         raise NotFoundError(f"no alias {name!r} of model {model_id!r}")

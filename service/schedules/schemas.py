@@ -1,4 +1,4 @@
-"""What the schedules endpoints accept and return."""
+"""Requests and responses of the schedules endpoints."""
 
 import json
 from typing import Annotated, Any
@@ -6,29 +6,19 @@ from typing import Annotated, Any
 from fastapi import Query
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
 
-from service.api import (
-    Eta,
-    ExactNumber,
-    GuidanceScale,
-    Identifier,
-    ModelId,
-    NumSteps,
-    PageQuery,
-    ScheduleId,
-    Time,
-    TuningJobId,
-)
+from service.http.fields import ModelId, PageQuery, ScheduleId, Time, TuningJobId
 from service.registry.tables import ScheduleStatus
-from service.requests import GuidanceTime, Sampler, Setting
-from timetuner_core.model_wrapper import GuidanceType
+from service.shared.fields import Eta, ExactNumber, GuidanceScale, Identifier, NumSteps
+from service.shared.sampling_setting import GuidanceTime, SamplerName, SamplingSetting
+from timetuner_core.catalog import GuidanceType
 
 MAX_DEPTH = 20
-GRID, RATIOS = [1.0, 0.55, 0.001], [0.98, 0.94]  # of the OpenAPI document's examples
+EXAMPLE_GRID, EXAMPLE_RATIOS = [1.0, 0.55, 0.001], [0.98, 0.94]
 ALIAS = r"^[a-z][a-z0-9\-]{0,62}$"
 
 
 def _finite(value: Any) -> Any:
-    """Refuse what Python reads but no database keeps or UTF-8 writes: NaN, half surrogate pairs, endless nesting."""
+    """Refuse JSON that databases or UTF-8 cannot hold: NaN, half surrogate pairs, deep nesting."""
     if _deeper_than(value, MAX_DEPTH):
         raise ValueError(f"accepted: up to {MAX_DEPTH} levels of nesting")
     json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
@@ -71,15 +61,15 @@ class EvaluationOut(BaseModel):
     frechet_after: float | None
     metrics: dict[str, MetricOut] = Field(
         examples=[{"teacher_l2": {"before": 1.07, "after": 0.78, "change": -0.29, "low": -0.32, "high": -0.26}}],
-        description="By name: `teacher_l2`, `sliced_wasserstein` and, where they could be measured, `frechet`, "
+        description="Figures by name: `teacher_l2`, `sliced_wasserstein` and, where they could be measured, `frechet`, "
         "`frechet_features` (of a classifier that came with the model), `wasserstein` and `kl` (of mixtures, exact).",
     )
     reason: str | None = Field(
         examples=["closer to the teacher, and no metric is worse"],
         description="Why the schedule was accepted or rejected.",
     )
-    wall_time_seconds: float = Field(description="Of tuning, summed over workers; evaluation not counted.")
-    network_calls: int = Field(description="Samples put through the network while tuning, guidance counted.")
+    wall_time_seconds: float = Field(description="The time of tuning, summed over workers, without the evaluation.")
+    network_calls: int = Field(description="Samples put through the network while tuning. Guidance counts, too.")
 
 
 class ScheduleOut(BaseModel):
@@ -106,9 +96,9 @@ class ScheduleOut(BaseModel):
     score: float | None = Field(
         examples=[0.73], description="The metric that decides, tuned over untuned; below 1 is better."
     )
-    timesteps: list[float] = Field(examples=[GRID], description="num_steps + 1 falling times in [0, T].")
+    timesteps: list[float] = Field(examples=[EXAMPLE_GRID], description="num_steps + 1 falling times in [0, T].")
     t_ratios: list[float] = Field(
-        examples=[RATIOS], description="One per step: the network is conditioned on t * t_ratio."
+        examples=[EXAMPLE_RATIOS], description="One per step: the network is conditioned on t * t_ratio."
     )
     provenance: dict[str, Any] = Field(
         examples=[{"tuner": {"objective": "end_to_end"}}], description="How it was tuned."
@@ -117,11 +107,15 @@ class ScheduleOut(BaseModel):
     created_at: Time
 
 
-class ScheduleImport(Setting):
+class ScheduleImport(SamplingSetting):
     """A schedule made elsewhere, or exported by another registry."""
 
-    timesteps: list[FiniteFloat] = Field(examples=[GRID], description="num_steps + 1 strictly falling times in [0, T].")
-    t_ratios: list[FiniteFloat] = Field(examples=[RATIOS], description="One per step; t * t_ratio stays within (0, T].")
+    timesteps: list[FiniteFloat] = Field(
+        examples=[EXAMPLE_GRID], description="num_steps + 1 strictly falling times in [0, T]."
+    )
+    t_ratios: list[FiniteFloat] = Field(
+        examples=[EXAMPLE_RATIOS], description="One per step; t * t_ratio stays within (0, T]."
+    )
     provenance: dict[str, FiniteJson] = Field(
         examples=[{"made_by": "another registry"}], default_factory=dict, description="How it was made."
     )
@@ -142,7 +136,7 @@ class ScheduleQuery(PageQuery):
     model_config = ConfigDict(extra="forbid")
 
     model: Identifier | None = None
-    sampler: Sampler | None = None
+    sampler: SamplerName | None = None
     num_steps: NumSteps | None = None
     guidance_type: GuidanceType | None = None
     guidance_scale: GuidanceScale | None = None
@@ -154,7 +148,7 @@ class ScheduleQuery(PageQuery):
 
 
 class Resolution(BaseModel):
-    """What `schedule: "auto"` samples with, and why; a null schedule means untuned."""
+    """The schedule that `schedule: "auto"` samples with, and why. A null schedule means untuned."""
 
     schedule: ScheduleOut | None
     reason: str = Field(examples=["the best score of the accepted schedules of this setting"])
@@ -181,4 +175,4 @@ class AliasList(BaseModel):
 
 
 ScheduleFilters = Annotated[ScheduleQuery, Query()]
-ResolveParams = Annotated[Setting, Query()]
+ResolveParams = Annotated[SamplingSetting, Query()]

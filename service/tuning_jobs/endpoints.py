@@ -8,10 +8,9 @@ from fastapi import APIRouter, Depends, Header, Query, Response
 from fastapi.concurrency import run_in_threadpool
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
-from service.access.callers import Caller
-from service.access.needs import AnyCaller, needs
-from service.api import JSON_TYPE, PageParams, PathId, require_json
-from service.errors import (
+from service.access.callers import AnyCaller, Caller, MayTune
+from service.access.idempotency import GivenKey
+from service.http.errors import (
     ConflictError,
     InvalidError,
     NotFoundError,
@@ -20,28 +19,20 @@ from service.errors import (
     UnsupportedMediaTypeError,
     error_responses,
 )
-from service.idempotency import GivenKey
-from service.queue import publish
-from service.registry.keys import Scope
+from service.http.fields import JSON_TYPE, PageParams, PathId, require_json
 from service.registry.tables import FINAL_STATES, JobState, TuningJob
+from service.shared.queue import publish
+from service.shared.tuning_request import TuningJobRequest
 from service.state import AppState, State
 from service.tuning_jobs import logic
-from service.tuning_jobs.schemas import (
-    EventOut,
-    EventPage,
-    TuningJobDetail,
-    TuningJobOut,
-    TuningJobPage,
-    TuningJobRequest,
-)
+from service.tuning_jobs.schemas import EventOut, EventPage, TuningJobDetail, TuningJobOut, TuningJobPage
 
 router = APIRouter(prefix="/v1/tuning-jobs", tags=["tuning jobs"])
 
-Tuner = Annotated[Caller, needs(Scope.TUNE)]
 SSE_TYPE = "text/event-stream"
 EVENT_POLL_SECONDS = 0.25
 EVENTS = {"type": "string", "examples": ['id: 3\nevent: progress\ndata: {"id": 3, "type": "progress"}\n\n']}
-LAST_ID = 2**63 - 1  # the column is a 64-bit integer
+MAX_EVENT_ID = 2**63 - 1  # The column is a 64-bit integer.
 
 
 @router.post(
@@ -54,7 +45,7 @@ LAST_ID = 2**63 - 1  # the column is a 64-bit integer
     ),
 )
 def submit_tuning_job(
-    caller: Tuner, body: TuningJobRequest, state: State, response: Response, idempotency_key: GivenKey = None
+    caller: MayTune, body: TuningJobRequest, state: State, response: Response, idempotency_key: GivenKey = None
 ) -> TuningJobOut:
     """Queue a tuning job; follow it at its `Location`."""
     job, created = logic.submit(state.registry, state.settings, caller, body, idempotency_key)
@@ -89,7 +80,7 @@ def get_tuning_job(caller: AnyCaller, job_id: PathId, state: State) -> TuningJob
     operation_id="cancel_tuning_job",
     responses=error_responses(NotFoundError, ConflictError),
 )
-def cancel_tuning_job(caller: Tuner, job_id: PathId, state: State) -> TuningJobOut:
+def cancel_tuning_job(caller: MayTune, job_id: PathId, state: State) -> TuningJobOut:
     """Cancel: a queued job at once, a running one as soon as its worker sees it."""
     return TuningJobOut.model_validate(logic.cancel(state.registry, caller, job_id))
 
@@ -108,14 +99,14 @@ async def list_tuning_job_events(
     job_id: PathId,
     state: State,
     accept: Annotated[str, Header(include_in_schema=False)] = JSON_TYPE,
-    after: Annotated[int, Query(ge=0, le=LAST_ID, description="Only events with a greater id.")] = 0,
-    last_event_id: Annotated[str | None, Header(description="As `after`; what SSE clients send.")] = None,
+    after: Annotated[int, Query(ge=0, le=MAX_EVENT_ID, description="Only events with a greater id.")] = 0,
+    last_event_id: Annotated[str | None, Header(description="The same as `after`. SSE clients send it.")] = None,
 ) -> Response:
     """A job's events so far as JSON; or, with `Accept: text/event-stream`, also those to come until it ends."""
     if last_event_id is not None and last_event_id.isdecimal():
-        after = min(int(last_event_id[:20]), LAST_ID)
+        after = min(int(last_event_id[:20]), MAX_EVENT_ID)
     if SSE_TYPE in accept:
-        await run_in_threadpool(_read_events, state, caller, job_id, after)  # 404 before the stream begins
+        await run_in_threadpool(_read_events, state, caller, job_id, after)  # A 404 must come before the stream begins.
         return EventSourceResponse(_stream(state, caller, job_id, after))
     events, _ = await run_in_threadpool(_read_events, state, caller, job_id, after)
     return Response(EventPage(items=events).model_dump_json(), media_type=JSON_TYPE)

@@ -1,4 +1,4 @@
-"""Charts, reckoned here and drawn as SVG by the template `charts.html`."""
+"""Charts: their coordinates are computed here, and the template `charts.html` draws them as SVG."""
 
 import math
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Chart:
-    """What the template draws. Ticks are places in the picture and their labels."""
+    """A chart in the picture's coordinates, as the template draws it. Ticks are positions and their labels."""
 
     title: str
     description: str
@@ -51,7 +51,7 @@ class Chart:
 def make_chart(
     title: str, description: str, x_label: str, y_label: str, series: Sequence[Series], *, log_y: bool = False
 ) -> Chart | None:
-    """None where there is nothing to draw. A logarithmic axis needs positive values; others are left out."""
+    """A chart, or None if there is nothing to draw. A logarithmic axis leaves out values that are not positive."""
     kept = [Series(one.name, [p for p in one.points if _fits(p, log_y)]) for one in series]
     kept = [one for one in kept if one.points]
     if not kept:
@@ -65,7 +65,7 @@ def make_chart(
 
 
 class _Axis:
-    """From values to places between `start` and `end`."""
+    """Maps values to positions between `start` and `end`."""
 
     def __init__(self, values: Sequence[float], start: float, end: float, log: bool = False) -> None:
         self._log = log
@@ -88,7 +88,7 @@ class _Axis:
         return [(self.place(value), f"{value:.6g}") for value in (values if len(values) > 1 else self._even())]
 
     def _logarithmic(self) -> list[float]:
-        """For a logarithmic axis: 1, 2 and 5 of each power of ten, or the powers alone, or only some of these."""
+        """Ticks of a logarithmic axis: 1, 2 and 5 of each power of ten, or the powers alone, or only some of these."""
         powers = range(math.floor(self._low), math.ceil(self._high) + 1)
         every = max(1, math.ceil(len(powers) / TICKS))
         digits = (1, 2, 5) if self._high - self._low < 2 else (1,)
@@ -96,7 +96,7 @@ class _Axis:
         return [value for value in values if self._low <= math.log10(value) <= self._high]
 
     def _even(self) -> list[float]:
-        """At even distances; whole numbers, if all values are."""
+        """Evenly spaced ticks. They are whole numbers if all values are."""
         low, high = (10**self._low, 10**self._high) if self._log else (self._low, self._high)
         rough = max((high - low) / TICKS, 1.0 if self._whole else 0.0)
         power = 10 ** math.floor(math.log10(rough))
@@ -109,6 +109,6 @@ def _fits(point: tuple[float, float], log_y: bool) -> bool:
 
 
 def _table(x_label: str, series: Sequence[Series]) -> tuple[list[str], list[list[str]]]:
-    """The same as text, a line per x and point: what people read who cannot see the picture."""
+    """The chart as a table with a row per point, for people who cannot see the picture."""
     rows = [(x, one.name, y) for one in series for x, y in one.points]
     return [x_label, "series", "value"], [[f"{x:.6g}", name, f"{y:.6g}"] for x, name, y in sorted(rows)]

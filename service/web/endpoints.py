@@ -1,4 +1,4 @@
-"""The web page: what the API has, for people."""
+"""The web page, which shows people what the API gives programs."""
 
 from collections import Counter
 from pathlib import Path
@@ -11,27 +11,26 @@ from pydantic import BaseModel, ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from service.access.needs import AnyCaller
-from service.api import PageQuery, PathId, newest_first
-from service.errors import InvalidError
-from service.models.logic import get_model, get_requested_model
+from service.access.callers import AnyCaller
+from service.http.errors import InvalidError
+from service.http.fields import PageQuery, PathId, newest_first
+from service.models.logic import get_model
 from service.registry.tables import JobState, Model, ScheduleStatus
+from service.request_checks import get_requested_model
 from service.schedules import logic as schedules_logic
 from service.schedules.schemas import ScheduleQuery
 from service.state import State
 from service.tuning_jobs import logic as jobs_logic
 from service.web import views
 from service.web.rendering import render
-from timetuner_core.loading import BUILTINS
-from timetuner_core.model_wrapper import GuidanceType
-from timetuner_core.samplers import sampler_names
+from timetuner_core.catalog import BUILTINS, GuidanceType, sampler_names
 
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
 
 STATIC = Path(__file__).parent / "static"
-LATEST = 8  # of each, on the first page
-CHOICES = 100  # models that a form offers
-COMPARED = 200
+ROWS_ON_OVERVIEW = 8
+MODELS_IN_FORM = 100
+COMPARED_SCHEDULES = 200
 
 Query = TypeVar("Query", bound=BaseModel)
 
@@ -41,7 +40,7 @@ class JobsQuery(PageQuery):
 
 
 def read_query(request: Request, query: type[Query]) -> Query:
-    """The query as a form sends it: what was left blank is not given."""
+    """The query of a form. Browsers send fields that were left blank as empty text, which is dropped."""
     given = {name: value for name, value in request.query_params.items() if value != ""}
     try:
         return query.model_validate(given)
@@ -52,11 +51,11 @@ def read_query(request: Request, query: type[Query]) -> Query:
 
 @router.get("/")
 def overview(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
-    page = PageQuery(limit=LATEST)
+    page = PageQuery(limit=ROWS_ON_OVERVIEW)
     with state.registry.read() as session:
         models, _ = newest_first(session, select(Model), Model.id, page)
         jobs, _ = jobs_logic.newest(session, caller, None, page)
-        schedules, _ = schedules_logic.newest(session, ScheduleQuery(limit=LATEST))
+        schedules, _ = schedules_logic.newest(session, ScheduleQuery(limit=ROWS_ON_OVERVIEW))
         context = {
             "models": models,
             "counts": {model.id: views.count_schedules(session, model.id) for model in models},
@@ -80,7 +79,7 @@ def models(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
 def model(model_id: PathId, request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
     with state.registry.read() as session:
         row = get_model(session, model_id)
-        schedules, _ = schedules_logic.newest(session, ScheduleQuery(model=model_id, limit=LATEST))
+        schedules, _ = schedules_logic.newest(session, ScheduleQuery(model=model_id, limit=ROWS_ON_OVERVIEW))
         context = {
             "model": row,
             "count": views.count_schedules(session, model_id),
@@ -146,21 +145,22 @@ def schedule(schedule_id: PathId, request: Request, caller: AnyCaller, state: St
 
 @router.get("/compare")
 def compare(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
-    """Of the newest schedules of a model, those of one setting: the most common one, unless another is named."""
+    """Compare the newest schedules of a model that share a setting: the most common one, unless another is named."""
     asked = request.query_params
     with state.registry.read() as session:
         choices = _choices(session)
         chosen = _chosen(session, asked.get("model"), choices)
-        query = ScheduleQuery(model=chosen.id if chosen else None, limit=COMPARED)
+        query = ScheduleQuery(model=chosen.id if chosen else None, limit=COMPARED_SCHEDULES)
         rows = schedules_logic.newest(session, query)[0] if chosen else []
         aliases = views.aliases_of(session, rows)
     rows = [row for row in rows if row.evaluation is not None]
-    settings = [one for one, _ in Counter(map(views.setting_of, rows)).most_common()]
-    setting = _choice("setting", asked.get("setting"), {one.value: one for one in settings})
-    rows = [row for row in rows if views.setting_of(row) == setting]
+    groups = [group for group, _ in Counter(map(views.group_of, rows)).most_common()]
+    chosen_group = _choice("setting", asked.get("setting"), {group.value: group for group in groups})
+    rows = [row for row in rows if views.group_of(row) == chosen_group]
     measured = [name for name in views.METRICS if any(views.figure(row, name) is not None for row in rows)]
     metric = _choice("metric", asked.get("metric"), {name: name for name in measured})
-    context: dict[str, Any] = {"models": choices, "chosen": chosen, "settings": settings, "setting": setting}
+    context: dict[str, Any] = {"models": choices, "chosen": chosen, "groups": groups}
+    context["chosen_group"] = chosen_group
     context |= {"measured": measured, "metric": metric, "aliases": aliases}
     context["schedules"] = sorted(rows, key=lambda row: (views.network_calls(row) or 0, row.score or 1.0))
     context["chart_of"] = views.comparison_chart(rows, metric) if metric else None
@@ -183,18 +183,18 @@ def _names(session: Session, rows: Any) -> dict[str, str]:
 
 
 def _choices(session: Session) -> list[Model]:
-    return list(session.scalars(select(Model).order_by(Model.id.desc()).limit(CHOICES)))
+    return list(session.scalars(select(Model).order_by(Model.id.desc()).limit(MODELS_IN_FORM)))
 
 
 def _chosen(session: Session, model_id: str | None, choices: list[Model]) -> Model | None:
-    """The model that the query names, or else the newest. Raises: InvalidError."""
+    """The model that the query names, or the newest. Raises: InvalidError."""
     if model_id:
         return get_requested_model(session, model_id, "query")
     return choices[0] if choices else None
 
 
 def _choice(name: str, value: str | None, choices: dict[str, Any]) -> Any:
-    """What the query names of some choices, or else the first. Raises: InvalidError."""
+    """The choice that the query names, or the first. Raises: InvalidError."""
     if not value:
         return next(iter(choices.values()), None)
     if value not in choices:

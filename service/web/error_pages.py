@@ -1,4 +1,4 @@
-"""What went wrong, as a page: for browsers, in place of the problem documents that programs get."""
+"""Error pages: browsers get these in place of problem documents."""
 
 import json
 from typing import Any
@@ -14,7 +14,7 @@ PROBLEM_TYPE = b"application/problem+json"
 
 
 class ErrorPageMiddleware:
-    """Around all that answers with problem documents. Of the API proper, they stay what they are."""
+    """Turns problem documents into pages for browsers. Those of the API under /v1/ stay as they are."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -1,25 +1,26 @@
-"""What the web page's forms do: the same as the API, and then a page to look at."""
+"""The web page's forms. They call the same functions as the API, and then lead to a page."""
 
+import re
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Form, Request, Response
 
-from service.access.callers import Caller
+from service.access.callers import MayTune, MayWriteModels
 from service.access.cookies import COOKIE, check_same_origin
-from service.access.needs import needs
-from service.api import Identifier, PathId
-from service.errors import InvalidError, UnauthenticatedError
+from service.access.state import Access
+from service.http.errors import InvalidError, UnauthenticatedError
+from service.http.fields import PathId
 from service.models.logic import register_builtin
 from service.models.schemas import BuiltinModelRequest
-from service.queue import publish
-from service.registry.keys import Scope
 from service.registry.tables import TuningJob
-from service.requests import Setting
 from service.schedules import logic as schedules_logic
 from service.schedules.schemas import ALIAS
+from service.shared.fields import Identifier
+from service.shared.queue import publish
+from service.shared.sampling_setting import SamplingSetting
+from service.shared.tuning_request import TuningJobRequest
 from service.state import State
 from service.tuning_jobs import logic as jobs_logic
-from service.tuning_jobs.schemas import TuningJobRequest
 from service.web.rendering import see
 from service.web.views import OBJECTIVES
 
@@ -28,26 +29,29 @@ async def _same_origin(request: Request) -> None:
     check_same_origin(request.headers)
 
 
+# Browsers drop tabs and line breaks from a URL and read a backslash as a slash, so each of them can hide a second
+# slash, behind which the name of another host would stand.
+OWN_PATH = r"/(?![/\\])[^\\\x00-\x20\x7f]*"
+
 router = APIRouter(include_in_schema=False, dependencies=[Depends(_same_origin)])
 
-Tuner = Annotated[Caller, needs(Scope.TUNE)]
-Writer = Annotated[Caller, needs(Scope.MODELS_WRITE)]
 
-
-class TuningForm(Setting):
-    """A tuning job by a few fields; all else by default."""
+class TuningForm(SamplingSetting):
+    """A tuning job of a few fields. All others have their defaults."""
 
     objective: Literal[tuple(OBJECTIVES)] = "end_to_end"  # type: ignore[valid-type]
 
 
 @router.post("/models")
-def register(form: Annotated[BuiltinModelRequest, Form()], caller: Writer, state: State, request: Request) -> Response:
+def register(
+    form: Annotated[BuiltinModelRequest, Form()], caller: MayWriteModels, state: State, request: Request
+) -> Response:
     model, _ = register_builtin(state.registry, caller, form.builtin, form.name)
     return see(request, f"/models/{model.id}")
 
 
 @router.post("/jobs")
-def submit(form: Annotated[TuningForm, Form()], caller: Tuner, state: State, request: Request) -> Response:
+def submit(form: Annotated[TuningForm, Form()], caller: MayTune, state: State, request: Request) -> Response:
     setting = form.model_dump(exclude={"objective"})
     tuning = TuningJobRequest.model_validate({**setting, "tuner": {"objective": form.objective}})
     job, _ = jobs_logic.submit(state.registry, state.settings, caller, tuning, None)
@@ -56,7 +60,7 @@ def submit(form: Annotated[TuningForm, Form()], caller: Tuner, state: State, req
 
 
 @router.post("/jobs/{job_id}/cancel")
-def cancel(job_id: PathId, caller: Tuner, state: State, request: Request) -> Response:
+def cancel(job_id: PathId, caller: MayTune, state: State, request: Request) -> Response:
     jobs_logic.cancel(state.registry, caller, job_id)
     return see(request, f"/jobs/{job_id}")
 
@@ -65,7 +69,7 @@ def cancel(job_id: PathId, caller: Tuner, state: State, request: Request) -> Res
 def set_alias(
     schedule_id: PathId,
     name: Annotated[str, Form(pattern=ALIAS)],
-    caller: Writer,
+    caller: MayWriteModels,
     state: State,
     request: Request,
 ) -> Response:
@@ -78,7 +82,7 @@ def set_alias(
 
 @router.post("/schedules/{schedule_id}/aliases/delete")
 def delete_alias(
-    schedule_id: PathId, name: Annotated[Identifier, Form()], caller: Writer, state: State, request: Request
+    schedule_id: PathId, name: Annotated[Identifier, Form()], caller: MayWriteModels, state: State, request: Request
 ) -> Response:
     with state.registry.write() as session:
         schedule = schedules_logic.get_schedule(session, schedule_id)
@@ -90,18 +94,17 @@ def delete_alias(
 @router.post("/login")
 async def log_in(
     key: Annotated[str, Form(max_length=200)],
-    state: State,
+    access: Access,
     request: Request,
     next: Annotated[str, Form(max_length=2000)] = "/",
 ) -> Response:
     """Keep a valid key in a cookie until the browser is closed."""
     try:
-        await state.keys.find(f"Bearer {key.strip()}")
+        await access.keys.find(f"Bearer {key.strip()}")
     except UnauthenticatedError:
         detail = "this is no valid API key; accepted: tt_..., as `timetuner keys create` printed it"
         raise InvalidError(detail, ("body", "key")) from None
-    is_local = next.startswith("/") and not next.startswith(("//", "/\\"))
-    answer = see(request, next if is_local else "/")
+    answer = see(request, next if re.fullmatch(OWN_PATH, next) else "/")
     secure = request.url.scheme == "https"
     answer.set_cookie(COOKIE, key.strip(), httponly=True, samesite="strict", secure=secure)
     return answer

@@ -1,4 +1,4 @@
-"""Pages from templates, and what every one of them is given."""
+"""Rendering of templates into pages, with the values that every page needs."""
 
 from datetime import datetime
 from typing import Any
@@ -16,14 +16,15 @@ MINUTE, HOUR, DAY = 60, 3600, 86_400
 
 
 def render(request: Request, template: str, caller: Caller | None, **context: Any) -> HTMLResponse:
-    """A page. `caller` is None where nobody has logged in."""
+    """Render a page. `caller` is None if nobody is logged in."""
     shared = {"path": request.url.path, "caller": caller, "by_cookie": COOKIE in request.cookies}
     content = TEMPLATES.get_template(template).render(**shared, **context)
-    return HTMLResponse(content, headers={"Cache-Control": "no-store"})  # not to be had by going back after a logout
+    # Browsers store no page, so that after a logout none can be seen by going back.
+    return HTMLResponse(content, headers={"Cache-Control": "no-store"})
 
 
 def see(request: Request, path: str) -> Response:
-    """Where to go after a form was served: by htmx's own header, if it sent the form."""
+    """Lead to a page after a form was handled. htmx has a header of its own for that."""
     if "HX-Request" in request.headers:
         return Response(status_code=204, headers={"HX-Redirect": path})
     return RedirectResponse(path, 303)
@@ -62,7 +63,7 @@ def _ago(time: datetime | None) -> str:
 
 
 def _query(values: dict[str, Any]) -> str:
-    """As a URL has it after `?`, what is not given left out."""
+    """The query part of a URL. Values that are not given are left out."""
     return urlencode({name: value for name, value in values.items() if value not in (None, "")})
 
 

@@ -1,21 +1,21 @@
-"""What pages show of the registry's rows: costs, charts, lines of code."""
+"""Views of the registry's rows for pages: costs, charts, lines of code."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from service.registry.tables import Model, Schedule, ScheduleAlias, TuningJob
-from service.requests import ALWAYS
+from service.shared.sampler_facts import sampler_facts
+from service.shared.sampling_setting import ALWAYS
 from service.tuning_jobs.logic import events_after
 from service.web.charts import Chart, Series, make_chart
-from timetuner_core.samplers import get_sampler
+from timetuner_core.tuners import TUNERS
 
-MOST_COUNTED = 1000
-MOST_EVENTS = 1000
+MAX_COUNTED = 1000
+MAX_EVENTS = 1000
 METRICS = {
     "teacher_l2": "distance to the teacher",
     "sliced_wasserstein": "sliced Wasserstein distance",
@@ -24,20 +24,13 @@ METRICS = {
     "wasserstein": "Wasserstein distance",
     "kl": "KL divergence",
 }
-OBJECTIVES = {
-    "end_to_end": "end to end: grid and ratios together, against a teacher",
-    "next_eps": "next_eps: the published procedure, step by step",
-    "teacher_step": "teacher_step: each step against a teacher's",
-    "ays": "ays: Align Your Steps",
-    "gits": "gits: nearest to a many-step trajectory",
-    "dmn": "dmn: bound on the result's error",
-}
+OBJECTIVES = {name: tuner.label for name, tuner in TUNERS.items() if name != "grid"}
 OBJECTIVE_OF_IMPORTED = "imported"
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What schedules that can be compared have in common, in words, and by what it is told from others."""
+class ComparisonGroup:
+    """Schedules with one sampler and guidance are compared with each other. Both are in words for people."""
 
     sampler: str
     guidance: str
@@ -47,8 +40,9 @@ class Setting:
         return f"{self.sampler} {self.guidance}"
 
 
-def setting_of(schedule: Schedule) -> Setting:
-    return Setting(schedule.sampler + ("" if schedule.eta == 0 else f" η={schedule.eta:g}"), guidance_of(schedule))
+def group_of(schedule: Schedule) -> ComparisonGroup:
+    sampler = schedule.sampler + ("" if schedule.eta == 0 else f" η={schedule.eta:g}")
+    return ComparisonGroup(sampler, guidance_of(schedule))
 
 
 def guidance_of(schedule: Schedule) -> str:
@@ -64,13 +58,13 @@ def guidance_of(schedule: Schedule) -> str:
 
 
 def network_calls(schedule: Schedule) -> int | None:
-    """Per image; None if the sampler's package is gone."""
+    """Network calls per image, or None if the sampler's package is not installed any more."""
     try:
-        sampler = get_sampler(schedule.sampler)
-    except (ImportError, AttributeError, TypeError, ValueError):
+        sampler = sampler_facts(schedule.sampler)
+    except ValueError:
         return None
     guided = schedule.guidance_type == "classifier-free" and schedule.guidance_scale != 1
-    return sampler.network_calls(torch.tensor(schedule.timesteps)) * (2 if guided else 1)
+    return sampler.network_calls(schedule.timesteps) * (2 if guided else 1)
 
 
 def tuner_of(schedule: Schedule) -> str:
@@ -90,19 +84,19 @@ def aliases_of(session: Session, schedules: Iterable[Schedule]) -> dict[str, lis
 
 
 def count_schedules(session: Session, model_id: str) -> str:
-    """How many a model has, counted no further than anybody wants to know."""
-    some = select(Schedule.id).where(Schedule.model_id == model_id).limit(MOST_COUNTED + 1).subquery()
+    """The number of a model's schedules as text, counted up to `MAX_COUNTED`."""
+    some = select(Schedule.id).where(Schedule.model_id == model_id).limit(MAX_COUNTED + 1).subquery()
     count = session.scalar(select(func.count()).select_from(some)) or 0
-    return f"{count}" if count <= MOST_COUNTED else f"more than {MOST_COUNTED}"
+    return f"{count}" if count <= MAX_COUNTED else f"more than {MAX_COUNTED}"
 
 
 def labels_of(model: Model) -> list[int]:
-    """The classes that a model can be asked for."""
+    """The class labels that a request may name."""
     return [label for label in range(model.spec["num_classes"]) if label != model.spec["null_class_label"]]
 
 
 def sample_request(schedule: Schedule, model: Model) -> dict[str, Any]:
-    """What shows a schedule at work: a few samples of its setting, of all classes in turn."""
+    """The request for a few samples that show a schedule, of all classes in turn."""
     is_image = len(model.spec["image_shape"]) == 3
     count, labels = 8 if is_image else 128, labels_of(model)
     guided = schedule.guidance_type != "uncond"
@@ -138,8 +132,8 @@ def _grid_chart(times: Sequence[float], ratios: Sequence[float]) -> Chart | None
 
 
 def job_charts(session: Session, job: TuningJob) -> list[Chart | None]:
-    """The loss so far, over the job's progress, and the ratios of now."""
-    events = events_after(session, job.id, 0, MOST_EVENTS)
+    """The loss over the job's progress so far, and the current ratios."""
+    events = events_after(session, job.id, 0, MAX_EVENTS)
     losses = [
         (100 * event.data["progress"], event.data["loss"])
         for event in events
@@ -151,14 +145,14 @@ def job_charts(session: Session, job: TuningJob) -> list[Chart | None]:
 
 
 def figure(schedule: Schedule, metric: str, when: str = "after") -> float | None:
-    """One figure of a schedule's evaluation; None where it was not measured."""
+    """One value of a schedule's evaluation, or None if it was not measured."""
     measured = schedule.evaluation.metrics.get(metric) if schedule.evaluation else None
     value = measured and measured.get(when)
     return float(value) if value is not None else None
 
 
 def comparison_chart(schedules: Sequence[Schedule], metric: str) -> Chart | None:
-    """Quality against network calls: the best of each tuner at each cost, and the untuned sampler."""
+    """A chart of quality against network calls: the best of each tuner at each cost, and the untuned sampler."""
     best: dict[str, dict[int, float]] = {}
     points: list[tuple[str, int | None, float | None]] = []
     for schedule in schedules:

@@ -18,7 +18,7 @@ from tests.cli.conftest import COMMAND, Run
 from tests.client.conftest import gratings, quick, schedule, service  # noqa: F401
 from tests.keys import NewUser
 from tests.stack import wait_until
-from timetuner_core.loading import BUNDLED
+from timetuner_core.models.loading import BUNDLED
 
 pytestmark = pytest.mark.parametrize("stack", ["sqlite"], indirect=True, scope="session")
 

@@ -1,10 +1,12 @@
 """`timetuner doctor` on this machine: what is well, and what is not and how to mend it."""
 
 import json
+import signal
 import socket
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
 from service.registry.database import Registry
 from tests.cli.conftest import Run
@@ -52,7 +54,12 @@ def test_what_is_missing_is_named_without_passwords(
     assert "secret" not in str(findings)
 
 
-def test_an_old_schema_is_found(timetuner: Run, registry: Registry, tmp_path: Path) -> None:  # noqa: F811
+def test_an_old_schema_is_found(
+    timetuner: Run,
+    registry: Registry,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from alembic import command
 
     from service.registry.database import alembic_config
@@ -66,6 +73,17 @@ def test_an_old_schema_is_found(timetuner: Run, registry: Registry, tmp_path: Pa
     assert timetuner("db", "upgrade", "--json", DATABASE_URL=url).code == 0
     _, findings = examine(timetuner, tmp_path, DATABASE_URL=url)
     assert findings["database"]["ok"]
+    with registry.write() as session:
+        session.execute(text("UPDATE alembic_version SET version_num = '0007'"))
+    _, findings = examine(timetuner, tmp_path, DATABASE_URL=url)
+    mend = "run `timetuner db upgrade` of commit e4c2e61 on it first"
+    assert (findings["database"]["ok"], findings["database"]["mend"]) == (False, mend)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # `up` would have the tests' process ignore Ctrl-C
+    for arguments in (("db", "upgrade"), ("up", "--port", str(free_port()), "--unlisted", "--home", str(tmp_path))):
+        refused = timetuner(*arguments, DATABASE_URL=url)
+        assert (refused.code, refused.out) == (3, "")
+        assert "has schema 0007" in refused.err
+        assert mend in refused.err
 
 
 def test_a_port_in_use_is_found(timetuner: Run, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from service.registry.keys import Scope
 from tests.client.conftest import quick
 from tests.keys import NewUser
 from timetuner_core.integrations.diffusers import TimeTunerScheduler
-from timetuner_core.loading import BUNDLED
+from timetuner_core.models.loading import BUNDLED
 
 pytestmark = pytest.mark.parametrize("stack", ["sqlite"], indirect=True, scope="session")
 

@@ -1,7 +1,8 @@
 """Networks with known answers, and the small tools that several files need."""
 
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from timetuner_core import NoiseScheduleVP, TimeTuner, model_wrapper
-from timetuner_core.loading import UNET_CONFIG, UNET_WEIGHTS
-from timetuner_core.mixtures import GaussianMixture
+from timetuner_core.models.loading import UNET_CONFIG, UNET_WEIGHTS
+from timetuner_core.models.mixtures import GaussianMixture
 from timetuner_core.noise_schedule import NoiseSchedule
 
 torch.set_num_threads(1)
@@ -25,6 +26,34 @@ DEVICES = [
         marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
     ),
 ]
+
+
+def crossed(**axes: Iterable[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:
+    """A test of every combination of the axes' values; a mapping's keys name its values.
+
+    `make test` runs a diagonal, which meets every value of every axis. The other combinations are exhaustive.
+    Along the diagonal each axis shifts by its own place after each of its rounds. Axes of equal length thus meet in
+    several pairs.
+    """
+    named = [
+        list((axis if isinstance(axis, Mapping) else {_name(value): value for value in axis}).items())
+        for axis in axes.values()
+    ]
+    diagonal = {
+        tuple((i + axis * (i // len(values))) % len(values) for axis, values in enumerate(named))
+        for i in range(max(map(len, named)))
+    }
+    combinations = []
+    for place in itertools.product(*(range(len(values)) for values in named)):
+        names, values = zip(*(axis[i] for axis, i in zip(named, place, strict=True)), strict=True)
+        marks = () if place in diagonal else (pytest.mark.exhaustive,)
+        combinations.append(pytest.param(*values, id="-".join(names), marks=marks))
+    return pytest.mark.parametrize(list(axes), combinations)
+
+
+def _name(value: Any) -> str:
+    name: str = getattr(value, "__name__", str(value))
+    return name
 
 
 class Recorded:

@@ -3,18 +3,18 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.core.conftest import DEVICES
-from timetuner_core.batching import steady_sizes
-from timetuner_core.generation import Guidance, generate
+from tests.core.conftest import DEVICES, crossed
+from timetuner_core.catalog import GuidanceType
 from timetuner_core.grids import make_timesteps
-from timetuner_core.loading import BUILTIN_MIXTURES, BUILTINS, DiffusionModel, load_builtin
-from timetuner_core.model_wrapper import GuidanceType
+from timetuner_core.models.loading import BUILTIN_FOLDERS, BUILTINS, DiffusionModel, load_builtin
+from timetuner_core.sampling.generate import Guidance, generate
+from timetuner_core.sampling.same_bits import steady_sizes
 
 MAX_SIZE = 8
 SAMPLERS = [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0), ("heun", 0.0), ("dpmpp_3m", 0.0), ("dpmpp_2m_sde", 0.0)]
@@ -23,7 +23,10 @@ LABELS = torch.tensor([0, 3, 1, 2, 2, 0, 3, 1, 1, 0, 2])
 SCALES = [2.0, 1.5, 3.0, 2.5, 1.25, 2.0, 4.0, 0.5, 7.5, 1.75, 2.25]
 
 load = cache(load_builtin)
-GUIDED = [(name, guidance_type) for name in BUILTINS for guidance_type in load(name).guidance_types]
+GUIDANCE_TYPES: dict[str, tuple[GuidanceType, ...]] = {
+    name: ("uncond", "classifier-free") if name in BUILTIN_FOLDERS else get_args(GuidanceType) for name in BUILTINS
+}
+GUIDED = {f"{name}-{type}": (name, type) for name, types in GUIDANCE_TYPES.items() for type in types}
 
 
 @pytest.fixture
@@ -67,13 +70,24 @@ def assert_same_in_any_company(
         assert torch.equal(sample(*index), everyone[index])
 
 
+@cache
+def guided_sizes(name: str, guidance_type: GuidanceType, device: str) -> tuple[int, ...]:
+    return steady_sizes(load(name, device), guidance_type, MAX_SIZE, device, guided=True)
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("name", "guidance_type"), GUIDED)
-def test_a_sample_is_the_same_bit_for_bit_in_any_company(name: str, guidance_type: GuidanceType, device: str) -> None:
-    model = load(name, device)
-    sizes = steady_sizes(model, guidance_type, MAX_SIZE, device, guided=True)
-    for sampler, eta in SAMPLERS if name in BUILTIN_MIXTURES else SAMPLERS[1::2]:
-        assert_same_in_any_company(model, Guidance(guidance_type, 2.0), sizes, sampler, eta, device)
+@crossed(guided=GUIDED, sampler=SAMPLERS)
+def test_a_sample_is_the_same_bit_for_bit_in_any_company(
+    guided: tuple[str, GuidanceType], sampler: tuple[str, float], device: str
+) -> None:
+    name, guidance_type = guided
+    sizes = guided_sizes(name, guidance_type, device)
+    assert_same_in_any_company(load(name, device), Guidance(guidance_type, 2.0), sizes, *sampler, device)
+
+
+@pytest.mark.parametrize("name", BUILTINS)
+def test_every_guidance_that_a_builtin_offers_is_tried(name: str) -> None:
+    assert set(load(name).guidance_types) == set(GUIDANCE_TYPES[name])
 
 
 @pytest.mark.parametrize("interval", [None, (0.3, 0.7)])
@@ -87,7 +101,7 @@ def test_rescaled_guidance_and_an_interval_leave_it_so(interval: tuple[float, fl
 @pytest.mark.usefixtures("two_threads")
 def test_several_threads_leave_it_so() -> None:
     model = load("digits8")
-    sizes = steady_sizes(model, "uncond", 4)
+    sizes = steady_sizes(model, "uncond", 2)
     assert_same_in_any_company(model, Guidance("uncond", 1.0), sizes, num_steps=1)
 
 

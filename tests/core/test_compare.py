@@ -5,6 +5,7 @@ import dataclasses
 import io
 import itertools
 import json
+import multiprocessing
 import re
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from PIL import Image
 from timetuner_core.compare import Comparison, Effort, Outcome, Plan, PlanError, parse_guidance, run
 from timetuner_core.compare.report import files, write
 from timetuner_core.compare.tables import to_csv
-from timetuner_core.experiment import TUNING_SEEDS, Experiment
-from timetuner_core.generation import Guidance
 from timetuner_core.grids import make_timesteps, teacher_timesteps
-from timetuner_core.loading import load_builtin
+from timetuner_core.models.loading import load_builtin
 from timetuner_core.samplers import get_sampler
-from timetuner_core.tuning import TuningProblem, TuningState, tune_end_to_end
+from timetuner_core.sampling.generate import Guidance
+from timetuner_core.tuning.end_to_end import tune_end_to_end
+from timetuner_core.tuning.problem import TuningProblem, TuningState
+from timetuner_core.tuning_setup import TUNING_SEEDS, Experiment
 
 EFFORT = Effort(
     teacher_num_steps=20,
@@ -116,7 +118,14 @@ def test_tuners_are_charged_for_what_they_ask_of_the_network(comparison: Compari
     assert outcome_of(comparison, "end_to_end_grid", guidance="cfg:2").tuning_calls == 2 * expected
 
 
-def test_two_processes_give_the_figures_of_one(comparison: Comparison) -> None:
+@pytest.mark.parametrize("start_method", ["forkserver", pytest.param("spawn", marks=pytest.mark.exhaustive)])
+def test_two_processes_give_the_figures_of_one(
+    comparison: Comparison, start_method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`spawn` is what `run` uses. A fork server imports once what each spawned process imports for itself."""
+    context = multiprocessing.get_context(start_method)
+    context.set_forkserver_preload(["timetuner_core.compare"])
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
     by_two = run(dataclasses.replace(PLAN, guidances=("cfg:2",), samplers=("ddim",)), jobs=2)
     by_one = [o for o in comparison.outcomes if o.setting.group == by_two.plan.groups[0]]
 
@@ -273,7 +282,7 @@ def test_end_to_end_tuning_is_the_same_with_a_given_teacher_and_remembered_steps
     of_experiment = experiment("cfg:2")
     schedule = of_experiment.model.noise_schedule
     timesteps = make_timesteps(schedule, 3)
-    problem: TuningProblem = of_experiment.problem("end_to_end", timesteps, 16, 16)
+    problem: TuningProblem = of_experiment.problem("noise", timesteps, 16, 16)
     seeds, condition = of_experiment.seeds(16, TUNING_SEEDS), of_experiment.conditions(16, TUNING_SEEDS)
     target = of_experiment.teach(seeds, condition, 10, decode=False)
 

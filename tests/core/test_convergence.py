@@ -12,10 +12,10 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from tests.core.conftest import Network, linear_betas, normals, small_mixture
+from tests.core.conftest import Network, crossed, linear_betas, normals, small_mixture
 from timetuner_core import NoiseScheduleVP, model_wrapper
-from timetuner_core.mixtures import GaussianMixture
-from timetuner_core.model_wrapper import GuidedModel
+from timetuner_core.guided_model import GuidedModel
+from timetuner_core.models.mixtures import GaussianMixture
 from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleEDM, NoiseScheduleFlow
 from timetuner_core.samplers import SAMPLERS, Past, Sampler, SamplerStep, remember, sample
 
@@ -36,9 +36,6 @@ MULTISTEP = [name for name in DETERMINISTIC if SAMPLERS[name].history_length]
 MODEL_TYPES = ("x_start", "v", "score", "flow", "edm")
 SIGMA_DATA = 0.5
 NULL_LABEL = torch.tensor([2])
-
-every_sampler = pytest.mark.parametrize("name", SAMPLERS)
-every_schedule = pytest.mark.parametrize("kind", SCHEDULES)
 
 
 def lambda_grid(schedule: NoiseSchedule, num_steps: int) -> Tensor:
@@ -105,8 +102,7 @@ def measured_order(sampler: Sampler, kind: str, warm: bool) -> float:
     return -float(np.polyfit(np.log(STEPS[sampler.order]), np.log(errors), 1)[0])
 
 
-@every_schedule
-@pytest.mark.parametrize("name", DETERMINISTIC)
+@crossed(name=DETERMINISTIC, kind=list(SCHEDULES))
 def test_a_sampler_with_full_history_converges_at_its_stated_order(name: str, kind: str) -> None:
     assert measured_order(SAMPLERS[name], kind, warm=True) == pytest.approx(SAMPLERS[name].order, abs=0.15)
 
@@ -154,9 +150,7 @@ def guided(mixture: GaussianMixture, model_type: str, guidance_type: str) -> Gui
     return model_wrapper(answering(mixture, model_type), schedule, **kind, **arguments[guidance_type])
 
 
-@pytest.mark.parametrize("guidance_type", ["uncond", "classifier", "classifier-free"])
-@every_schedule
-@every_sampler
+@crossed(name=list(SAMPLERS), kind=list(SCHEDULES), guidance_type=["uncond", "classifier", "classifier-free"])
 def test_what_a_network_predicts_does_not_change_the_samples(name: str, kind: str, guidance_type: str) -> None:
     schedule, labels = SCHEDULES[kind], torch.tensor([0, 1, 1])
     mixture, x_t, grid = small_mixture(schedule), normals(3, 2), lambda_grid(schedule, 4)

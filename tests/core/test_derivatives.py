@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests.core.conftest import normals, small_mixture, tiny_unet
+from tests.core.conftest import crossed, normals, small_mixture, tiny_unet
 from timetuner_core import NoiseScheduleVP, model_wrapper
-from timetuner_core.model_wrapper import GuidedModel
+from timetuner_core.guided_model import GuidedModel
 from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleEDM, NoiseScheduleFlow
 from timetuner_core.samplers import SAMPLERS, Past, Sampler, remember
 
@@ -98,22 +98,19 @@ def assert_derivatives_agree(x_s: Callable[[Tensor], Tensor], delta: float = 1e-
         torch.testing.assert_close(x_s(T_RATIO), value, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("guidance", GUIDANCE.values(), ids=GUIDANCE)
-@every_sampler
+@crossed(sampler=SAMPLERS, guidance=GUIDANCE)
 def test_derivatives_agree_for_every_sampler_and_guidance(sampler: Sampler, guidance: dict[str, Any]) -> None:
     model = mixture_model(LINEAR, **guidance)
     assert_derivatives_agree(step_in_ratio(sampler, model, normals(3, 2)))
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
-@every_sampler
+@crossed(sampler=SAMPLERS, kind=list(SCHEDULES))
 def test_derivatives_agree_for_every_sampler_and_schedule(sampler: Sampler, kind: str) -> None:
     model = mixture_model(SCHEDULES[kind])
     assert_derivatives_agree(step_in_ratio(sampler, model, normals(3, 2)))
 
 
-@pytest.mark.parametrize("config", UNETS.values(), ids=UNETS)
-@every_sampler
+@crossed(sampler=SAMPLERS, config=UNETS)
 def test_derivatives_agree_through_a_diffusers_network(sampler: Sampler, config: dict[str, Any]) -> None:
     x_s = step_in_ratio(sampler, unet_model(**config), normals(3, 1, 4, 4))
     with sdpa_kernel(SDPBackend.MATH):  # torch's fused attention has no forward mode

@@ -19,7 +19,7 @@ from torch import Tensor
 from tests.core.conftest import tiny_unet
 from timetuner_core import TimeTuner
 from timetuner_core.integrations.diffusers import TimeTunerScheduler
-from timetuner_core.loading import BUILTIN_FOLDERS, load_builtin
+from timetuner_core.models.loading import BUILTIN_FOLDERS, load_builtin
 from timetuner_core.samplers import SAMPLERS, step_noise
 
 RATIOS = [1.0, 0.98, 1.03, 0.95, 1.01]

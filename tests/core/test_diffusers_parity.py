@@ -13,10 +13,12 @@ from torch import Tensor
 from tests.core.conftest import Network, normals, predicting
 from tests.core.test_convergence import measured_order
 from timetuner_core import model_wrapper
+from timetuner_core.coefficients import NoiseLevel
 from timetuner_core.grids import make_timesteps
-from timetuner_core.loading import BUNDLED, load_builtin
+from timetuner_core.guided_model import expand_like
+from timetuner_core.models.loading import BUNDLED, load_builtin
 from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleEDM, NoiseScheduleFlow
-from timetuner_core.samplers import SAMPLERS, Sampler, Step, sample, scaled
+from timetuner_core.samplers import SAMPLERS, Sampler, Step, sample
 
 # diffusers computes its sigmas by what NumPy and itself deprecate.
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:`algorithm_types:FutureWarning")]
@@ -129,19 +131,18 @@ def with_points_between(grid: Tensor, count: int) -> Tensor:
 
 def dpm_3_of_diffusers(step: Step) -> tuple[Tensor, Tensor]:
     """DPM-Solver-3 whose second stage is DPM-Solver-2's, as a list of single steps makes it."""
-    x0, eps = step.predict(step.x, step.t)
-    lambda_t, h = step.start.lambda_, step.h
-    t1, t2 = (step.noise_schedule.inverse_lambda(lambda_t + r * h) for r in (1 / 3, 2 / 3))
+    x0, eps = step.predict(step.x_t, step.t)
+    t1, t2 = step.time_between(1 / 3), step.time_between(2 / 3)
 
     def stage(s: Tensor, slope: Tensor) -> Tensor:
-        level = step.level(s)
-        shrunk = scaled(level.alpha / step.start.alpha, step.x)
-        return shrunk - scaled(level.sigma * torch.expm1(level.lambda_ - lambda_t), slope)
+        level = step.noise_level(s)
+        growth = (level.lambda_ - step.lambda_t).expm1()
+        return level.alpha / step.alpha_t * step.x_t - level.sigma * growth * slope
 
     eps_1 = step.predict(stage(t1, eps), t1).eps
     eps_2 = step.predict(stage(t2, eps_1), t2).eps
-    curve = step.end.sigma * (torch.expm1(h) / h - 1) * 3 / 2
-    return stage(step.s, eps) - scaled(curve, eps_2 - eps), x0
+    curve = step.sigma_s * (step.h.expm1() / step.h - 1) * (3 / 2)
+    return stage(step.s, eps) - curve * (eps_2 - eps), x0
 
 
 DPM_3 = Sampler("dpm_3 of diffusers", dpm_3_of_diffusers, order=3, calls_per_step=3)
@@ -170,15 +171,12 @@ def dpmpp_3m_of_diffusers(step: Step) -> tuple[Tensor, Tensor]:
     x_s, x0 = SAMPLERS["dpmpp_3m"].update(step)
     if len(step.history) < 2 or step.to_clean_data:
         return x_s, x0
-    (_, _, x0_2), (_, _, x0_1) = step.history
-    lambda_2, lambda_1 = (step.level(past.t).lambda_ for past in step.history)
-    slope, slope_1 = (
-        scaled(1 / (step.start.lambda_ - lambda_1), x0 - x0_1),
-        scaled(1 / (lambda_1 - lambda_2), x0_1 - x0_2),
-    )
-    half_curve = scaled(1 / (step.start.lambda_ - lambda_2), slope - slope_1)
-    phi_3 = step.h**2 - 2 * (step.h + torch.expm1(-step.h))
-    return x_s - scaled(step.end.alpha * phi_3 / 2, half_curve), x0
+    lambda_t, lambda_1, lambda_2 = step.lambda_t, step.past_lambda(1), step.past_lambda(2)
+    x0_1, x0_2 = step.past_x0(1), step.past_x0(2)
+    slope, slope_1 = 1 / (lambda_t - lambda_1) * (x0 - x0_1), 1 / (lambda_1 - lambda_2) * (x0_1 - x0_2)
+    half_curve = 1 / (lambda_t - lambda_2) * (slope - slope_1)
+    phi_3 = step.h**2 - 2 * (step.h + (-step.h).expm1())
+    return x_s - step.alpha_s * phi_3 / 2 * half_curve, x0
 
 
 DPMPP_3M = Sampler("dpmpp_3m of diffusers", dpmpp_3m_of_diffusers, order=2, history_length=2)
@@ -218,19 +216,21 @@ def at_other_levels(schedule: NoiseSchedule, model_type: str) -> Network:
     def x0_of(x: Tensor, t: Tensor) -> Tensor:
         alpha_t, sigma_t = schedule.marginal_alpha(t), schedule.marginal_std(t)
         t_vp = VP.inverse_lambda(schedule.marginal_lambda(t)).clamp(max=VP.T)
-        x_vp = scaled(1 / torch.sqrt(alpha_t**2 + sigma_t**2), x)
+        x_vp = expand_like(1 / torch.sqrt(alpha_t**2 + sigma_t**2), x) * x
         eps = DIGITS.network(x_vp, VP.model_input_time(t_vp))
-        return scaled(1 / VP.marginal_alpha(t_vp), x_vp - scaled(VP.marginal_std(t_vp), eps))
+        level = NoiseLevel.at(VP, t_vp, x)
+        return 1 / level.alpha * (x_vp - level.sigma * eps)
 
     def flow(x: Tensor, t_input: Tensor) -> Tensor:
         t = schedule.time_of_model_input(t_input)
-        return scaled(1 / schedule.marginal_std(t), x - x0_of(x, t))
+        return 1 / NoiseLevel.at(schedule, t, x).sigma * (x - x0_of(x, t))
 
     def edm(x: Tensor, t_input: Tensor) -> Tensor:
         t = schedule.time_of_model_input(t_input)
-        norm = torch.sqrt(t**2 + SIGMA_DATA**2)
-        x = scaled(norm, x)  # what it is given is c_in x
-        return scaled(norm / (t * SIGMA_DATA), x0_of(x, t) - scaled((SIGMA_DATA / norm) ** 2, x))
+        sigma = expand_like(t, x)
+        norm = torch.sqrt(sigma**2 + SIGMA_DATA**2)
+        x = norm * x  # the network is given c_in x
+        return norm / (sigma * SIGMA_DATA) * (x0_of(x, t) - (SIGMA_DATA / norm) ** 2 * x)
 
     return {"flow": flow, "edm": edm}[model_type]
 

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from tests.core.conftest import normals
-from timetuner_core.evaluation import frechet_distance
-from timetuner_core.generation import Guidance, generate
+from timetuner_core.evaluation.distances import frechet_distance
 from timetuner_core.grids import uniform_timesteps
-from timetuner_core.loading import DiffusionModel, load_builtin
+from timetuner_core.models.digits_classifier import digits_classifier, to_8x8
+from timetuner_core.models.loading import DiffusionModel, load_builtin
+from timetuner_core.sampling.generate import Guidance, generate
 
 
 @pytest.fixture(scope="module")
@@ -17,14 +17,17 @@ def digits8() -> DiffusionModel:
     return load_builtin("digits8")
 
 
-def samples(model: DiffusionModel, guidance: Guidance, labels: Tensor | None, num_samples: int) -> Tensor:
-    timesteps = uniform_timesteps(model.noise_schedule, 25)
-    return generate(model, guidance, list(range(num_samples)), labels, timesteps, batch_size=128)
+def samples(
+    model: DiffusionModel, guidance: Guidance, labels: Tensor | None, num_samples: int, sampler: str, num_steps: int
+) -> Tensor:
+    timesteps = uniform_timesteps(model.noise_schedule, num_steps)
+    seeds = list(range(num_samples))
+    return generate(model, guidance, seeds, labels, timesteps, sampler=sampler, batch_size=128)
 
 
 def test_unguided_samples_are_distributed_like_the_digits(digits8: DiffusionModel) -> None:
     assert digits8.reference is not None
-    x0 = samples(digits8, Guidance("uncond", 1.0), None, 256)
+    x0 = samples(digits8, Guidance("uncond", 1.0), None, 256, "ddim", 25)
     distance, noise_distance = (frechet_distance(x, digits8.reference) for x in (x0, normals(256, 1, 8, 8)))
     assert distance is not None
     assert noise_distance is not None
@@ -33,17 +36,14 @@ def test_unguided_samples_are_distributed_like_the_digits(digits8: DiffusionMode
 
 
 def test_a_classifier_of_digits_recognises_guided_samples(digits8: DiffusionModel) -> None:
-    assert digits8.draw_data is not None
-    images, labels = digits8.draw_data(1500, torch.Generator().manual_seed(0))
-    assert labels is not None
-    classifier = LogisticRegression(max_iter=1000).fit(images.flatten(1).numpy(), labels.numpy())
+    """The bundled classifier, which `test_features.py` tries on digits that were held out."""
     asked = torch.arange(120) % 10
-    drawn = samples(digits8, Guidance("classifier-free", 2.0), asked, 120)
-    recognised = torch.from_numpy(classifier.predict(drawn.flatten(1).numpy())) == asked
+    drawn = samples(digits8, Guidance("classifier-free", 2.0), asked, 120, "dpmpp_2m", 10)
+    recognised = digits_classifier()(to_8x8(drawn)).argmax(dim=1) == asked
     assert float(recognised.double().mean()) > 0.95
 
 
 def test_the_same_noise_becomes_another_digit_under_another_label(digits8: DiffusionModel) -> None:
     guidance = Guidance("classifier-free", 2.0)
-    threes, eights = (samples(digits8, guidance, torch.full((4,), label), 4) for label in (3, 8))
+    threes, eights = (samples(digits8, guidance, torch.full((4,), label), 4, "dpmpp_2m", 10) for label in (3, 8))
     assert float((threes - eights).abs().mean()) > 0.1

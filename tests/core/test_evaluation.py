@@ -17,26 +17,28 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 from tests.core.conftest import normals, small_mixture
 from timetuner_core import NoiseScheduleVP, model_wrapper
-from timetuner_core.evaluation import (
+from timetuner_core.evaluation.distances import (
     MAX_FRECHET_DIMENSION,
-    Evaluation,
     Frechet,
     Measure,
-    Metric,
-    PairedComparison,
     SlicedWasserstein,
-    bootstrap,
-    evaluate,
     frechet_distance,
-    paired_comparison,
     sampler_kl,
     sliced_wasserstein,
     teacher_l2,
     wasserstein,
     wasserstein_estimate,
 )
+from timetuner_core.evaluation.verdict import (
+    Evaluation,
+    Metric,
+    PairedComparison,
+    bootstrap,
+    evaluate,
+    paired_comparison,
+)
 from timetuner_core.grids import make_timesteps
-from timetuner_core.mixtures import GaussianMixture
+from timetuner_core.models.mixtures import GaussianMixture
 from timetuner_core.samplers import get_sampler
 from timetuner_core.samplers import sample as sampled
 

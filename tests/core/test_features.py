@@ -5,9 +5,9 @@ import torch
 from sklearn.datasets import load_digits
 
 from tests.core.conftest import normals
-from timetuner_core.evaluation import frechet_distance
-from timetuner_core.features import digit_features, digits_classifier, to_8x8
-from timetuner_core.loading import BUILTIN_FOLDERS, DiffusionModel, load_builtin
+from timetuner_core.evaluation.distances import frechet_distance
+from timetuner_core.models.digits_classifier import digit_features, digits_classifier, to_8x8
+from timetuner_core.models.loading import BUILTIN_FOLDERS, DiffusionModel, load_builtin
 
 
 @pytest.fixture(params=BUILTIN_FOLDERS)

@@ -10,7 +10,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 from tests.core.conftest import linear_betas, normals, small_mixture
 from timetuner_core import NoiseScheduleVP
-from timetuner_core.mixtures import GaussianMixture, gratings_mixture, ring_mixture
+from timetuner_core.models.mixtures import GaussianMixture, gratings_mixture, ring_mixture
 
 BUILTINS = [ring_mixture, gratings_mixture]
 

@@ -3,8 +3,9 @@
 import json
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -13,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.core.conftest import normals, save_model, tiny_unet
-from timetuner_core.generation import Guidance, generate
-from timetuner_core.grids import uniform_timesteps
-from timetuner_core.loading import ModelFormatError, load_builtin, load_folder
-from timetuner_core.model_wrapper import GuidanceType
+from timetuner_core.catalog import GuidanceType
+from timetuner_core.grids import make_timesteps, uniform_timesteps
+from timetuner_core.models.loading import DiffusionModel, ModelFormatError, load_builtin, load_folder
 from timetuner_core.noise_schedule import NoiseScheduleEDM, NoiseScheduleFlow
+from timetuner_core.sampling.generate import Guidance, generate
 
 NUM_CLASSES = 3
 CONDITION_LENGTH, CONDITION_DIM = 2, 6
@@ -101,22 +102,42 @@ KINDS: dict[str, tuple[Callable[[], Any], str]] = {
 
 def save_kind(folder: Path, kind: str) -> Any:
     """Write a model of that kind with what classifier-free guidance needs, and give diffusers' own module."""
-    module = KINDS[kind][0]()
-    if kind == "dit":
-        return save_dit(folder, module)
-    save_model(folder, module, {"null_class_label": NUM_CLASSES} if kind == "unet" else None)
-    if kind == "condition-unet":
-        tensors = {"conditions": conditions_of(kind, 5), "uncond_condition": conditions_of(kind, 1)}
-        save_file(tensors, folder / "data.safetensors")
+    module, saved = saved_kind(kind)
+    for name, content in saved.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
     return module
 
 
-def save_dit(folder: Path, module: Any) -> Any:
+@cache
+def saved_kind(kind: str) -> tuple[Any, dict[str, bytes]]:
+    """A module of that kind and the files of its folder; diffusers takes long to write them."""
+    module = KINDS[kind][0]()
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        if kind == "dit":
+            save_dit(folder, module)
+        else:
+            save_model(folder, module, {"null_class_label": NUM_CLASSES} if kind == "unet" else None)
+        if kind == "condition-unet":
+            tensors = {"conditions": conditions_of(kind, 5), "uncond_condition": conditions_of(kind, 1)}
+            save_file(tensors, folder / "data.safetensors")
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        return module, {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+@cache
+def loaded(kind: str, **options: Any) -> DiffusionModel:
+    with TemporaryDirectory() as folder:
+        save_kind(Path(folder), kind)
+        return load_folder(Path(folder), **options)
+
+
+def save_dit(folder: Path, module: Any) -> None:
     from diffusers import DDPMScheduler
 
     module.save_pretrained(folder / "transformer")
     DDPMScheduler().save_pretrained(folder / "scheduler")
-    return module
 
 
 def conditions_of(kind: str, rows: int) -> Tensor:
@@ -135,17 +156,16 @@ def kind(request: pytest.FixtureRequest) -> str:
     return name
 
 
-def test_a_loaded_network_gives_what_diffusers_own_module_gives(kind: str, tmp_path: Path) -> None:
-    module = save_kind(tmp_path, kind)
+def test_a_loaded_network_gives_what_diffusers_own_module_gives(kind: str) -> None:
+    module, _ = saved_kind(kind)
     x, t_input = inputs()
     condition = conditions_of(kind, len(x))
     expected = module(x, t_input, **{KINDS[kind][1]: condition}).sample[:, :1]
-    torch.testing.assert_close(load_folder(tmp_path).network(x, t_input, condition), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(loaded(kind).network(x, t_input, condition), expected, rtol=0, atol=1e-6)
 
 
-def test_every_kind_says_what_conditions_it_takes(kind: str, tmp_path: Path) -> None:
-    save_kind(tmp_path, kind)
-    model = load_folder(tmp_path)
+def test_every_kind_says_what_conditions_it_takes(kind: str) -> None:
+    model = loaded(kind)
     tensors = kind == "condition-unet"
     assert model.sample_shape == model.image_shape == (1, 4, 4)
     assert model.guidance_types == ("uncond", "classifier-free")
@@ -158,9 +178,8 @@ def test_every_kind_says_what_conditions_it_takes(kind: str, tmp_path: Path) -> 
     assert {tuple(row.flatten().tolist()) for row in drawn} == allowed
 
 
-def test_no_condition_means_the_one_that_stands_for_none(kind: str, tmp_path: Path) -> None:
-    save_kind(tmp_path, kind)
-    model = load_folder(tmp_path)
+def test_no_condition_means_the_one_that_stands_for_none(kind: str) -> None:
+    model = loaded(kind)
     x, t_input = inputs()
     assert model.uncond_condition is not None
     explicit = model.uncond_condition.repeat(len(x), *[1] * (model.uncond_condition.ndim - 1))
@@ -169,11 +188,8 @@ def test_no_condition_means_the_one_that_stands_for_none(kind: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("guidance_type", ["uncond", "classifier-free"])
-def test_forward_mode_agrees_with_finite_differences_and_autograd(
-    kind: str, guidance_type: GuidanceType, tmp_path: Path
-) -> None:
-    save_kind(tmp_path, kind)
-    model = load_folder(tmp_path, dtype=torch.float64)
+def test_forward_mode_agrees_with_finite_differences_and_autograd(kind: str, guidance_type: GuidanceType) -> None:
+    model = loaded(kind, dtype=torch.float64)
     model_fn = model.model_fn(guidance_type, 2.0)
     conditions: Any = model.conditions(guidance_type, conditions_of(kind, 4))
     x, direction, r = normals(4, 1, 4, 4), normals(4, 1, 4, 4, seed=1), torch.tensor(0.98, dtype=torch.float64)
@@ -190,34 +206,27 @@ def test_forward_mode_agrees_with_finite_differences_and_autograd(
     torch.testing.assert_close(gradient, (tangent * direction).sum())
 
 
-def test_forward_mode_works_in_single_precision(kind: str, tmp_path: Path) -> None:
-    save_kind(tmp_path, kind)
+def test_forward_mode_works_in_single_precision(kind: str) -> None:
     x, t_input = inputs()
     tangents = []
     for dtype in (torch.float32, torch.float64):
-        network = load_folder(tmp_path, dtype=dtype).network
+        network = loaded(kind, dtype=dtype).network
         tangents.append(torch.func.jvp(partial(network, x), (t_input,), (torch.ones_like(t_input),))[1])
     torch.testing.assert_close(*tangents, rtol=1e-3, atol=1e-5)
 
 
-def test_float64_is_float32_without_the_rounding(kind: str, tmp_path: Path) -> None:
-    save_kind(tmp_path, kind)
+def test_float64_is_float32_without_the_rounding(kind: str) -> None:
     x, t_input = inputs()
-    single, double = (
-        load_folder(tmp_path, dtype=dtype).network(x, t_input) for dtype in (torch.float32, torch.float64)
-    )
+    single, double = (loaded(kind, dtype=dtype).network(x, t_input) for dtype in (torch.float32, torch.float64))
     torch.testing.assert_close(single, double, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("options", "tolerance"), [({"dtype": torch.bfloat16}, 0.05), ({"channels_last": True}, 1e-5)])
-def test_options_change_the_speed_and_not_the_answer(
-    kind: str, options: dict[str, Any], tolerance: float, tmp_path: Path
-) -> None:
-    save_kind(tmp_path, kind)
+def test_options_change_the_speed_and_not_the_answer(kind: str, options: dict[str, Any], tolerance: float) -> None:
     x, t_input = inputs()
     condition = conditions_of(kind, len(x))
-    expected = load_folder(tmp_path).network(x, t_input, condition)
-    output = load_folder(tmp_path, **options).network(x, t_input, condition)
+    expected = loaded(kind).network(x, t_input, condition)
+    output = loaded(kind, **options).network(x, t_input, condition)
     assert output.dtype == torch.float32
     assert output.is_contiguous()
     assert torch.linalg.vector_norm(output - expected) < tolerance * torch.linalg.vector_norm(expected)
@@ -236,9 +245,8 @@ def test_a_compiled_network_gives_the_same_and_still_differentiates_in_forward_m
     torch.testing.assert_close(*tangents)
 
 
-def test_guided_samples_are_the_same_in_any_batch(kind: str, tmp_path: Path) -> None:
-    save_kind(tmp_path, kind)
-    model = load_folder(tmp_path)
+def test_guided_samples_are_the_same_in_any_batch(kind: str) -> None:
+    model = loaded(kind)
     condition = conditions_of(kind, 4)
     timesteps = uniform_timesteps(model.noise_schedule, 3)
 
@@ -285,6 +293,24 @@ def test_latents_are_scaled_as_diffusers_pipelines_do(statistics: dict[str, Any]
     latents = model.encode(images)
     torch.testing.assert_close(latents, (mean - shift) * scale)
     torch.testing.assert_close(model.decode(latents), module.decode(mean).sample, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_400_training_steps_and_images_that_are_no_squares_is_that_of_diffusers(tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler
+
+    module = tiny_unet(sample_size=(4, 6))
+    module.save_pretrained(tmp_path / "unet")
+    scheduler = DDIMScheduler(400, clip_sample=False, timestep_spacing="trailing")
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    model = load_folder(tmp_path)
+    assert (model.sample_shape, model.noise_schedule.max_num_steps) == ((1, 4, 6), 400)
+    scheduler.set_timesteps(5)
+    timesteps = model.noise_schedule.time_of_model_input(scheduler.timesteps.double())
+    samples = generate(model, Guidance("uncond", 1.0), [3, 4], None, torch.cat([timesteps, torch.zeros(1)]))
+    x = torch.stack([torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])
+    for t in scheduler.timesteps:
+        x = scheduler.step(module(x, t).sample, t, x).prev_sample
+    torch.testing.assert_close(samples, x, rtol=1e-4, atol=1e-4)
 
 
 def test_a_latent_model_is_tuned_in_latents_and_sampled_in_pixels(tmp_path: Path) -> None:
@@ -412,7 +438,7 @@ BAD_CONFIGS: list[tuple[str, str, dict[str, Any], str]] = [
     ("unet", "unet/config.json", {"sample_size": 10**9}, "sample_size"),
     ("unet", "unet/config.json", {"sample_size": "4"}, "sample_size"),
     ("condition-unet", "unet/config.json", {"sample_size": None}, "sample_size"),
-    ("condition-unet", "unet/config.json", {"out_channels": 2}, "out_channels"),
+    ("condition-unet", "unet/config.json", {"out_channels": 3}, "out_channels"),
     ("condition-unet", "unet/config.json", {"num_class_embeds": 4}, "num_class_embeds"),
     ("condition-unet", "unet/config.json", {"addition_embed_type": "text", "cross_attention_dim": 64}, "addition"),
     ("condition-unet", "unet/config.json", {"cross_attention_dim": [6]}, "cross_attention_dim"),
@@ -523,6 +549,163 @@ def test_a_tensor_conditioned_network_without_uncond_condition_offers_no_guidanc
     assert model.condition_shape == (None, CONDITION_DIM)
     with pytest.raises(ValueError, match="needs a condition"):
         model.network(*inputs())
+
+
+ISSUE = {"use_flow_sigmas": True, "flow_shift": 5.0, "prediction_type": "flow_prediction"}
+ISSUES_SIGMAS = [1.0, 0.952, 0.883, 0.770, 0.557]
+
+
+@pytest.mark.parametrize(
+    "class_name",
+    [
+        "UniPCMultistepScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "DEISMultistepScheduler",
+    ],
+)
+def test_the_shift_of_a_converted_flow_scheduler_is_its_own_and_not_the_one_left_in_its_file(
+    class_name: str, tmp_path: Path
+) -> None:
+    import diffusers
+
+    save_model(tmp_path, tiny_unet())
+    config = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0).config
+    scheduler = getattr(diffusers, class_name).from_config(config, **ISSUE)
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    saved = json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())
+    assert (saved["shift"], saved["flow_shift"]) == (1.0, 5.0)
+    schedule = load_folder(tmp_path).noise_schedule
+    sigmas = schedule.marginal_std(make_timesteps(schedule, 5))[:-1]
+    assert sigmas.tolist() == pytest.approx(ISSUES_SIGMAS, abs=1e-3)
+    scheduler.set_timesteps(5)
+    if class_name == "UniPCMultistepScheduler":  # the others start at the shifted 1 - 1 / N
+        assert sigmas.tolist() == pytest.approx(scheduler.sigmas[:-1].tolist(), abs=1e-5)
+    else:
+        assert schedule.model_input_time(sigmas_time(schedule, scheduler.sigmas[:-1])).tolist() == pytest.approx(
+            scheduler.timesteps.tolist(), abs=1.001
+        )
+
+
+def sigmas_time(schedule: Any, sigmas: Tensor) -> Tensor:
+    return schedule.inverse_lambda(torch.log((1 - sigmas.double()) / sigmas.double()))
+
+
+@pytest.mark.parametrize("num_train_timesteps", [2, 10, 20, 50])
+def test_flow_matching_of_few_training_steps_has_diffusers_times_and_ends_at_clean_data(
+    num_train_timesteps: int, tmp_path: Path
+) -> None:
+    import diffusers
+
+    config = {"num_train_timesteps": num_train_timesteps}
+    schedule = load_folder(scheduler_folder(tmp_path, "FlowMatchEulerDiscreteScheduler", **config)).noise_schedule
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+    for num_steps in (1, 2, 5, 10):
+        scheduler.set_timesteps(num_steps)
+        timesteps = make_timesteps(schedule, num_steps)
+        if num_train_timesteps < 20:
+            torch.testing.assert_close(schedule.model_input_time(timesteps[:-1]), scheduler.timesteps.double())
+            torch.testing.assert_close(schedule.marginal_std(timesteps), scheduler.sigmas.double(), rtol=0, atol=1e-6)
+        assert schedule.marginal_std(timesteps[-1]) <= 0.05
+
+
+def test_a_flow_network_of_one_training_step_is_fed_sigma_itself(tmp_path: Path) -> None:
+    import diffusers
+
+    config = {"num_train_timesteps": 1}
+    schedule = load_folder(scheduler_folder(tmp_path, "FlowMatchEulerDiscreteScheduler", **config)).noise_schedule
+    timesteps = make_timesteps(schedule, 5)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+    scheduler.set_timesteps(sigmas=schedule.marginal_std(timesteps)[:-1].tolist())  # as the pipelines pass them
+    torch.testing.assert_close(schedule.model_input_time(timesteps[:-1]), scheduler.timesteps.double())
+    assert timesteps.tolist() == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0], abs=0.001)
+
+
+@pytest.mark.parametrize("grid", ["uniform", "quadratic", "log_snr", "edm"])
+def test_edm_with_a_large_sigma_min_ends_at_clean_data_as_diffusers_does(grid: Any, tmp_path: Path) -> None:
+    import diffusers
+
+    config = {"sigma_min": 0.4}
+    schedule = load_folder(scheduler_folder(tmp_path, "EDMEulerScheduler", **config)).noise_schedule
+    scheduler = diffusers.EDMEulerScheduler(**config)
+    scheduler.set_timesteps(5)
+    timesteps = make_timesteps(schedule, 5, grid)
+    assert (timesteps[0].item(), timesteps[-1].item()) == (80.0, 0.0)
+    if grid == "edm":
+        torch.testing.assert_close(timesteps, scheduler.sigmas.double(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("class_name", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "TCDScheduler"])
+def test_epsilon_without_any_signal_at_the_last_step_is_refused(class_name: str, tmp_path: Path) -> None:
+    folder = scheduler_folder(tmp_path, class_name, rescale_betas_zero_snr=True)
+    assert_refused(folder, "scheduler/scheduler_config.json", "rescale_betas_zero_snr")
+    change_config(folder / "scheduler/scheduler_config.json", prediction_type="sample")
+    model = load_folder(folder)
+    assert (model.model_type, model.noise_schedule.starts_without_signal) == ("x_start", True)
+
+
+def vq_model() -> Any:
+    from diffusers import VQModel
+
+    torch.manual_seed(0)
+    config: dict[str, Any] = {
+        "latent_channels": 1,
+        "block_out_channels": (4, 4),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "norm_num_groups": 2,
+        "num_vq_embeddings": 16,
+        "scaling_factor": 0.5,
+    }
+    return VQModel(**config).eval().requires_grad_(False)
+
+
+def test_an_ldm_pipeline_is_decoded_by_its_vqvae_as_diffusers_does(tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler, LDMPipeline
+
+    unet, vqvae = tiny_unet(), vq_model()
+    LDMPipeline(vqvae=vqvae, unet=unet, scheduler=DDIMScheduler(clip_sample=False)).save_pretrained(tmp_path)
+    model = load_folder(tmp_path)
+    assert (model.sample_shape, model.image_shape) == ((1, 4, 4), (3, 8, 8))
+    latents = normals(2, 1, 4, 4).float()
+    torch.testing.assert_close(model.decode(latents), vqvae.decode(latents / 0.5).sample)
+
+
+@pytest.mark.parametrize("name", ["controlnet", "adapter", "image_encoder", "motion_adapter", "prior", "brushnet"])
+def test_a_pipeline_with_another_component_that_changes_the_images_is_refused_by_its_name(
+    name: str, tmp_path: Path
+) -> None:
+    save_kind(tmp_path, "condition-unet")
+    index = {"_class_name": "StableDiffusionControlNetPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, name: ["diffusers", "ControlNetModel"]}))
+    assert_refused(tmp_path, "model_index.json", f"{name!r} is 'diffusers.ControlNetModel'")
+
+
+def test_components_that_make_conditions_or_look_at_images_are_not_needed(tmp_path: Path) -> None:
+    save_kind(tmp_path, "condition-unet")
+    ignored = ["text_encoder", "text_encoder_2", "tokenizer", "safety_checker", "feature_extractor"]
+    index: dict[str, Any] = {name: ["transformers", "Some"] for name in ignored}
+    index |= {"image_encoder": [None, None], "requires_safety_checker": True, "_class_name": "StableDiffusionPipeline"}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert load_folder(tmp_path).condition_shape == (CONDITION_LENGTH, CONDITION_DIM)
+
+
+def test_a_pipeline_whose_decoder_is_not_there_is_refused(tmp_path: Path) -> None:
+    save_kind(tmp_path, "unet")
+    (tmp_path / "model_index.json").write_text(json.dumps({"vae": ["diffusers", "AutoencoderKL"]}))
+    assert_refused(tmp_path, "model_index.json", "no folder vae/")
+
+
+@pytest.mark.parametrize("twice", ["vae", "transformer"])
+def test_two_of_what_there_should_be_one_of_are_refused(twice: str, tmp_path: Path) -> None:
+    save_kind(tmp_path, "unet")
+    if twice == "transformer":
+        dit().save_pretrained(tmp_path / "transformer")
+        assert_refused(tmp_path, "transformer/config.json", "one network")
+    else:
+        vae().save_pretrained(tmp_path / "vae")
+        vq_model().save_pretrained(tmp_path / "vqvae")
+        assert_refused(tmp_path, "vqvae/config.json", "one autoencoder")
 
 
 def assert_refused(folder: Path, file: str, word: str) -> None:

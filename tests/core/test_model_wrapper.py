@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.core.conftest import Network, Recorded, linear_betas, normals, predicting, small_mixture
 from timetuner_core import NoiseScheduleVP, model_wrapper
-from timetuner_core.mixtures import GaussianMixture
+from timetuner_core.models.mixtures import GaussianMixture
 
 SCHEDULES = {"discrete": NoiseScheduleVP("discrete", betas=linear_betas(50)), "linear": NoiseScheduleVP("linear")}
 T = torch.tensor([0.05, 0.31, 0.72, 0.99], dtype=torch.float64)

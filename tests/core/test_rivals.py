@@ -11,25 +11,18 @@ import torch
 from scipy.optimize import minimize  # type: ignore[import-untyped]
 from torch import Tensor
 
-from tests.core.conftest import DEVICES, Recorded, linear_betas, normals, small_mixture
+from tests.core.conftest import DEVICES, Recorded, crossed, linear_betas, normals, small_mixture
 from timetuner_core import NoiseScheduleVP, model_wrapper
-from timetuner_core.grids import GridName, make_timesteps
-from timetuner_core.mixtures import GaussianMixture, gratings_mixture, ring_mixture
+from timetuner_core.catalog import GridName
+from timetuner_core.grids import make_timesteps
+from timetuner_core.models.mixtures import GaussianMixture, gratings_mixture, ring_mixture
 from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleEDM, NoiseScheduleFlow
-from timetuner_core.rivals import (
-    WEIGHTS_OF,
-    ays_timesteps,
-    candidate_timesteps,
-    dmn_bound,
-    dmn_timesteps,
-    dp_path,
-    gits_timesteps,
-    kl_bound_costs,
-    trajectory_costs,
-    x0_weights,
-)
+from timetuner_core.rivals.ays import ays_timesteps, kl_bound_costs
+from timetuner_core.rivals.candidates import candidate_timesteps, dp_path
+from timetuner_core.rivals.dmn import WEIGHTS_OF, dmn_bound, dmn_timesteps, x0_weights
+from timetuner_core.rivals.gits import gits_timesteps, trajectory_costs
 from timetuner_core.samplers import SAMPLERS, sample
-from timetuner_core.tuning import TuningProblem
+from timetuner_core.tuning.problem import TuningProblem
 
 SCHEDULES: dict[str, NoiseSchedule] = {
     "discrete": NoiseScheduleVP("discrete", betas=linear_betas(1000)),
@@ -43,7 +36,6 @@ RIVALS: dict[str, Callable[..., Tensor]] = {"ays": ays_timesteps, "gits": gits_t
 NAMED = [name for name in get_args(GridName) if name != "default"]
 
 every_rival = pytest.mark.parametrize("rival", RIVALS.values(), ids=RIVALS)
-every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 
 
 def gaussian(schedule: NoiseSchedule, std: float = 0.5, dimension: int = 2) -> GaussianMixture:
@@ -109,8 +101,7 @@ def test_the_path_avoids_hops_of_infinite_cost() -> None:
 # Any rival's grid
 
 
-@every_rival
-@every_schedule
+@crossed(rival=RIVALS, schedule=SCHEDULES)
 def test_a_rivals_grid_falls_strictly_between_the_problems_ends(
     schedule: NoiseSchedule, rival: Callable[..., Tensor]
 ) -> None:
@@ -299,8 +290,7 @@ def test_on_gaussian_data_gits_serves_ddim_better_than_named_grids_and_no_better
     assert error < 0.6 * min(ddim_error(mixture, make_timesteps(EDM, num_steps, name)) for name in NAMED)
 
 
-@pytest.mark.parametrize("make_mixture", [ring_mixture, gratings_mixture])
-@pytest.mark.parametrize("num_steps", [5, 10])
+@crossed(num_steps=[5, 10], make_mixture=[ring_mixture, gratings_mixture])
 def test_gits_serves_ddim_better_than_even_grids(num_steps: int, make_mixture: Callable[[], GaussianMixture]) -> None:
     mixture = make_mixture()
     error = ddim_error(mixture, gits_timesteps(problem_of(mixture, noise_of(mixture), num_steps)))
@@ -318,8 +308,7 @@ def test_gits_uses_no_more_samples_than_asked() -> None:
 # DMN
 
 
-@pytest.mark.parametrize("schedule_name", ["linear", "flow", "edm"])
-@pytest.mark.parametrize("sampler", [name for name, sampler in SAMPLERS.items() if not sampler.stochastic])
+@crossed(sampler=[name for name, s in SAMPLERS.items() if not s.stochastic], schedule_name=["linear", "flow", "edm"])
 def test_a_sample_is_the_weighted_sum_of_what_the_network_said(sampler: str, schedule_name: str) -> None:
     schedule = SCHEDULES[schedule_name]
     mixture = gaussian(schedule)
@@ -350,8 +339,7 @@ def test_each_weight_belongs_to_a_call_made_at_its_time(sampler: str) -> None:
     assert x0_weights(step_fn, grid)[1].tolist() == pytest.approx(network.times)
 
 
-@pytest.mark.parametrize("schedule_name", ["linear", "discrete", "edm", "flow"])
-@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_3m", "unipc_3", "heun"])
+@crossed(sampler=["ddim", "dpmpp_3m", "unipc_3", "heun"], schedule_name=["linear", "discrete", "edm", "flow"])
 def test_dmns_bound_has_an_exact_gradient(sampler: str, schedule_name: str) -> None:
     schedule = SCHEDULES[schedule_name]
     grid = make_timesteps(schedule, 6, "quadratic")  # off the kinks of discrete log alpha
@@ -365,8 +353,7 @@ def test_dmns_bound_has_an_exact_gradient(sampler: str, schedule_name: str) -> N
         torch.testing.assert_close(gradient[k], difference, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("power", [1.0, 2.0])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@crossed(sampler=list(SAMPLERS), power=[1.0, 2.0])
 def test_dmns_grid_has_a_lower_bound_than_every_named_one(sampler: str, power: float) -> None:
     problem = problem_of(small_mixture(), normals(1, 2), 5, sampler)
     bound = float(dmn_bound(problem, dmn_timesteps(problem, power), power))
@@ -388,7 +375,9 @@ def test_dmns_optimum_for_ddim_and_power_1_is_even_in_lambda(schedule_name: str)
     torch.testing.assert_close(bound, scale * torch.expm1(h).sum())
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "heun"])
+@pytest.mark.parametrize(
+    "sampler", ["dpmpp_2m", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("ddim", "heun"))]
+)
 def test_dmn_finds_no_worse_a_grid_than_a_search_without_derivatives(sampler: str) -> None:
     problem = problem_of(small_mixture(), normals(1, 2), 4, sampler)
     ends = problem.timesteps[[0, -1]]

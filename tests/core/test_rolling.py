@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from tests.core.conftest import DEVICES
-from timetuner_core.batching import steady_sizes
-from timetuner_core.generation import Guidance, generate
-from timetuner_core.grids import GridName, make_timesteps
-from timetuner_core.loading import DiffusionModel, load_builtin
-from timetuner_core.model_wrapper import GuidanceType
-from timetuner_core.rolling import RollingBatch, Row
+from timetuner_core.catalog import GridName, GuidanceType
+from timetuner_core.grids import make_timesteps
+from timetuner_core.models.loading import DiffusionModel, load_builtin
+from timetuner_core.sampling.generate import Guidance, generate
+from timetuner_core.sampling.rolling_batch import RollingBatch, Row
+from timetuner_core.sampling.same_bits import steady_sizes
 
 MAX_SIZE = 8
 UNGUIDED = Guidance("uncond", 1.0)
@@ -82,18 +82,19 @@ MIXING = [
     ("mixture-ring", "ddim", Guidance("classifier", 2.0), 1.0),
     ("mixture-gratings", "ddpm", GUIDED, 0.0),
     ("mixture-gratings", "euler", UNGUIDED, 0.0),
-    ("digits8", "ddim", GUIDED, 0.0),
+    pytest.param("digits8", "ddim", GUIDED, 0.0, marks=pytest.mark.exhaustive),
     ("digits8", "ddim", replace(GUIDED, rescale=0.5), 1.0),
-    ("digits8", "ddpm", UNGUIDED, 0.0),
+    pytest.param("digits8", "ddpm", UNGUIDED, 0.0, marks=pytest.mark.exhaustive),
     ("digits32-ldm", "euler", GUIDED, 0.0),
-    ("digits32-ldm", "ddim", UNGUIDED, 1.0),
+    pytest.param("digits32-ldm", "ddim", UNGUIDED, 1.0, marks=pytest.mark.exhaustive),
 ]
 TOGETHER = [
     ("mixture-ring", "dpmpp_3m", GUIDED, 0.0),
     ("mixture-ring", "dpm_3", Guidance("classifier", 2.0), 0.0),
     ("mixture-gratings", "dpmpp_2m_sde", UNGUIDED, 0.0),
-    ("digits8", "unipc_2", GUIDED, 0.0),
+    pytest.param("digits8", "unipc_2", GUIDED, 0.0, marks=pytest.mark.exhaustive),
     ("digits8", "heun", UNGUIDED, 0.0),
+    ("mixture-ring", "unipc_2", GUIDED, 0.0),
     ("digits8", "ddim", replace(GUIDED, interval=(0.3, 0.7)), 1.0),
     ("digits32-ldm", "dpmpp_2m", GUIDED, 0.0),
 ]

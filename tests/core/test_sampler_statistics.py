@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.core.conftest import DEVICES, Recorded, linear_betas, normals, small_mixture, tuner_of
+from tests.core.conftest import DEVICES, Recorded, crossed, linear_betas, normals, small_mixture, tuner_of
 from tests.packages import MIDPOINT, install
 from timetuner_core import NoiseScheduleVP, model_wrapper
 from timetuner_core.grids import make_timesteps
-from timetuner_core.mixtures import GaussianMixture
+from timetuner_core.models.mixtures import GaussianMixture
 from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleEDM, NoiseScheduleFlow
 from timetuner_core.samplers import SAMPLERS, Sampler, get_sampler, sample
 
@@ -42,8 +42,7 @@ def seeded(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
-@pytest.mark.parametrize("name", ADDING_NOISE)
+@crossed(name=list(ADDING_NOISE), kind=list(SCHEDULES))
 def test_samples_have_the_mean_and_covariance_of_the_mixture(name: str, kind: str) -> None:
     """Within four standard errors of 4000 samples: about 0.05 for a mean, 0.03 for a covariance."""
     num_samples, (eta, num_steps) = 4000, ADDING_NOISE[name]
@@ -63,8 +62,7 @@ def test_samples_have_the_mean_and_covariance_of_the_mixture(name: str, kind: st
     assert bool(((products.mean(dim=0) - covariance).abs() < covariance_error).all())
 
 
-@pytest.mark.parametrize("end", ["t_min", "zero"])
-@every_sampler
+@crossed(sampler=SAMPLERS, end=["t_min", "zero"])
 def test_network_calls_are_counted_exactly(sampler: Sampler, end: str) -> None:
     schedule = NoiseScheduleVP("discrete", betas=linear_betas(12))
     for num_steps in range(1, 13):
@@ -88,8 +86,7 @@ def test_a_sample_does_not_depend_on_the_rest_of_its_batch(sampler: Sampler) -> 
         torch.testing.assert_close(alone, together[i : i + 1], atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
-@every_sampler
+@crossed(sampler=SAMPLERS, kind=list(SCHEDULES))
 def test_any_falling_times_are_a_grid_and_ratios_move_the_samples(sampler: Sampler, kind: str) -> None:
     schedule = SCHEDULES[kind]
     grid = schedule.T * torch.tensor([1.0, 0.97, 0.6, 0.599, 0.2, 0.03, 0.0], dtype=torch.float64)

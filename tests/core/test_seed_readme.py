@@ -1,6 +1,7 @@
 """The six examples of the original code's README, as they stand there."""
 # ruff: noqa: C408
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from time_tuner import NoiseScheduleVP, TimeTuner, model_wrapper
 from torch import Tensor
 
-from tests.core.conftest import Network, Recorded, linear_betas, normals, small_mixture, tiny_unet
+from tests.core.conftest import Network, Recorded, crossed, linear_betas, normals, small_mixture, tiny_unet
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,14 @@ def unet_setting() -> Setting:
     return Setting(Recorded(model), classifier, images, torch.arange(10) % 2)
 
 
-@pytest.fixture(params=[mixture_setting, unet_setting], ids=["mixture", "unet"])
-def setting(request: pytest.FixtureRequest) -> Setting:
-    made: Setting = request.param()
-    return made
+SETTINGS = {"mixture": mixture_setting, "unet": unet_setting}
+sampled = crossed(make_setting=SETTINGS, eta=[0.0, 1.0])
+tuned = crossed(make_setting=SETTINGS, eta=[0.0, 1.0], tune_type=["sequential", "parallel"])
+
+
+@pytest.fixture
+def setting(make_setting: Callable[[], Setting]) -> Setting:
+    return make_setting()
 
 
 @pytest.fixture(name="x_T")
@@ -108,7 +113,7 @@ def assert_tuned(t_ratios: Tensor) -> None:
     assert float((timesteps * t_ratios).max()) <= 1.0 + 1e-9
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
+@sampled
 def test_unconditional_sampling(setting: Setting, x_T: Tensor, eta: float) -> None:
     model = setting.model
 
@@ -135,7 +140,7 @@ def test_unconditional_sampling(setting: Setting, x_T: Tensor, eta: float) -> No
     assert_ten_network_steps(x, x_T, model)
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
+@sampled
 def test_classifier_guidance_sampling(setting: Setting, x_T: Tensor, eta: float) -> None:
     model, classifier = setting.model, setting.classifier
 
@@ -165,7 +170,7 @@ def test_classifier_guidance_sampling(setting: Setting, x_T: Tensor, eta: float)
     assert_ten_network_steps(x, x_T, model)
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
+@sampled
 def test_classifier_free_guidance_sampling(setting: Setting, x_T: Tensor, eta: float) -> None:
     model = setting.model
 
@@ -195,8 +200,7 @@ def test_classifier_free_guidance_sampling(setting: Setting, x_T: Tensor, eta: f
     assert_ten_network_steps(x, x_T, model)
 
 
-@pytest.mark.parametrize("tune_type", ["sequential", "parallel"])
-@pytest.mark.parametrize("eta", [0.0, 1.0])
+@tuned
 def test_unconditional_training(setting: Setting, eta: float, tune_type: Any) -> None:
     model, data_loader = setting.model, make_data_loader(setting, conditional=False)
 
@@ -234,8 +238,7 @@ def test_unconditional_training(setting: Setting, eta: float, tune_type: Any) ->
     assert_tuned(t_ratios)
 
 
-@pytest.mark.parametrize("tune_type", ["sequential", "parallel"])
-@pytest.mark.parametrize("eta", [0.0, 1.0])
+@tuned
 def test_classifier_guidance_training(setting: Setting, eta: float, tune_type: Any) -> None:
     model, classifier, data_loader = setting.model, setting.classifier, make_data_loader(setting, conditional=True)
 
@@ -276,8 +279,7 @@ def test_classifier_guidance_training(setting: Setting, eta: float, tune_type: A
     assert_tuned(t_ratios)
 
 
-@pytest.mark.parametrize("tune_type", ["sequential", "parallel"])
-@pytest.mark.parametrize("eta", [0.0, 1.0])
+@tuned
 def test_classifier_free_guidance_training(setting: Setting, eta: float, tune_type: Any) -> None:
     model, data_loader = setting.model, make_data_loader(setting, conditional=True)
 

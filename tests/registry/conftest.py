@@ -12,7 +12,6 @@ from service.registry.tables import Model
 @pytest.fixture
 def registry(database_url: str) -> Iterator[Registry]:
     registry = Registry(database_url)
-    registry.upgrade()
     yield registry
     registry.close()
 

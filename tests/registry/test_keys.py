@@ -9,7 +9,7 @@ from sqlalchemy import insert, select, text
 from sqlalchemy.orm import Session
 
 from service.access.callers import Caller
-from service.api import PageQuery
+from service.http.fields import PageQuery
 from service.models.logic import register_builtin
 from service.registry.database import Registry
 from service.registry.keys import Scope, any_key, charge, create_key, find_key, list_keys, revoke_key
@@ -17,6 +17,8 @@ from service.registry.tables import ApiKey, AuditEntry, JobState, TuningJob
 from service.registry.types import utc_now
 from service.tuning_jobs.logic import newest
 from tests.registry.test_schedules import plans_of
+
+pytestmark = pytest.mark.both_engines
 
 THREADS = 6
 

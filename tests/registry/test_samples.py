@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from service.errors import InvalidError
+from service.http.errors import InvalidError
 from service.registry.database import Registry
 from service.registry.jobs import request_cancel, take_back_expired
 from service.registry.samples import (
@@ -30,9 +30,12 @@ from service.registry.samples import (
 )
 from service.registry.tables import JobState, Model, SampleJob, Schedule, ScheduleAlias, ScheduleStatus, TuningJob
 from service.registry.types import utc_now
-from service.samples.logic import Catalog, Submission, submit_all
-from service.samples.schemas import SampleRequest
-from service.settings import Settings
+from service.samples.catalog import Catalog
+from service.samples.submitting import Submission, submit_all
+from service.shared.sample_request import SampleRequest
+from service.shared.settings import Settings
+
+pytestmark = pytest.mark.both_engines
 
 LEASE_SECONDS = 60.0
 EXPIRED = -1.0  # a lease that is over as soon as it is given

@@ -14,15 +14,17 @@ from sqlalchemy.orm import Session
 
 from service.registry.database import Registry
 from service.registry.schedules import next_version
-from service.registry.tables import Evaluation, Model, Schedule, ScheduleStatus
-from service.requests import Setting
+from service.registry.tables import EvaluationRow, Model, Schedule, ScheduleStatus
 from service.schedules import logic
 from service.schedules.schemas import ScheduleQuery
+from service.shared.sampling_setting import SamplingSetting
 from tests.conftest import MakeDatabaseUrl
+
+pytestmark = pytest.mark.both_engines
 
 MODELS = ("mdl_1", "mdl_2")
 SAMPLERS = ("ddim", "euler")
-SETTING = Setting(model="mdl_1", num_steps=3, guidance_type="classifier-free", guidance_scale=Decimal(2))
+SETTING = SamplingSetting(model="mdl_1", num_steps=3, guidance_type="classifier-free", guidance_scale=Decimal(2))
 NUM_SCHEDULES = 4_000
 FILTERS: list[dict[str, Any]] = [
     {},
@@ -40,7 +42,9 @@ FILTERS: list[dict[str, Any]] = [
 ]
 
 
-def stored(k: int, setting: Setting, version: int, status: ScheduleStatus, score: float | None) -> dict[str, Any]:
+def stored(
+    k: int, setting: SamplingSetting, version: int, status: ScheduleStatus, score: float | None
+) -> dict[str, Any]:
     numbers = [1 / 3] * 25  # rows as wide as real ones: what an index saves depends on it
     values: dict[str, Any] = {
         "timesteps": numbers,
@@ -56,7 +60,7 @@ def many() -> Iterator[dict[str, Any]]:
     rng = random.Random(0)
     for k in range(NUM_SCHEDULES):
         guided = rng.random() < 0.5
-        setting = Setting(
+        setting = SamplingSetting(
             model=rng.choice(MODELS),
             num_steps=rng.randint(1, 8),
             sampler=rng.choice(SAMPLERS),
@@ -76,7 +80,7 @@ def add(registry: Registry, schedules: list[dict[str, Any]]) -> None:
         session.flush()
         session.execute(insert(Schedule), schedules)
         evaluation = dict.fromkeys((*figures, *counts), 1)
-        session.execute(insert(Evaluation), [{"schedule_id": row["id"], **evaluation} for row in schedules])
+        session.execute(insert(EvaluationRow), [{"schedule_id": row["id"], **evaluation} for row in schedules])
 
 
 @pytest.fixture(scope="module", params=["sqlite", "sqlite, analysed", "postgresql"])
@@ -86,7 +90,6 @@ def filled(
     """Many schedules, and what the planner knows of them: PostgreSQL looks by itself, SQLite only when told to."""
     engine, _, analysed = request.param.partition(", ")
     registry = Registry(make_database_url(engine, tmp_path_factory.mktemp("registry")))
-    registry.upgrade()
     add(registry, list(many()))
     if engine == "postgresql":
         with registry.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
@@ -214,7 +217,9 @@ def test_a_page_is_read_in_the_order_of_an_index_of_its_filters(
 @pytest.mark.parametrize(
     "setting", [SETTING, SETTING.model_copy(update={"guidance_scale": Decimal(9)})], ids=["some", "none"]
 )
-def test_resolving_is_one_query_that_reads_an_index_and_sorts_nothing(filled: Registry, setting: Setting) -> None:
+def test_resolving_is_one_query_that_reads_an_index_and_sorts_nothing(
+    filled: Registry, setting: SamplingSetting
+) -> None:
     (plan,) = plans_of(filled, lambda session: logic.resolve(session, setting))
     assert set(plan.indexes) == {(*Schedule.KEY, "status", "score", "id"), ("schedule_id",)}
     assert (plan.whole_tables, plan.sorts) == ([], False)

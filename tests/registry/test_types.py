@@ -10,6 +10,8 @@ from sqlalchemy.exc import IntegrityError, StatementError
 from service.registry.database import Registry
 from service.registry.tables import Model, Schedule, ScheduleAlias, ScheduleStatus
 
+pytestmark = pytest.mark.both_engines
+
 
 def add_schedule(registry: Registry, model_id: str, guidance_scale: Decimal | float, version: int = 1) -> str:
     with registry.write() as session:

@@ -17,7 +17,7 @@ from typing import Any
 from diffusers import DDPMScheduler
 
 from tests.service.networks import small_unet
-from timetuner_core.loading import BUILTIN_FOLDERS
+from timetuner_core.models.loading import BUILTIN_FOLDERS
 
 CONFIG, WEIGHTS = "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
 SCHEDULER, METADATA, DATA = "scheduler/scheduler_config.json", "timetuner.json", "data.safetensors"

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from service.registry.database import Registry
-from service.samples.admission import LOOK_SECONDS, Admission
+from service.samples.admission import MAX_COUNT_AGE_SECONDS, Admission
+from tests.conftest import MakeDatabaseUrl
 
 
 class Clock:
@@ -21,9 +22,8 @@ class Clock:
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Iterator[Registry]:
-    registry = Registry(f"sqlite:///{tmp_path / 'registry.sqlite'}")
-    registry.upgrade()
+def registry(make_database_url: MakeDatabaseUrl, tmp_path: Path) -> Iterator[Registry]:
+    registry = Registry(make_database_url("sqlite", tmp_path))
     yield registry
     registry.close()
 
@@ -63,9 +63,9 @@ def test_jobs_on_their_way_into_the_registry_take_room_though_it_cannot_count_th
 ) -> None:
     admission = Admission(registry, 2, 1000, clock)
     with admission.admit(1), admission.admit(1):
-        clock.now += 2 * LOOK_SECONDS  # so that the registry is asked
+        clock.now += 2 * MAX_COUNT_AGE_SECONDS  # so that the registry is asked
         assert asyncio.run(admission.refusal()) is not None
-    clock.now += 2 * LOOK_SECONDS
+    clock.now += 2 * MAX_COUNT_AGE_SECONDS
     assert asyncio.run(admission.refusal()) is None  # they are not in the registry: nobody waits
 
 

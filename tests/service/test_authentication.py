@@ -15,8 +15,9 @@ import httpx
 import pytest
 from sqlalchemy import func, select
 
-from service.access.limits import KeyLimitError, RateLimits
+from service.access.limits import RateLimits
 from service.access.local import is_loopback
+from service.http.errors import KeyLimitError
 from service.registry.database import Registry
 from service.registry.keys import Scope, revoke_key
 from service.registry.tables import ApiKey, AuditEntry
@@ -105,6 +106,7 @@ def test_what_no_database_keeps_is_written_down_as_it_was_sent(stack: Stack, new
     assert wait_until(objects, "entry") == [path]
 
 
+@pytest.mark.both_engines
 def test_the_audit_log_comes_in_pages_with_the_requests_ids(ring: str, new_user: NewUser) -> None:
     admin, user = new_user(Scope.ADMIN), new_user(Scope.TUNE)
     jobs = [
@@ -200,6 +202,7 @@ def test_api_processes_count_a_keys_requests_together_while_the_broker_is_there(
     assert asyncio.run(count()) == accepted
 
 
+@pytest.mark.both_engines
 @pytest.mark.parametrize("kind", ["samples", "tuning-jobs"])
 def test_a_daily_quota_holds_however_many_ask_at_once(ring: str, new_user: NewUser, kind: str) -> None:
     """A sample of the ring costs 2 values x 1 step x 1 image; a tuning job of 16 x (100 + 4) calls that of 2 values."""
@@ -313,7 +316,6 @@ def api(stack: Stack, registry: Registry, host: str) -> Iterator[httpx.Client]:
 def own_registry(stack: Stack, make_database_url: MakeDatabaseUrl, tmp_path: Path) -> Iterator[Registry]:
     """An empty one, of the stack's engine."""
     registry = Registry(make_database_url("sqlite" if stack.registry.is_sqlite else "postgresql", tmp_path))
-    registry.upgrade()
     yield registry
     registry.close()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.http_protocol import HEADER_SECONDS
+from service.http.protocol import HEADER_SECONDS
 from tests.conftest import MakeDatabaseUrl
 from tests.service.problems import assert_problem
 from tests.stack import Json, Stack, wait_until
@@ -31,14 +31,13 @@ def api(make_database_url: MakeDatabaseUrl) -> Iterator[Stack]:
         stack = Stack(Path(folder), make_database_url("sqlite", Path(folder)))
         own = {"BODY_SECONDS": str(BODY_SECONDS), "CORS_ORIGINS": json.dumps([ORIGIN]), "LOG_LEVEL": "info"}
         stack.environment |= own
-        with (Path(folder) / "logs").open("wb") as logs:
-            try:
-                stack.logs = logs
-                stack.start_all()
-                stack.wait_until_ready()
-                yield stack
-            finally:
-                stack.stop()
+        stack.logs = stack.home / "logs"
+        try:
+            stack.start_all()
+            stack.wait_until_ready()
+            yield stack
+        finally:
+            stack.stop()
 
 
 def connect(api: Stack) -> socket.socket:
@@ -204,7 +203,8 @@ def test_what_fails_unforeseen_is_told_to_the_log_alone(api: Stack) -> None:
 
 def test_a_terminal_gets_lines_for_people() -> None:
     code = (
-        "import logging; from service.logs import *; start_logging('info'); logging.getLogger('service.x').info('hey')"
+        "import logging; from service.shared.logs import *; "
+        "start_logging('info'); logging.getLogger('service.x').info('hey')"
     )
     leader, follower = os.openpty()
     subprocess.run([sys.executable, "-c", code], stderr=follower, check=True)

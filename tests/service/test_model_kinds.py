@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from service.arrays import encode_array
+from service.shared.arrays import encode_array
 from tests.core.conftest import save_model
 from tests.core.test_model_kinds import CONDITION_DIM, condition_unet, dit, save_dit
 from tests.service.problems import assert_problem

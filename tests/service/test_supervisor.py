@@ -76,8 +76,8 @@ def listed_models(home: Path) -> list[str]:
     return [model["id"] for model in json.loads(done.stdout)]
 
 
-def test_everything_stops_together_and_the_next_start_knows_all_that_was(database_url: str, home: Path) -> None:
-    with up(database_url, home) as (process, client):
+def test_everything_stops_together_and_the_next_start_knows_all_that_was(empty_database_url: str, home: Path) -> None:
+    with up(empty_database_url, home) as (process, client):
         model = client.post("/v1/models", json={"builtin": "mixture-ring"}).json()["id"]
         job = client.post("/v1/tuning-jobs", json={"model": model, "num_steps": 3, **QUICK}).json()
         url = f"/v1/tuning-jobs/{job['id']}"
@@ -93,7 +93,7 @@ def test_everything_stops_together_and_the_next_start_knows_all_that_was(databas
     assert not list(home.glob("timetuner-*"))  # the broker's folder
     assert not (home / "url").exists()
 
-    with up(database_url, home) as (process, client):
+    with up(empty_database_url, home) as (process, client):
         assert client.get(f"/v1/schedules/{schedule['id']}").json() == schedule
         body = {"model": model, "num_steps": 3, "schedule": schedule["id"]}
         answer = client.post("/v1/samples", json=body, headers={"Accept": "application/x-npy"})

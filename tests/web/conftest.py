@@ -11,9 +11,9 @@ from sqlalchemy.orm import Session
 
 from service.registry.jobs import add_event
 from service.registry.schedules import next_version
-from service.registry.tables import Evaluation, JobState, Schedule, ScheduleStatus, TuningJob, TuningJobStep
+from service.registry.tables import EvaluationRow, JobState, Schedule, ScheduleStatus, TuningJob, TuningJobStep
 from service.registry.types import utc_now
-from service.tuning_jobs.schemas import TuningJobRequest
+from service.shared.tuning_request import TuningJobRequest
 from tests.conftest import StartStack
 from tests.keys import guarded, new_user  # noqa: F401 (fixtures)
 from tests.stack import Json, Stack
@@ -107,7 +107,7 @@ def store(session: Session, model_id: str, num_steps: int, objective: str, score
     before, after = 4 / num_steps, 4 / num_steps * score
     change = {"change": after - before, "low": after - before - 0.0123, "high": after - before + 0.0123}
     session.add(
-        Evaluation(
+        EvaluationRow(
             schedule_id=schedule.id,
             num_samples=512,
             teacher_num_steps=100,
@@ -130,7 +130,7 @@ def store(session: Session, model_id: str, num_steps: int, objective: str, score
     return schedule.id
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # Playwright has an event loop running, in which other tests could run none.
 def browser() -> Iterator[Browser]:
     path = shutil.which("chromium") or shutil.which("google-chrome")
     if path is None:

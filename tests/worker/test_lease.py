@@ -9,6 +9,8 @@ from service.registry.jobs import Claim, add_tasks, claim, finish, request_cance
 from service.registry.tables import JobState, TuningJob, TuningTask
 from worker.lease import JobCancelledError, Lease
 
+pytestmark = pytest.mark.both_engines
+
 LEASE_SECONDS = 60.0
 WORKERS, WRITES = 4, 10
 

@@ -148,6 +148,7 @@ def test_processes_with_a_wrong_clock_lose_nothing_and_take_nothing_from_others(
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(WRONG_CLOCK)
     packages = fragile.environment["PYTHONPATH"]
+    monkeypatch.setattr(fragile, "forks", False)
     monkeypatch.setitem(fragile.environment, "PYTHONPATH", os.pathsep.join([str(tmp_path), packages]))
     fragile.end("dispatcher")
     for name, off_by in (("dispatcher", -3600), ("worker 2", 3600)):

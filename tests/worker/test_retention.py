@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from ulid import ULID
 
-from service.artifacts import ArtifactStore
 from service.registry.database import Registry
 from service.registry.tables import JobState, SampleJob
 from service.registry.types import utc_now
+from service.shared.artifacts import ArtifactStore
 from worker import retention
 from worker.retention import GRACE, Sweeper
+
+pytestmark = pytest.mark.both_engines
 
 KEEP_DAYS = 2.0
 NOW = utc_now()
@@ -104,7 +106,7 @@ def test_a_job_that_waited_for_long_is_kept_from_its_end_on(
 
 
 def test_parts_go_with_the_whole(sweeper: Sweeper, samples: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retention, "BATCH", 2)  # several rounds
+    monkeypatch.setattr(retention, "ROWS_PER_TRANSACTION", 2)  # several rounds
     for _ in range(3):
         whole = samples.job(OLD, num_parts=3)
         for _ in range(3):

@@ -1,7 +1,6 @@
 """A worker that is told to stop leaves in an orderly way; one whose database goes away waits for it."""
 
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from sqlalchemy.exc import OperationalError
 
 from service.registry.tables import TuningJob
 from tests.service.problems import assert_problem
-from tests.stack import Json, Stack, wait_until
+from tests.stack import Json, Process, Stack, wait_until
 from tests.worker.test_recovery import SPREAD, STEP_BY_STEP
 
 
@@ -79,6 +78,7 @@ def database_lost(engine: Engine, is_sqlite: bool) -> Iterator[None]:
         connection.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true'.encode())
 
 
+@pytest.mark.both_engines
 def test_a_job_whose_database_is_away_for_a_while_is_not_failed(fragile: Stack, gratings: str) -> None:
     undisturbed = fragile.tune(gratings, num_steps=4, seed=9, **STEP_BY_STEP)
     job = fragile.submit(gratings, num_steps=4, seed=9, **STEP_BY_STEP)
@@ -95,6 +95,7 @@ def test_a_job_whose_database_is_away_for_a_while_is_not_failed(fragile: Stack, 
     assert schedule["t_ratios"] == undisturbed["t_ratios"]
 
 
+@pytest.mark.both_engines
 def test_a_worker_that_hung_for_longer_than_its_lease_writes_nothing(fragile: Stack, gratings: str) -> None:
     job = fragile.submit(gratings, num_steps=4, seed=11, **STEP_BY_STEP)
     fragile.running(job)
@@ -112,7 +113,7 @@ def test_a_worker_that_hung_for_longer_than_its_lease_writes_nothing(fragile: St
     assert [schedule["id"] for schedule in listed if schedule["job"] == job["id"]] == [done["schedule"]]
 
 
-def stopped_without_the_lock(stack: Stack, process: subprocess.Popen[bytes]) -> bool:
+def stopped_without_the_lock(stack: Stack, process: Process) -> bool:
     """Whether a process could be stopped where it does not hold SQLite's one lock, which nobody can take from it."""
     process.send_signal(signal.SIGSTOP)
     if not stack.registry.is_sqlite:

@@ -19,9 +19,9 @@ import httpcore
 import pytest
 from sqlalchemy import select
 
-from service.addresses import is_allowed
 from service.registry.tables import Webhook
-from service.settings import Settings
+from service.shared.addresses import is_allowed
+from service.shared.settings import Settings
 from tests.conftest import ENGINES, MakeDatabaseUrl
 from tests.service.problems import assert_problem
 from tests.stack import Json, Stack, wait_until
@@ -279,7 +279,7 @@ def test_a_name_is_looked_up_once_and_all_its_addresses_are_checked(
 
 
 def test_an_answer_that_is_dripped_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webhooks, "SECONDS", 1.0)
+    monkeypatch.setattr(webhooks, "ATTEMPT_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def drip() -> None:

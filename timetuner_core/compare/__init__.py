@@ -88,7 +88,7 @@ def run(plan: Plan, jobs: int = 1, done: Done = lambda _: None) -> Comparison:
 
 
 def _refusal(setting: Setting) -> str | None:
-    """Why nobody can do a setting, if so."""
+    """The reason why no entrant applies to a setting, or None."""
     model, guidance = load_model(setting.group.model), parse_guidance(setting.group.guidance)
     if guidance.type not in model.guidance_types:
         accepted = ", ".join(model.guidance_types)
@@ -120,14 +120,14 @@ def _guess_cost(plan: Plan, task: Group | Setting) -> float:
 @cache
 @torch.no_grad()
 def _seconds_per_row(model_name: str) -> float:
-    """In a batch, unguided, on one core."""
+    """Seconds that one row of an unguided batch takes on one core."""
     model = load_model(model_name)
     x, t = torch.zeros(64, *model.sample_shape), torch.full((64,), model.noise_schedule.T)
     model_fn = model.model_fn(model.guidance_types[0], 1.0)
     condition = None if model.draw_conditions is None else model.draw_conditions(len(x), torch.Generator())
     seconds = []
     with one_thread():
-        for _ in range(3):  # the first warms up
+        for _ in range(3):
             started = time.process_time()
             model_fn(x, t, condition)
             seconds.append(time.process_time() - started)

@@ -1,17 +1,17 @@
-"""What to compare, and how much to spend on it."""
+"""The plan of a comparison: its entrants and settings, and how much to spend on each."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from timetuner_core.generation import Guidance
-from timetuner_core.grids import GridName
-from timetuner_core.loading import BUILTINS, DiffusionModel, ModelFormatError, load_builtin, load_folder
-from timetuner_core.model_wrapper import GuidanceType
+from timetuner_core.catalog import GridName, GuidanceType
+from timetuner_core.models.loading import BUILTINS, DiffusionModel, ModelFormatError, load_builtin, load_folder
 from timetuner_core.samplers import Sampler, sampler_names
-from timetuner_core.tuning import Parameters
+from timetuner_core.sampling.generate import Guidance
+from timetuner_core.tuners import TUNERS, AnyTuner, Parameters
 
 BASELINE = "untuned"
 GUIDANCE_TYPES: dict[str, GuidanceType] = {"cfg": "classifier-free", "classifier": "classifier"}
@@ -19,7 +19,7 @@ GUIDANCE_TYPES: dict[str, GuidanceType] = {"cfg": "classifier-free", "classifier
 
 @dataclass(frozen=True)
 class Effort:
-    """What a comparison spends on each entrant: enough to see who leads, and little enough for all shipped models in
+    """The effort that a comparison spends on each entrant: enough to see which leads, and for all shipped models in all
     under half an hour on two cores.
 
     Attributes:
@@ -50,7 +50,7 @@ class Effort:
     search_samples: int = 64
 
     def iters(self, num_steps: int) -> int:
-        """Of end-to-end tuning."""
+        """The iterations of end-to-end tuning."""
         return max(1, min(self.end_to_end_iters, self.end_to_end_steps // num_steps))
 
 
@@ -63,22 +63,26 @@ class Entrant:
     grid: GridName | Literal["best"] = "default"
     parameters: Parameters = "t_ratios"
 
-    def options(self, effort: Effort, sampler: Sampler, num_steps: int) -> dict[str, Any]:
-        """For `TUNERS[objective].run`."""
+    def tuner(self, effort: Effort, sampler: Sampler, num_steps: int) -> AnyTuner:
+        """The tuner with the options that `effort` allows. A search takes all its samples in one batch."""
+        samples = effort.search_samples
+        options: dict[str, Any] = {}
         if self.objective == "end_to_end":
-            # Few rows: remembering every step takes little memory.
-            iters, lr = effort.iters(num_steps), min(effort.max_lr, effort.lr / num_steps)
-            return {"parameters": self.parameters, "lr": lr, "total_iters": iters, "recompute": False}
-        if self.objective in {"next_eps", "teacher_step"}:
+            lr, iters = min(effort.max_lr, effort.lr / num_steps), effort.iters(num_steps)
+            options = {"parameters": self.parameters, "start": "given", "lr": lr, "total_iters": iters}
+        elif self.objective in {"next_eps", "teacher_step"}:
             tune_type = "sequential" if sampler.history_length else "parallel"
             options = {"tune_type": tune_type, "total_iters": effort.per_step_iters, "tolerance": effort.tolerance}
-            return options | ({"substeps": effort.substeps} if self.objective == "teacher_step" else {})
-        samples = {"ays": "num_samples", "gits": "max_samples"}
-        return {samples[self.objective]: effort.search_samples} if self.objective in samples else {}
-
-    def batch_size(self, effort: Effort) -> int:
-        """A search takes all its samples at once."""
-        return effort.search_samples if self.objective in {"ays", "gits"} else effort.batch_size
+        if self.objective == "teacher_step":
+            options["substeps"] = effort.substeps
+        if self.objective == "ays":
+            options = {"num_samples": samples, "batch_size": samples}
+        elif self.objective == "gits":
+            options = {"population_size": samples, "batch_size": samples}
+        elif self.objective not in {"dmn", "grid"}:
+            options["batch_size"] = effort.batch_size
+        make: Callable[..., AnyTuner] = TUNERS[self.objective]
+        return make(objective=self.objective, **options)
 
     def rows(self, effort: Effort, num_steps: int) -> float:
         """About how many samples tuning will put through the network, backward passes and small batches counted too."""
@@ -127,7 +131,7 @@ class Group(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What is sampled, and in how many steps."""
+    """A group and a number of steps."""
 
     group: Group
     num_steps: int
@@ -138,7 +142,7 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to compare; all of it is decided by `seed`.
+    """A comparison; all of it is decided by `seed`.
 
     Attributes:
         models: built-in names or diffusers-format folders. guidances: see `parse_guidance`.
@@ -159,7 +163,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name in ("models", "num_steps", "guidances", "samplers", "entrants"):
-            values = tuple(dict.fromkeys(getattr(self, name)))  # each once
+            values = tuple(dict.fromkeys(getattr(self, name)))
             if not values:
                 raise PlanError(name, "", "one or more")
             object.__setattr__(self, name, values)

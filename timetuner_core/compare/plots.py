@@ -27,7 +27,7 @@ class Style(NamedTuple):
     width: float = 1.3
 
 
-# Okabe & Ito's colours, which colour-blind readers tell apart; markers and dashes tell them apart without.
+# Okabe & Ito's colours differ for colour-blind readers too; markers and dashes differ without any colour.
 STYLES = {
     "untuned": Style("#000000", "-", "o", 2.2),
     "uniform": Style(GREY, "--", "s"),
@@ -118,7 +118,7 @@ def ratios(group: Group, outcomes: list[Outcome]) -> bytes:
 
 
 def trajectories(group: Group, drawn: Trajectories) -> bytes:
-    """A few samples' way from noise to data, each few-step sampler's beside the teacher's."""
+    """The way of a few samples from noise to data, by the teacher and by each few-step sampler."""
     others = [name for name in drawn.paths if name != "teacher"]
     figure = _figure(4.6 * len(others), 4.6)
     axes = figure.subplots(1, len(others), squeeze=False, sharex=True, sharey=True)[0]

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-# Of glibc's mallopt: freed blocks of less than the first are kept, up to the second.
+# Parameters of glibc's mallopt: freed blocks smaller than the first are kept, up to the second in all.
 M_MMAP_THRESHOLD, MMAP_THRESHOLD = -3, 2**25
 M_TRIM_THRESHOLD, TRIM_THRESHOLD = -1, 2**29
 
@@ -24,7 +24,7 @@ _Result = TypeVar("_Result")
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """So that sums are taken in the same order wherever a task runs, and processes do not share cores."""
+    """Use one thread: sums have the same order wherever a task runs, and processes do not share cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -47,7 +47,7 @@ def workers(jobs: int) -> Iterator["InWorkers"]:
         yield InWorkers(pool)
     except BaseException:
         for process in set(multiprocessing.active_children()) - set(others):
-            process.terminate()  # rather than wait for what nobody will see
+            process.terminate()  # Nobody will see the result.
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -93,7 +93,7 @@ def _start_worker() -> None:
 
 def _keep_freed_memory() -> None:
     """Rather than give activations back, to get them anew page by page at the next step: a fifth of sampling's time."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # Only glibc has it.
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
         mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD)

@@ -1,4 +1,4 @@
-"""A comparison as files: `results.csv`, `results.md`, pictures, and `report.html`, which needs nothing beside it."""
+"""A comparison as files: `results.csv`, `results.md`, pictures, and `report.html`, which needs no other file."""
 
 import base64
 import dataclasses
@@ -27,7 +27,7 @@ def check_folder(folder: Path) -> None:
 
 
 def write(comparison: Comparison, folder: Path, command: str) -> None:
-    """All files at once, in place of an earlier report's: whoever looks finds the one or the other, whole.
+    """All files at once, in place of an earlier report's: a reader finds the one or the other, whole.
 
     Args:
         command: that made it, to be shown.
@@ -63,7 +63,7 @@ def files(comparison: Comparison, command: str) -> dict[str, bytes]:
 
 
 def _pictures(comparison: Comparison) -> dict[Group, dict[str, bytes]]:
-    """By group and file name."""
+    """The pictures by group and file name."""
     pictures: dict[Group, dict[str, bytes]] = {}
     for number, (group, outcomes) in enumerate(by_group(comparison).items(), start=1):
         if all(outcome.evaluation is None for outcome in outcomes):

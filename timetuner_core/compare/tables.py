@@ -34,7 +34,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Cell:
-    """What a table says of an entrant in one place; a rejected schedule is marked."""
+    """An entrant's entry in one place of a table; a rejected schedule is marked."""
 
     figures: tuple[Figure, ...]
     is_rejected: bool = False
@@ -182,7 +182,7 @@ def _notes(outcomes: list[Outcome]) -> list[str]:
 
 
 def _with_best(rows: dict[str, list[Cell]], columns: tuple[int, ...]) -> dict[str, list[Cell]]:
-    """With the lowest number of some columns marked."""
+    """The rows, with the lowest number of some columns marked."""
     for column in columns:
         numbers = {entrant: cells[column].figures[0].text for entrant, cells in rows.items()}
         lowest = _lowest(float(text) for text in numbers.values() if text != "–")

@@ -1,31 +1,38 @@
 """One setting, one entrant after another: tuned, sampled from the held-out noise, measured."""
 
-import dataclasses
 import math
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, Literal, TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from timetuner_core import evaluation
+from timetuner_core.catalog import GridName
 from timetuner_core.compare.plan import BASELINE, ENTRANTS, Entrant, Group, Plan, Setting, load_model, parse_guidance
-from timetuner_core.evaluation import Estimate, Evaluation, Measure
-from timetuner_core.experiment import EVALUATION_SEEDS, TUNING_SEEDS, Experiment
-from timetuner_core.grids import GridName, make_timesteps, teacher_timesteps
+from timetuner_core.evaluation.distances import (
+    MAX_WASSERSTEIN_DIMENSION,
+    Estimate,
+    Measure,
+    data_measures,
+    measure,
+    teacher_l2,
+)
+from timetuner_core.evaluation.verdict import Evaluation, compare
+from timetuner_core.grids import make_timesteps, teacher_timesteps
 from timetuner_core.samplers import get_sampler, sample_steps
-from timetuner_core.tuners import TUNERS
-from timetuner_core.tuning import TuningState
+from timetuner_core.tuners import EndToEndTuner
+from timetuner_core.tuning.problem import TuningState
+from timetuner_core.tuning_setup import EVALUATION_SEEDS, TUNING_SEEDS, Experiment
 
 SAME = "the same schedule as untuned"
 METRICS = ("teacher_l2", "frechet", "frechet_features", "sliced_wasserstein", "wasserstein", "kl")
-NUM_PATHS = 6  # in a picture of trajectories
-NUM_DATA_POINTS = 400  # behind them
+NUM_DRAWN_PATHS = 6
+NUM_DRAWN_DATA_POINTS = 400
 
 _Result = TypeVar("_Result")
 
@@ -78,7 +85,7 @@ class Trajectories:
     """Some samples on their way, in a plane.
 
     Attributes:
-        paths: by label, `(NUM_PATHS, num_steps + 1, 2)`: the teacher's, the baseline's and the best entrant's.
+        paths: by label, `(NUM_DRAWN_PATHS, num_steps + 1, 2)`: the teacher's, the baseline's and the best entrant's.
         data: `(P, 2)`, or None. share: of the variance of the teacher's x_t that the plane shows; 1 for 2-d x.
     """
 
@@ -105,8 +112,8 @@ class Teaching:
 
     Attributes:
         held_out: from the noise that judges, `(num_samples, *image_shape)`.
-        tuning: from the noise that end-to-end tuning sees, `(noise_population, *sample_shape)`, or None if nobody needs
-            it; cost: what it took.
+        tuning: from the noise that end-to-end tuning sees, `(noise_population, *sample_shape)`, or None if no
+            entrant needs it; cost: what it took.
     """
 
     held_out: np.ndarray
@@ -140,14 +147,12 @@ class Bench:
         self.effort = plan.effort
         self.calls = 0
         model = load_model(group.model)
-        network: Callable[..., Tensor] = model.network
 
-        def counted(x: Tensor, *args: Any) -> Tensor:
-            self.calls += len(x)
-            return network(x, *args)
+        def count(num_samples: int) -> None:
+            self.calls += num_samples
 
         self.experiment = Experiment(
-            dataclasses.replace(model, network=counted),
+            model.watched(count),
             parse_guidance(group.guidance),
             get_sampler(group.sampler),
             seed=plan.seed,
@@ -158,7 +163,7 @@ class Bench:
         self.tuning_noise = self._noise(plan.effort.noise_population, TUNING_SEEDS)
 
     def counted(self, work: Callable[[], _Result]) -> tuple[_Result, Cost]:
-        """What some work gives, and takes."""
+        """The result of some work, and its cost."""
         calls, seconds = self.calls, time.process_time()
         result = work()
         return result, Cost(self.calls - calls, time.process_time() - seconds)
@@ -189,11 +194,9 @@ class Trial:
         is_guided = self.experiment.guidance.type != "uncond"
         mixture = None if is_guided else self.experiment.model.mixture
         measured = None if self.experiment.model.reference is None else _measures(setting.group.model, is_guided)
-        self.measures = measured or evaluation.data_measures(
-            self.teacher_samples, self.experiment.model.features, mixture
-        )
-        # In more dimensions it would take longer than all else.
-        small = mixture is not None and math.prod(mixture.sample_shape) <= evaluation.MAX_WASSERSTEIN_DIMENSION
+        self.measures = measured or data_measures(self.teacher_samples, self.experiment.model.features, mixture)
+        # KL takes longer than all else in more dimensions.
+        small = mixture is not None and math.prod(mixture.sample_shape) <= MAX_WASSERSTEIN_DIMENSION
         self.has_kl = small and not self.experiment.adds_noise
         self._figures: dict[tuple[tuple[float, ...], tuple[float, ...]], dict[str, Estimate]] = {}
 
@@ -207,7 +210,7 @@ class Trial:
             self._figures_of(self._start("default"), None),
             self._figures_of(state.timesteps, state.t_ratios),
         )
-        result = evaluation.compare(before, after, adds_noise=self.experiment.adds_noise)
+        result = compare(before, after, adds_noise=self.experiment.adds_noise)
         reason = SAME if before is after else result.reason
         return Outcome(
             self.setting,
@@ -222,7 +225,7 @@ class Trial:
         )
 
     def trajectories(self, outcomes: list[Outcome]) -> Trajectories | None:
-        """Of the teacher, the baseline and whoever came closest to the teacher; None if noise is added on the way."""
+        """Paths of the teacher, the baseline and the entrant nearest to the teacher; None if the sampler adds noise."""
         if self.experiment.adds_noise:
             return None
         tuned = [o for o in outcomes if o.verdict in {"accepted", "rejected"}]
@@ -234,23 +237,28 @@ class Trial:
         paths = {name: self._paths(*schedule) for name, schedule in schedules.items()}
         draw_data = self.experiment.model.draw_data
         generator = torch.Generator().manual_seed(self.experiment.seed)
-        data = None if draw_data is None else draw_data(NUM_DATA_POINTS, generator)[0]
+        data = None if draw_data is None else draw_data(NUM_DRAWN_DATA_POINTS, generator)[0]
         return _in_plane(self.setting.num_steps, paths, data)
 
     def _tune(self, entrant: Entrant) -> tuple[TuningState, Cost]:
         """Raises ValueError: the entrant does not apply."""
-        tuner, effort = TUNERS[entrant.objective], self.effort
+        effort = self.effort
+        tuner = entrant.tuner(effort, self.experiment.sampler, self.setting.num_steps)
         timesteps, shared = self._best_start if entrant.grid == "best" else (self._start(entrant.grid), Cost())
-        options = entrant.options(effort, self.experiment.sampler, self.setting.num_steps)
-        if entrant.objective == "end_to_end":
-            options["target"], shared = self.target, shared + self.target_cost
+        if isinstance(tuner, EndToEndTuner):
+            shared += self.target_cost
 
         def tune() -> TuningState:
             population_size = effort.data_population if tuner.population == "data" else effort.noise_population
-            batch_size = entrant.batch_size(effort)
-            problem = self.experiment.problem(entrant.objective, timesteps, population_size, batch_size)
+            batch_size = getattr(tuner, "batch_size", effort.batch_size)
+            problem = self.experiment.problem(tuner.population, timesteps, population_size, batch_size)
             state = TuningState.start(timesteps)
-            for _ in tuner.run(problem, state, **options):
+            if isinstance(tuner, EndToEndTuner):
+                # There are few rows, so remembering every step takes little memory.
+                tuned = tuner.run(problem, state, target=self.target, recompute=False)
+            else:
+                tuned = tuner.run(problem, state)
+            for _ in tuned:
                 pass
             return state
 
@@ -265,34 +273,34 @@ class Trial:
         """The named grid whose samples are closest to the teacher's, on noise that tuning sees."""
         target = self.target
         if target is None:
-            return self._start("default"), Cost()  # and the tuner will say why not
+            return self._start("default"), Cost()  # The tuner refuses this case by itself.
         seeds, condition = self.bench.tuning_noise
         rows = slice(self.effort.search_samples)
         condition = None if condition is None else condition[rows]
 
         def error(timesteps: Tensor) -> float:
             samples = self.experiment.sample(seeds[rows], condition, timesteps, decode=False)
-            return float(evaluation.teacher_l2(samples, target[rows]).mean())
+            return float(teacher_l2(samples, target[rows]).mean())
 
-        grids = {tuple(grid.tolist()): grid for grid in map(self._start, get_args(GridName))}  # two may be one
+        grids = {tuple(grid.tolist()): grid for grid in map(self._start, get_args(GridName))}
         return self.bench.counted(lambda: min(grids.values(), key=error))
 
     def _figures_of(self, timesteps: Tensor, t_ratios: Tensor | None) -> dict[str, Estimate]:
-        """Of one schedule, measured once: two grids may be one."""
+        """The distances of one schedule, measured once: two names may stand for one grid."""
         ratios = torch.ones(len(timesteps) - 1) if t_ratios is None else t_ratios
         key = tuple(timesteps.tolist()), tuple(ratios.tolist())
         if key not in self._figures:
             samples = self.experiment.sample(*self.bench.held_out, timesteps, ratios)
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # it is torch's own that uses it
+                warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # PyTorch itself uses it.
                 kl_terms = self.experiment.kl_terms(timesteps, ratios) if self.has_kl else None
-            self._figures[key] = evaluation.measure(samples, self.teacher_samples, self.measures, kl_terms)
+            self._figures[key] = measure(samples, self.teacher_samples, self.measures, kl_terms)
         return self._figures[key]
 
     @torch.no_grad()
     def _paths(self, timesteps: Tensor, t_ratios: Tensor) -> Tensor:
-        """x_t from some noises, `(NUM_PATHS, num_steps + 1, D)`."""
-        problem = self.experiment.problem("end_to_end", timesteps, NUM_PATHS, NUM_PATHS)
+        """x_t from some noises, `(NUM_DRAWN_PATHS, num_steps + 1, D)`."""
+        problem = self.experiment.problem("noise", timesteps, NUM_DRAWN_PATHS, NUM_DRAWN_PATHS)
         kwargs = dict(problem.step_kwargs) | ({} if problem.condition is None else {"condition": problem.condition})
         steps = sample_steps(problem.step_fn, problem.population, timesteps, t_ratios, **kwargs)
         return torch.stack([problem.population, *(x_s for x_s, _ in steps)], dim=1).flatten(2).double()
@@ -320,4 +328,4 @@ def _measures(model_name: str, is_guided: bool) -> dict[str, Measure]:
     """Distances to a model's data."""
     model = load_model(model_name)
     assert model.reference is not None
-    return evaluation.data_measures(model.reference, model.features, None if is_guided else model.mixture)
+    return data_measures(model.reference, model.features, None if is_guided else model.mixture)

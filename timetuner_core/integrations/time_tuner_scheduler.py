@@ -16,11 +16,12 @@ from diffusers.utils.import_utils import DummyObject
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
+from timetuner_core.coefficients import Coefficient, NoiseLevel
 from timetuner_core.grids import check_t_ratios, check_timesteps
-from timetuner_core.model_wrapper import GuidedModel
+from timetuner_core.guided_model import GuidedModel
 from timetuner_core.models.schedulers import EDM_SCHEDULERS, FLOW_SCHEDULERS, VP_SCHEDULERS, read_scheduler_config
 from timetuner_core.noise_schedule import NoiseScheduleFlow
-from timetuner_core.samplers import SAMPLERS, Generators, Past, get_sampler, remember, scaled
+from timetuner_core.samplers import SAMPLERS, Generators, Past, get_sampler, remember
 
 # Saved pipelines name this module for the class; see its docstring.
 MODULE = "timetuner_core.integrations.diffusers"
@@ -105,12 +106,12 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_schedule(cls, base_scheduler: Any, schedule: Mapping[str, Any]) -> "TimeTunerScheduler":
-        """From the scheduler a pipeline has, and a schedule as the service's API gives it."""
+        """The scheduler for a pipeline, from the scheduler it has and a schedule as the service's API gives it."""
         names = ("timesteps", "t_ratios", "sampler", "eta")
         # The configuration as it would be saved: `config` itself marks fields that its class has left at its own
-        # defaults, and other classes would then take theirs.
+        # defaults, and other classes would then take their own.
         config = json.loads(base_scheduler.to_json_string())
-        if isinstance(base_scheduler, cls):  # another schedule takes its place
+        if isinstance(base_scheduler, cls):  # The new schedule takes its place.
             config = config["base_scheduler"]
         scheduler: TimeTunerScheduler = cls(config, **{name: schedule[name] for name in names if name in schedule})
         return scheduler
@@ -170,7 +171,7 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if timesteps is not None and sigmas is not None:
             told = self._before_shift(told, mu)
         elif timesteps is not None:
-            _check_own("timesteps", timesteps, told, tolerance=0.5)  # a list of integers is rounded
+            _check_own("timesteps", timesteps, told, tolerance=0.5)  # A list of integers is rounded.
         elif sigmas is not None and not self._is_flow:
             _check_own("sigmas", sigmas, self._noise_levels()[:-1], tolerance=1e-3)
         self.timesteps = told.to(device, torch.float32)
@@ -200,7 +201,7 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if self._model_type != "edm":
             return sample
         t = self._grid[self._next_step(timestep)]
-        return scaled(self._model(sample).input_scale(t), sample)
+        return Coefficient(self._model(sample).input_scale(t)) * sample
 
     def step(
         self,
@@ -213,7 +214,7 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         eta: float | None = None,
         use_clipped_model_output: bool | None = None,
     ) -> TimeTunerSchedulerOutput | tuple[Tensor, Tensor]:
-        """From x_t to x_s, given what the network says at `timesteps[i]`; steps go in order.
+        """One step from x_t to x_s, given the network's output at `timesteps[i]`; steps go in order.
 
         The arithmetic is in float32 at least, whatever the dtype of the pipeline.
 
@@ -266,8 +267,8 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         first = self._step_index or self._begin_index or 0
         index = [self._index_of(timestep, first) for timestep in timesteps.flatten()]
         t = self._grid[index].to(original_samples.device)
-        alpha_t, sigma_t = self.noise_schedule.marginal_alpha(t), self.noise_schedule.marginal_std(t)
-        return scaled(alpha_t, original_samples) + scaled(sigma_t, noise)
+        level = NoiseLevel.at(self.noise_schedule, t, original_samples)
+        return level.alpha * original_samples + level.sigma * noise
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """`add_noise` by the name and in the order of pipelines of flow models."""

@@ -1,1 +1,1 @@
-"""What `timetuner_core.loading` consists of: reading a model folder's files, networks, schedulers and data."""
+"""Models: reading a folder's files, networks, schedulers and data, and the built-in mixtures."""

@@ -1,13 +1,16 @@
 """`DiffusionModel`: a frozen network with all that sampling and tuning need to know of it."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from timetuner_core.mixtures import GaussianMixture
-from timetuner_core.model_wrapper import GuidanceType, GuidedModel, ModelType, model_wrapper
+from timetuner_core.catalog import GuidanceType, ModelType
+from timetuner_core.guided_model import GuidedModel, model_wrapper
+from timetuner_core.models.mixtures import GaussianMixture
 from timetuner_core.noise_schedule import NoiseSchedule
 
 
@@ -99,6 +102,15 @@ class DiffusionModel:
             guidance_interval=guidance_interval,
             sigma_data=self.sigma_data,
         )
+
+    def watched(self, before_call: Callable[[int], None]) -> Self:
+        """The same model, which calls `before_call(num_samples)` before each network call; that may raise to stop."""
+
+        def network(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            before_call(len(x))
+            return self.network(x, *args, **kwargs)
+
+        return dataclasses.replace(self, network=network)
 
     def conditions(self, guidance_type: GuidanceType, condition: Tensor | None) -> dict[str, Tensor | None]:
         """`condition` and `uncond_condition` for `model_fn`, from conditions `(B,)` or `(B, L, D)`."""

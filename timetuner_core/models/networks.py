@@ -11,29 +11,29 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from timetuner_core.models.files import (
+from timetuner_core.models.diffusers_import import diffusers_class
+from timetuner_core.models.folder_files import (
     TRANSFORMER_CONFIG,
     TRANSFORMER_WEIGHTS,
     UNET_CONFIG,
     UNET_WEIGHTS,
     ModelFormatError,
     Shape,
-    check_finite,
     read_json,
-    read_shapes,
-    read_tensors,
+    read_weight_shapes,
 )
+from timetuner_core.models.tensors import check_finite, read_tensors
 
 UNETS = ("UNet2DModel", "UNet2DConditionModel")
 TRANSFORMERS = ("DiTTransformer2DModel",)
-BLOCKS = ("block_out_channels", "down_block_types", "up_block_types")  # have an entry for each block
-LAYERS = ("layers_per_block", "num_layers", "transformer_layers_per_block")  # say how many layers a block has
+BLOCKS = ("block_out_channels", "down_block_types", "up_block_types")  # These have an entry for each block.
+LAYERS = ("layers_per_block", "num_layers", "transformer_layers_per_block")  # These say how many layers a block has.
 MAX_SAMPLE_SIZE = 4096
-MAX_PATCHES = 2**16  # of a transformer: its position table is no weight, so nothing else bounds it
-MAX_POSITION_VALUES = 2**28  # of that table
-MAX_FEATURES = 2**30  # values of an image's largest feature map: likewise, small weights can make large ones
+MAX_PATCHES = 2**16  # A transformer's position table is no weight, so only this bounds it.
+MAX_POSITION_VALUES = 2**28  # The position table has no more values.
+MAX_FEATURES = 2**30  # An image's largest feature map has no more values: small weights can make large maps.
 
-# What attention layers saved by older versions of diffusers call theirs.
+# Attention layers saved by older versions of diffusers have these names.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -54,7 +54,7 @@ class Options:
         if self.dtype == torch.float64:
             _embed_time_in_float64(module)
         memory_format = torch.channels_last if self.channels_last else torch.preserve_format
-        # torch's own: that of diffusers warns of any dtype.
+        # PyTorch's own function is called: that of diffusers warns of any dtype.
         moved = torch.nn.Module.to(module, device, self.dtype)
         return torch.nn.Module.to(moved, memory_format=memory_format)
 
@@ -85,9 +85,12 @@ class LoadedNetwork:
 
 def load_network(path: Path, device: torch.device | str, options: Options) -> LoadedNetwork:
     """The network in `unet/` or `transformer/`. Raises: ModelFormatError."""
-    is_transformer = (path / TRANSFORMER_CONFIG).exists() and not (path / UNET_CONFIG).exists()
+    if (path / TRANSFORMER_CONFIG).exists() and (path / UNET_CONFIG).exists():
+        raise ModelFormatError(TRANSFORMER_CONFIG, "there is a unet/ too; accepted: one network")
+    is_transformer = (path / TRANSFORMER_CONFIG).exists()
     files = (TRANSFORMER_CONFIG, TRANSFORMER_WEIGHTS) if is_transformer else (UNET_CONFIG, UNET_WEIGHTS)
-    module, class_name = load_module(path, *files, TRANSFORMERS if is_transformer else UNETS, _check_network)
+    accepted = TRANSFORMERS if is_transformer else UNETS
+    module, class_name = load_module(path, *files, accepted, _check_network, options.compile)
     config = module.config
     height, width = _sample_size(config)
     module = options.apply(module, device)
@@ -105,7 +108,7 @@ def load_network(path: Path, device: torch.device | str, options: Options) -> Lo
 
 
 def size_in_bytes(module: torch.nn.Module) -> int:
-    """Of its weights and buffers."""
+    """The size of its weights and buffers."""
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
@@ -115,6 +118,7 @@ def load_module(
     weights_name: str,
     accepted: tuple[str, ...],
     check: Callable[[Any, str], None] = lambda module, config_name: None,
+    compiler: bool = False,
 ) -> tuple[Any, str]:
     """A frozen diffusers module in float32 on the CPU, and its class's name.
 
@@ -123,31 +127,36 @@ def load_module(
 
     Args:
         accepted: names of diffusers classes. check: `(module without weights, config_name)`, may raise.
+        compiler: whether the module is to be compiled.
 
     Raises:
         ModelFormatError: anything missing, malformed or at odds with the rest.
     """
-    import diffusers  # here, as it takes seconds that built-in mixtures need not wait
-
     config = read_json(path, config_name)
     class_name = config.get("_class_name")
     if class_name not in accepted:
         names = ", ".join(map(repr, accepted))
         raise ModelFormatError(config_name, f"_class_name is {class_name!r}; accepted: {names}")
-    shapes = read_shapes(path, weights_name)
-    _check_depth(config, config_name, len(shapes))
+    shapes_by_file = read_weight_shapes(path, weights_name)
+    files = [tensor for tensors in shapes_by_file.values() for tensor in tensors]
+    _check_depth(config, config_name, len(files))
+    network_class = diffusers_class(class_name, compiler=compiler)
     try:
-        with torch.device("meta"):  # shapes only: a hostile configuration allocates nothing
-            module: Any = getattr(diffusers, class_name).from_config(config)
-    except Exception as error:  # diffusers raises whatever its constructors meet
+        with torch.device("meta"):  # Only shapes are made: a hostile configuration allocates nothing.
+            module: Any = network_class.from_config(config)
+    except Exception as error:  # The constructors of diffusers may raise anything.
         raise ModelFormatError(config_name, f"no {class_name} can be built from it ({error})") from None
     check(module, config_name)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    current = {name: _current_name(name, expected) for name in shapes}
-    _check_shapes({current[name]: shape for name, shape in shapes.items()}, expected, weights_name, config_name)
-    state = read_tensors(path, weights_name)
-    check_finite(weights_name, state)
-    module.load_state_dict({current[name]: tensor.float() for name, tensor in state.items()}, assign=True)
+    current = {tensor: _current_name(tensor, expected) for tensor in files}
+    found = {current[tensor]: shape for shapes in shapes_by_file.values() for tensor, shape in shapes.items()}
+    _check_shapes(found, expected, next(iter(shapes_by_file)), config_name)
+    state: dict[str, Tensor] = {}
+    for name in shapes_by_file:
+        tensors = read_tensors(path, name)
+        check_finite(name, tensors)
+        state |= {current[tensor]: value.float() for tensor, value in tensors.items()}
+    module.load_state_dict(state, assign=True)
     _fill_buffers(module, config)
     return module.requires_grad_(False).eval(), class_name
 
@@ -176,7 +185,7 @@ def check_features(channels: Any, height: int, width: int, config_name: str) -> 
 
 
 def _check_network(module: Any, config_name: str) -> None:
-    """That the network is one which `_caller` can call, and of known size."""
+    """Check that `_caller` can call the network, and that its size is known."""
     config = module.config
     if config.get("sample_size") is None:
         raise ModelFormatError(config_name, "sample_size is null; accepted: the images' size in pixels")
@@ -188,17 +197,18 @@ def _check_network(module: Any, config_name: str) -> None:
             raise ModelFormatError(
                 config_name, f"{key} is {config.get(key)!r}; accepted: {', '.join(map(str, accepted))}"
             )
+    _check_out_channels(config, config_name)
+    if type(module).__name__ == "UNet2DModel":
+        _check_divisible(module, sizes, config_name)
     if "patch_size" in config:
         _check_transformer(config, config_name, sizes)
-    elif config.in_channels != config.out_channels:
-        raise ModelFormatError(config_name, "out_channels must equal in_channels")
     elif "cross_attention_dim" in config and not isinstance(config.cross_attention_dim, int):
         raise ModelFormatError(config_name, "cross_attention_dim: accepted: one number for all blocks")
     else:
         check_features(config.block_out_channels[0], *sizes, config_name)
 
 
-# Network by network, what would want other inputs than x, time and one condition, or integer times.
+# Other settings of each network want other inputs than x, time and one condition, or integer times, or cannot run.
 _ACCEPTED: dict[str, dict[str, tuple[Any, ...]]] = {
     "UNet2DModel": {"time_embedding_type": ("positional",), "class_embed_type": (None,)},
     "UNet2DConditionModel": {
@@ -207,15 +217,31 @@ _ACCEPTED: dict[str, dict[str, tuple[Any, ...]]] = {
         "addition_embed_type": (None,),
         "encoder_hid_dim_type": (None,),
         "encoder_hid_dim": (None,),
+        "time_cond_proj_dim": (None,),
+        "attention_type": ("default",),
+        "dual_cross_attention": (False,),
+        "class_embeddings_concat": (False,),
     },
     "DiTTransformer2DModel": {},
 }
 
 
-def _check_transformer(config: Any, config_name: str, sizes: tuple[int, int]) -> None:
+def _check_out_channels(config: Any, config_name: str) -> None:
     out_channels = config.out_channels or config.in_channels
     if out_channels not in (config.in_channels, 2 * config.in_channels):
-        raise ModelFormatError(config_name, "out_channels must equal in_channels, or twice that if sigma is learned")
+        message = f"out_channels is {out_channels}; accepted: in_channels, {config.in_channels}, or twice that"
+        raise ModelFormatError(config_name, f"{message} if the variance is learned")
+
+
+def _check_divisible(module: Any, sizes: tuple[int, int], config_name: str) -> None:
+    """Refuse sizes that a `UNet2DModel` would halve to fractions: what it doubles again would not fit."""
+    factor = 2 ** sum(getattr(block, "downsamplers", None) is not None for block in module.down_blocks)
+    if any(size % factor for size in sizes):
+        message = f"sample_size is {module.config.sample_size!r}; accepted: multiples of {factor}"
+        raise ModelFormatError(config_name, f"{message}, as the network halves it {factor.bit_length() - 1} times")
+
+
+def _check_transformer(config: Any, config_name: str, sizes: tuple[int, int]) -> None:
     if sizes[0] != sizes[1] or sizes[0] % config.patch_size:
         raise ModelFormatError(config_name, "sample_size: accepted: one number, a multiple of patch_size")
     if (sizes[0] // config.patch_size) ** 2 > MAX_PATCHES:

@@ -1,12 +1,14 @@
-"""From a diffusers scheduler's configuration to a noise schedule and what the network predicts."""
+"""The noise schedule and prediction type that a diffusers scheduler's configuration describes."""
 
+import inspect
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from timetuner_core.model_wrapper import ModelType
-from timetuner_core.models.files import SCHEDULER_CONFIG, ModelFormatError, read_json
+from timetuner_core.catalog import ModelType
+from timetuner_core.models.diffusers_import import diffusers_class
+from timetuner_core.models.folder_files import SCHEDULER_CONFIG, ModelFormatError, read_json
 from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleEDM, NoiseScheduleFlow, NoiseScheduleVP
 
 MODEL_TYPES: dict[str, ModelType] = {"epsilon": "noise", "sample": "x_start", "v_prediction": "v"}
@@ -36,13 +38,80 @@ VP_SCHEDULERS = (
 )
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+ACCEPTED_SCHEDULERS = (*VP_SCHEDULERS, *FLOW_SCHEDULERS, *EDM_SCHEDULERS)
+
+# DPMSolverSDEScheduler exists only where torchsde is installed. Its arguments and their defaults are those of Heun's.
+STAND_INS = {"DPMSolverSDEScheduler": "HeunDiscreteScheduler"}
+
+# Every argument of a scheduler's constructor is in one of these sets; any other must have its default.
+BETAS = frozenset(
+    {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"}
+)
+HONOURED_BY_VP = BETAS | {"prediction_type", "use_flow_sigmas", "flow_shift"}
+HONOURED_BY_FLOW = frozenset({"num_train_timesteps", "shift", "use_dynamic_shifting"})
+HONOURED_BY_EDM = frozenset({"prediction_type", "sigma_min", "sigma_max", "sigma_data"})
+SAMPLING_ONLY = frozenset(
+    {
+        # These place the steps, or say where the last one ends. The time grid is ours.
+        "base_image_seq_len",
+        "base_shift",
+        "final_sigmas_type",
+        "lambda_min_clipped",
+        "max_image_seq_len",
+        "max_shift",
+        "num_train_timesteps",  # EDM's networks know no such number
+        "original_inference_steps",
+        "rho",
+        "set_alpha_to_one",
+        "shift_terminal",
+        "sigma_max",
+        "sigma_min",
+        "sigma_schedule",
+        "steps_offset",
+        "time_shift_type",
+        "timestep_spacing",
+        "use_beta_sigmas",
+        "use_dynamic_shifting",
+        "use_exponential_sigmas",
+        "use_karras_sigmas",
+        "use_lu_lambdas",
+        # These choose the solver's update. The sampler is chosen with each request.
+        "algorithm_type",
+        "corrector_order",
+        "disable_corrector",
+        "euler_at_final",
+        "lower_order_final",
+        "predict_x0",
+        "predictor_order",
+        "skip_prk_steps",
+        "solver_order",
+        "solver_p",
+        "solver_type",
+        "stochastic_sampling",
+        "tau_func",
+        "variance_type",
+        # These clip the predicted x0.
+        "clip_sample",
+        "clip_sample_range",
+        "thresholding",
+        "dynamic_thresholding_ratio",
+        "sample_max_value",
+    }
+)
+
+# diffusers takes one of these before use_flow_sigmas, with sigmas of another scale. Only UniPC's knows how to
+# bring Karras' sigmas to the scale of flow matching.
+SIGMAS_BESIDE_FLOW = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+
+# These tell of the network, so a file of another class, to which they mean nothing, has them at their defaults too.
+REFUSED_IN_ANY_CLASS = {"timestep_type": "discrete", "invert_sigmas": False}
 
 # rescale_betas_zero_snr leaves no signal at the last step, where log alpha would be infinite.
 MIN_ALPHA_CUMPROD = 1e-12
 
 
 class SchedulerSpec(NamedTuple):
-    """What a scheduler's configuration says of the network.
+    """The part of a scheduler's configuration that describes the network.
 
     Attributes:
         sigma_data: for `model_type` `edm`; negative where the network predicts -F, which turns c_out's sign only.
@@ -59,79 +128,117 @@ def read_scheduler(path: Path) -> SchedulerSpec:
 
 
 def read_scheduler_config(config: Mapping[str, Any]) -> SchedulerSpec:
-    """From the configuration of a diffusers scheduler, what the network was trained on.
+    """Read what the network was trained on from the configuration of a diffusers scheduler.
 
-    What only places the steps of sampling is ignored, as the time grid is ours: `steps_offset`,
-    `timestep_spacing`, `use_karras_sigmas` and its like. None of them moves what the network is fed for a
-    given noise level. The same holds of dynamic shifting.
+    A field that the file leaves out has the default of its own class, and one that the class does not know is
+    ignored, as diffusers does. `SAMPLING_ONLY` fields are ignored too: they bear on how diffusers samples, not on
+    what the network is fed at a given noise level, nor on what its answer means. A field that is neither of those
+    nor honoured must have its default.
 
     Raises:
-        ModelFormatError: a scheduler that is not known, or values that give no noise schedule.
+        ModelFormatError: a scheduler that is not known, values that give no noise schedule, or a field that
+            cannot be honoured.
     """
     name = config.get("_class_name", "DDPMScheduler")
     if name == "TimeTunerScheduler" and isinstance(config.get("base_scheduler"), Mapping):
-        return read_scheduler_config(config["base_scheduler"])  # of a pipeline that was tuned before
-    if name in FLOW_SCHEDULERS or (name in VP_SCHEDULERS and config.get("use_flow_sigmas")):
-        return _flow(config)
-    if name in EDM_SCHEDULERS:
-        return _edm(config)
-    if name not in VP_SCHEDULERS:
-        accepted = ", ".join((*VP_SCHEDULERS, *FLOW_SCHEDULERS, *EDM_SCHEDULERS))
+        return read_scheduler_config(config["base_scheduler"])  # The pipeline was tuned before.
+    if name not in ACCEPTED_SCHEDULERS:
+        accepted = ", ".join(ACCEPTED_SCHEDULERS)
         raise ModelFormatError(SCHEDULER_CONFIG, f"_class_name is {name!r}; accepted: {accepted}")
-    return _vp(config)
+    for key, accepted_value in REFUSED_IN_ANY_CLASS.items():
+        if config.get(key, accepted_value) != accepted_value:
+            raise ModelFormatError(SCHEDULER_CONFIG, f"{key} is {config[key]!r}; accepted: {accepted_value!r}")
+    defaults = constructor_defaults(_class_of(name))
+    values = {key: config.get(key, default) for key, default in defaults.items()}
+    if name in FLOW_SCHEDULERS:
+        _refuse_unknown(values, defaults, HONOURED_BY_FLOW)
+        return _flow(values, 1.0 if values.get("use_dynamic_shifting") else _positive(values, "shift"))
+    if name in EDM_SCHEDULERS:
+        _refuse_unknown(values, defaults, HONOURED_BY_EDM)
+        return _edm(values)
+    _refuse_unknown(values, defaults, HONOURED_BY_VP)
+    if values.get("use_flow_sigmas"):
+        return _flow_of_vp(name, values)
+    return _vp(values)
 
 
-def _vp(config: Mapping[str, Any]) -> SchedulerSpec:
-    from diffusers import DDPMScheduler  # it knows every beta schedule, and saved configurations have every value
+def constructor_defaults(scheduler_class: Any) -> dict[str, Any]:
+    """The arguments of a scheduler's constructor with their defaults."""
+    parameters = list(inspect.signature(scheduler_class.__init__).parameters.values())[1:]
+    return {p.name: p.default for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
 
-    prediction = _choice(config, "prediction_type", "epsilon", tuple(MODEL_TYPES))
-    _choice(config, "timestep_type", "discrete", ("discrete",))
-    _num_train_timesteps(config)
+
+def _class_of(name: str) -> Any:
+    return diffusers_class(STAND_INS.get(name, name))
+
+
+def _refuse_unknown(values: Mapping[str, Any], defaults: Mapping[str, Any], honoured: frozenset[str]) -> None:
+    for key, default in defaults.items():
+        if key not in honoured | SAMPLING_ONLY and values[key] != default:
+            raise ModelFormatError(SCHEDULER_CONFIG, f"{key} is {values[key]!r}; accepted: {default!r}")
+
+
+def _vp(values: Mapping[str, Any]) -> SchedulerSpec:
+    rescaled = bool(values.get("rescale_betas_zero_snr"))
+    prediction = _choice(values, "prediction_type", tuple(MODEL_TYPES))
+    if rescaled and prediction == "epsilon":
+        message = "prediction_type is 'epsilon' with rescale_betas_zero_snr; accepted: v_prediction, sample"
+        raise ModelFormatError(SCHEDULER_CONFIG, f"{message}, as eps does not tell x0 where there is no signal")
+    _num_train_timesteps(values)
     try:
-        scheduler = DDPMScheduler.from_config(dict(config))  # type: ignore[no-untyped-call]
+        # It makes the same of these arguments as all other classes do, some of which take memory by N squared.
+        betas = {key: value for key, value in values.items() if key in BETAS}
+        scheduler: Any = diffusers_class("DDPMScheduler")(**betas)
         alphas_cumprod = scheduler.alphas_cumprod.double()
-        if config.get("rescale_betas_zero_snr"):
+        if rescaled:
             alphas_cumprod[-1] = MIN_ALPHA_CUMPROD
         return SchedulerSpec(NoiseScheduleVP("discrete", alphas_cumprod=alphas_cumprod), MODEL_TYPES[prediction])
-    except Exception as error:  # diffusers raises whatever its constructor meets
+    except Exception as error:  # The constructor may raise anything.
         raise ModelFormatError(SCHEDULER_CONFIG, f"no noise schedule can be built from it ({error})") from None
 
 
-def _flow(config: Mapping[str, Any]) -> SchedulerSpec:
-    _choice(config, "prediction_type", "flow_prediction", ("flow_prediction",))
-    _choice(config, "invert_sigmas", False, (False,))
-    shift = 1.0 if config.get("use_dynamic_shifting") else _positive(config, "shift", config.get("flow_shift", 1.0))
-    return SchedulerSpec(NoiseScheduleFlow(shift, _num_train_timesteps(config)), "flow")
+def _flow_of_vp(name: str, values: Mapping[str, Any]) -> SchedulerSpec:
+    """Flow matching by a scheduler that can do both."""
+    _choice(values, "prediction_type", ("flow_prediction",))
+    for key in SIGMAS_BESIDE_FLOW:
+        if values.get(key) and (name, key) != ("UniPCMultistepScheduler", "use_karras_sigmas"):
+            message = f"{key} is {values[key]!r} with use_flow_sigmas; accepted: one of them"
+            raise ModelFormatError(SCHEDULER_CONFIG, message)
+    return _flow(values, 1.0 if values.get("use_dynamic_shifting") else _positive(values, "flow_shift"))
 
 
-def _edm(config: Mapping[str, Any]) -> SchedulerSpec:
+def _flow(values: Mapping[str, Any], shift: float) -> SchedulerSpec:
+    return SchedulerSpec(NoiseScheduleFlow(shift, _num_train_timesteps(values)), "flow")
+
+
+def _edm(values: Mapping[str, Any]) -> SchedulerSpec:
     # F_theta of EDM is diffusers' "epsilon" here; its "v_prediction" is -F_theta.
-    prediction = _choice(config, "prediction_type", "epsilon", ("epsilon", "v_prediction"))
-    sigma_min, sigma_max = _positive(config, "sigma_min", 0.002), _positive(config, "sigma_max", 80.0)
+    prediction = _choice(values, "prediction_type", ("epsilon", "v_prediction"))
+    sigma_min, sigma_max = _positive(values, "sigma_min"), _positive(values, "sigma_max")
     if sigma_min >= sigma_max:
         message = f"sigma_min is {sigma_min}, sigma_max is {sigma_max}; accepted: sigma_min below sigma_max"
         raise ModelFormatError(SCHEDULER_CONFIG, message)
-    sigma_data = _positive(config, "sigma_data", 0.5)
+    sigma_data = _positive(values, "sigma_data")
     signed = sigma_data if prediction == "epsilon" else -sigma_data
     return SchedulerSpec(NoiseScheduleEDM(sigma_min, sigma_max), "edm", signed)
 
 
-def _choice(config: Mapping[str, Any], key: str, default: Any, accepted: tuple[Any, ...]) -> Any:
-    value = config.get(key, default)
+def _choice(values: Mapping[str, Any], key: str, accepted: tuple[Any, ...]) -> Any:
+    value = values[key]
     if value not in accepted:
         raise ModelFormatError(SCHEDULER_CONFIG, f"{key} is {value!r}; accepted: {', '.join(map(str, accepted))}")
     return value
 
 
-def _positive(config: Mapping[str, Any], key: str, default: float) -> float:
-    value = config.get(key, default)
+def _positive(values: Mapping[str, Any], key: str) -> float:
+    value = values[key]
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ModelFormatError(SCHEDULER_CONFIG, f"{key} is {value!r}; accepted: a number above 0")
     return float(value)
 
 
-def _num_train_timesteps(config: Mapping[str, Any]) -> int:
-    num_steps = config.get("num_train_timesteps", 1000)
+def _num_train_timesteps(values: Mapping[str, Any]) -> int:
+    num_steps = values["num_train_timesteps"]
     if not isinstance(num_steps, int) or isinstance(num_steps, bool) or not 1 <= num_steps <= 100_000:
         raise ModelFormatError(SCHEDULER_CONFIG, f"num_train_timesteps is {num_steps!r}; accepted: 1 to 100000")
     return num_steps

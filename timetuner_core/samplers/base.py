@@ -1,14 +1,16 @@
-"""What a sampler is: one update from time `t` to `s < t`, and the loop over a grid."""
+"""A sampler is one update from time `t` to `s < t`, and the loop over a grid."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import torch
 from torch import Tensor
 
-from timetuner_core.model_wrapper import GuidedModel, Prediction, expand_like
+from timetuner_core.catalog import SAMPLER_FACTS, SamplerFacts
+from timetuner_core.coefficients import Coefficient, NoiseLevel
+from timetuner_core.guided_model import GuidedModel, Prediction
 from timetuner_core.noise_schedule import NoiseSchedule
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -26,71 +28,100 @@ class Past(NamedTuple):
     x0: Tensor
 
 
-class Level(NamedTuple):
-    """alpha, sigma and lambda at one time, each `()` or `(B,)`, in the dtype of the time."""
-
-    alpha: Tensor
-    sigma: Tensor
-    lambda_: Tensor
-
-
-def scaled(coefficient: Tensor, x: Tensor) -> Tensor:
-    """`coefficient * x`, for a coefficient `()` or `(B,)` and x `(B, ...)`; in x's dtype and on its device."""
-    return expand_like(coefficient.to(x.device), x) * x
-
-
 @dataclass(frozen=True)
 class Step:
     """All that a sampler's update from x_t at `t` to x_s at `s` may use.
 
+    The coefficients `alpha_t`, `sigma_t`, `lambda_t`, `alpha_s`, `sigma_s`, `lambda_s` and `h` multiply x as they are:
+    `step.alpha_s * x0`.
+
     Attributes:
         predict: `(x, t) -> (x0, eps)`, guided and conditioned on `t * t_ratio`: one call of the network.
+        x_t: `(B, ...)`. t, s: times, `()` or `(B,)`.
         history: the steps before, the newest last; as many as the sampler remembers, fewer at the start.
-        draw_noise: standard normal noise like x.
-        eta: how much of the noise to add, for samplers that leave the choice.
+        draw_noise: gives standard normal noise like x_t.
+        eta: the share of the posterior's noise to add, for samplers that leave the choice.
     """
 
     predict: Callable[[Tensor, Tensor], Prediction]
     noise_schedule: NoiseSchedule
-    x: Tensor
+    x_t: Tensor
     t: Tensor
     s: Tensor
     history: tuple[Past, ...]
     draw_noise: Callable[[], Tensor]
     eta: float
 
-    def level(self, t: Tensor) -> Level:
-        schedule = self.noise_schedule
-        return Level(schedule.marginal_alpha(t), schedule.marginal_std(t), schedule.marginal_lambda(t))
+    def noise_level(self, t: Tensor) -> NoiseLevel:
+        """alpha, sigma and lambda at a time, `()` or `(B,)`."""
+        return NoiseLevel.at(self.noise_schedule, t, self.x_t)
 
     @cached_property
-    def start(self) -> Level:
-        """At t."""
-        return self.level(self.t)
+    def start(self) -> NoiseLevel:
+        """The noise level at t."""
+        return self.noise_level(self.t)
 
     @cached_property
-    def end(self) -> Level:
-        """At s."""
-        return self.level(self.s)
+    def end(self) -> NoiseLevel:
+        """The noise level at s."""
+        return self.noise_level(self.s)
+
+    @property
+    def alpha_t(self) -> Coefficient:
+        return self.start.alpha
+
+    @property
+    def sigma_t(self) -> Coefficient:
+        return self.start.sigma
+
+    @property
+    def lambda_t(self) -> Coefficient:
+        return self.start.lambda_
+
+    @property
+    def alpha_s(self) -> Coefficient:
+        return self.end.alpha
+
+    @property
+    def sigma_s(self) -> Coefficient:
+        return self.end.sigma
+
+    @property
+    def lambda_s(self) -> Coefficient:
+        return self.end.lambda_
 
     @cached_property
-    def h(self) -> Tensor:
+    def h(self) -> Coefficient:
         """`lambda_s - lambda_t`."""
-        return self.end.lambda_ - self.start.lambda_
+        return self.lambda_s - self.lambda_t
 
     @cached_property
     def to_clean_data(self) -> bool:
         """Whether s is time 0, where lambda is infinite: samplers that work in lambda take a first-order step."""
         return bool((self.s == 0).any())
 
-    def past_eps(self, past: Past) -> Tensor:
-        """eps of an earlier step."""
-        alpha, sigma, _ = self.level(past.t)
-        return scaled(1 / sigma, past.x - scaled(alpha, past.x0))
+    def time_between(self, r: float) -> Tensor:
+        """The time a fraction `r` of the way from lambda_t to lambda_s, of t's shape."""
+        return self.noise_schedule.inverse_lambda((self.lambda_t + r * self.h).value).reshape(self.t.shape)
+
+    def past_lambda(self, steps_back: int) -> Coefficient:
+        """lambda at an earlier step, 1 for the newest."""
+        return self.noise_level(self.history[-steps_back].t).lambda_
+
+    def past_x0(self, steps_back: int) -> Tensor:
+        """x0 as predicted at an earlier step, 1 for the newest."""
+        return self.history[-steps_back].x0
+
+    def past_eps(self, steps_back: int) -> Tensor:
+        """eps as predicted at an earlier step, 1 for the newest: `(x_t - alpha_t x0) / sigma_t` there."""
+        t, x_t, x0 = self.history[-steps_back]
+        past = self.noise_level(t)
+        return 1 / past.sigma * (x_t - past.alpha * x0)
 
     def first_order(self, prediction: Prediction) -> Tensor:
-        """x_s if x0 and eps stayed as predicted: DDIM, which is also first-order DPM-Solver and Euler."""
-        return scaled(self.end.alpha, prediction.x0) + scaled(self.end.sigma, prediction.eps)
+        """`x_s = alpha_s x0 + sigma_s eps`: DDIM, which is also first-order DPM-Solver and Euler."""
+        x0, eps = prediction
+        return self.alpha_s * x0 + self.sigma_s * eps
 
 
 @dataclass(frozen=True)
@@ -116,10 +147,19 @@ class Sampler:
     takes_eta: bool = False
     rowwise: bool = False
 
+    @classmethod
+    def of_this_package(cls, name: str, update: Callable[[Step], tuple[Tensor, Tensor]]) -> Self:
+        """The sampler of `timetuner_core.catalog.SAMPLER_FACTS` that `update` implements."""
+        return cls(name, update, **asdict(SAMPLER_FACTS[name]))
+
+    @property
+    def facts(self) -> SamplerFacts:
+        """All that is known of the sampler but its code."""
+        return SamplerFacts(**{field.name: getattr(self, field.name) for field in fields(SamplerFacts)})
+
     def network_calls(self, timesteps: Tensor) -> int:
-        """Exactly how often the network is called over a grid `(num_steps + 1,)`."""
-        saved = self.calls_per_step - 1 if float(timesteps[-1]) == 0 else 0
-        return self.calls_per_step * (len(timesteps) - 1) - saved
+        """Number of network calls over a grid `(num_steps + 1,)`."""
+        return self.facts.network_calls(timesteps.tolist())
 
     def step_fn(self, model_fn: GuidedModel, noise_schedule: NoiseSchedule) -> "SamplerStep":
         return SamplerStep(self, model_fn, noise_schedule)
@@ -157,7 +197,7 @@ class SamplerStep:
 
         Args:
             x: x_t, `(B, ...)`.
-            t, s: times of shape `()` or `(B,)`, `s < t`. t_ratio: likewise.
+            t, s: times of shape `()` or `(B,)`, `s < t`. t_ratio: `()` or `(B,)`.
             noise: what to add if noise is added, of x's shape; else drawn by `generator` (one, or one per sample).
 
         Raises:
@@ -241,7 +281,7 @@ def sample(
     t_ratios: Tensor,
     **step_kwargs: Any,
 ) -> Tensor:
-    """Where `sample_steps` ends: x0, `(B, ...)`."""
+    """The x0 at which `sample_steps` ends, `(B, ...)`."""
     for x_s, _ in sample_steps(step_fn, x, timesteps, t_ratios, **step_kwargs):
         x = x_s
     return x

@@ -19,7 +19,7 @@ from torch import Tensor
 from tests.core.pipelines.kinds import KINDS, REFUSED, Kind
 from tests.core.pipelines.run import one_thread, run
 from timetuner_core.integrations.diffusers import TimeTunerScheduler
-from timetuner_core.models.files import ModelFormatError
+from timetuner_core.models.folder_files import ModelFormatError
 
 pytestmark = pytest.mark.xdist_group("pipelines")
 

@@ -1,0 +1,210 @@
+"""The errors of the service, and how they become RFC 9457 problem documents."""
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from sqlalchemy.exc import IntegrityError
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
+
+from service.shared.logs import request_id
+
+Location = tuple[str | int, ...]
+EXAMPLE_REQUEST_ID = "req_01JD3K5V8Q2M4N6P7R9S0T1V2W"
+
+# Pydantic has other words for an unknown field of a dataclass, which tuners are, than of a model.
+MESSAGES = {"unexpected_keyword_argument": "Extra inputs are not permitted"}
+
+
+class ErrorItem(BaseModel):
+    """One fault: where it is, what is accepted, and what was given."""
+
+    loc: list[str | int]
+    msg: str
+    input: Any = None
+
+
+class Problem(BaseModel):
+    """An RFC 9457 problem document."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    errors: list[ErrorItem] = []
+    request_id: str | None = None
+
+
+class ServiceError(Exception):
+    """A request that cannot be served, and why. `loc` names the field, such as `("body", "num_steps")`."""
+
+    status = HTTPStatus.BAD_REQUEST
+    example = "the body is not JSON"  # The OpenAPI document shows this as an example of a detail.
+    headers: Mapping[str, str] = {}
+
+    def __init__(self, detail: str, loc: Location | None = None, input: Any = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.errors = [] if loc is None else [ErrorItem(loc=list(loc), msg=detail, input=input)]
+
+
+class UnauthenticatedError(ServiceError):
+    """A request without a valid API key, where one is needed; `why` does not repeat what was given."""
+
+    status = HTTPStatus.UNAUTHORIZED
+    example = "this request has no API key; accepted: 'Authorization: Bearer tt_...', a valid API key"
+    headers = {"WWW-Authenticate": "Bearer"}  # noqa: RUF012
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            f"{why}; accepted: 'Authorization: Bearer tt_...', a valid API key", ("header", "Authorization")
+        )
+
+
+class ForbiddenError(ServiceError):
+    status = HTTPStatus.FORBIDDEN
+    example = "this API key has sample; accepted: one that has 'tune'"
+
+
+class NotFoundError(ServiceError):
+    status = HTTPStatus.NOT_FOUND
+    example = "no model 'mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W'"
+
+
+class NotAcceptableError(ServiceError):
+    status = HTTPStatus.NOT_ACCEPTABLE
+    example = "Accept is 'text/html'; accepted: image/png, application/zip, application/x-npy, application/json"
+
+
+class ConflictError(ServiceError):
+    status = HTTPStatus.CONFLICT
+    example = "model 'mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W' has schedules; accepted: a model without any"
+
+
+class TooLargeError(ServiceError):
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    example = "the body has over 1048576 bytes; accepted: up to 1048576 bytes"
+
+
+class UnsupportedMediaTypeError(ServiceError):
+    status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+    example = "Content-Type is 'text/plain'; accepted: application/json"
+
+
+class InvalidError(ServiceError):
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    example = "num_steps is 2000; accepted: 1 to 1000, the steps this model was trained on"
+
+
+class TooManyRequestsError(ServiceError):
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    example = "1000 jobs are queued; accepted: fewer than 1000"
+    headers = {"Retry-After": "10"}  # noqa: RUF012
+
+
+class KeyLimitError(TooManyRequestsError):
+    """An API key has used all that it may for now; in `seconds` it may use more."""
+
+    def __init__(self, detail: str, seconds: float) -> None:
+        super().__init__(detail)
+        self.headers = {"Retry-After": str(max(1, math.ceil(seconds)))}
+
+
+class JobFailedError(ServiceError):
+    """A synchronous request whose job failed on the worker."""
+
+    status = HTTPStatus.INTERNAL_SERVER_ERROR
+    example = "sampling job 'smp_01JD3K5V8Q2M4N6P7R9S0T1V2W' has failed: its images are not finite"
+
+
+class UnavailableError(ServiceError):
+    """A request that nobody could serve in time, and that may be made again."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    example = "no worker described the model within 120 s; accepted: the same request again, once a worker runs"
+    headers = {"Retry-After": "10"}  # noqa: RUF012
+
+
+class DeadlineError(ServiceError):
+    """A request whose deadline passed before a worker was free."""
+
+    status = HTTPStatus.GATEWAY_TIMEOUT
+    example = "sampling job 'smp_01JD3K5V8Q2M4N6P7R9S0T1V2W' has failed: no worker was free before its deadline"
+
+
+def problem_response(
+    status: int, detail: str, errors: list[ErrorItem] | None = None, headers: Mapping[str, str] | None = None
+) -> Response:
+    title = HTTPStatus(status).phrase
+    problem = Problem(title=title, status=status, detail=detail, errors=errors or [], request_id=request_id())
+    # The JSON is ASCII only, because an offending input may hold half a surrogate pair, which UTF-8 cannot encode.
+    content = json.dumps(problem.model_dump(), allow_nan=False)
+    return Response(content, status, headers=headers, media_type="application/problem+json")
+
+
+def install_error_handlers(app: FastAPI, routes: Collection[APIRoute]) -> None:
+    """Answer every known error, those of the framework included, with a problem document.
+
+    `RequestIdMiddleware` answers unknown errors.
+    """
+
+    def methods_at(request: Request) -> set[str]:
+        path = next((route.path for route in routes if route.matches(request.scope)[0] != Match.NONE), None)
+        return {name for route in routes if route.path == path for name in route.methods or ()}
+
+    @app.exception_handler(ServiceError)
+    def service_error(_request: Request, error: ServiceError) -> Response:
+        return problem_response(error.status, error.detail, error.errors, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    def validation_error(_request: Request, error: RequestValidationError) -> Response:
+        items = [
+            ErrorItem(loc=list(e["loc"]), msg=MESSAGES.get(e["type"], e["msg"]), input=_printable(e.get("input")))
+            for e in error.errors()
+        ]
+        detail = "; ".join(f"{'.'.join(map(str, item.loc))}: {item.msg}" for item in items)
+        return problem_response(HTTPStatus.UNPROCESSABLE_ENTITY, detail, items)
+
+    @app.exception_handler(HTTPException)
+    def http_error(request: Request, error: HTTPException) -> Response:
+        headers = error.headers
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED and (methods := methods_at(request)):
+            # The framework names the methods of one route only, so name those of all routes of the path.
+            headers = {"Allow": ", ".join(sorted(methods))}
+        return problem_response(error.status_code, str(error.detail), headers=headers)
+
+    @app.exception_handler(IntegrityError)
+    def changed_meanwhile(_request: Request, _error: IntegrityError) -> Response:
+        detail = "what this request refers to was changed or deleted by another at the same time; accepted: a new try"
+        return problem_response(HTTPStatus.CONFLICT, detail)
+
+
+def error_responses(*errors: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of an endpoint that may answer with these errors, for the OpenAPI document."""
+    return {int(error.status): {"description": error.status.phrase, **problem_content(error)} for error in errors}
+
+
+def problem_content(error: type[ServiceError] = ServiceError) -> dict[str, Any]:
+    """How the OpenAPI document says that a response is a problem document."""
+    example = Problem(
+        title=error.status.phrase, status=error.status, detail=error.example, request_id=EXAMPLE_REQUEST_ID
+    )
+    content = {"schema": {"$ref": "#/components/schemas/Problem"}, "example": example.model_dump(mode="json")}
+    return {"content": {"application/problem+json": content}}
+
+
+def _printable(value: Any) -> Any:
+    """The offending input as JSON, or a description of what JSON cannot hold (bytes, NaN)."""
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (ValueError, TypeError):
+        return str(value)[:200]

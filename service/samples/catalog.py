@@ -1,0 +1,67 @@
+"""A cache of models and resolved schedules, valid until the registry counts a change."""
+
+from sqlalchemy.orm import Session
+
+from service.http.errors import InvalidError
+from service.registry.samples import changes
+from service.registry.tables import Model, Schedule
+from service.request_checks import get_requested_model
+from service.schedules.logic import find_for_sampling, resolve
+from service.shared.sample_request import SampleRequest
+
+MAX_CACHED_SCHEDULES = 10_000  # The cache of resolved schedules is emptied when it reaches this size.
+
+
+class Catalog:
+    """Models and resolved schedules, cached until any of them changes.
+
+    One thread may use it at a time. Cached rows belong to no session, because a rollback would expire their values.
+    """
+
+    def __init__(self) -> None:
+        self._changes = -1
+        self._models: dict[str, Model] = {}
+        self._schedules: dict[str, Schedule | None] = {}
+
+    def refresh(self, session: Session) -> None:
+        """Empty the cache if anything has changed. Each transaction calls this first."""
+        now = changes(session)
+        if now != self._changes:
+            self._changes = now
+            self._models, self._schedules = {}, {}
+
+    def model(self, session: Session, model_id: str) -> Model:
+        """Raises: InvalidError."""
+        if model_id not in self._models:
+            model = get_requested_model(session, model_id)
+            session.expunge(model)
+            self._models[model_id] = model
+        return self._models[model_id]
+
+    def schedule(self, session: Session, request: SampleRequest) -> Schedule | None:
+        """The schedule that a request is sampled with, None for untuned. Raises: InvalidError."""
+        key = str((request.schedule, request.timesteps == "default", request.key()))
+        if key not in self._schedules:
+            if len(self._schedules) >= MAX_CACHED_SCHEDULES:
+                self._schedules = {}
+            schedule = _schedule(session, request)
+            if schedule is not None:
+                session.expunge(schedule)
+            self._schedules[key] = schedule
+        return self._schedules[key]
+
+
+def _schedule(session: Session, request: SampleRequest) -> Schedule | None:
+    if request.schedule == "none":
+        return None
+    if request.timesteps != "default":
+        message = "timesteps is for untuned sampling; accepted: 'default', or schedule 'none'"
+        raise InvalidError(message, ("body", "timesteps"), request.timesteps)
+    if request.schedule == "auto":
+        return resolve(session, request)[0]
+    schedule = find_for_sampling(session, request.model, request.schedule)
+    # A schedule may be used with another guidance than it was tuned for, but not with another sampler or step number.
+    if (schedule.sampler, schedule.num_steps) != (request.sampler, request.num_steps):
+        message = f"schedule {schedule.id!r} is for {schedule.num_steps} steps of {schedule.sampler}"
+        raise InvalidError(f"{message}; accepted: num_steps of {schedule.num_steps}", ("body", "num_steps"))
+    return schedule

@@ -1,0 +1,175 @@
+"""Submitting sampling jobs: checks, prices and stores many requests in one transaction."""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import bindparam, select
+from sqlalchemy.orm import Session
+
+from service.access.callers import ANYBODY, Caller, quota_error, record_all
+from service.access.idempotency import Once
+from service.http.errors import ServiceError
+from service.registry.database import Registry
+from service.registry.keys import charge
+from service.registry.samples import add_samples
+from service.registry.tables import JobState, SampleJob, Webhook
+from service.registry.types import utc_now
+from service.request_checks import check_setting, check_timesteps, check_uncond, check_webhook
+from service.samples.catalog import Catalog
+from service.samples.checks import check_class_labels, check_conditions, check_size, sampling_cost
+from service.samples.content import negotiate
+from service.samples.parts import split_into_parts
+from service.shared.sample_request import SampleRequest
+from service.shared.settings import Settings
+
+# Fields that do not affect the images. The ids of the model and the schedule enter the hash beside the request.
+NOT_HASHED = {"model", "schedule", "deadline_seconds", "previews", "webhook_url"}
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A checked request on its way into the registry.
+
+    Attributes:
+        accept: the Accept header of a request that waits for its content; None if it does not.
+    """
+
+    job_id: str
+    request: SampleRequest
+    accept: str | None
+    traceparent: str | None = None
+    caller: Caller = ANYBODY
+    once: Once | None = None
+
+
+def submit_all(
+    registry: Registry, settings: Settings, catalog: Catalog, submissions: Sequence[Submission]
+) -> list[SampleJob | ServiceError]:
+    """Check requests, resolve the schedules they use, and store their jobs, all in one transaction.
+
+    Images that were sampled before are reused: such a job succeeds at once.
+
+    Returns:
+        For each request its job, or its refusal: InvalidError, TooLargeError, NotAcceptableError, KeyLimitError.
+    """
+    outcomes: list[SampleJob | ServiceError] = []
+    with registry.write() as session:
+        catalog.refresh(session)
+        for submission in submissions:
+            try:
+                outcomes.append(_made_before(session, submission) or _make_job(session, settings, catalog, submission))
+            except ServiceError as refusal:
+                outcomes.append(refusal)
+        _reuse(session, [job for _, job in _new(submissions, outcomes)], settings.keep_samples_days)
+        _charge(session, catalog, submissions, outcomes)
+        new = _new(submissions, outcomes)
+        parts = [part for _, job in new for part in split_into_parts(job, settings.sample_batch_size)]
+        add_samples(session, [*(job for _, job in new), *parts])
+        record_all(session, "sample", [(submission.caller, job.id) for submission, job in new])
+        for submission, job in new:
+            if submission.once is not None:
+                submission.once.remember(session, job.id)
+            if url := submission.request.webhook_url:
+                session.add(Webhook(sample_job_id=job.id, url=url))
+    return outcomes
+
+
+def _made_before(session: Session, submission: Submission) -> SampleJob | None:
+    """The job that a request with the same key made before. Raises: ConflictError, if that request was another."""
+    job_id = submission.once and submission.once.found(session)
+    return session.get(SampleJob, job_id) if job_id else None
+
+
+def _new(
+    submissions: Sequence[Submission], outcomes: Sequence[SampleJob | ServiceError]
+) -> list[tuple[Submission, SampleJob]]:
+    """The submissions that made a new job, with their jobs."""
+    pairs = zip(submissions, outcomes, strict=True)
+    return [(sub, job) for sub, job in pairs if isinstance(job, SampleJob) and job.id == sub.job_id]
+
+
+def _make_job(session: Session, settings: Settings, catalog: Catalog, submission: Submission) -> SampleJob:
+    request = submission.request
+    model = catalog.model(session, request.model)
+    if submission.accept is not None:
+        negotiate(submission.accept, model.spec["image_shape"])
+    check_setting(model.spec, request)
+    check_timesteps(request.timesteps, request.num_steps, model.spec["T"])
+    check_size(request, model, settings)
+    check_webhook(request.webhook_url, settings)
+    labels = check_class_labels(request, model)
+    check_conditions(request, model)
+    if request.uncond_condition is None:
+        takes_arrays = model.spec["condition_shape"] is not None
+        check_uncond(model.spec, request, "uncond_condition" if takes_arrays else "guidance_scale 1")
+    schedule = catalog.schedule(session, request)
+    stored = request.model_copy(update={"class_labels": labels}).model_dump(mode="json")
+    deadline, schedule_id = request.deadline_seconds, None if schedule is None else schedule.id
+    return SampleJob(
+        id=submission.job_id,
+        owner=submission.caller.owner,
+        model_id=model.id,
+        schedule_id=schedule_id,
+        request=stored,
+        request_hash=_hash(model.id, schedule_id, stored),
+        num_images=request.num_images,
+        num_parts=0,
+        priority=int(submission.accept is None),
+        deadline_at=None if deadline is None else utc_now() + timedelta(seconds=deadline),
+        traceparent=submission.traceparent,
+        request_id=submission.caller.request_id,
+    )
+
+
+def _hash(model_id: str, schedule_id: str | None, request: dict[str, Any]) -> str:
+    """A hash of all that decides the images."""
+    deciding = {name: value for name, value in request.items() if name not in NOT_HASHED}
+    text = json.dumps([model_id, schedule_id, deciding], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# The statement is made once, because making it takes longer than running it.
+_MADE = (
+    select(SampleJob.request_hash, SampleJob.artifact, SampleJob.artifact_row)
+    .where(
+        SampleJob.request_hash.in_(bindparam("hashes", expanding=True)),
+        SampleJob.state == JobState.SUCCEEDED,
+        SampleJob.finished_at > bindparam("since"),
+    )
+    .order_by(SampleJob.id)
+)
+
+
+def _reuse(session: Session, jobs: Sequence[SampleJob], keep_days: float) -> None:
+    """Give jobs the images that the same request made before, unless these are due to be deleted."""
+    since = utc_now() - timedelta(days=keep_days) if keep_days else datetime.fromtimestamp(0, UTC)
+    found = session.connection().execute(_MADE, {"hashes": [job.request_hash for job in jobs], "since": since})
+    made = {row.request_hash: row for row in found}
+    for job in jobs:
+        if job.request_hash in made:
+            _, job.artifact, job.artifact_row = made[job.request_hash]
+            job.state, job.progress, job.finished_at = JobState.SUCCEEDED, 1.0, utc_now()
+
+
+def _charge(
+    session: Session, catalog: Catalog, submissions: Sequence[Submission], outcomes: list[SampleJob | ServiceError]
+) -> None:
+    """Count new jobs against the quotas of their keys. A job that does not fit is replaced by its refusal."""
+    limited: dict[str, list[int]] = defaultdict(list)
+    for i, (submission, outcome) in enumerate(zip(submissions, outcomes, strict=True)):
+        key = submission.caller.key
+        new = isinstance(outcome, SampleJob) and outcome.id == submission.job_id and outcome.state != JobState.SUCCEEDED
+        if new and key is not None and key.pixel_steps_per_day is not None:
+            limited[key.id].append(i)
+    for key_id, indices in sorted(limited.items()):
+        requests = [submissions[i].request for i in indices]
+        costs = [sampling_cost(request, catalog.model(session, request.model)) for request in requests]
+        for i, cost, left in zip(indices, costs, charge(session, key_id, costs), strict=True):
+            key = submissions[i].caller.key
+            if left is not None and key is not None:
+                outcomes[i] = quota_error(key, cost, left)

@@ -1,0 +1,73 @@
+"""All settings, read once from the environment."""
+
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """The settings of the API, the workers and the dispatcher, read from their environment.
+
+    Each field's environment variable is its name in capitals. No field may be named as a variable that shells
+    and systems set for themselves, such as HOME.
+    """
+
+    model_config = SettingsConfigDict(extra="ignore")
+
+    timetuner_home: Path = Path("timetuner-data")
+    database_url: str = ""  # The default is SQLite in the home.
+    artifacts_url: str = ""  # The default is a folder in the home.
+    broker_url: str = "redis://127.0.0.1:6379/0"
+    auth: Literal["auto", "on", "off"] = "auto"  # `auto` needs API keys once there is one.
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # The type of networks. Samples stay float32.
+    channels_last: bool = False
+    compile: bool = False  # Networks are compiled by torch.compile.
+
+    # A worker keeps models loaded up to this size together, beside the one that it is using.
+    max_model_bytes: int = Field(8 * 2**30, ge=0)
+    warm_models: int = Field(1, ge=0)  # A starting worker loads this many of the models that were sampled last.
+    sample_batch_size: int = Field(24, ge=1, le=1024)  # A worker samples this many images at once.
+    # Images have the same bits whatever is sampled with them. If false, they may differ by rounding.
+    same_bits: bool = True
+
+    metrics_port: int = Field(0, ge=0, le=65535)  # The port of a worker's metrics; 0 serves none.
+    dispatcher_metrics_port: int = Field(0, ge=0, le=65535)
+    metrics_host: str = "127.0.0.1"
+    otel_exporter_otlp_endpoint: str = ""  # Traces go there by OTLP over HTTP. Without it there are none.
+    log_level: Literal["debug", "info", "warning", "error"] = "warning"  # `info` has each request and end of a job.
+
+    on_demand_queues: list[str] = []  # `timetuner up` starts the workers of these queues with their first job.
+
+    lease_seconds: float = Field(15.0, gt=0)  # A worker loses a job whose lease it does not renew for this long.
+    max_attempts: int = Field(5, ge=1)
+    dispatch_interval_seconds: float = Field(0.5, gt=0)
+    republish_seconds: float = Field(30.0, gt=0)  # A message this old whose queue is empty was lost.
+    drain_seconds: float = Field(20.0, gt=0)  # A process that is stopped may finish its work for this long.
+    keep_samples_days: float = Field(7.0, ge=0)  # Samples and their requests are deleted after that; 0 keeps them.
+    save_seconds: float = Field(1.0, gt=0)  # A killed worker loses at most this much of a tuning job.
+
+    webhook_secret: str = Field("", pattern=r"^(whsec_[A-Za-z0-9+/]{32,}=*)?$")  # Webhooks are signed with it.
+    webhook_networks: list[IPv4Network | IPv6Network] = []  # Webhooks may reach these beside public addresses.
+    webhook_attempts: int = Field(8, ge=1)
+    webhook_retry_seconds: float = Field(5.0, gt=0)  # The wait before the second attempt. Later ones grow fourfold.
+
+    max_body_bytes: int = Field(2 * 2**30, ge=1)  # Model archives are the largest bodies.
+    max_json_bytes: int = Field(2**20, ge=1)
+    body_seconds: float = Field(30.0, gt=0)  # A body may pause for this long.
+    cors_origins: list[str] = []  # Scripts of these sites may use the API, such as '["https://example.org"]'.
+    max_images: int = Field(256, ge=1)  # The limit of one sampling request.
+    max_pixel_steps: int = Field(2**28, ge=1)  # The limit of values x steps x images x network calls per step.
+    max_tuning_batch_values: int = Field(2**26, ge=1)  # The limit of values in one iteration's network batch.
+    max_tuning_calls: int = Field(2**31 - 1, ge=1)  # The limit of samples that one job puts through the network.
+    max_queued_jobs: int = Field(1000, ge=1)  # Each kind of jobs has this limit.
+    max_queue_seconds: float = Field(60.0, gt=0)  # Requests for samples that would wait longer are refused.
+    max_wait_seconds: float = Field(120.0, gt=0)  # A synchronous sampling request waits this long at most.
+
+    def model_post_init(self, _context: object) -> None:
+        home = self.timetuner_home.absolute()
+        self.database_url = self.database_url or f"sqlite:///{home / 'registry.sqlite'}"
+        self.artifacts_url = self.artifacts_url or f"file://{home / 'artifacts'}"

@@ -1,0 +1,285 @@
+"""Each operation of the API as a value: what is sent, and how the answer is read."""
+
+import base64
+import io
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+from urllib.parse import quote
+from uuid import uuid4
+
+import httpx
+import numpy as np
+from httpx_sse import ServerSentEvent
+from numpy.typing import NDArray
+from pydantic import BaseModel, TypeAdapter
+
+from tests.compatibility.client.errors import UnexpectedAnswerError, raise_for
+from tests.compatibility.client.requests import SampleRequest, ScheduleFilters, ScheduleImport, Setting, TuningJobRequest
+from tests.compatibility.client.results import (
+    Alias,
+    AuditEntry,
+    Event,
+    Health,
+    Model,
+    Page,
+    Readiness,
+    Resolution,
+    SampleJobFields,
+    Samples,
+    Schedule,
+    TuningJobFields,
+)
+
+T = TypeVar("T")
+B = TypeVar("B", bound=BaseModel)
+ARRAY_TYPE = "application/x-npy"
+UPLOAD_SLOWNESS = 20
+WAIT_SECONDS = 30  # that the service may hold back the answer to a sampling request; then we ask for its job
+
+
+@dataclass(frozen=True)
+class Call(Generic[T]):
+    """One request.
+
+    Attributes:
+        operation: the OpenAPI document's name for it. read: makes the result of a successful response.
+        archive: a file or folder that is sent as a form, with `json` as its fields.
+        is_repeatable: it may be sent again when nobody knows what became of it.
+        also_accepts: a status that is an answer, though not of success.
+        slowness: how many times the client's timeout it may take.
+    """
+
+    operation: str
+    method: str
+    path: str
+    read: Callable[[httpx.Response], T]
+    params: Mapping[str, Any] = field(default_factory=dict)
+    json: Mapping[str, Any] | None = None
+    archive: Path | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    is_repeatable: bool = True
+    also_accepts: int | None = None
+    slowness: int = 1
+
+    @contextmanager
+    def content(self) -> Iterator[dict[str, Any]]:
+        """The arguments of an httpx request; a file is open until the end."""
+        common = {"params": self.params, "headers": self.headers}
+        if self.archive is None:
+            yield common | ({} if self.json is None else {"json": self.json})
+            return
+        with _as_file(self.archive) as file:
+            yield common | {"files": {"archive": (self.archive.name, file)}, "data": self.json}
+
+    def result(self, response: httpx.Response) -> T:
+        """Raises: ApiError, UnexpectedAnswerError."""
+        if response.status_code != self.also_accepts:
+            raise_for(response)
+        try:
+            return self.read(response)
+        except (ValueError, KeyError) as error:
+            what = f"{response.status_code} {response.headers.get('Content-Type', '')} from {response.url}"
+            raise UnexpectedAnswerError(f"{what} is no answer of a TimeTuner service of this version") from error
+
+    def after(self, cursor: str) -> "Call[T]":
+        """The next page."""
+        return replace(self, params={**self.params, "cursor": cursor})
+
+
+def register_model(builtin: str | None, archive: Path | str | None, name: str | None) -> Call[Model]:
+    if (builtin is None) == (archive is None):
+        raise TypeError("accepted: either builtin or archive")
+    fields = {"builtin": builtin, "name": name}
+    given = {key: value for key, value in fields.items() if value is not None}
+    path = None if archive is None else Path(archive)
+    slowness = 1 if path is None else UPLOAD_SLOWNESS  # the service looks at all weights before it answers
+    call = Call("register_model", "POST", "/v1/models", _reader(Model), json=given, archive=path, slowness=slowness)
+    return _made_once(call)
+
+
+def list_models(limit: int) -> Call[Page[Model]]:
+    return Call("list_models", "GET", "/v1/models", _reader(Page[Model]), params={"limit": limit})
+
+
+def get_model(model: str) -> Call[Model]:
+    return Call("get_model", "GET", _path("/v1/models", model), _reader(Model))
+
+
+def delete_model(model: str) -> Call[None]:
+    return Call("delete_model", "DELETE", _path("/v1/models", model), _nothing)
+
+
+def submit_tuning_job(request: TuningJobRequest) -> Call[TuningJobFields]:
+    reader = _reader(TuningJobFields)
+    return _made_once(Call("submit_tuning_job", "POST", "/v1/tuning-jobs", reader, json=_plain(request)))
+
+
+def list_tuning_jobs(state: str | None, limit: int) -> Call[Page[TuningJobFields]]:
+    params = {"limit": limit} | ({} if state is None else {"state": state})
+    return Call("list_tuning_jobs", "GET", "/v1/tuning-jobs", _reader(Page[TuningJobFields]), params=params)
+
+
+def get_tuning_job(job: str) -> Call[TuningJobFields]:
+    return Call("get_tuning_job", "GET", _path("/v1/tuning-jobs", job), _reader(TuningJobFields))
+
+
+def cancel_tuning_job(job: str) -> Call[TuningJobFields]:
+    return Call("cancel_tuning_job", "POST", _path("/v1/tuning-jobs", job, "cancel"), _reader(TuningJobFields))
+
+
+def list_tuning_job_events(job: str, after: int) -> Call[Page[Event]]:
+    path = _path("/v1/tuning-jobs", job, "events")
+    return Call("list_tuning_job_events", "GET", path, _reader(Page[Event]), params={"after": after})
+
+
+def list_schedules(filters: ScheduleFilters, limit: int) -> Call[Page[Schedule]]:
+    params = {**filters, "limit": limit}
+    return Call("list_schedules", "GET", "/v1/schedules", _reader(Page[Schedule]), params=params)
+
+
+def import_schedule(request: ScheduleImport) -> Call[Schedule]:
+    return _made_once(Call("import_schedule", "POST", "/v1/schedules", _reader(Schedule), json=_plain(request)))
+
+
+def resolve_schedule(setting: Setting) -> Call[Resolution]:
+    return Call("resolve_schedule", "GET", "/v1/schedules/resolve", _reader(Resolution), params={**setting})
+
+
+def get_schedule(schedule: str) -> Call[Schedule]:
+    return Call("get_schedule", "GET", _path("/v1/schedules", schedule), _reader(Schedule))
+
+
+def delete_schedule(schedule: str) -> Call[None]:
+    return Call("delete_schedule", "DELETE", _path("/v1/schedules", schedule), _nothing)
+
+
+def list_aliases(model: str) -> Call[Page[Alias]]:
+    return Call("list_aliases", "GET", _path("/v1/models", model, "aliases"), _reader(Page[Alias]))
+
+
+def set_alias(model: str, name: str, schedule: str) -> Call[Alias]:
+    path = _path("/v1/models", model, "aliases", name)
+    return Call("set_alias", "PUT", path, _reader(Alias), json={"schedule": schedule})
+
+
+def delete_alias(model: str, name: str) -> Call[None]:
+    return Call("delete_alias", "DELETE", _path("/v1/models", model, "aliases", name), _nothing)
+
+
+def sample(request: SampleRequest) -> Call[Samples | SampleJobFields]:
+    """The samples, or the job if they take longer than `WAIT_SECONDS`."""
+    headers = {"Accept": ARRAY_TYPE, "Prefer": f"wait={WAIT_SECONDS}"}
+    call = Call("sample", "POST", "/v1/samples", _samples_or_job, json=_plain(request), headers=headers)
+    return _made_once(call)
+
+
+def submit_samples(request: SampleRequest) -> Call[SampleJobFields]:
+    headers = {"Prefer": "respond-async"}
+    call = Call("sample", "POST", "/v1/samples", _reader(SampleJobFields), json=_plain(request), headers=headers)
+    return _made_once(call)
+
+
+def get_sample_job(job: str) -> Call[SampleJobFields]:
+    return Call("get_sample_job", "GET", _path("/v1/samples", job), _reader(SampleJobFields))
+
+
+def cancel_sample_job(job: str) -> Call[SampleJobFields]:
+    return Call("cancel_sample_job", "POST", _path("/v1/samples", job, "cancel"), _reader(SampleJobFields))
+
+
+def get_sample_content(job: str) -> Call[Samples]:
+    headers = {"Accept": ARRAY_TYPE}
+    return Call("get_sample_content", "GET", _path("/v1/samples", job, "content"), _samples, headers=headers)
+
+
+def follow_sample_job(job: str) -> Call[None]:
+    """A stream, which is not read here."""
+    return Call("follow_sample_job", "GET", _path("/v1/samples", job, "events"), _nothing)
+
+
+def list_audit(limit: int) -> Call[Page[AuditEntry]]:
+    return Call("list_audit", "GET", "/v1/audit", _reader(Page[AuditEntry]), params={"limit": limit})
+
+
+def health() -> Call[Health]:
+    return Call("health", "GET", "/healthz", _reader(Health))
+
+
+def readiness() -> Call[Readiness]:
+    return Call("readiness", "GET", "/readyz", _reader(Readiness), also_accepts=503)
+
+
+def metrics() -> Call[str]:
+    return Call("metrics", "GET", "/metrics", lambda response: response.text)
+
+
+def _path(collection: str, *parts: str) -> str:
+    return "/".join([collection, *(quote(part, safe="") for part in parts)])
+
+
+def _made_once(call: Call[T]) -> Call[T]:
+    """However often it is sent, the service does it once."""
+    return replace(call, headers={**call.headers, "Idempotency-Key": uuid4().hex})
+
+
+def _reader(kind: type[B]) -> Callable[[httpx.Response], B]:
+    return lambda response: kind.model_validate_json(response.content)
+
+
+def _nothing(_response: httpx.Response) -> None:
+    pass
+
+
+def _samples(response: httpx.Response) -> Samples:
+    array = np.load(io.BytesIO(response.content), allow_pickle=False)
+    schedule = response.headers["TimeTuner-Schedule"]
+    job = response.headers["Content-Location"].split("/")[-2]
+    return Samples(array, job, None if schedule == "none" else schedule)
+
+
+def _samples_or_job(response: httpx.Response) -> Samples | SampleJobFields:
+    return _reader(SampleJobFields)(response) if response.status_code == 202 else _samples(response)
+
+
+def _plain(request: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON has it: arrays as lists, those of conditions as base64 `.npy` files."""
+    conditions = {
+        name: _npy(request[name])
+        for name in ("condition", "uncond_condition")
+        if isinstance(request.get(name), np.ndarray)
+    }
+    plain: dict[str, Any] = TypeAdapter(Any).dump_python(
+        {**request, **conditions}, mode="json", fallback=lambda value: value.tolist()
+    )
+    return plain
+
+
+def _npy(array: NDArray[Any]) -> str:
+    buffer = io.BytesIO()
+    np.save(buffer, array.astype(np.float32), allow_pickle=False)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+@contextmanager
+def _as_file(path: Path) -> Iterator[Any]:
+    """An archive that is open for reading; of a folder, one that is made for the occasion."""
+    if not path.is_dir():
+        with path.open("rb") as file:
+            yield file
+        return
+    with tempfile.TemporaryFile() as file:
+        with tarfile.open(fileobj=file, mode="w:gz", compresslevel=1) as archive:
+            archive.add(path, arcname=".")
+        file.seek(0)
+        yield file
+
+
+def sent_event(sent: ServerSentEvent) -> dict[str, Any]:
+    """The fields of a `SampleEvent`."""
+    data = sent.json()
+    return {"type": sent.event} | (data if sent.event == "step" else {"job": data})

@@ -1,0 +1,139 @@
+"""What requests are made of. Fields that are left out have the service's defaults; see its `/docs`."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, Required, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import TypedDict  # pydantic reads typing's own from Python 3.12 on
+
+GuidanceType: TypeAlias = Literal["uncond", "classifier", "classifier-free"]
+Timesteps: TypeAlias = Literal["default", "uniform", "quadratic", "log_snr", "edm"] | Sequence[float]
+ScheduleStatus: TypeAlias = Literal["accepted", "rejected", "imported"]
+Data: TypeAlias = Literal["auto", "model", "generated"]
+
+
+class SettingOptions(TypedDict, total=False):
+    """What a setting has beside its model and number of steps."""
+
+    sampler: str
+    guidance_type: GuidanceType
+    guidance_scale: float
+    guidance_rescale: float
+    guidance_start: float
+    guidance_end: float
+    eta: float
+
+
+class Setting(SettingOptions, total=False):
+    """What is sampled, and how: a schedule is tuned for one setting and resolved by it."""
+
+    model: Required[str]
+    num_steps: Required[int]
+
+
+class EndToEndTuner(TypedDict, total=False):
+    objective: Literal["end_to_end"]
+    parameters: Literal["t_ratios", "timesteps", "both"]
+    start: Literal["given", "best"] | None
+    batch_size: int
+    lr: float
+    total_iters: int
+    population_size: int
+    teacher_num_steps: int
+
+
+class PerStepTuner(TypedDict, total=False):
+    batch_size: int
+    population_size: int
+    data: Data
+    teacher_num_steps: int
+    tune_type: Literal["sequential", "parallel"]
+    spread: bool
+    optimizer: Literal["gauss_newton", "adam"]
+    lr: float | None
+    total_iters: int | None
+    tolerance: float | None
+
+
+class NextEpsTuner(PerStepTuner, total=False):
+    objective: Required[Literal["next_eps"]]
+
+
+class TeacherStepTuner(PerStepTuner, total=False):
+    objective: Required[Literal["teacher_step"]]
+    substeps: int
+
+
+class AysTuner(TypedDict, total=False):
+    objective: Required[Literal["ays"]]
+    batch_size: int
+    population_size: int
+    data: Data
+    teacher_num_steps: int
+    num_candidates: int | None
+    num_samples: int
+
+
+class GitsTuner(TypedDict, total=False):
+    objective: Required[Literal["gits"]]
+    batch_size: int
+    population_size: int
+    num_candidates: int | None
+    discount: float
+
+
+class DmnTuner(TypedDict, total=False):
+    objective: Required[Literal["dmn"]]
+    power: float
+
+
+class GridTuner(TypedDict):
+    objective: Literal["grid"]
+
+
+class EvaluationRequest(TypedDict, total=False):
+    num_samples: int
+    teacher_num_steps: int
+    batch_size: int
+
+
+class TuningJobRequest(Setting, total=False):
+    """Tune one schedule."""
+
+    timesteps: Timesteps
+    tuner: EndToEndTuner | NextEpsTuner | TeacherStepTuner | AysTuner | GitsTuner | DmnTuner | GridTuner
+    evaluation: EvaluationRequest
+    seed: int
+    webhook_url: str | None
+
+
+class SampleRequest(Setting, total=False):
+    """Sample images. `condition` is `(1 or num_images, L, D)`, `uncond_condition` `(1, L, D)`, both sent as float32."""
+
+    timesteps: Timesteps
+    schedule: str
+    num_images: int
+    seed: int
+    condition: NDArray[np.floating] | None
+    uncond_condition: NDArray[np.floating] | None
+    class_labels: int | Sequence[int] | None
+    deadline_seconds: float | None
+    webhook_url: str | None
+    previews: bool
+
+
+class ScheduleImport(Setting, total=False):
+    """A schedule made elsewhere; `Schedule.to_import()` is one."""
+
+    timesteps: Required[Sequence[float]]
+    t_ratios: Required[Sequence[float]]
+    provenance: dict[str, Any]
+
+
+class ScheduleFilters(SettingOptions, total=False):
+    """Each is exact; a schedule in a list matches all that are given."""
+
+    model: str
+    num_steps: int
+    status: ScheduleStatus

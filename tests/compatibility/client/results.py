@@ -1,0 +1,289 @@
+"""What the service answers with. Fields that a newer service adds are ignored."""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import BaseModel, Field, field_validator
+
+from tests.compatibility.client import display
+from tests.compatibility.client.errors import JobFailedError, NoScheduleError
+from tests.compatibility.client.requests import GuidanceType, ScheduleImport, ScheduleStatus
+from tests.compatibility.client.formats import to_images, to_png_grid
+
+if TYPE_CHECKING:
+    from timetuner_core.integrations.diffusers import TimeTunerScheduler
+
+JobState: TypeAlias = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+T = TypeVar("T")
+
+
+class ModelSpec(BaseModel):
+    """What a model is, as far as requests depend on it."""
+
+    sample_shape: list[int]
+    image_shape: list[int]
+    model_type: Literal["noise", "x_start", "v", "score", "flow", "edm"]
+    T: float
+    num_train_timesteps: int | None
+    num_classes: int
+    null_class_label: int | None
+    condition_shape: list[int | None] | None
+    guidance_types: list[GuidanceType]
+    num_parameters: int
+    has_uncond_condition: bool
+    has_conditions: bool
+    has_data: bool
+
+
+class Model(BaseModel):
+    id: str
+    name: str
+    content_hash: str
+    spec: ModelSpec
+    created_at: datetime
+
+
+class Metric(BaseModel):
+    """One figure, the better the lower, untuned and tuned; `low` to `high` is the change's 95 % interval."""
+
+    before: float | None
+    after: float | None
+    change: float | None
+    low: float | None
+    high: float | None
+
+
+class Evaluation(BaseModel):
+    """Tuned against untuned, from the same held-out noise. Notebooks show it as a table, or as a picture."""
+
+    num_samples: int
+    teacher_num_steps: int
+    seed: int
+    teacher_l2_before: float
+    teacher_l2_after: float
+    teacher_l2_change_low: float
+    teacher_l2_change_high: float
+    frechet_before: float | None
+    frechet_after: float | None
+    metrics: dict[str, Metric]
+    reason: str | None
+    wall_time_seconds: float
+    network_calls: int
+
+    def _repr_html_(self) -> str:
+        return display.evaluation_html(self)
+
+    def _repr_png_(self) -> bytes:
+        return display.evaluation_png(self)
+
+
+class Schedule(BaseModel):
+    """A time grid with a ratio per step. Notebooks show it as a table with a picture."""
+
+    id: str
+    job: str | None
+    model: str
+    sampler: str
+    num_steps: int
+    guidance_type: GuidanceType
+    guidance_scale: float
+    guidance_rescale: float
+    guidance_start: float
+    guidance_end: float
+    eta: float
+    version: int
+    status: ScheduleStatus
+    score: float | None
+    timesteps: list[float]
+    t_ratios: list[float]
+    provenance: dict[str, Any]
+    evaluation: Evaluation | None
+    created_at: datetime
+
+    def to_diffusers(self, pipeline: Any) -> "TimeTunerScheduler":
+        """A scheduler for a diffusers pipeline, to take its own's place: `pipeline.scheduler = …`.
+
+        Raises:
+            ValueError: a sampler that calls the network several times per step.
+        """
+        from timetuner_core.integrations.diffusers import TimeTunerScheduler
+
+        scheduler: TimeTunerScheduler = TimeTunerScheduler.from_schedule(pipeline.scheduler, self.model_dump())
+        return scheduler
+
+    def to_import(self) -> ScheduleImport:
+        """What another service takes to have this schedule, too: `client.schedules.import_(**schedule.to_import())`."""
+        kept: ScheduleImport = self.model_dump(mode="json", include=set(ScheduleImport.__annotations__))  # type: ignore[assignment]
+        return kept
+
+    def _repr_html_(self) -> str:
+        return display.schedule_html(self)
+
+    def _repr_png_(self) -> bytes:
+        return display.schedule_png(self)
+
+
+class Resolution(BaseModel):
+    """What `schedule: "auto"` samples with, and why; no schedule means untuned."""
+
+    schedule: Schedule | None
+    reason: str
+
+    def to_diffusers(self, pipeline: Any) -> "TimeTunerScheduler":
+        """`Schedule.to_diffusers`. Raises: NoScheduleError."""
+        if self.schedule is None:
+            raise NoScheduleError(self.reason)
+        return self.schedule.to_diffusers(pipeline)
+
+    def _repr_html_(self) -> str:
+        return display.resolution_html(self)
+
+
+class Alias(BaseModel):
+    model: str
+    name: str
+    schedule: str
+
+
+class Step(BaseModel):
+    """Where tuning stands for one step of the sampler."""
+
+    step_index: int
+    t_ratio: float
+    iterations: int
+    loss: float | None
+    initial_loss: float | None
+    done: bool
+
+
+class Job(BaseModel):
+    """What jobs of both kinds have."""
+
+    id: str
+    owner: str | None
+    model: str
+    state: JobState
+    progress: float
+    error: str | None
+    request_id: str | None
+    schedule: str | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+    @property
+    def is_over(self) -> bool:
+        return self.finished_at is not None
+
+    def check(self) -> None:
+        """Raises: JobFailedError, if the job failed or was cancelled."""
+        if self.state in ("failed", "cancelled"):
+            reason = f": {' '.join(self.error.split())}" if self.error else ""
+            raise JobFailedError(f"job {self.id} {'has failed' if self.state == 'failed' else 'was cancelled'}{reason}")
+
+
+class TuningJobFields(Job):
+    """A tuning job. In lists and when just made, it has no `timesteps` and `steps`."""
+
+    attempt: int
+    cancel_requested: bool
+    request: dict[str, Any]
+    timesteps: list[float] | None = None
+    steps: list[Step] = Field(default_factory=list)
+
+
+class SampleJobFields(Job):
+    request: dict[str, Any]
+    content: str | None
+
+
+class Event(BaseModel):
+    id: int
+    type: str
+    data: dict[str, Any]
+    created_at: datetime
+
+
+class SampleEvent(BaseModel):
+    """`state`, once, and `end`, at last, have the `job`; a `step` says which of how many, perhaps with a PNG."""
+
+    type: Literal["state", "step", "end"]
+    job: SampleJobFields | None = None
+    step: int | None = None
+    num_steps: int | None = None
+    preview: bytes | None = None
+
+    @field_validator("preview", mode="before")
+    @classmethod
+    def _decode(cls, value: Any) -> Any:
+        return base64.b64decode(value) if isinstance(value, str) else value
+
+
+class AuditEntry(BaseModel):
+    id: str
+    actor: str
+    action: str
+    object: str
+    outcome: str
+    request_id: str | None
+    created_at: datetime
+
+
+class Readiness(BaseModel):
+    """What each part of the service says: `ok`, or what is wrong."""
+
+    ready: bool
+    database: str
+    broker: str
+    workers: str
+
+
+class Health(BaseModel):
+    status: str = "ok"
+
+
+class Page(BaseModel, Generic[T]):
+    items: list[T]
+    next_cursor: str | None = None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What was sampled. Notebooks show it as one picture.
+
+    Attributes:
+        array: float32 `(num_images, *image_shape)`; of images, -1 is black and 1 is white.
+        job: the sampling job's id. schedule: the id of the schedule used; None: untuned.
+    """
+
+    array: NDArray[np.float32]
+    job: str
+    schedule: str | None
+
+    @property
+    def images(self) -> Sequence[Image.Image]:
+        """Each at its own size. Raises: ValueError, of a model whose samples are no images."""
+        self._check_images()
+        return to_images(self.array)
+
+    def to_png(self) -> bytes:
+        """All images in one. Raises: ValueError, of a model whose samples are no images."""
+        self._check_images()
+        return to_png_grid(self.array)
+
+    def _check_images(self) -> None:
+        if not self.are_images:
+            raise ValueError(f"samples of shape {self.array.shape[1:]} are no images; accepted: (1 or 3, H, W)")
+
+    @property
+    def are_images(self) -> bool:
+        return self.array.ndim == 4 and self.array.shape[1] in (1, 3)
+
+    def _repr_png_(self) -> bytes | None:
+        return to_png_grid(self.array) if self.are_images else None

@@ -1,0 +1,334 @@
+"""The client for ordinary code."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Self, TypeVar, Unpack
+
+import httpx
+from httpx_sse import EventSource
+from pydantic import BaseModel, PrivateAttr
+from tenacity import Retrying
+
+from tests.compatibility.client import calls
+from tests.compatibility.client.calls import Call
+from tests.compatibility.client.errors import raise_for
+from tests.compatibility.client.requests import SampleRequest, ScheduleFilters, ScheduleImport, Setting, TuningJobRequest
+from tests.compatibility.client.results import (
+    Alias,
+    AuditEntry,
+    Event,
+    Health,
+    JobState,
+    Model,
+    Page,
+    Readiness,
+    Resolution,
+    SampleEvent,
+    SampleJobFields,
+    Samples,
+    Schedule,
+    TuningJobFields,
+)
+from tests.compatibility.client.sending import MAX_ATTEMPTS, http_options, retries, telling_unreachable
+from tests.compatibility.client.waiting import LONGEST, J, Patience, Progress, showing
+
+T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
+
+
+class TimeTuner:
+    """A service, by its URL. Close it, or use it as a context manager.
+
+    Args:
+        url: default: TIMETUNER_URL, else http://127.0.0.1:8000. api_key: default: TIMETUNER_API_KEY.
+        timeout: seconds that an answer may take; a model's upload may take 20 times as long.
+        max_attempts: of each request, while that may help.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout: float = 60.0,
+        max_attempts: int = MAX_ATTEMPTS,
+    ) -> None:
+        self._http = httpx.Client(**http_options(url, api_key, timeout))
+        self._timeout = timeout
+        self._max_attempts = max_attempts
+        self.models = Models(self)
+        self.tuning_jobs = TuningJobs(self)
+        self.schedules = Schedules(self)
+        self.aliases = Aliases(self)
+        self.samples = SampleJobs(self)
+
+    @property
+    def url(self) -> str:
+        return str(self._http.base_url).rstrip("/")
+
+    def audit(self, *, limit: int = 50) -> Iterator[AuditEntry]:
+        """Who changed what, newest first; for a key with the scope admin."""
+        return self.pages(calls.list_audit(limit))
+
+    def health(self) -> Health:
+        """Whether the API answers."""
+        return self.send(calls.health())
+
+    def readiness(self) -> Readiness:
+        """Whether requests can be served, and what is wrong if not."""
+        return self.send(calls.readiness())
+
+    def metrics(self) -> str:
+        """The API's metrics, in Prometheus's text format."""
+        return self.send(calls.metrics())
+
+    def send(self, call: Call[T]) -> T:
+        """Raises: ApiError, UnreachableError."""
+        result: T = Retrying(**retries(call, self._max_attempts))(self._attempt, call)
+        return result
+
+    def pages(self, call: Call[Page[T]]) -> Iterator[T]:
+        """All items, page by page as they are wanted."""
+        page = self.send(call)
+        yield from page.items
+        while page.next_cursor is not None:
+            page = self.send(call.after(page.next_cursor))
+            yield from page.items
+
+    def stream(self, call: Call[Any], event: type[M]) -> Iterator[M]:
+        """Server-sent events, as they come."""
+        with (
+            telling_unreachable(self._http.base_url),
+            self._http.stream(call.method, call.path, headers={"Accept": "text/event-stream"}) as response,
+        ):
+            if not response.is_success:
+                response.read()
+                raise_for(response)
+            for sent in EventSource(response).iter_sse():
+                yield event.model_validate(calls.sent_event(sent))
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _attempt(self, call: Call[T]) -> T:
+        with telling_unreachable(self._http.base_url), call.content() as content:
+            response = self._http.request(call.method, call.path, timeout=self._timeout * call.slowness, **content)
+        return call.result(response)
+
+
+class Models:
+    """`client.models`"""
+
+    def __init__(self, client: TimeTuner) -> None:
+        self._client = client
+
+    def create(
+        self, *, builtin: str | None = None, archive: Path | str | None = None, name: str | None = None
+    ) -> Model:
+        """Register a model: a built-in one, or a diffusers-format folder, or an archive (zip, tar, tar.gz) of one."""
+        return self._client.send(calls.register_model(builtin, archive, name))
+
+    def list(self, *, limit: int = 50) -> Iterator[Model]:
+        """All models, newest first; `limit` is a page's."""
+        return self._client.pages(calls.list_models(limit))
+
+    def get(self, model: str) -> Model:
+        return self._client.send(calls.get_model(model))
+
+    def delete(self, model: str) -> None:
+        """Delete a model that no schedule and no job refers to."""
+        self._client.send(calls.delete_model(model))
+
+
+class Schedules:
+    """`client.schedules`"""
+
+    def __init__(self, client: TimeTuner) -> None:
+        self._client = client
+
+    def list(self, *, limit: int = 50, **filters: Unpack[ScheduleFilters]) -> Iterator[Schedule]:
+        """All schedules that match, newest first; `limit` is a page's."""
+        return self._client.pages(calls.list_schedules(filters, limit))
+
+    def get(self, schedule: str) -> Schedule:
+        return self._client.send(calls.get_schedule(schedule))
+
+    def resolve(self, **setting: Unpack[Setting]) -> Resolution:
+        """The schedule that `schedule="auto"` samples with, and why."""
+        return self._client.send(calls.resolve_schedule(setting))
+
+    def import_(self, **schedule: Unpack[ScheduleImport]) -> Schedule:
+        """Store a schedule made elsewhere."""
+        return self._client.send(calls.import_schedule(schedule))
+
+    def delete(self, schedule: str) -> None:
+        """Delete a schedule that no alias and no sampling job names."""
+        self._client.send(calls.delete_schedule(schedule))
+
+
+class Aliases:
+    """`client.aliases`: names of a model's schedules."""
+
+    def __init__(self, client: TimeTuner) -> None:
+        self._client = client
+
+    def list(self, model: str) -> list[Alias]:
+        return self._client.send(calls.list_aliases(model)).items
+
+    def set(self, model: str, name: str, schedule: str) -> Alias:
+        """Give one of the model's schedules a name, or move the name to it."""
+        return self._client.send(calls.set_alias(model, name, schedule))
+
+    def delete(self, model: str, name: str) -> None:
+        self._client.send(calls.delete_alias(model, name))
+
+
+class TuningJobs:
+    """`client.tuning_jobs`"""
+
+    def __init__(self, client: TimeTuner) -> None:
+        self._client = client
+
+    def create(self, **request: Unpack[TuningJobRequest]) -> "TuningJob":
+        """Queue a tuning job; `wait()` for it."""
+        return self._bound(self._client.send(calls.submit_tuning_job(request)))
+
+    def list(self, *, state: JobState | None = None, limit: int = 50) -> "Iterator[TuningJob]":
+        """The caller's jobs, newest first; `limit` is a page's."""
+        return map(self._bound, self._client.pages(calls.list_tuning_jobs(state, limit)))
+
+    def get(self, job: str) -> "TuningJob":
+        """The job, with the state of each step."""
+        return self._bound(self._client.send(calls.get_tuning_job(job)))
+
+    def cancel(self, job: str) -> "TuningJob":
+        return self._bound(self._client.send(calls.cancel_tuning_job(job)))
+
+    def events(self, job: str, *, after: int = 0, follow: bool = False) -> Iterator[Event]:
+        """What happened to a job, after the event of that id; with `follow`, until it is over."""
+        while True:
+            is_last = not follow or self.get(job).is_over  # asked first, so that nothing comes in between
+            events = self._client.send(calls.list_tuning_job_events(job, after)).items
+            yield from events
+            if events:
+                after = events[-1].id
+            elif is_last:
+                return
+            else:
+                time.sleep(LONGEST)
+
+    def _bound(self, fields: TuningJobFields) -> "TuningJob":
+        job = TuningJob.model_construct(**dict(fields))
+        job._jobs = self
+        return job
+
+
+class TuningJob(TuningJobFields):
+    """A tuning job as it was when it was asked for."""
+
+    _jobs: TuningJobs = PrivateAttr()
+
+    def refresh(self) -> "TuningJob":
+        """As it is now."""
+        return self._jobs.get(self.id)
+
+    def wait(self, *, progress: "Progress[TuningJob]" = False, timeout: float | None = None) -> "TuningJob":
+        """The job once it has succeeded.
+
+        Args:
+            progress: True shows a bar; a function is called with the job at each look.
+
+        Raises:
+            JobFailedError: it failed or was cancelled. WaitTimeoutError: not over after `timeout` seconds.
+        """
+        return _wait(self, self.refresh, progress, timeout)
+
+    def cancel(self) -> "TuningJob":
+        return self._jobs.cancel(self.id)
+
+    def events(self, *, follow: bool = False) -> Iterator[Event]:
+        """What happened to it; with `follow`, until it is over."""
+        return self._jobs.events(self.id, follow=follow)
+
+
+class SampleJobs:
+    """`client.samples`"""
+
+    def __init__(self, client: TimeTuner) -> None:
+        self._client = client
+
+    def create(
+        self,
+        *,
+        progress: "Progress[SampleJob]" = False,
+        timeout: float | None = None,
+        **request: Unpack[SampleRequest],
+    ) -> Samples:
+        """Sample, and wait for it, `timeout` seconds at most if it takes long. Raises: as `SampleJob.wait`."""
+        made = self._client.send(calls.sample(request))
+        if isinstance(made, Samples):
+            return made
+        return self._bound(made).wait(progress=progress, timeout=timeout)
+
+    def submit(self, **request: Unpack[SampleRequest]) -> "SampleJob":
+        """Queue a sampling job; `wait()` for it. Those who wait in `create` are served first."""
+        return self._bound(self._client.send(calls.submit_samples(request)))
+
+    def get(self, job: str) -> "SampleJob":
+        return self._bound(self._client.send(calls.get_sample_job(job)))
+
+    def cancel(self, job: str) -> "SampleJob":
+        return self._bound(self._client.send(calls.cancel_sample_job(job)))
+
+    def content(self, job: str) -> Samples:
+        """What a job that is over has sampled, as often as wanted."""
+        return self._client.send(calls.get_sample_content(job))
+
+    def events(self, job: str) -> Iterator[SampleEvent]:
+        """The job as it is, its steps as they are done, and its end."""
+        return self._client.stream(calls.follow_sample_job(job), SampleEvent)
+
+    def _bound(self, fields: SampleJobFields) -> "SampleJob":
+        job = SampleJob.model_construct(**dict(fields))
+        job._jobs = self
+        return job
+
+
+class SampleJob(SampleJobFields):
+    """A sampling job as it was when it was asked for."""
+
+    _jobs: SampleJobs = PrivateAttr()
+
+    def refresh(self) -> "SampleJob":
+        """As it is now."""
+        return self._jobs.get(self.id)
+
+    def wait(self, *, progress: "Progress[SampleJob]" = False, timeout: float | None = None) -> Samples:
+        """What was sampled. Raises: as `TuningJob.wait`."""
+        return self._jobs.content(_wait(self, self.refresh, progress, timeout).id)
+
+    def cancel(self) -> "SampleJob":
+        return self._jobs.cancel(self.id)
+
+    def events(self) -> Iterator[SampleEvent]:
+        """The job as it is, its steps as they are done, and its end."""
+        return self._jobs.events(self.id)
+
+
+def _wait(job: J, refresh: Callable[[], J], progress: "Progress[J]", timeout: float | None) -> J:
+    patience = Patience(timeout)
+    with showing(progress, job) as show:
+        show(job)
+        while not job.is_over:
+            time.sleep(patience.next_pause(job))
+            job = refresh()
+            show(job)
+    job.check()
+    return job

@@ -1,0 +1,55 @@
+"""Waiting for jobs: how long, how often to look, and what to show meanwhile."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, TypeVar
+
+from tests.compatibility.client.errors import WaitTimeoutError
+from tests.compatibility.client.results import Job
+
+J = TypeVar("J", bound=Job)
+Progress: TypeAlias = bool | Callable[[J], None]  # a bar, nothing, or whatever the function shows
+SHORTEST, LONGEST = 0.1, 1.0  # seconds between looks
+
+
+@dataclass
+class Patience:
+    """When to look at a job again, and when to stop waiting: `timeout` seconds from now; None: never."""
+
+    timeout: float | None
+    started: float = field(default_factory=time.monotonic)
+    pause: float = SHORTEST / 1.5
+
+    def next_pause(self, job: Job) -> float:
+        """Seconds until the next look. Raises: WaitTimeoutError."""
+        self.pause = min(LONGEST, self.pause * 1.5)
+        if self.timeout is None:
+            return self.pause
+        left = self.started + self.timeout - time.monotonic()
+        if left <= 0:
+            raise WaitTimeoutError(f"job {job.id} is {job.state} after {self.timeout:g} s; it goes on")
+        return min(self.pause, left)
+
+
+@contextmanager
+def showing(progress: Progress[Any], job: Job) -> Iterator[Callable[[Any], None]]:
+    """A function that shows how far a job is."""
+    if callable(progress):
+        yield progress
+        return
+    if not progress:
+        yield lambda _: None
+        return
+    from tqdm.auto import tqdm
+
+    form = "{desc}: {percentage:3.0f} %|{bar}| {elapsed}"
+    with tqdm(total=1.0, desc=f"{job.id} {job.state}", bar_format=form) as bar:
+
+        def show(job: Job) -> None:
+            bar.set_description_str(f"{job.id} {job.state}", refresh=False)
+            bar.n = job.progress
+            bar.refresh()
+
+        yield show

@@ -1,0 +1,143 @@
+"""Commands of ours as forks of one process that has imported everything, which takes a start's 7 seconds only once.
+
+`start` is like `subprocess.Popen`. What it starts is the same as a new interpreter's `python -m MODULE ...` but for the
+imports; so each kind of process is also started for real by a test: `tests.service.test_supervisor` and others.
+"""
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from multiprocessing.forkserver import ensure_running
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from service.up.supervisor import die_with_parent
+
+# A fork's libraries keep what they read from the environment when they were loaded.
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+MODULES = ("service", "worker", "worker.dispatcher")
+
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["tests.preloaded"])
+
+
+class Forked:
+    """A running fork, with the part of `Popen` that tests use."""
+
+    def __init__(self, process: BaseProcess, command: list[str]) -> None:
+        self._process = process
+        self.args = command
+        assert process.pid is not None
+        self.pid = process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a fork is to become."""
+
+    program: str  # a module of MODULES, or a script's path
+    arguments: list[str]
+    environment: dict[str, str]
+    folder: Path
+    stdout: Path | None
+    stderr: Path | None
+
+
+def start(
+    command: list[str],
+    environment: dict[str, str],
+    *,
+    folder: Path | None = None,
+    stdout: Path | None = None,
+    stderr: Path | None = None,
+) -> Forked:
+    """Start `python -m MODULE *arguments` or `python SCRIPT.py`; what it prints goes to files, or where ours goes."""
+    python, *options, program = command[:3] if command[1] == "-m" else command[:2]
+    if python != sys.executable or (program not in MODULES if options else not program.endswith(".py")):
+        raise ValueError(f"the command is {command}; accepted: python -m and one of {MODULES}, or python SCRIPT.py")
+    _ensure_running()
+    arguments = command[len(options) + 2 :]
+    order = Order(program, arguments, environment, folder or Path.cwd(), stdout, stderr)
+    process = _forks.Process(target=_become, args=(order,))
+    process.start()
+    return Forked(process, command)
+
+
+def run(
+    command: list[str], environment: dict[str, str], *, folder: Path | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Start a command and wait for its end."""
+    with TemporaryDirectory() as outputs:
+        out, err = Path(outputs) / "out", Path(outputs) / "err"
+        process = start(command, environment, folder=folder, stdout=out, stderr=err)
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
+
+
+def _ensure_running() -> None:
+    """Have the process to fork from, whose libraries read `ENVIRONMENT` when they are loaded."""
+    before = dict(os.environ)
+    os.environ.update(ENVIRONMENT)
+    try:
+        ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _become(order: Order) -> None:
+    """In the fork, do what a new interpreter would do; it ends when the process that it was forked from ends."""
+    die_with_parent()
+    os.environ.clear()
+    os.environ.update(order.environment)
+    os.chdir(order.folder)
+    for file, number in ((order.stdout, 1), (order.stderr, 2)):
+        if file is not None:
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
+    sys.path[:0] = filter(None, order.environment.get("PYTHONPATH", "").split(os.pathsep))
+    sys.argv = [order.program, *order.arguments]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    import torch  # here, as the tests' own process may do without it
+
+    torch.set_num_threads(int(order.environment.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    try:
+        if order.program in MODULES:
+            runpy.run_module(order.program, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(order.program, run_name="__main__")
+    finally:  # `multiprocessing` leaves out what an interpreter does at its end
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()

@@ -1,0 +1,169 @@
+"""All steps together, so that the result matches a many-step teacher's."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from timetuner_core.samplers import StepFn, history_length, sample
+from timetuner_core.tuners import Parameters
+from timetuner_core.tuning.adam import resumed_adam
+from timetuner_core.tuning.draws import draw_index, keyed_generator
+from timetuner_core.tuning.problem import (
+    TuningProblem,
+    TuningState,
+    check_numbers,
+    whole_batches,
+)
+
+
+def tune_end_to_end(
+    problem: TuningProblem,
+    state: TuningState,
+    teacher_timesteps: Tensor,
+    parameters: Parameters = "t_ratios",
+    *,
+    lr: float = 1e-2,
+    total_iters: int = 100,
+    starts: Sequence[Tensor] = (),
+    target: Tensor | None = None,
+    recompute: bool = True,
+) -> Iterator[TuningState]:
+    """All steps together, by Adam with `lr` falling to 0, on the batch mean of `|| x0(r) - x0* ||`: the sampler's end
+    result against that of a teacher, the same sampler with `r = 1` on a finer grid. The norm is not squared: squared,
+    the few samples that end in another mode would decide alone.
+
+    `parameters` are the `t_ratios`, the `timesteps` between the first and the last (as LD3 does, Tong et al. 2025; here
+    by the logarithms of their distances, which keeps their order), or `both`.
+
+    `starts` are grids to begin with, of the problem's own ends: the one whose untuned samples are closest to the
+    teacher's, or the problem's own if there are none.
+
+    Needs no data: the population is initial noise.
+
+    Args:
+        target: the teacher's samples of the population, `(P, ...)`, if they are there already.
+        recompute: steps in the backward pass, so that memory does not grow with their number; else they are remembered,
+            which takes a third less time.
+
+    Yields:
+        `state`, updated in place, after each iteration; before the first, unchanged, as the teacher goes on.
+
+    Raises:
+        ValueError: unknown `parameters`, a sampler that adds noise (there is no end result to match), or a number
+            below its minimum.
+    """
+    if parameters not in get_args(Parameters):
+        raise ValueError(f"parameters is {parameters!r}; accepted: {', '.join(get_args(Parameters))}")
+    if problem.adds_noise:
+        raise ValueError("the sampler adds noise; accepted, to be tuned end to end: a deterministic one, with eta 0")
+    check_numbers(problem, lr=lr, total_iters=total_iters)
+    if bool((state.iterations >= total_iters).all()):
+        return
+    if target is None:
+        parts = []
+        for rows in whole_batches(problem):
+            parts.append(_sample(problem, rows, teacher_timesteps, torch.ones(len(teacher_timesteps) - 1)))
+            yield state
+        target = torch.cat(parts)[: len(problem.population)]
+    taught = target
+    if starts and not bool(state.iterations.any()):
+        state.timesteps = min(starts, key=lambda grid: _mean_error(problem, grid, taught)).double().cpu().clone()
+        yield state
+
+    step_fn = RecomputedStep(problem.step_fn) if recompute else problem.step_fn
+
+    def loss(timesteps: Tensor, ratios: Tensor, iteration: int) -> Tensor:
+        index = draw_index(problem, keyed_generator(problem.seed, 0, iteration))
+        kwargs = problem.step_kwargs_with(problem.condition_of(index), None)
+        x0 = sample(step_fn, problem.population[index], timesteps, ratios, **kwargs)
+        distances: Tensor = torch.linalg.vector_norm((x0 - taught[index]).flatten(1), dim=1)
+        return distances.mean()
+
+    yield from _adam_end_to_end(problem, state, parameters, lr, total_iters, loss)
+
+
+@dataclass(frozen=True)
+class RecomputedStep:
+    """A step function whose backward pass computes the step again instead of remembering it."""
+
+    step_fn: StepFn
+
+    @property
+    def history_length(self) -> int:
+        return history_length(self.step_fn)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = checkpoint(
+            self.step_fn, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+        )
+        return result
+
+
+def _adam_end_to_end(
+    problem: TuningProblem,
+    state: TuningState,
+    parameters: Parameters,
+    lr: float,
+    total_iters: int,
+    loss_of: Callable[[Tensor, Tensor, int], Tensor],
+) -> Iterator[TuningState]:
+    """Adam on ratios and grid, from where `state` is."""
+    done = int(state.iterations.min())
+    device = problem.population.device
+    ratios = state.t_ratios.to(device).requires_grad_(parameters != "timesteps")
+    log_steps = _log_steps(state.timesteps).to(device).requires_grad_(parameters != "t_ratios")
+    tuned = [tensor for tensor in (ratios, log_steps) if tensor.requires_grad]
+    columns = [slice(0, 2), slice(2, 4)][: len(tuned)]
+    optimizer, moments = resumed_adam(tuned, [state.memory[:, c] for c in columns], lr, done)
+    for iteration in range(done, total_iters):
+        optimizer.param_groups[0]["lr"] = lr * (1 - iteration / total_iters)
+        timesteps = _timesteps(problem.timesteps, log_steps) if log_steps.requires_grad else state.timesteps
+        loss = loss_of(timesteps, ratios, iteration)
+        for tensor, gradient in zip(tuned, torch.autograd.grad(loss, tuned), strict=True):
+            tensor.grad = gradient
+        optimizer.step()
+        with torch.no_grad():
+            if log_steps.requires_grad:
+                state.timesteps = _timesteps(problem.timesteps, log_steps).cpu()
+                # Go through the saved values, so an unbroken run and a resumed one see the same numbers.
+                log_steps.copy_(_log_steps(state.timesteps))
+            lower, upper = (bound.to(device) for bound in problem.ratio_bounds(state.timesteps))
+            if ratios.requires_grad:
+                ratios.copy_(ratios.clamp(lower, upper))
+                state.t_ratios = ratios.detach().cpu().clone()
+        for c, values in zip(columns, moments(), strict=True):
+            state.memory[:, c] = values
+        state.note(list(range(problem.num_steps)), loss.expand(problem.num_steps) / problem.num_steps)
+        state.done[:] = iteration + 1 >= total_iters
+        yield state
+
+
+def _log_steps(timesteps: Tensor) -> Tensor:
+    """The logarithm of each step's share of the whole, `(num_steps,)`."""
+    steps = timesteps[:-1] - timesteps[1:]
+    return torch.log(steps / steps.sum())
+
+
+def _timesteps(timesteps: Tensor, log_steps: Tensor) -> Tensor:
+    """The grid with steps in the ratios of `exp(log_steps)`; its ends exactly those of `timesteps`."""
+    first, last = timesteps[:1].to(log_steps), timesteps[-1:].to(log_steps)
+    inner = first + (last - first) * torch.softmax(log_steps, 0).cumsum(0)[:-1]
+    return torch.cat([first, inner, last])
+
+
+@torch.no_grad()
+def _sample(problem: TuningProblem, rows: Tensor, timesteps: Tensor, t_ratios: Tensor) -> Tensor:
+    """x0 from some rows of a population of initial noise."""
+    kwargs = problem.step_kwargs_with(problem.condition_of(rows), None)
+    return sample(problem.step_fn, problem.population[rows], timesteps, t_ratios, **kwargs)
+
+
+def _mean_error(problem: TuningProblem, timesteps: Tensor, target: Tensor) -> float:
+    """How far untuned samples on a grid are from `target` `(P, ...)`, from the whole population."""
+    ones = torch.ones(len(timesteps) - 1)
+    x0 = torch.cat([_sample(problem, rows, timesteps, ones) for rows in whole_batches(problem)])[: len(target)]
+    return float(torch.linalg.vector_norm((x0 - target).flatten(1), dim=1).mean())

@@ -1,0 +1,117 @@
+"""A tuning run: its problem and its state."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from timetuner_core.guided_model import GuidedModel
+from timetuner_core.noise_schedule import NoiseSchedule
+from timetuner_core.samplers import SamplerStep, StepFn, adds_noise
+from timetuner_core.tuning.gauss_newton import MEMORY
+
+StepObjective = Literal["next_eps", "teacher_step"]
+
+
+@dataclass(frozen=True)
+class TuningProblem:
+    """A sampler on a grid, and the population its ratios are tuned on.
+
+    Attributes:
+        timesteps: `(num_steps + 1,)`, float64, falling.
+        population: what batches are drawn from, with replacement: data x0 for `tune_next_eps`, initial
+            noise x_T for `tune_end_to_end`; `(P, ...)`. condition: `(P, ...)` or None.
+        step_kwargs: handed to every `step_fn` call (eta, uncond_condition, ...).
+    """
+
+    model_fn: GuidedModel
+    noise_schedule: NoiseSchedule
+    step_fn: StepFn
+    timesteps: Tensor
+    population: Tensor
+    condition: Tensor | None = None
+    batch_size: int = 16
+    seed: int = 0
+    step_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.timesteps) - 1
+
+    @property
+    def adds_noise(self) -> bool:
+        return adds_noise(self.step_fn, self.step_kwargs.get("eta", 0))
+
+    def condition_of(self, index: Tensor) -> Tensor | None:
+        """The condition of some of the population."""
+        return None if self.condition is None else self.condition[index]
+
+    def step_kwargs_with(self, condition: Tensor | None, noise: Tensor | None) -> dict[str, Any]:
+        """`step_kwargs`, with condition and noise if there are any: a user's own `step_fn` need not take them."""
+        given = {"condition": condition, "noise": noise}
+        return {**self.step_kwargs, **{name: value for name, value in given.items() if value is not None}}
+
+    def ratio_bounds(self, timesteps: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Per step of a grid, the problem's own if none is given, the least and greatest ratio that keep
+        conditioning within `[t_min, T]`, wherever from t to s the step calls the network."""
+        timesteps = self.timesteps if timesteps is None else timesteps
+        t, s = timesteps[:-1], timesteps[1:]
+        calls_on_the_way = isinstance(self.step_fn, SamplerStep) and self.step_fn.sampler.calls_per_step > 1
+        lowest = torch.where(s > 0, s, t) if calls_on_the_way else t
+        floor = lowest.clamp(max=self.noise_schedule.t_min)
+        return floor / lowest, self.noise_schedule.T / t
+
+
+@dataclass
+class TuningState:
+    """Progress of a run, all that resuming needs: float64 tensors on the CPU, one row per step.
+
+    Attributes:
+        timesteps: `(num_steps + 1,)`, which only tuners that move the grid change. t_ratios: `(num_steps,)`.
+        iterations: how many each step has had; done: whether it needs no more; `(num_steps,)`.
+        memory: the optimiser's, `(num_steps, MEMORY)`.
+        loss: the last iteration's; initial_loss: the first's, at `r = 1`; NaN before a step starts; `(num_steps,)`.
+    """
+
+    t_ratios: Tensor
+    timesteps: Tensor
+    iterations: Tensor
+    memory: Tensor
+    loss: Tensor
+    initial_loss: Tensor
+    done: Tensor
+
+    @classmethod
+    def start(cls, timesteps: Tensor) -> "TuningState":
+        """Nothing tuned yet, on a grid `(num_steps + 1,)`."""
+        ones = torch.ones(len(timesteps) - 1, dtype=torch.float64)
+        zeros, nans = torch.zeros_like(ones), torch.full_like(ones, torch.nan)
+        memory = ones.new_zeros(len(ones), MEMORY)
+        done = torch.zeros(len(ones), dtype=torch.bool)
+        return cls(ones, timesteps.double().cpu().clone(), zeros, memory, nans, nans.clone(), done)
+
+    def note(self, steps: list[int], loss: Tensor, iterations: int = 1) -> None:
+        """Count iterations on `steps`, with their last losses."""
+        first = [i for i in steps if self.iterations[i] == 0]
+        self.iterations[steps] += iterations
+        self.loss[steps] = loss.detach().double().cpu()
+        self.initial_loss[first] = self.loss[first]
+
+
+def check_numbers(problem: TuningProblem, **numbers: float) -> None:
+    for name, value in (("batch_size", problem.batch_size), *numbers.items()):
+        at_least_one = isinstance(value, int) and name != "lr"
+        if at_least_one and value < 1:
+            raise ValueError(f"{name} is {value}; accepted: 1 or more")
+        if not value > 0:
+            raise ValueError(f"{name} is {value}; accepted: above 0")
+
+
+def whole_batches(problem: TuningProblem, size: int | None = None) -> Iterator[Tensor]:
+    """The population's first `size` rows, default all, by batch, the last filled up from the start: a condition among
+    `step_kwargs` may have as many rows as a batch."""
+    size = len(problem.population) if size is None else size
+    for start in range(0, size, problem.batch_size):
+        yield (torch.arange(start, start + problem.batch_size) % size).to(problem.population.device)

@@ -1,0 +1,190 @@
+"""One setting of a model, from the noise and data a tuner sees to its result's evaluation on other noise."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from timetuner_core.evaluation.distances import sampler_kl
+from timetuner_core.evaluation.verdict import Evaluation, evaluate
+from timetuner_core.grids import make_timesteps, teacher_timesteps
+from timetuner_core.models.loading import DiffusionModel
+from timetuner_core.samplers import Sampler, initial_noise, sample
+from timetuner_core.sampling.generate import Guidance, generate
+from timetuner_core.tuners import Population
+from timetuner_core.tuning.problem import TuningProblem
+
+# Seeds of the noise that tuning and evaluation see: two ranges that neither meet each other nor, being
+# above 2**31, the seeds of users' samples.
+TUNING_SEEDS = 2**31
+EVALUATION_SEEDS = 2**31 + 2**30
+SEED_RANGE = 2**29
+
+# KL is measured on at most this many samples: each needs a Jacobian.
+MAX_KL_SAMPLES = 128
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A model, guided, sampled by one sampler; everything drawn is fixed by `seed`.
+
+    Attributes:
+        rows_at_once: samples per network batch, while teaching and evaluating.
+        after_step: called after each step of each batch; may raise to stop.
+    """
+
+    model: DiffusionModel
+    guidance: Guidance
+    sampler: Sampler
+    eta: float = 0.0
+    seed: int = 0
+    rows_at_once: int = 64
+    device: torch.device | str = "cpu"
+    after_step: Callable[[], None] = lambda: None
+
+    @property
+    def adds_noise(self) -> bool:
+        return self.sampler.stochastic or (self.sampler.takes_eta and self.eta != 0)
+
+    def problem(
+        self,
+        population: Population,
+        timesteps: Tensor,
+        population_size: int,
+        batch_size: int,
+        *,
+        data: Literal["auto", "model", "generated"] = "auto",
+        teacher_num_steps: int = 50,
+    ) -> TuningProblem:
+        """The problem that a tuner is given, on a grid `(num_steps + 1,)`.
+
+        Args:
+            population: what the tuner needs.
+            data: where data come from, if they are needed: the model's own, or else samples of a teacher of
+                `teacher_num_steps`.
+        """
+        if population == "data":
+            samples, condition = self._data(population_size, data, teacher_num_steps)
+        else:
+            size = population_size if population == "noise" else 1
+            samples, condition = self._noise(size, timesteps[0]), self.conditions(size, TUNING_SEEDS)
+        model_fn = self.guidance.model_fn(self.model)
+        conditions = self.model.conditions(self.guidance.type, None if condition is None else condition.to(self.device))
+        step_kwargs = {"uncond_condition": conditions["uncond_condition"], "eta": self.eta}
+        return TuningProblem(
+            model_fn,
+            self.model.noise_schedule,
+            self.sampler.step_fn(model_fn, self.model.noise_schedule),
+            timesteps,
+            samples.to(self.device),
+            conditions["condition"],
+            batch_size=batch_size,
+            seed=self.seed,
+            step_kwargs={name: value for name, value in step_kwargs.items() if value is not None},
+        )
+
+    def evaluate(
+        self, timesteps: Tensor, t_ratios: Tensor, num_samples: int, teacher_num_steps: int = 100
+    ) -> Evaluation:
+        """A schedule against the sampler's default grid, untuned, on `num_samples` noises that no tuner has seen."""
+        seeds = self.seeds(num_samples, EVALUATION_SEEDS)
+        condition = self.conditions(num_samples, EVALUATION_SEEDS)
+        unguided_mixture = self.model.mixture if self.guidance.type == "uncond" else None
+
+        def run(timesteps: Tensor, t_ratios: Tensor | None) -> Tensor:
+            return self.sample(seeds, condition, timesteps, t_ratios).cpu()
+
+        return evaluate(
+            run,
+            timesteps,
+            t_ratios,
+            self.teach(seeds, condition, teacher_num_steps).cpu(),
+            self.model.reference,
+            untuned_timesteps=make_timesteps(self.model.noise_schedule, len(timesteps) - 1),
+            features=self.model.features,
+            mixture=unguided_mixture,
+            kl=None if unguided_mixture is None or self.adds_noise else self.kl_terms,
+            adds_noise=self.adds_noise,
+        )
+
+    def sample(
+        self,
+        seeds: list[int],
+        condition: Tensor | None,
+        timesteps: Tensor,
+        t_ratios: Tensor | None = None,
+        *,
+        decode: bool = True,
+    ) -> Tensor:
+        """`(len(seeds), *image_shape)`, or not decoded, `(len(seeds), *sample_shape)`; on the device."""
+        return self._generate(seeds, condition, self.sampler.name, timesteps, t_ratios, self.eta, decode)
+
+    def teach(
+        self, seeds: list[int], condition: Tensor | None, teacher_num_steps: int, *, decode: bool = True
+    ) -> Tensor:
+        """A many-step teacher's samples: the same sampler without noise, or DDIM for those that always add it."""
+        name = "ddim" if self.sampler.stochastic else self.sampler.name
+        timesteps = teacher_timesteps(self.model.noise_schedule, teacher_num_steps)
+        return self._generate(seeds, condition, name, timesteps, None, 0.0, decode)
+
+    def seeds(self, count: int, base: int) -> list[int]:
+        start = base + self.seed % SEED_RANGE
+        return list(range(start, start + count))
+
+    def conditions(self, count: int, base: int) -> Tensor | None:
+        """Conditions drawn for guided sampling: classes uniformly, tensors from the model's own."""
+        if self.guidance.type == "uncond":
+            return None
+        if self.model.draw_conditions is None:
+            raise ValueError("the model came without conditions to draw; accepted: guidance_type 'uncond'")
+        return self.model.draw_conditions(count, torch.Generator().manual_seed(base + self.seed % SEED_RANGE))
+
+    def _noise(self, size: int, t: Tensor) -> Tensor:
+        std = self.model.noise_schedule.starting_std(t)
+        return initial_noise(self.model.sample_shape, self.seeds(size, TUNING_SEEDS), std)[0]
+
+    def _data(self, size: int, data: str, teacher_num_steps: int) -> tuple[Tensor, Tensor | None]:
+        if self.model.draw_data is not None and data != "generated":
+            x0, condition = self.model.draw_data(size, torch.Generator().manual_seed(self.seed))
+            return x0, condition if self.guidance.type != "uncond" else None
+        condition = self.conditions(size, TUNING_SEEDS)
+        return self.teach(self.seeds(size, TUNING_SEEDS), condition, teacher_num_steps, decode=False), condition
+
+    def kl_terms(self, timesteps: Tensor, t_ratios: Tensor | None = None) -> Tensor:
+        """The terms of the exact KL divergence to a mixture, unguided, `(MAX_KL_SAMPLES,)`."""
+        assert self.model.mixture is not None
+        model_fn = self.guidance.model_fn(self.model)
+        step_fn = self.sampler.step_fn(model_fn, self.model.noise_schedule)
+        ratios = torch.ones(len(timesteps) - 1, dtype=torch.float64) if t_ratios is None else t_ratios
+        std = self.model.noise_schedule.starting_std(timesteps[0])
+        x_T, _ = initial_noise(self.model.sample_shape, self.seeds(MAX_KL_SAMPLES, EVALUATION_SEEDS), std)
+        return sampler_kl(
+            lambda x: sample(step_fn, x, timesteps, ratios), x_T.to(self.device), self.model.mixture, std=std
+        )
+
+    def _generate(
+        self,
+        seeds: list[int],
+        condition: Tensor | None,
+        sampler: str,
+        timesteps: Tensor,
+        t_ratios: Tensor | None,
+        eta: float,
+        decode: bool,
+    ) -> Tensor:
+        return generate(
+            self.model,
+            self.guidance,
+            seeds,
+            condition,
+            timesteps,
+            t_ratios,
+            eta,
+            sampler=sampler,
+            decode=decode,
+            batch_size=self.rows_at_once,
+            device=self.device,
+            after_step=lambda *_: self.after_step(),
+        )
