@@ -45,7 +45,7 @@ def healthz() -> Health:
     responses={503: {"model": Readiness, "description": "Not ready."}, **error_responses(ForbiddenError)},
 )
 def readyz(state: State, response: Response) -> Readiness:
-    """Whether requests can be served: database and broker reachable, a worker for each queue."""
+    """Whether requests can be served: database and broker reachable, a worker for each queue or one that is started."""
     database = _database(state)
     broker, workers = _broker_and_workers(state)
     ready = database == broker == workers == "ok"
@@ -85,5 +85,6 @@ def _broker_and_workers(state: AppState) -> tuple[str, str]:
     except Exception as error:  # Transports have errors of their own.
         return f"unreachable ({type(error).__name__})", "unknown"
     served = {queue["name"] for queues in replies.values() for queue in queues}
-    missing = [queue for queue in QUEUES if queue not in served]
+    needed = [queue for queue in QUEUES if queue not in state.settings.on_demand_queues]
+    missing = [queue for queue in needed if queue not in served]
     return "ok", f"none for {', '.join(missing)}" if missing else "ok"

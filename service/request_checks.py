@@ -5,15 +5,15 @@ from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
-from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from service.http.errors import InvalidError, TooManyRequestsError
-from service.registry.tables import Job, JobState, Model
+from service.registry.jobs import count_queued
+from service.registry.tables import Job, Model
 from service.shared.addresses import is_allowed
+from service.shared.sampler_facts import sampler_facts
 from service.shared.sampling_setting import ALWAYS, SamplingSetting, Timesteps
 from service.shared.settings import Settings
-from timetuner_core.samplers import get_sampler
 
 
 def get_requested_model(session: Session, model_id: str, where: str = "body") -> Model:
@@ -46,7 +46,7 @@ def check_setting(spec: dict[str, Any], setting: SamplingSetting, where: str = "
         refuse("guidance_rescale", "0 unless guidance_type is 'classifier-free'")
     if setting.guidance_start >= setting.guidance_end:
         refuse("guidance_start", f"below guidance_end, which is {setting.guidance_end:f}")
-    if setting.eta != 0 and not get_sampler(setting.sampler).takes_eta:
+    if setting.eta != 0 and not sampler_facts(setting.sampler).takes_eta:
         refuse("eta", f"0 for the sampler {setting.sampler!r}")
 
 
@@ -77,11 +77,6 @@ def check_room(session: Session, job_class: type[Job], max_queued_jobs: int) -> 
     queued = count_queued(session, job_class)
     if queued >= max_queued_jobs:
         raise TooManyRequestsError(f"{queued} jobs are queued; accepted: fewer than {max_queued_jobs}")
-
-
-def count_queued(session: Session, job_class: type[Job]) -> int:
-    """The number of jobs that wait for a worker."""
-    return session.scalar(select(func.count()).where(job_class.state == JobState.QUEUED)) or 0
 
 
 def check_webhook(url: str | None, settings: Settings) -> None:

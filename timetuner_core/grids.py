@@ -1,17 +1,15 @@
 """Time grids: `timesteps` of shape `(num_steps + 1,)`, float64, falling from `T`."""
 
-from typing import Literal, TypeAlias, get_args
+from typing import TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
+from timetuner_core.catalog import GridName, NamedGrid
 from timetuner_core.noise_schedule import NoiseSchedule
 
-NamedGrid = Literal["uniform", "quadratic", "log_snr", "edm"]
-GridName = Literal["default", NamedGrid]
 Timesteps: TypeAlias = Tensor | list[float]
 
-NAMED_GRIDS: tuple[NamedGrid, ...] = get_args(NamedGrid)
 EDM_RHO = 7.0
 
 
@@ -96,17 +94,27 @@ def check_timesteps(noise_schedule: NoiseSchedule, timesteps: Tensor | list[floa
 def check_t_ratios(noise_schedule: NoiseSchedule, timesteps: Tensor, t_ratios: Tensor | list[float] | None) -> Tensor:
     """One ratio per step as a float64 tensor `(num_steps,)`; all ones if None.
 
+    A ratio that leaves the bounds by its dtype's rounding only is moved onto them.
+
     Raises:
-        ValueError: another number of ratios than steps, or conditioning `t * t_ratio` outside `(0, T]`.
+        ValueError: another number of ratios than steps, or conditioning `t * t_ratio` outside `(0, T]`, or below
+            both t and `t_min`: a discrete network would be told a time before its first.
     """
     num_steps = len(timesteps) - 1
     if t_ratios is None:
         return timesteps.new_ones(num_steps)
-    ratios = torch.as_tensor(t_ratios).to(timesteps)
+    given = torch.as_tensor(t_ratios)
+    ratios = given.to(timesteps)
     if ratios.shape != (num_steps,):
         raise ValueError(f"t_ratios has shape {tuple(ratios.shape)}; accepted: ({num_steps},), one per step")
-    conditioning = timesteps[:-1] * ratios
-    # Float32 ratios may overshoot T by their rounding, no more.
-    if not bool(((conditioning > 0) & (conditioning <= noise_schedule.T * (1 + 1e-6))).all()):
+    t = timesteps[:-1]
+    conditioning = t * ratios
+    rounding = max(1e-6, torch.finfo(given.dtype).eps) if given.is_floating_point() else 1e-6
+    if not bool(((conditioning > 0) & (conditioning <= noise_schedule.T * (1 + rounding))).all()):
         raise ValueError(f"t * t_ratio must stay within (0, {noise_schedule.T}]; got {conditioning.tolist()}")
-    return ratios
+    lowest = t.clamp(max=noise_schedule.t_min)
+    if not bool((conditioning >= lowest * (1 - rounding)).all()):
+        message = f"t * t_ratio must not fall below t_min, {noise_schedule.t_min}"
+        raise ValueError(f"{message}, unless t itself does; got {conditioning.tolist()}")
+    ratios = torch.where(conditioning < lowest, lowest / t, ratios)
+    return torch.where(conditioning > noise_schedule.T, noise_schedule.T / t, ratios)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from timetuner_core.grids import GridName, Timesteps, check_t_ratios, check_timesteps, make_timesteps, teacher_timesteps
-from timetuner_core.model_wrapper import GuidedModel
+from timetuner_core.catalog import GridName
+from timetuner_core.grids import Timesteps, check_t_ratios, check_timesteps, make_timesteps, teacher_timesteps
+from timetuner_core.guided_model import GuidedModel
 from timetuner_core.noise_schedule import NoiseSchedule
 from timetuner_core.samplers import Generators, SamplerStep, StepFn, get_sampler, sample_steps
 from timetuner_core.tuners import Optimizer, TuneType

@@ -179,7 +179,8 @@ class EndToEndTuner(Tuner):
         recompute: bool = True,
     ) -> "Iterator[TuningState]":
         """See `tune_end_to_end` for `target` and `recompute`."""
-        from timetuner_core.grids import GridName, make_timesteps, teacher_timesteps
+        from timetuner_core.catalog import GridName
+        from timetuner_core.grids import make_timesteps, teacher_timesteps
         from timetuner_core.tuning.end_to_end import tune_end_to_end
 
         schedule = problem.noise_schedule

@@ -7,7 +7,7 @@ from service.shared.logs import start_logging
 from service.shared.queue import QUEUES
 from service.shared.telemetry import start_tracing
 from worker import metrics
-from worker.app import app, settings
+from worker.app import app, settings, wait_for_describer
 
 
 def main() -> None:
@@ -22,7 +22,10 @@ def main() -> None:
     # worker.app explains why the pool has one thread.
     options = ["--pool", "threads", "--concurrency", "1", "--loglevel", "WARNING", "--without-gossip"]
     name = f"{queues.replace(',', '-')}-{os.getpid()}@%h"
-    app.worker_main(["--quiet", "worker", *options, "--queues", queues, "--hostname", name])
+    try:
+        app.worker_main(["--quiet", "worker", *options, "--queues", queues, "--hostname", name])
+    finally:
+        wait_for_describer()
 
 
 if __name__ == "__main__":

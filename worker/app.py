@@ -3,11 +3,15 @@
 Pool `threads` with one thread: a forked child (Celery's default pool) cannot use a CUDA context its parent
 made, and `solo` answers no ping while it works. One process serves one device; more devices, more
 processes.
+
+PyTorch is imported by the first job, not when a worker starts: an idle worker needs none of it. A worker that samples
+imports it before its first job comes.
 """
 
+import threading
 import warnings
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery.platforms import SecurityWarning
 from celery.signals import setup_logging, worker_ready, worker_shutting_down
@@ -16,21 +20,33 @@ from service.registry.tables import Job, TuningJob, TuningTask
 from service.shared.queue import TASKS, celery_app
 from service.shared.settings import Settings
 from service.shared.signals import SAMPLE_QUEUE, SAMPLE_TASK
-from worker.runtime import Runtime
-from worker.sampling import SampleServer
-from worker.tuning import run_tuning_job
-from worker.tuning_tasks import run_tuning_task
+from worker.describing import Describer
+
+if TYPE_CHECKING:
+    from worker.runtime import Runtime
+    from worker.sampling import SampleServer
 
 # Celery warns root users of unpickling messages. These messages are JSON and hold only a job's id.
 warnings.simplefilter("ignore", SecurityWarning)
 
 settings = Settings()
 app = celery_app(settings.broker_url)
+stopping = threading.Event()
+
+_making_runtime = threading.Lock()
 
 
 @lru_cache(maxsize=1)
-def _runtime() -> Runtime:
-    return Runtime(settings, app)
+def _make_runtime() -> "Runtime":
+    from worker.runtime import Runtime
+
+    return Runtime(settings, app, stopping)
+
+
+def _runtime() -> "Runtime":
+    """The process's runtime. The first caller waits for PyTorch; one of two threads makes it."""
+    with _making_runtime:
+        return _make_runtime()
 
 
 def _name(job_class: type[Job]) -> str:
@@ -40,17 +56,23 @@ def _name(job_class: type[Job]) -> str:
 @app.task(name=_name(TuningJob))  # type: ignore[untyped-decorator]
 def tune(job_id: str) -> None:
     """Run a tuning job."""
+    from worker.tuning import run_tuning_job
+
     _runtime().run(TuningJob, job_id, run_tuning_job)
 
 
 @app.task(name=_name(TuningTask))  # type: ignore[untyped-decorator]
 def tune_step(task_id: str) -> None:
     """Run a task of a tuning job."""
+    from worker.tuning_tasks import run_tuning_task
+
     _runtime().run(TuningTask, task_id, run_tuning_task)
 
 
 @lru_cache(maxsize=1)
-def _sample_server() -> SampleServer:
+def _sample_server() -> "SampleServer":
+    from worker.sampling import SampleServer
+
     return SampleServer(_runtime())
 
 
@@ -58,6 +80,16 @@ def _sample_server() -> SampleServer:
 def serve_samples() -> None:
     """Run sampling jobs until none is left."""
     _sample_server().serve()
+
+
+@lru_cache(maxsize=1)
+def _describer() -> Describer:
+    return Describer(settings, app, stopping, _runtime)
+
+
+def wait_for_describer() -> None:
+    """Let the model at hand be described before the process ends, if there is time."""
+    _describer().join(settings.drain_seconds)
 
 
 @setup_logging.connect  # type: ignore[untyped-decorator]
@@ -68,6 +100,7 @@ def _leave_logging(**_: Any) -> None:
 @worker_ready.connect  # type: ignore[untyped-decorator]
 def _warm_up(**_: Any) -> None:
     """Prepare for sampling before the first task."""
+    _describer()
     if SAMPLE_QUEUE in app.amqp.queues.consume_from:
         _runtime().give_way = _sample_server().serve_if_called
         _runtime().warm_up()
@@ -76,5 +109,6 @@ def _warm_up(**_: Any) -> None:
 @worker_shutting_down.connect  # type: ignore[untyped-decorator]
 def _stop_taking(**_: Any) -> None:
     """Stop: running samples are finished if there is time. Tuning jobs and jobs that have not begun are handed back."""
-    _runtime().stopping.set()
-    _sample_server().stop()
+    stopping.set()
+    if _sample_server.cache_info().currsize:
+        _sample_server().stop()

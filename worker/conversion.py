@@ -9,7 +9,7 @@ from service.shared.sample_request import SampleRequest
 from service.shared.sampling_setting import SamplingSetting
 from service.shared.tuning_request import TuningJobRequest
 from timetuner_core.grids import check_t_ratios, check_timesteps, make_timesteps
-from timetuner_core.model_wrapper import repeat_to_batch
+from timetuner_core.guided_model import repeat_to_batch
 from timetuner_core.models.loading import DiffusionModel
 from timetuner_core.noise_schedule import NoiseSchedule
 from timetuner_core.sampling.generate import Guidance

@@ -14,6 +14,7 @@ from prometheus_client import Gauge, start_http_server
 
 from service.registry.database import Registry
 from service.registry.jobs import JOB_CLASSES, PUBLISHED_CLASSES, take_back_expired, unpublished
+from service.registry.models import next_registration
 from service.registry.samples import ended, forgotten_parents, samples_wait
 from service.registry.tables import SampleJob
 from service.shared.artifacts import ArtifactStore
@@ -23,7 +24,6 @@ from service.shared.settings import Settings
 from service.shared.signals import Bus
 from worker.joining import join_all
 from worker.retention import Sweeper
-from worker.webhooks import WebhookSender
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +58,12 @@ def dispatch_once(
             publish(app, registry, job_class, due)
     with registry.read() as session:
         parents, waiting = forgotten_parents(session), samples_wait(session)
+        model_waits = next_registration(session) is not None
     bus.publish_ends(join_all(registry, artifacts, parents))
     if waiting:
         bus.announce_samples()
+    if model_waits:
+        bus.announce_models()
 
 
 def queue_length(app: Celery, queue: str) -> int:
@@ -79,8 +82,11 @@ def main() -> None:
     registry, app = Registry(settings.database_url), celery_app(settings.broker_url)
     artifacts, bus = ArtifactStore(settings.artifacts_url), Bus(app, settings.broker_url)
     sweeper = Sweeper(registry, artifacts, settings.keep_samples_days)
-    sender = WebhookSender(registry, settings) if settings.webhook_secret else None
-    if sender is not None:
+    sender = None
+    if settings.webhook_secret:
+        from worker.webhooks import WebhookSender
+
+        sender = WebhookSender(registry, settings)
         sender.start()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterable
 
-import numpy as np
 from ulid import ULID
 
 from service.registry.database import Registry
@@ -20,6 +19,8 @@ def join_all(registry: Registry, artifacts: ArtifactStore, parent_ids: Iterable[
     """
 
     def join(places: list[tuple[str, int, int]]) -> str:
+        import numpy as np  # Only a process that joins something needs it.
+
         artifact = f"samples/{ULID()}.npy"
         artifacts.put_array(artifact, np.concatenate([artifacts.get_rows(*place) for place in places]))
         return artifact

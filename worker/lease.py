@@ -30,6 +30,10 @@ class WorkerStoppingError(Exception):
     """The worker stops, so other workers take the job."""
 
 
+class JobRefusedError(Exception):
+    """What the job asks for cannot be done, through no fault of the worker."""
+
+
 class Renewing:
     """Renews leases from a thread, every third of their time, while it is entered."""
 

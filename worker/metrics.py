@@ -1,6 +1,7 @@
 """A worker's Prometheus metrics, served if METRICS_PORT is set. docs/observability.md explains each."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from prometheus_client import Counter, Gauge, Histogram, start_http_server
 
@@ -8,7 +9,9 @@ from service.registry.samples import Ended
 from service.registry.tables import Job, JobState, SampleJob
 from service.shared.settings import Settings
 from service.shared.telemetry import KINDS
-from timetuner_core.models.loading import DiffusionModel
+
+if TYPE_CHECKING:
+    from timetuner_core.models.diffusion_model import DiffusionModel
 
 ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024)
 SECOND_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -30,7 +33,7 @@ def serve(settings: Settings) -> None:
         start_http_server(settings.metrics_port, settings.metrics_host)
 
 
-def hold(models: Iterable[DiffusionModel]) -> None:
+def hold(models: "Iterable[DiffusionModel]") -> None:
     """Note which models the worker holds from now on."""
     sizes = [model.num_bytes for model in models]
     MODELS_LOADED.set(len(sizes))

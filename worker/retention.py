@@ -9,6 +9,7 @@ from sqlalchemy import delete
 from ulid import ULID
 
 from service.registry.database import Registry
+from service.registry.models import old_registrations
 from service.registry.samples import delete_old_samples, unreferenced
 from service.registry.tables import IdempotencyKey
 from service.registry.types import utc_now
@@ -42,6 +43,7 @@ class Sweeper:
     def sweep(self, before: datetime) -> None:
         with self._registry.write() as session:
             session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at < before))
+        self._delete_registrations(before)
         rows = sum(self._delete_rows(before))
         old = [key for key in self._artifacts.files("samples") if _made_at(key) < before]
         files = 0
@@ -54,6 +56,16 @@ class Sweeper:
             files += len(unneeded)
         if rows or files:
             logger.info("deleted %d samples and %d files", rows, files)
+
+    def _delete_registrations(self, before: datetime) -> None:
+        """Delete old registrations, and the files of those that did not become models."""
+        with self._registry.write() as session:
+            found = old_registrations(session, before, ROWS_PER_TRANSACTION)
+            for registration, _ in found:
+                session.delete(registration)
+        for registration, has_model in found:
+            if not has_model:
+                self._artifacts.remove(registration.artifact)
 
     def _delete_rows(self, before: datetime) -> Iterator[int]:
         """Delete rows in batches. Gives the size of each."""

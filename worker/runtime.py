@@ -27,7 +27,7 @@ from timetuner_core.sampling.same_bits import all_sizes, steady_sizes
 from timetuner_core.tuning.problem import TuningProblem
 from worker import metrics
 from worker.conversion import guidance_of
-from worker.lease import JobCancelledError, Lease, WorkerStoppingError
+from worker.lease import JobCancelledError, JobRefusedError, Lease, WorkerStoppingError
 from worker.traces import tuning_ended, tuning_span
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 class Runtime:
     """The state of a worker process. The first task makes it."""
 
-    def __init__(self, settings: Settings, celery: Celery) -> None:
+    def __init__(self, settings: Settings, celery: Celery, stopping: threading.Event | None = None) -> None:
+        """Make the runtime. Once `stopping` is set, jobs are handed back and none is taken."""
         self.settings = settings
         self.celery = celery
         self.registry = Registry(settings.database_url)
@@ -48,7 +49,7 @@ class Runtime:
         self._sizes: dict[Hashable, tuple[int, ...]] = {}
         self.give_way: Callable[[], None] = lambda: None  # Tuning calls it to let urgent work go first.
         self._problem: tuple[str, TuningProblem] | None = None
-        self.stopping = threading.Event()  # Once it is set, jobs are handed back.
+        self.stopping = stopping or threading.Event()  # Once it is set, jobs are handed back.
         gc.freeze()  # Objects loaded by now stay, so collections need not go through them.
 
     def load_model(self, model_id: str) -> DiffusionModel:
@@ -140,6 +141,8 @@ class Runtime:
                 _finish(lease, JobState.CANCELLED)
             except WorkerStoppingError:
                 _hand_back(lease)
+            except JobRefusedError as refusal:
+                _finish(lease, JobState.FAILED, str(refusal))
             except Exception as error:
                 logger.exception("%s failed", job_id)
                 if is_away(error):

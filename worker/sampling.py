@@ -275,6 +275,7 @@ class SampleServer:
         if advance.images is None:
             return
         images = advance.images.float().cpu().numpy()
+        self._fail_not_finite(cohort, advance, images, leases)
         kept = [k for k, row in enumerate(advance.done) if str(row.owner) in cohort.claims]
         owners = list(dict.fromkeys(str(advance.done[k].owner) for k in kept))  # The rows of a job are adjacent.
         artifact = f"samples/{ULID()}.npy"
@@ -286,6 +287,19 @@ class SampleServer:
             first += claim.job.num_images
         metrics.IMAGES.labels(cohort.model_id).inc(first)
         self._submit(ends, images[kept], leases)
+
+    def _fail_not_finite(
+        self, cohort: Cohort, advance: Advance, images: NDArray[np.float32], leases: SampleLeases
+    ) -> None:
+        """End the jobs with a NaN or an infinity in an image: no other job of the batch is concerned."""
+        finite = np.isfinite(images).reshape(len(images), -1).all(axis=1)
+        seeds: dict[str, int] = {}
+        for k in np.flatnonzero(~finite).tolist():
+            seeds.setdefault(str(advance.done[k].owner), advance.done[k].seed)
+        for owner, seed in seeds.items():
+            if claim := cohort.claims.pop(owner, None):
+                message = f"the network's answers led to NaN or infinite values, first in the image of seed {seed}"
+                self._fail([claim], ArithmeticError(message), leases)
 
     def _hand_back(self, leases: SampleLeases) -> None:
         """Hand unfinished jobs back, so that other workers run them."""

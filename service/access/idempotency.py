@@ -22,7 +22,7 @@ GivenKey = Annotated[
         alias="Idempotency-Key",
         min_length=1,
         max_length=200,
-        description="Of your choice: repeated with its key, a request finds what the first one made.",
+        description="A key of your choice. A request repeated with its key finds what the first one made.",
     ),
 ]
 

@@ -15,7 +15,7 @@ class AuditEntryOut(BaseModel):
         description="The operation's id, such as `cancel_tuning_job`; or what the command did.",
     )
     object: TuningJobId = Field(
-        description="What it was done to: an id, of an alias its model's and its name; the path if refused."
+        description="The id of the object; the model's id and the name of an alias; the path of a refused request."
     )
     outcome: str = Field(examples=["done"], description="`done`, or `refused: ` and the status.")
     request_id: RequestId | None = Field(description="The request's X-Request-Id.")

@@ -8,18 +8,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import httpx
 import typer
 
 from service.cli.output import UNREACHABLE, CommandError, stderr
-from service.client import TimeTuner
-from service.up.announcement import running_url
+
+if TYPE_CHECKING:
+    from service.client import TimeTuner
 
 Url = Annotated[
     str | None,
-    typer.Option(envvar="TIMETUNER_URL", help="The service's. [that of TIMETUNER_HOME, started if it does not run]"),
+    typer.Option(
+        envvar="TIMETUNER_URL", help="URL of the service. [that of TIMETUNER_HOME, started if it does not run]"
+    ),
 ]
 
 MAX_ATTEMPTS = 4
@@ -27,7 +29,7 @@ STOP_SECONDS = 60.0
 
 
 @contextmanager
-def connected(url: str | None, outlives: bool = False) -> Iterator[TimeTuner]:
+def connected(url: str | None, outlives: bool = False) -> Iterator["TimeTuner"]:
     """A client of the service.
 
     Args:
@@ -36,6 +38,8 @@ def connected(url: str | None, outlives: bool = False) -> Iterator[TimeTuner]:
     Raises:
         CommandError: no such service runs, or none could be started.
     """
+    from service.up.announcement import running_url
+
     url = url or running_url(home := _home())
     if url is not None:
         with _client(url) as client:
@@ -48,7 +52,9 @@ def connected(url: str | None, outlives: bool = False) -> Iterator[TimeTuner]:
         yield client
 
 
-def _client(url: str) -> TimeTuner:
+def _client(url: str) -> "TimeTuner":
+    from service.client import TimeTuner
+
     try:
         return TimeTuner(url, max_attempts=MAX_ATTEMPTS)
     except ValueError as error:
@@ -98,6 +104,8 @@ def _own_service(home: Path) -> Iterator[str]:
 
 def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
     """Wait until the service is ready. Its supervisor ends by itself if that takes too long."""
+    import httpx
+
     while process.poll() is None:
         try:
             if httpx.get(f"{url}/readyz", timeout=5, trust_env=False).is_success:

@@ -15,8 +15,7 @@ import typer
 
 from service.cli.connection import Url
 from service.cli.output import FAILED, AsJson, print_json, print_table
-from service.client import TimeTuner, TimeTunerError
-from service.up.announcement import running_url
+from service.client import TimeTunerError
 
 if TYPE_CHECKING:
     from service.shared.settings import Settings
@@ -40,7 +39,7 @@ class Finding:
 
 
 def doctor(
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Where the service is, or is to be.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port of the service.")] = 8000,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
@@ -68,6 +67,8 @@ def _local(settings: "Settings", port: int) -> Iterator[Finding]:
     yield from _room(settings.timetuner_home.absolute())
     yield _database(settings)
     yield _broker(settings)
+    from service.up.announcement import running_url
+
     url = running_url(settings.timetuner_home.absolute())
     yield from [_port(port)] if url is None else _service(url)
 
@@ -195,6 +196,8 @@ def _port(port: int) -> Finding:
 
 def _service(url: str) -> Iterator[Finding]:
     """Check a service's state, and whether it accepts the key."""
+    from service.client import TimeTuner
+
     with TimeTuner(url, max_attempts=1) as client:
         ready = None
         yield _asked(

@@ -2,14 +2,16 @@
 
 import json
 from itertools import islice
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from service.cli.connection import Url, connected
 from service.cli.output import AsJson, Limit, print_facts, print_json, print_table
-from service.client import SampleJob, TimeTuner, TuningJob
-from service.client.results import JobState
+from service.client.choices import JobState
+
+if TYPE_CHECKING:
+    from service.client import SampleJob, TimeTuner, TuningJob
 
 jobs = typer.Typer(no_args_is_help=True, help="Follow and cancel jobs.")
 
@@ -55,7 +57,7 @@ def cancel(job_id: JobId, url: Url = None, as_json: AsJson = False) -> None:
 @jobs.command()
 def logs(
     job_id: JobId,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job is over.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow the job until it is over.")] = False,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
@@ -69,11 +71,13 @@ def logs(
                 typer.echo(f"{event.created_at:%Y-%m-%dT%H:%M:%SZ} {event.type} {facts}".rstrip())
 
 
-def _jobs(client: TimeTuner, job_id: str) -> Any:
+def _jobs(client: "TimeTuner", job_id: str) -> Any:
     return client.samples if job_id.startswith("smp_") else client.tuning_jobs
 
 
-def _show(job: TuningJob | SampleJob, as_json: bool) -> None:
+def _show(job: "TuningJob | SampleJob", as_json: bool) -> None:
+    from service.client import TuningJob
+
     if as_json:
         print_json(job)
         return

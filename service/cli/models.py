@@ -2,14 +2,16 @@
 
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from service.cli.connection import Url, connected
 from service.cli.options import ModelName, find_model
 from service.cli.output import AsJson, Limit, print_facts, print_json, print_table
-from service.client import Model
+
+if TYPE_CHECKING:
+    from service.client import Model
 
 models = typer.Typer(no_args_is_help=True, help="Register and list models.")
 
@@ -69,7 +71,7 @@ def rm(model: ModelName, url: Url = None, as_json: AsJson = False) -> None:
         typer.echo(model_id)
 
 
-def _show(model: Model, as_json: bool) -> None:
+def _show(model: "Model", as_json: bool) -> None:
     if as_json:
         print_json(model)
     else:

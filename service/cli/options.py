@@ -1,17 +1,20 @@
 """Options of several commands. The service has defaults for those that are not given."""
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from service.cli.output import NOT_FOUND, CommandError
-from service.client import TimeTuner, requests
+from service.client.choices import GuidanceType as AnyGuidanceType
+
+if TYPE_CHECKING:
+    from service.client import TimeTuner
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model's id or name.")]
 NumSteps = Annotated[int, typer.Option(min=1, help="Steps of sampling.")]
 SamplerName = Annotated[str | None, typer.Option(help="Such as ddim or dpmpp_2m. [ddim]")]
-GuidanceType = Annotated[requests.GuidanceType | None, typer.Option(help="[uncond]")]
+GuidanceType = Annotated[AnyGuidanceType | None, typer.Option(help="[uncond]")]
 GuidanceScale = Annotated[float | None, typer.Option(help="[1]")]
 GuidanceRescale = Annotated[float | None, typer.Option(help="[0]")]
 GuidanceStart = Annotated[float | None, typer.Option(help="No guidance at times below. [0]")]
@@ -48,7 +51,7 @@ def assignment(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def find_model(client: TimeTuner, name: str) -> str:
+def find_model(client: "TimeTuner", name: str) -> str:
     """The id of a model, which is given by its id or its name. The newest of a name counts. Raises: CommandError."""
     if name.startswith("mdl_"):
         return name

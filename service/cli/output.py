@@ -3,12 +3,10 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic_core import to_jsonable_python
 from rich.console import Console
-from rich.table import Table
 
 from service.client import (
     ForbiddenError,
@@ -19,8 +17,11 @@ from service.client import (
     UnreachableError,
 )
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else on stdout.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="How many at most. [all]")]
+Limit = Annotated[int | None, typer.Option(min=1, help="The largest number of rows. [all]")]
 
 FAILED, USAGE, UNREACHABLE, REFUSED, NOT_FOUND = 1, 2, 3, 4, 5
 CODES: dict[type[Exception], int] = {
@@ -55,11 +56,15 @@ def explain(error: Exception) -> int:
 
 
 def print_json(value: Any) -> None:
+    from pydantic_core import to_jsonable_python
+
     typer.echo(json.dumps(to_jsonable_python(value), indent=2))
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print a line for each row, no wider than the terminal if there is one."""
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -70,6 +75,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 
 def print_facts(facts: Mapping[str, Any]) -> None:
     """Print a line for each fact."""
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -78,7 +85,7 @@ def print_facts(facts: Mapping[str, Any]) -> None:
     _print(table)
 
 
-def _print(table: Table) -> None:
+def _print(table: "Table") -> None:
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 1000  # Each row is one line.

@@ -1,11 +1,9 @@
 """`timetuner sample`"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
-from rich.console import Console
 
 from service.cli.connection import Url, connected
 from service.cli.options import (
@@ -23,9 +21,9 @@ from service.cli.options import (
     given,
 )
 from service.cli.output import USAGE, AsJson, CommandError, print_json, stderr
-from service.cli.terminal import show_png
-from service.client import Samples
-from service.shared.image_formats import to_npy, to_png_zip
+
+if TYPE_CHECKING:
+    from service.client import Samples
 
 SUFFIXES = (".png", ".npy", ".zip")
 
@@ -45,13 +43,14 @@ def sample(
     eta: Eta = None,
     timesteps: Timesteps = None,
     class_label: Annotated[
-        list[int], typer.Option(help="For all images; repeated, one for each. [drawn at random]")
+        list[int], typer.Option(help="The label of all images; repeated, one label for each. [drawn at random]")
     ] = [],  # noqa: B006
     out: Annotated[
         Path, typer.Option(help="A .png of all images, a .zip of one each, or a .npy of the numbers.")
     ] = Path("samples.png"),
     show: Annotated[
-        bool | None, typer.Option("--show/--no-show", help="In the terminal. [if it is one, without --json]")
+        bool | None,
+        typer.Option("--show/--no-show", help="Show the images in the terminal. [if it is one, without --json]"),
     ] = None,
     url: Url = None,
     as_json: AsJson = False,
@@ -80,14 +79,20 @@ def sample(
     if as_json:
         print_json({"out": str(out), "job": samples.job, "schedule": samples.schedule, "shape": samples.array.shape})
         return
+    from rich.console import Console
+
     if samples.are_images and (Console().is_terminal if show is None else show):
+        from service.cli.terminal import show_png
+
         show_png(samples.to_png())
     typer.echo(f"{out}: {samples.schedule or 'untuned'}")
 
 
-def _write(samples: Samples, out: Path) -> None:
+def _write(samples: "Samples", out: Path) -> None:
+    from service.shared.image_formats import to_npy, to_png_zip
+
     if out.suffix == ".npy":
-        out.write_bytes(to_npy(samples.array.astype(np.float32)))
+        out.write_bytes(to_npy(samples.array.astype("float32")))
         return
     if not samples.are_images:
         raise CommandError(f"--out is {str(out)!r}; accepted for this model, whose samples are no images: .npy", USAGE)

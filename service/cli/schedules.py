@@ -3,7 +3,7 @@
 import json
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,8 +22,10 @@ from service.cli.options import (
     given,
 )
 from service.cli.output import USAGE, AsJson, CommandError, Limit, print_facts, print_json, print_table
-from service.client import Schedule
-from service.client.requests import ScheduleStatus
+from service.client.choices import ScheduleStatus
+
+if TYPE_CHECKING:
+    from service.client import Schedule
 
 schedules = typer.Typer(no_args_is_help=True, help="List, move and name schedules.")
 
@@ -132,7 +134,7 @@ def export(
 
 @schedules.command(name="import")
 def import_(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="What `export` wrote.")],
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A file that `export` wrote.")],
     model: Annotated[str | None, typer.Option(help="A model's id or name. [the file's]")] = None,
     url: Url = None,
     as_json: AsJson = False,
@@ -151,8 +153,8 @@ def import_(
 
 @schedules.command()
 def alias(
-    name: Annotated[str, typer.Argument(help="Such as production.")],
-    schedule_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="The schedule to be called so.")] = None,
+    name: Annotated[str, typer.Argument(help="A name such as production.")],
+    schedule_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="The schedule that gets the name.")] = None,
     remove_from: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Take the name away from this model's schedule.")
     ] = None,
@@ -175,7 +177,7 @@ def alias(
         typer.echo(name)
 
 
-def show_schedule(schedule: Schedule) -> None:
+def show_schedule(schedule: "Schedule") -> None:
     """Print a schedule without its provenance."""
     print_facts(
         schedule.model_dump(include={"id", "job", "model", "sampler", "num_steps", "eta", "version", "status", "score"})
@@ -188,7 +190,7 @@ def show_schedule(schedule: Schedule) -> None:
         print_table(columns, ((name, m.before, m.after, m.change, m.low, m.high) for name, m in metrics))
 
 
-def _guidance(schedule: Schedule) -> str:
+def _guidance(schedule: "Schedule") -> str:
     scale = f" x{schedule.guidance_scale:g}" if schedule.guidance_type != "uncond" else ""
     return schedule.guidance_type + scale
 

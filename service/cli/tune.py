@@ -2,13 +2,9 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Group
-from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from service.cli.connection import Url, connected
 from service.cli.options import (
@@ -28,7 +24,11 @@ from service.cli.options import (
 )
 from service.cli.output import USAGE, AsJson, CommandError, print_json, stderr
 from service.cli.schedules import show_schedule
-from service.client import TuningJob
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from service.client import TuningJob
 
 
 def tune(
@@ -42,7 +42,7 @@ def tune(
     guidance_end: GuidanceEnd = None,
     eta: Eta = None,
     timesteps: Timesteps = None,
-    objective: Annotated[str | None, typer.Option(help="Which tuner. [end_to_end]")] = None,
+    objective: Annotated[str | None, typer.Option(help="The tuner's objective. [end_to_end]")] = None,
     tuner: Annotated[
         list[Any], typer.Option(parser=assignment, metavar="NAME=VALUE", help="A field of the tuner; may be repeated.")
     ] = [],  # noqa: B006
@@ -88,14 +88,14 @@ def tune(
         show_schedule(schedule)
 
 
-def _print_job(job: TuningJob, as_json: bool) -> None:
+def _print_job(job: "TuningJob", as_json: bool) -> None:
     if as_json:
         print_json(job)
     else:
         typer.echo(job.id)
 
 
-def _wait(job: TuningJob, watch: bool) -> TuningJob:
+def _wait(job: "TuningJob", watch: bool) -> "TuningJob":
     """Wait until the job is over. Ctrl-C cancels it."""
     try:
         with _display(job, watch) as show:
@@ -107,8 +107,12 @@ def _wait(job: TuningJob, watch: bool) -> TuningJob:
 
 
 @contextmanager
-def _display(job: TuningJob, watch: bool) -> Iterator[Callable[[TuningJob], None]]:
+def _display(job: "TuningJob", watch: bool) -> Iterator[Callable[["TuningJob"], None]]:
     """A function that shows the job on stderr. If that is no terminal, it prints a line for each new state."""
+    from rich.console import Group
+    from rich.live import Live
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     progress = Progress(*columns, console=stderr)
     bar = progress.add_task("", total=1.0)
@@ -125,14 +129,16 @@ def _display(job: TuningJob, watch: bool) -> Iterator[Callable[[TuningJob], None
         return
     with Live(progress, console=stderr) as live:
 
-        def show(job: TuningJob) -> None:
+        def show(job: "TuningJob") -> None:
             progress.update(bar, description=f"{job.id} {job.state}", completed=job.progress)
             live.update(Group(_steps(job), progress) if watch else progress)
 
         yield show
 
 
-def _steps(job: TuningJob) -> Table:
+def _steps(job: "TuningJob") -> "Table":
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
     for column in ("step", "t", "t_ratio", "iterations", "loss"):
         table.add_column(column, justify="right")

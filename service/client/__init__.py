@@ -1,24 +1,28 @@
 """The Python client of the service: `TimeTuner`, and `AsyncTimeTuner` for asyncio."""
 
-from service.client.asynchronous import AsyncSampleJob, AsyncTimeTuner, AsyncTuningJob
-from service.client.errors import (
-    ApiError,
-    ConflictError,
-    ForbiddenError,
-    InvalidError,
-    JobFailedError,
-    NoScheduleError,
-    NotFoundError,
-    ServerError,
-    TimeTunerError,
-    TooManyRequestsError,
-    UnauthenticatedError,
-    UnexpectedAnswerError,
-    UnreachableError,
-    WaitTimeoutError,
-)
-from service.client.results import Evaluation, Model, Resolution, Samples, Schedule
-from service.client.synchronous import SampleJob, TimeTuner, TuningJob
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from service.client.asynchronous import AsyncSampleJob, AsyncTimeTuner, AsyncTuningJob
+    from service.client.errors import (
+        ApiError,
+        ConflictError,
+        ForbiddenError,
+        InvalidError,
+        JobFailedError,
+        NoScheduleError,
+        NotFoundError,
+        ServerError,
+        TimeTunerError,
+        TooManyRequestsError,
+        UnauthenticatedError,
+        UnexpectedAnswerError,
+        UnreachableError,
+        WaitTimeoutError,
+    )
+    from service.client.results import Evaluation, Model, Resolution, Samples, Schedule
+    from service.client.synchronous import SampleJob, TimeTuner, TuningJob
 
 __all__ = [
     "ApiError",
@@ -47,3 +51,16 @@ __all__ = [
     "UnreachableError",
     "WaitTimeoutError",
 ]
+
+_MODULES = ("errors", "synchronous", "asynchronous", "results")
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for: a command that only prints its help needs no HTTP client."""
+    if name in __all__:
+        for module in _MODULES:
+            found = import_module(f"{__name__}.{module}")
+            if name in vars(found):
+                globals()[name] = value = vars(found)[name]
+                return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,14 +12,14 @@ from tenacity import AsyncRetrying
 
 from service.client import calls
 from service.client.calls import Call
-from service.client.errors import raise_for
+from service.client.choices import JobState
+from service.client.problems import raise_for
 from service.client.requests import SampleRequest, ScheduleFilters, ScheduleImport, Setting, TuningJobRequest
 from service.client.results import (
     Alias,
     AuditEntry,
     Event,
     Health,
-    JobState,
     Model,
     Page,
     Readiness,
@@ -31,7 +31,7 @@ from service.client.results import (
     TuningJobFields,
 )
 from service.client.sending import MAX_ATTEMPTS, http_options, retries, telling_unreachable
-from service.client.waiting import LONGEST, AsyncRefresh, J, Patience, Progress, showing
+from service.client.waiting import MAX_POLL_SECONDS, AsyncRefresh, J, Patience, Progress, showing
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -68,7 +68,7 @@ class AsyncTimeTuner:
         return str(self._http.base_url).rstrip("/")
 
     def audit(self, *, limit: int = 50) -> AsyncIterator[AuditEntry]:
-        """Who changed what, newest first; for a key with the scope admin."""
+        """The audit log, newest first. It needs a key with the scope admin."""
         return self.pages(calls.list_audit(limit))
 
     async def health(self) -> Health:
@@ -216,7 +216,7 @@ class AsyncTuningJobs:
         return self._bound(await self._client.send(calls.cancel_tuning_job(job)))
 
     async def events(self, job: str, *, after: int = 0, follow: bool = False) -> AsyncIterator[Event]:
-        """What happened to a job, after the event of that id; with `follow`, until it is over."""
+        """The events of a job after the event of that id. With `follow`, until the job is over."""
         while True:
             # The job is asked for first, as it may end between the two requests.
             now = await self.get(job) if follow else None
@@ -228,7 +228,7 @@ class AsyncTuningJobs:
             elif now is None or now.is_over:
                 return
             else:
-                await asyncio.sleep(LONGEST)
+                await asyncio.sleep(MAX_POLL_SECONDS)
 
     def _bound(self, fields: TuningJobFields) -> "AsyncTuningJob":
         job = AsyncTuningJob.model_construct(**dict(fields))
@@ -242,7 +242,7 @@ class AsyncTuningJob(TuningJobFields):
     _jobs: AsyncTuningJobs = PrivateAttr()
 
     async def refresh(self) -> "AsyncTuningJob":
-        """As it is now."""
+        """The job as it is now."""
         return await self._jobs.get(self.id)
 
     async def wait(
@@ -262,7 +262,7 @@ class AsyncTuningJob(TuningJobFields):
         return await self._jobs.cancel(self.id)
 
     def events(self, *, follow: bool = False) -> AsyncIterator[Event]:
-        """What happened to it; with `follow`, until it is over."""
+        """The events of the job. With `follow`, until the job is over."""
         return self._jobs.events(self.id, follow=follow)
 
 
@@ -296,7 +296,7 @@ class AsyncSampleJobs:
         return self._bound(await self._client.send(calls.cancel_sample_job(job)))
 
     async def content(self, job: str) -> Samples:
-        """What a job that is over has sampled, as often as wanted."""
+        """The samples of a job that is over. They can be read repeatedly."""
         return await self._client.send(calls.get_sample_content(job))
 
     def events(self, job: str) -> AsyncIterator[SampleEvent]:
@@ -315,11 +315,11 @@ class AsyncSampleJob(SampleJobFields):
     _jobs: AsyncSampleJobs = PrivateAttr()
 
     async def refresh(self) -> "AsyncSampleJob":
-        """As it is now."""
+        """The job as it is now."""
         return await self._jobs.get(self.id)
 
     async def wait(self, *, progress: "Progress[AsyncSampleJob]" = False, timeout: float | None = None) -> Samples:
-        """What was sampled. Raises: as `AsyncTuningJob.wait`."""
+        """The samples. Raises: the errors of `AsyncTuningJob.wait`."""
         job = await _wait(self, self.refresh, progress, timeout)
         return await self._jobs.content(job.id)
 

@@ -18,7 +18,8 @@ from httpx_sse import ServerSentEvent
 from numpy.typing import NDArray
 from pydantic import BaseModel, TypeAdapter
 
-from service.client.errors import UnexpectedAnswerError, raise_for
+from service.client.errors import UnexpectedAnswerError
+from service.client.problems import raise_for
 from service.client.requests import SampleRequest, ScheduleFilters, ScheduleImport, Setting, TuningJobRequest
 from service.client.results import (
     Alias,
@@ -39,7 +40,7 @@ T = TypeVar("T")
 B = TypeVar("B", bound=BaseModel)
 ARRAY_TYPE = "application/x-npy"
 UPLOAD_SLOWNESS = 20
-WAIT_SECONDS = 30  # that the service may hold back the answer to a sampling request; then we ask for its job
+WAIT_SECONDS = 30  # The service may hold a sampling request for this long. Then the client asks for its job.
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def register_model(builtin: str | None, archive: Path | str | None, name: str | 
     fields = {"builtin": builtin, "name": name}
     given = {key: value for key, value in fields.items() if value is not None}
     path = None if archive is None else Path(archive)
-    slowness = 1 if path is None else UPLOAD_SLOWNESS  # the service looks at all weights before it answers
+    slowness = 1 if path is None else UPLOAD_SLOWNESS  # The service reads all weights before it answers.
     call = Call("register_model", "POST", "/v1/models", _reader(Model), json=given, archive=path, slowness=slowness)
     return _made_once(call)
 
@@ -247,7 +248,7 @@ def _samples_or_job(response: httpx.Response) -> Samples | SampleJobFields:
 
 
 def _plain(request: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON has it: arrays as lists, those of conditions as base64 `.npy` files."""
+    """A request as JSON. Arrays become lists, and arrays of conditions base64 `.npy` files."""
     conditions = {
         name: _npy(request[name])
         for name in ("condition", "uncond_condition")

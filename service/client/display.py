@@ -15,7 +15,7 @@ DPI = 100
 
 
 def schedule_html(schedule: "Schedule") -> str:
-    """What it is for, how good it is, and what it looks like."""
+    """A schedule as HTML: its setting, its evaluation and its plot."""
     guidance = f"{schedule.guidance_type}" + (
         f" ×{schedule.guidance_scale:g}" if schedule.guidance_type != "uncond" else ""
     )
@@ -93,7 +93,7 @@ def _relative(metric: "Metric") -> tuple[float, float, float] | None:
 
 
 def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure  # without pyplot, which would choose a backend for everybody
+    from matplotlib.figure import Figure  # Importing pyplot would choose a backend for the whole process.
 
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 

@@ -1,12 +1,12 @@
-"""What can go wrong between the client and the service."""
+"""The errors that the client raises."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
-import httpx
-from pydantic import BaseModel, Field, ValidationError
+if TYPE_CHECKING:
+    from service.client.problems import Fault, Problem
 
-SHOWN = 200  # characters of a value that was refused
+MAX_SHOWN_CHARACTERS = 200  # Errors show this much of a refused value.
 
 
 class TimeTunerError(Exception):
@@ -33,25 +33,6 @@ class NoScheduleError(TimeTunerError):
     """There is no accepted schedule for a setting, so that it is sampled untuned."""
 
 
-class Fault(BaseModel):
-    """One thing that is wrong with a request: where, what is accepted, and what was given."""
-
-    loc: list[str | int]
-    msg: str
-    input: Any = None
-
-
-class Problem(BaseModel):
-    """The service's refusal, an RFC 9457 problem document."""
-
-    type: str = "about:blank"
-    title: str
-    status: int
-    detail: str
-    errors: list[Fault] = Field(default_factory=list)
-    request_id: str | None = None
-
-
 class ApiError(TimeTunerError):
     """An answer that is a refusal.
 
@@ -60,7 +41,7 @@ class ApiError(TimeTunerError):
         request_id: for the service's logs. retry_after: seconds after which the service wants to be asked again.
     """
 
-    def __init__(self, problem: Problem, retry_after: float | None = None) -> None:
+    def __init__(self, problem: "Problem", retry_after: float | None = None) -> None:
         super().__init__(_line(problem))
         self.problem = problem
         self.status = problem.status
@@ -97,43 +78,15 @@ class ServerError(ApiError):
     """5xx: the service, or a job that was waited for, failed."""
 
 
-KINDS: dict[int, type[ApiError]] = {
-    400: InvalidError,
-    401: UnauthenticatedError,
-    403: ForbiddenError,
-    404: NotFoundError,
-    406: InvalidError,
-    409: ConflictError,
-    413: InvalidError,
-    415: InvalidError,
-    422: InvalidError,
-    429: TooManyRequestsError,
-}
-
-
-def raise_for(response: httpx.Response) -> None:
-    """Raises: ApiError, if a response that was read is a refusal."""
-    if response.is_success:
-        return
-    kind = KINDS.get(response.status_code, ServerError if response.is_server_error else ApiError)
-    try:
-        problem = Problem.model_validate_json(response.content)
-    except ValidationError:  # of a proxy, say
-        said = " ".join(response.text.split())[:SHOWN] or response.reason_phrase
-        problem = Problem(title=response.reason_phrase, status=response.status_code, detail=said)
-    retry_after = response.headers.get("Retry-After", "")
-    raise kind(problem, float(retry_after) if retry_after.isdecimal() else None)
-
-
-def _line(problem: Problem) -> str:
+def _line(problem: "Problem") -> str:
     """One line that names what is wrong, and with what value."""
     faults = [_fault(fault) for fault in problem.errors] or [problem.detail]
     return f"{problem.status} {problem.title}: {' '.join('; '.join(faults).split())}"
 
 
-def _fault(fault: Fault) -> str:
+def _fault(fault: "Fault") -> str:
     field = ".".join(str(part) for part in fault.loc[1:] or fault.loc)
     message = fault.msg if field in fault.msg else f"{field}: {fault.msg}"
-    given = repr(fault.input)[:SHOWN]
+    given = repr(fault.input)[:MAX_SHOWN_CHARACTERS]
     is_value = fault.input is not None and not isinstance(fault.input, dict)
     return f"{message} (given: {given})" if is_value and given not in message else message

@@ -1,20 +1,20 @@
-"""What requests are made of. Fields that are left out have the service's defaults; see its `/docs`."""
+"""Types of requests. Fields that are left out have the service's defaults: see its `/docs`."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, Required, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import TypedDict  # pydantic reads typing's own from Python 3.12 on
+from typing_extensions import TypedDict  # Pydantic can read typing's own only from Python 3.12 on.
 
-GuidanceType: TypeAlias = Literal["uncond", "classifier", "classifier-free"]
+from service.client.choices import GuidanceType, ScheduleStatus
+
 Timesteps: TypeAlias = Literal["default", "uniform", "quadratic", "log_snr", "edm"] | Sequence[float]
-ScheduleStatus: TypeAlias = Literal["accepted", "rejected", "imported"]
 Data: TypeAlias = Literal["auto", "model", "generated"]
 
 
 class SettingOptions(TypedDict, total=False):
-    """What a setting has beside its model and number of steps."""
+    """The optional fields of a setting."""
 
     sampler: str
     guidance_type: GuidanceType
@@ -26,7 +26,7 @@ class SettingOptions(TypedDict, total=False):
 
 
 class Setting(SettingOptions, total=False):
-    """What is sampled, and how: a schedule is tuned for one setting and resolved by it."""
+    """A model and how it is sampled. A schedule is tuned for one setting and found by it."""
 
     model: Required[str]
     num_steps: Required[int]

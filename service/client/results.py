@@ -1,10 +1,10 @@
-"""What the service answers with. Fields that a newer service adds are ignored."""
+"""Types of responses. Fields that a newer service adds are ignored."""
 
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,19 +12,19 @@ from PIL import Image
 from pydantic import BaseModel, Field, field_validator
 
 from service.client import display
+from service.client.choices import GuidanceType, JobState, ScheduleStatus
 from service.client.errors import JobFailedError, NoScheduleError
-from service.client.requests import GuidanceType, ScheduleImport, ScheduleStatus
+from service.client.requests import ScheduleImport
 from service.shared.image_formats import to_images, to_png_grid
 
 if TYPE_CHECKING:
     from timetuner_core.integrations.diffusers import TimeTunerScheduler
 
-JobState: TypeAlias = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 T = TypeVar("T")
 
 
 class ModelSpec(BaseModel):
-    """What a model is, as far as requests depend on it."""
+    """The properties of a model that requests depend on."""
 
     sample_shape: list[int]
     image_shape: list[int]
@@ -118,7 +118,7 @@ class Schedule(BaseModel):
         return scheduler
 
     def to_import(self) -> ScheduleImport:
-        """What another service takes to have this schedule, too: `client.schedules.import_(**schedule.to_import())`."""
+        """The fields that import this schedule elsewhere: `client.schedules.import_(**schedule.to_import())`."""
         kept: ScheduleImport = self.model_dump(mode="json", include=set(ScheduleImport.__annotations__))  # type: ignore[assignment]
         return kept
 
@@ -130,7 +130,7 @@ class Schedule(BaseModel):
 
 
 class Resolution(BaseModel):
-    """What `schedule: "auto"` samples with, and why; no schedule means untuned."""
+    """The schedule that `schedule: "auto"` samples with, and why. No schedule means untuned."""
 
     schedule: Schedule | None
     reason: str
@@ -152,7 +152,7 @@ class Alias(BaseModel):
 
 
 class Step(BaseModel):
-    """Where tuning stands for one step of the sampler."""
+    """The state of tuning one step of the sampler."""
 
     step_index: int
     t_ratio: float
@@ -163,7 +163,7 @@ class Step(BaseModel):
 
 
 class Job(BaseModel):
-    """What jobs of both kinds have."""
+    """The fields of both kinds of jobs."""
 
     id: str
     owner: str | None
@@ -236,7 +236,7 @@ class AuditEntry(BaseModel):
 
 
 class Readiness(BaseModel):
-    """What each part of the service says: `ok`, or what is wrong."""
+    """The state of each part of the service: `ok`, or its fault."""
 
     ready: bool
     database: str
@@ -255,11 +255,12 @@ class Page(BaseModel, Generic[T]):
 
 @dataclass(frozen=True)
 class Samples:
-    """What was sampled. Notebooks show it as one picture.
+    """Samples. Notebooks show them as one picture.
 
     Attributes:
         array: float32 `(num_images, *image_shape)`; of images, -1 is black and 1 is white.
-        job: the sampling job's id. schedule: the id of the schedule used; None: untuned.
+        job: the sampling job's id.
+        schedule: the id of the schedule used, or None for untuned.
     """
 
     array: NDArray[np.float32]

@@ -13,8 +13,8 @@ from service.client.errors import ApiError, UnreachableError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 MAX_ATTEMPTS = 6
-LONGEST_WAIT = 60.0  # seconds that a service may have us wait; if it wants more, the error says so
-PASSING = (429, 502, 503, 504)  # statuses that another attempt may change
+MAX_RETRY_AFTER_SECONDS = 60.0  # The client raises an error if the service demands a longer wait.
+TRANSIENT_STATUSES = (429, 502, 503, 504)
 jitter = wait_random_exponential(multiplier=0.25, max=8)
 
 
@@ -55,7 +55,11 @@ def _may_pass(call: Call[Any], error: BaseException) -> bool:
         return call.is_repeatable or isinstance(error.__cause__, httpx.ConnectError | httpx.ConnectTimeout)
     if not isinstance(error, ApiError):
         return False
-    return call.is_repeatable and error.status in PASSING and (error.retry_after or 0) <= LONGEST_WAIT
+    return (
+        call.is_repeatable
+        and error.status in TRANSIENT_STATUSES
+        and (error.retry_after or 0) <= MAX_RETRY_AFTER_SECONDS
+    )
 
 
 def _seconds(state: RetryCallState) -> float:

@@ -12,14 +12,14 @@ from tenacity import Retrying
 
 from service.client import calls
 from service.client.calls import Call
-from service.client.errors import raise_for
+from service.client.choices import JobState
+from service.client.problems import raise_for
 from service.client.requests import SampleRequest, ScheduleFilters, ScheduleImport, Setting, TuningJobRequest
 from service.client.results import (
     Alias,
     AuditEntry,
     Event,
     Health,
-    JobState,
     Model,
     Page,
     Readiness,
@@ -31,7 +31,7 @@ from service.client.results import (
     TuningJobFields,
 )
 from service.client.sending import MAX_ATTEMPTS, http_options, retries, telling_unreachable
-from service.client.waiting import LONGEST, J, Patience, Progress, Refresh, showing
+from service.client.waiting import MAX_POLL_SECONDS, J, Patience, Progress, Refresh, showing
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -68,7 +68,7 @@ class TimeTuner:
         return str(self._http.base_url).rstrip("/")
 
     def audit(self, *, limit: int = 50) -> Iterator[AuditEntry]:
-        """Who changed what, newest first; for a key with the scope admin."""
+        """The audit log, newest first. It needs a key with the scope admin."""
         return self.pages(calls.list_audit(limit))
 
     def health(self) -> Health:
@@ -214,7 +214,7 @@ class TuningJobs:
         return self._bound(self._client.send(calls.cancel_tuning_job(job)))
 
     def events(self, job: str, *, after: int = 0, follow: bool = False) -> Iterator[Event]:
-        """What happened to a job, after the event of that id; with `follow`, until it is over."""
+        """The events of a job after the event of that id. With `follow`, until the job is over."""
         while True:
             # The job is asked for first, as it may end between the two requests.
             now = self.get(job) if follow else None
@@ -226,7 +226,7 @@ class TuningJobs:
             elif now is None or now.is_over:
                 return
             else:
-                time.sleep(LONGEST)
+                time.sleep(MAX_POLL_SECONDS)
 
     def _bound(self, fields: TuningJobFields) -> "TuningJob":
         job = TuningJob.model_construct(**dict(fields))
@@ -240,7 +240,7 @@ class TuningJob(TuningJobFields):
     _jobs: TuningJobs = PrivateAttr()
 
     def refresh(self) -> "TuningJob":
-        """As it is now."""
+        """The job as it is now."""
         return self._jobs.get(self.id)
 
     def wait(self, *, progress: "Progress[TuningJob]" = False, timeout: float | None = None) -> "TuningJob":
@@ -258,7 +258,7 @@ class TuningJob(TuningJobFields):
         return self._jobs.cancel(self.id)
 
     def events(self, *, follow: bool = False) -> Iterator[Event]:
-        """What happened to it; with `follow`, until it is over."""
+        """The events of the job. With `follow`, until the job is over."""
         return self._jobs.events(self.id, follow=follow)
 
 
@@ -292,7 +292,7 @@ class SampleJobs:
         return self._bound(self._client.send(calls.cancel_sample_job(job)))
 
     def content(self, job: str) -> Samples:
-        """What a job that is over has sampled, as often as wanted."""
+        """The samples of a job that is over. They can be read repeatedly."""
         return self._client.send(calls.get_sample_content(job))
 
     def events(self, job: str) -> Iterator[SampleEvent]:
@@ -311,11 +311,11 @@ class SampleJob(SampleJobFields):
     _jobs: SampleJobs = PrivateAttr()
 
     def refresh(self) -> "SampleJob":
-        """As it is now."""
+        """The job as it is now."""
         return self._jobs.get(self.id)
 
     def wait(self, *, progress: "Progress[SampleJob]" = False, timeout: float | None = None) -> Samples:
-        """What was sampled. Raises: as `TuningJob.wait`."""
+        """The samples. Raises: the errors of `TuningJob.wait`."""
         job = _wait(self, self.refresh, progress, timeout)
         return self._jobs.content(job.id)
 

@@ -12,8 +12,8 @@ from service.client.results import Job
 J = TypeVar("J", bound=Job)
 Refresh: TypeAlias = Callable[[], J]
 AsyncRefresh: TypeAlias = Callable[[], Awaitable[J]]
-Progress: TypeAlias = bool | Callable[[J], None]  # a bar, nothing, or whatever the function shows
-SHORTEST, LONGEST = 0.1, 1.0  # seconds between looks
+Progress: TypeAlias = bool | Callable[[J], None]  # True shows a bar. A function shows what it likes.
+MIN_POLL_SECONDS, MAX_POLL_SECONDS = 0.1, 1.0
 
 
 @dataclass
@@ -22,11 +22,11 @@ class Patience:
 
     timeout: float | None
     started: float = field(default_factory=time.monotonic)
-    pause: float = SHORTEST / 1.5
+    pause: float = MIN_POLL_SECONDS / 1.5
 
     def next_pause(self, job: Job) -> float:
         """Seconds until the next look. Raises: WaitTimeoutError."""
-        self.pause = min(LONGEST, self.pause * 1.5)
+        self.pause = min(MAX_POLL_SECONDS, self.pause * 1.5)
         if self.timeout is None:
             return self.pause
         left = self.started + self.timeout - time.monotonic()

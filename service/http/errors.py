@@ -124,6 +124,14 @@ class JobFailedError(ServiceError):
     example = "sampling job 'smp_01JD3K5V8Q2M4N6P7R9S0T1V2W' has failed: its images are not finite"
 
 
+class UnavailableError(ServiceError):
+    """A request that nobody could serve in time, and that may be made again."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    example = "no worker described the model within 120 s; accepted: the same request again, once a worker runs"
+    headers = {"Retry-After": "10"}  # noqa: RUF012
+
+
 class DeadlineError(ServiceError):
     """A request whose deadline passed before a worker was free."""
 

@@ -28,7 +28,7 @@ KeyId = Annotated[str, Field(examples=["key_01JD3K5V8Q2M4N6P7R9S0T1V2W"])]
 RequestId = Annotated[str, Field(examples=[EXAMPLE_REQUEST_ID])]
 Fault = Annotated[str | None, Field(examples=[None])]
 Time = Annotated[datetime, Field(examples=["2026-11-26T03:00:00Z"])]
-NextCursor = Annotated[str | None, Field(examples=[None], description="Of the next page; null on the last.")]
+NextCursor = Annotated[str | None, Field(examples=[None], description="The cursor of the next page; null on the last.")]
 
 
 async def require_json(request: Request) -> None:
@@ -64,7 +64,7 @@ def check_fields(body: bytes) -> None:
 
 
 class PageQuery(BaseModel):
-    limit: int = Field(50, ge=1, le=200, description="How many items at most.")
+    limit: int = Field(50, ge=1, le=200, description="The largest number of items.")
     cursor: Identifier | None = Field(None, description="The `next_cursor` of the page before.")
 
 

@@ -15,7 +15,14 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeAlias, cast
 
 from service.http.errors import InvalidError, TooLargeError
-from timetuner_core.models.loading import MODEL_FILES, TRANSFORMER_CONFIG, UNET_CONFIG
+from timetuner_core.models.folder_files import (
+    MODEL_INDEX,
+    READ_FOLDERS,
+    TRANSFORMER_CONFIG,
+    UNET_CONFIG,
+    ModelFormatError,
+    model_files,
+)
 
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 MAX_FILES = 1000
@@ -28,11 +35,14 @@ ENCRYPTED = 0x1
 LOC = ("body", "archive")
 
 
-def unpack(file: IO[bytes], destination: Path, max_bytes: int) -> None:
-    """Extract the `MODEL_FILES` of a zip or tar archive, whether at its root or in one folder.
+def unpack(file: IO[bytes], destination: Path, max_bytes: int) -> list[str]:
+    """Extract the `model_files` of a zip or tar archive, whether at its root or in one folder.
+
+    Returns:
+        The names of the pickles that were left out: no part of the model is in their folders.
 
     Raises:
-        InvalidError: not an archive, unsafe names, links, pickles, or no model inside.
+        InvalidError: not an archive, unsafe names, links, pickles beside weights, or no model inside.
         TooLargeError: more than `max_bytes` unpacked, or more than `MAX_FILES` files.
     """
     try:
@@ -40,7 +50,7 @@ def unpack(file: IO[bytes], destination: Path, max_bytes: int) -> None:
             metered = _Metered(file, MAX_ZIP_DIRECTORY_BYTES)
             with zipfile.ZipFile(cast(IO[bytes], metered)) as archive:
                 metered.allowance = math.inf
-                _extract(list(_zip_members(archive)), destination, max_bytes)
+                return _extract(list(_zip_members(archive)), destination, max_bytes)
         else:
             file.seek(0)
             compressed = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
@@ -53,7 +63,7 @@ def unpack(file: IO[bytes], destination: Path, max_bytes: int) -> None:
                 while metered.read(MAX_TAR_HEADER_BYTES):
                     pass  # The padding is read to its end, where gzip has its checksum.
                 metered.allowance = math.inf
-                _extract(members, destination, max_bytes)
+                return _extract(members, destination, max_bytes)
     except (InvalidError, TooLargeError):
         raise
     except Exception as error:  # The formats and their compressions have errors of many types.
@@ -126,17 +136,25 @@ def _tar_members(archive: tarfile.TarFile, metered: _Metered, max_bytes: int) ->
             yield info.name, info.size, lambda info=info: archive.extractfile(info)
 
 
-def _extract(members: list[Member], destination: Path, max_bytes: int) -> None:
+def _extract(members: list[Member], destination: Path, max_bytes: int) -> list[str]:
+    """Write what the model consists of, and give the names of the pickles that are left out."""
     if len(members) > MAX_FILES:
         raise TooLargeError(f"the archive has {len(members)} files; accepted: up to {MAX_FILES}", LOC)
     paths = [_safe_path(name) for name, _, _ in members]
     _check_unique(paths)
     root = _model_root(paths)
-    wanted: dict[str, Member] = {}
-    for path, member in zip(paths, members, strict=True):
-        name = path.relative_to(root).as_posix() if path.is_relative_to(root) else ""
-        if name in MODEL_FILES:
-            wanted[name] = member
+    inside = {
+        path.relative_to(root).as_posix(): member
+        for path, member in zip(paths, members, strict=True)
+        if path.is_relative_to(root)
+    }
+    pickles = [path for path in paths if path.suffix.lower() in PICKLE_SUFFIXES]
+    _check_pickles(pickles, root)
+    try:
+        chosen = model_files(inside)
+    except ModelFormatError as error:
+        raise InvalidError(str(error), (*LOC, error.field)) from None
+    wanted = {name: inside[name] for name in (*chosen, MODEL_INDEX) if name in inside}
     total = sum(size for _, size, _ in wanted.values())
     if total > max_bytes:
         raise TooLargeError(f"the model unpacks to {total} bytes; accepted: up to {max_bytes}", LOC)
@@ -147,6 +165,15 @@ def _extract(members: list[Member], destination: Path, max_bytes: int) -> None:
             shutil.copyfileobj(source, out)
         if target.stat().st_size != size:
             raise InvalidError(f"{name!r} is truncated", LOC)
+    return sorted(path.as_posix() for path in pickles)
+
+
+def _check_pickles(pickles: list[PurePosixPath], root: PurePosixPath) -> None:
+    """Refuse pickles where the model is: they may be its weights. Nothing reads those of other components."""
+    for path in pickles:
+        beside = path.relative_to(root).parts if path.is_relative_to(root) else ()
+        if len(beside) == 1 or (beside and beside[0] in READ_FOLDERS):
+            raise InvalidError(f"{path.as_posix()!r} may be a pickle; accepted: weights as .safetensors only", LOC)
 
 
 def _safe_path(name: str) -> PurePosixPath:
@@ -156,8 +183,6 @@ def _safe_path(name: str) -> PurePosixPath:
     if len(name) > MAX_NAME or any(unicodedata.category(character) in ("Cc", "Cf", "Cs") for character in name):
         accepted = f"up to {MAX_NAME} printable characters"
         raise InvalidError(f"{name[:200]!r} is no name of a file; accepted: {accepted}", LOC)
-    if path.suffix.lower() in PICKLE_SUFFIXES:
-        raise InvalidError(f"{name!r} may be a pickle; accepted: weights as .safetensors only", LOC)
     return path
 
 

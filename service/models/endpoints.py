@@ -19,21 +19,21 @@ from service.http.errors import (
     InvalidError,
     NotFoundError,
     TooLargeError,
+    UnavailableError,
     UnsupportedMediaTypeError,
     error_responses,
 )
 from service.http.fields import JSON_TYPE, PageParams, PathId, check_fields, newest_first
 from service.models import logic
 from service.models.schemas import BuiltinModelRequest, ModelOut, ModelPage
-from service.registry.tables import Model
+from service.registry.tables import Model, ModelRegistration
 from service.shared.fields import PRINTABLE
-from service.state import State
+from service.state import AppState, State
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
 MULTIPART = "multipart/form-data"
-# Each registration holds its model in memory, so only two run at once. Others wait without a thread.
-REGISTRATIONS = CapacityLimiter(2)
+UPLOADS = CapacityLimiter(2)  # Two archives are unpacked at once. Others wait without a thread.
 REQUEST_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -99,7 +99,7 @@ async def _parse(request: Request) -> tuple[BuiltinModelRequest | None, UploadFi
     openapi_extra=REQUEST_BODY,
     responses={
         200: {"model": ModelOut, "description": "The same content was registered before."},
-        **error_responses(UnsupportedMediaTypeError, TooLargeError, InvalidError, ConflictError),
+        **error_responses(UnsupportedMediaTypeError, TooLargeError, InvalidError, ConflictError, UnavailableError),
     },
 )
 async def register_model(
@@ -117,12 +117,25 @@ async def register_model(
         )
     else:
         assert archive is not None and name is not None
-        limit = 2 * state.settings.max_body_bytes
-        register = partial(logic.register_archive, state.registry, caller, state.artifacts, archive.file, name, limit)
-        model, created = await to_thread.run_sync(register, idempotency_key, limiter=REGISTRATIONS)
+        hand_in = partial(
+            logic.hand_in_archive, state.registry, caller, state.artifacts, archive.file, name, state.settings
+        )
+        handed_in = await to_thread.run_sync(hand_in, idempotency_key, limiter=UPLOADS)
+        model = await _described(state, handed_in.found)
+        created = handed_in.is_new and model.id == handed_in.found.id
+        if handed_in.once is not None:
+            await run_in_threadpool(logic.remember, state.registry, handed_in.once, model)
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/v1/models/{model.id}"
     return ModelOut.model_validate(model)
+
+
+async def _described(state: AppState, found: Model | ModelRegistration) -> Model:
+    """The model that a worker makes of a registration."""
+    if isinstance(found, Model):
+        return found
+    await run_in_threadpool(state.bus.announce_models)
+    return await logic.wait_for_model(state, found.id)
 
 
 @router.get("", operation_id="list_models", dependencies=[needs()], responses=error_responses(InvalidError))

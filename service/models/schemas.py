@@ -6,8 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.http.fields import ModelId, NextCursor, Time
 from service.shared.fields import PRINTABLE
-from timetuner_core.model_wrapper import GuidanceType, ModelType
-from timetuner_core.models.loading import BUILTINS
+from timetuner_core.catalog import BUILTINS, GuidanceType, ModelType
 
 
 class BuiltinModelRequest(BaseModel):
@@ -15,7 +14,7 @@ class BuiltinModelRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    builtin: Literal[BUILTINS] = Field(description="Which one.")  # type: ignore[valid-type]
+    builtin: Literal[BUILTINS] = Field(description="The name of the built-in model.")  # type: ignore[valid-type]
     name: str | None = Field(
         None, min_length=1, max_length=200, pattern=PRINTABLE, description="Default: the built-in's own name."
     )
@@ -25,13 +24,13 @@ class ModelSpec(BaseModel):
     """The properties of a model that requests depend on."""
 
     sample_shape: list[int] = Field(
-        examples=[[1, 8, 8]], description="Of what the network sees, such as [channels, height, width]."
+        examples=[[1, 8, 8]], description="The shape of the network's input, such as [channels, height, width]."
     )
     image_shape: list[int] = Field(
-        examples=[[1, 8, 8]], description="Of one sample as it is returned; a VAE decodes to another shape."
+        examples=[[1, 8, 8]], description="The shape of one sample as it is returned. A VAE decodes to another shape."
     )
-    model_type: ModelType = Field(description="What the network predicts.")
-    T: float = Field(examples=[1.0], description="Where sampling starts: times of schedules are in [0, T].")
+    model_type: ModelType = Field(description="The quantity that the network predicts.")
+    T: float = Field(examples=[1.0], description="The time at which sampling starts. Times of schedules are in [0, T].")
     num_train_timesteps: int | None = Field(
         examples=[1000], description="N, the most steps a sampler can take; null: no limit."
     )
@@ -42,9 +41,13 @@ class ModelSpec(BaseModel):
     )
     guidance_types: list[GuidanceType] = Field(examples=[["uncond", "classifier-free"]])
     num_parameters: int = Field(examples=[1_135_649])
-    has_uncond_condition: bool = Field(examples=[True], description="Whether it knows what stands for no condition.")
+    has_uncond_condition: bool = Field(
+        examples=[True], description="Whether the model has a condition that stands for none."
+    )
     has_conditions: bool = Field(examples=[True], description="Whether tuning can draw conditions for guidance.")
-    has_data: bool = Field(examples=[True], description="Whether data came with it; else tuning generates its own.")
+    has_data: bool = Field(
+        examples=[True], description="Whether data came with the model. Otherwise tuning generates data."
+    )
 
 
 class ModelOut(BaseModel):

@@ -12,10 +12,19 @@ from typing import Any
 from sqlalchemy import ColumnElement, Float, Select, bindparam, case, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from service.registry.tables import FINAL_STATES, Job, JobState, SampleJob, TuningJob, TuningJobEvent, TuningTask
+from service.registry.tables import (
+    FINAL_STATES,
+    Job,
+    JobState,
+    ModelRegistration,
+    SampleJob,
+    TuningJob,
+    TuningJobEvent,
+    TuningTask,
+)
 from service.registry.types import FromNow, utc_now
 
-JOB_CLASSES: tuple[type[Job], ...] = (TuningJob, TuningTask, SampleJob)
+JOB_CLASSES: tuple[type[Job], ...] = (TuningJob, TuningTask, SampleJob, ModelRegistration)
 PUBLISHED_CLASSES: tuple[type[Job], ...] = (TuningJob, TuningTask)  # Each of these jobs has its own message.
 
 
@@ -208,3 +217,8 @@ def mark_published(session: Session, job_class: type[Job], job_ids: list[str]) -
     named = job_class.id.in_(job_ids)
     session.execute(select(job_class.id).where(named).order_by(job_class.id).with_for_update())
     session.execute(update(job_class).where(named).values(published_at=FromNow()))
+
+
+def count_queued(session: Session, job_class: type[Job]) -> int:
+    """The number of jobs that wait for a worker."""
+    return session.scalar(select(func.count()).where(job_class.state == JobState.QUEUED)) or 0

@@ -319,6 +319,25 @@ class SampleJob(Job):
     artifact_row: Mapped[int] = mapped_column(default=0)
 
 
+class ModelRegistration(Job):
+    """A model that was handed in, until a worker has loaded and described it.
+
+    The model gets this row's id, unless its content is that of a registered model. `request` is empty, and
+    `published_at` stays null: a bell tells workers that there is something to do, not what.
+    """
+
+    __tablename__ = "model_registrations"
+    __table_args__ = (Index(None, "state"),)
+
+    id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("mdl"))
+    owner: Mapped[str | None]  # the API key that asked; null: none was needed
+    name: Mapped[str]
+    content_hash: Mapped[str] = mapped_column(index=True)
+    artifact: Mapped[str]  # the folder of its files
+    model_id: Mapped[str | None]  # the model it became, or that has the same content; not a foreign key: it may go
+    refused_field: Mapped[str | None]  # what `error` is about, if the model cannot be used; null of other errors
+
+
 class Webhook(Base):
     """An entry of the outbox of webhooks. It is made with its job and due when the job is over.
 

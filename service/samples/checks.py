@@ -8,8 +8,8 @@ from service.http.errors import InvalidError, TooLargeError
 from service.registry.tables import Model
 from service.shared.arrays import decode_array
 from service.shared.sample_request import SampleRequest
+from service.shared.sampler_facts import sampler_facts
 from service.shared.settings import Settings
-from timetuner_core.samplers import get_sampler
 
 
 def check_size(request: SampleRequest, model: Model, settings: Settings) -> None:
@@ -25,7 +25,7 @@ def check_size(request: SampleRequest, model: Model, settings: Settings) -> None
 def sampling_cost(request: SampleRequest, model: Model) -> int:
     """Values x steps x images x network calls."""
     pixels: int = max(math.prod(model.spec["sample_shape"]), math.prod(model.spec["image_shape"]))
-    calls = get_sampler(request.sampler).calls_per_step * (2 if request.guidance_type == "classifier-free" else 1)
+    calls = sampler_facts(request.sampler).calls_per_step * (2 if request.guidance_type == "classifier-free" else 1)
     return pixels * request.num_steps * request.num_images * calls
 
 

@@ -13,12 +13,12 @@ class SampleJobOut(BaseModel):
     model_config = ConfigDict(from_attributes=True)
 
     id: SampleJobId
-    owner: KeyId | None = Field(description="The API key that asked; null: none was needed.")
+    owner: KeyId | None = Field(description="The API key that asked, or null if none was needed.")
     model: ModelId = Field(validation_alias="model_id")
     state: JobState
     progress: float
     error: Fault
-    request_id: RequestId | None = Field(description="Of the HTTP request it came by: see X-Request-Id.")
+    request_id: RequestId | None = Field(description="The id of the HTTP request that made the job: see X-Request-Id.")
     schedule: ScheduleId | None = Field(validation_alias="schedule_id", description="The schedule used; null: untuned.")
     request: Annotated[SampleRequest, BeforeValidator(SampleRequest.stored)]
     created_at: Time
@@ -27,7 +27,7 @@ class SampleJobOut(BaseModel):
 
     @computed_field(  # type: ignore[prop-decorator]
         examples=["/v1/samples/smp_01JD3K5V8Q2M4N6P7R9S0T1V2W/content"],
-        description="Where the images are, once it succeeded.",
+        description="The path of the images, once the job has succeeded.",
     )
     @property
     def content(self) -> str | None:

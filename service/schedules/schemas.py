@@ -10,7 +10,7 @@ from service.http.fields import ModelId, PageQuery, ScheduleId, Time, TuningJobI
 from service.registry.tables import ScheduleStatus
 from service.shared.fields import Eta, ExactNumber, GuidanceScale, Identifier, NumSteps
 from service.shared.sampling_setting import GuidanceTime, SamplerName, SamplingSetting
-from timetuner_core.model_wrapper import GuidanceType
+from timetuner_core.catalog import GuidanceType
 
 MAX_DEPTH = 20
 EXAMPLE_GRID, EXAMPLE_RATIOS = [1.0, 0.55, 0.001], [0.98, 0.94]
@@ -61,15 +61,15 @@ class EvaluationOut(BaseModel):
     frechet_after: float | None
     metrics: dict[str, MetricOut] = Field(
         examples=[{"teacher_l2": {"before": 1.07, "after": 0.78, "change": -0.29, "low": -0.32, "high": -0.26}}],
-        description="By name: `teacher_l2`, `sliced_wasserstein` and, where they could be measured, `frechet`, "
+        description="Figures by name: `teacher_l2`, `sliced_wasserstein` and, where they could be measured, `frechet`, "
         "`frechet_features` (of a classifier that came with the model), `wasserstein` and `kl` (of mixtures, exact).",
     )
     reason: str | None = Field(
         examples=["closer to the teacher, and no metric is worse"],
         description="Why the schedule was accepted or rejected.",
     )
-    wall_time_seconds: float = Field(description="Of tuning, summed over workers; evaluation not counted.")
-    network_calls: int = Field(description="Samples put through the network while tuning, guidance counted.")
+    wall_time_seconds: float = Field(description="The time of tuning, summed over workers, without the evaluation.")
+    network_calls: int = Field(description="Samples put through the network while tuning. Guidance counts, too.")
 
 
 class ScheduleOut(BaseModel):

@@ -6,13 +6,14 @@ import math
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import fsspec
-import numpy as np
 from fsspec.implementations.local import LocalFileSystem
-from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class ArtifactStore:
@@ -43,14 +44,18 @@ class ArtifactStore:
         content: bytes = self.fs.cat_file(self._path(key))
         return content
 
-    def put_array(self, key: str, array: NDArray[Any]) -> None:
+    def put_array(self, key: str, array: "NDArray[Any]") -> None:
         """Keep an array as a `.npy` file."""
+        import numpy as np  # Not every process with artifacts has arrays.
+
         buffer = io.BytesIO()
         np.save(buffer, array, allow_pickle=False)
         self.put(key, buffer.getvalue())
 
-    def get_rows(self, key: str, first: int, count: int) -> NDArray[Any]:
+    def get_rows(self, key: str, first: int, count: int) -> "NDArray[Any]":
         """Some rows of an array that `put_array` kept; nothing else of the file is read."""
+        import numpy as np
+
         with self.fs.open(self._path(key), "rb") as file:
             np.lib.format.read_magic(file)
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)

@@ -38,16 +38,20 @@ class SampleRequest(SamplingSetting):
     seed: Seed = Field(0, description="Image k is drawn from seed + k, whatever the number of images.")
     condition: str | None = Field(
         None,
-        description="For models with tensor conditions: a base64 .npy file of float32 `(1 or num_images, L, D)`.",
+        description="Tensor conditions, if the model takes any: base64 .npy file of float32 `(1 or num_images, L, D)`.",
     )
     uncond_condition: str | None = Field(
-        None, description="Likewise `(1, L, D)`, what stands for no condition; default: what came with the model."
+        None,
+        description="The condition that stands for none, `(1, L, D)`. The default is the one that came with the model.",
     )
     class_labels: int | list[int] | None = Field(
-        None, description="One label for all images, or one for each; with guidance only."
+        None, description="One label for all images, or one for each. Only guided requests have labels."
     )
     deadline_seconds: FiniteFloat | None = Field(
-        None, gt=0, le=86_400, description="Not begun by then, the job is dropped: 504 for who waits for it."
+        None,
+        gt=0,
+        le=86_400,
+        description="A job that has not begun by then is dropped, and a request that waits for it gets 504.",
     )
     webhook_url: WebhookUrl | None = WEBHOOK_URL
-    previews: bool = Field(False, description="Have the event stream show what each step predicts.")
+    previews: bool = Field(False, description="The event stream shows what each step predicts.")

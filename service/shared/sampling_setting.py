@@ -6,20 +6,13 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, WithJsonSchema
 
 from service.shared.fields import Eta, ExactNumber, GuidanceScale, Identifier, NumSteps
-from timetuner_core.grids import GridName
-from timetuner_core.model_wrapper import GuidanceType
-from timetuner_core.samplers import get_sampler, sampler_names
+from service.shared.sampler_facts import sampler_facts
+from timetuner_core.catalog import GridName, GuidanceType, sampler_names
 
 
 def _known_sampler(name: str) -> str:
-    try:
-        get_sampler(name)
-    except (
-        ImportError,
-        AttributeError,
-        TypeError,
-    ) as error:  # An installed entry point cannot be imported, or is no Sampler.
-        raise ValueError(f"the sampler {name!r} cannot be loaded ({error})") from None
+    """Raises: ValueError, naming the sampler."""
+    sampler_facts(name)
     return name
 
 
@@ -42,11 +35,11 @@ class SamplingSetting(BaseModel):
     guidance_type: GuidanceType = "uncond"
     guidance_scale: GuidanceScale = Field(1, validate_default=True)
     guidance_rescale: Annotated[ExactNumber, Field(ge=0, le=1)] = Field(
-        0, validate_default=True, description="How far a classifier-free prediction's spread is brought back."
+        0, validate_default=True, description="How far the spread of a classifier-free prediction is reset, 0 to 1."
     )
     guidance_start: GuidanceTime = Field(0, validate_default=True, description="No guidance at times below.")
     guidance_end: GuidanceTime = Field(1000, validate_default=True, description="No guidance at times above.")
-    eta: Eta = Field(0, validate_default=True, description="Noise of each step; for the sampler ddim only.")
+    eta: Eta = Field(0, validate_default=True, description="The noise of each step, for the sampler ddim only.")
 
     @classmethod
     def stored(cls, row: Mapping[str, Any] | Self) -> Self:

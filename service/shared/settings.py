@@ -40,6 +40,8 @@ class Settings(BaseSettings):
     otel_exporter_otlp_endpoint: str = ""  # Traces go there by OTLP over HTTP. Without it there are none.
     log_level: Literal["debug", "info", "warning", "error"] = "warning"  # `info` has each request and end of a job.
 
+    on_demand_queues: list[str] = []  # `timetuner up` starts the workers of these queues with their first job.
+
     lease_seconds: float = Field(15.0, gt=0)  # A worker loses a job whose lease it does not renew for this long.
     max_attempts: int = Field(5, ge=1)
     dispatch_interval_seconds: float = Field(0.5, gt=0)

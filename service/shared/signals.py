@@ -19,6 +19,7 @@ from kombu.exceptions import OperationalError
 from service.registry.samples import Ended
 
 WORK_CHANNEL = "timetuner:bell"
+MODEL_CHANNEL = "timetuner:model-bell"
 EVENTS_CHANNEL = "timetuner:samples"
 WORKER_REQUESTED_KEY = "timetuner:bell-sent"
 WORKER_REQUESTED_MILLISECONDS = 1000
@@ -88,6 +89,13 @@ class Bus:
         except (redis.RedisError, OperationalError, OSError):
             logger.warning("the broker cannot be reached; the dispatcher will ring")
 
+    def announce_models(self) -> None:
+        """Tell all workers that there is a model to describe. The first to claim it has it."""
+        try:
+            self._redis.publish(MODEL_CHANNEL, b"")
+        except redis.RedisError:
+            logger.warning("the broker cannot be reached; the dispatcher will tell the workers")
+
     def is_worker_requested(self) -> bool:
         """Whether a request for a worker is in the queue."""
         try:
@@ -116,12 +124,12 @@ class Bus:
             self.publish({"ended": rows})
 
     @contextmanager
-    def subscribe_to_work(self) -> Iterator[WorkSubscription]:
+    def subscribe_to_work(self, channel: str = WORK_CHANNEL) -> Iterator[WorkSubscription]:
         """A subscription that begins now and ends with the context."""
         pubsub = self._redis.pubsub()  # type: ignore[no-untyped-call]
         try:
             try:
-                pubsub.subscribe(WORK_CHANNEL)
+                pubsub.subscribe(channel)
                 pubsub.get_message(timeout=2.0)  # This reads the broker's confirmation of the subscription.
             except redis.RedisError:
                 logger.warning("the broker cannot be reached; looking into the registry instead")

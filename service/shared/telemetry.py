@@ -7,9 +7,14 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from service.registry.tables import Job, SampleJob, TuningJob, TuningTask
+from service.registry.tables import Job, ModelRegistration, SampleJob, TuningJob, TuningTask
 
-KINDS: dict[type[Job], str] = {SampleJob: "sampling", TuningJob: "tuning", TuningTask: "tuning_step"}
+KINDS: dict[type[Job], str] = {
+    SampleJob: "sampling",
+    TuningJob: "tuning",
+    TuningTask: "tuning_step",
+    ModelRegistration: "model",
+}
 TRACER = trace.get_tracer("timetuner")
 
 _PROPAGATOR = TraceContextTextMapPropagator()

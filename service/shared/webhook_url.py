@@ -24,5 +24,5 @@ def _web(url: str) -> str:
 WebhookUrl = Annotated[str, AfterValidator(_web)]
 
 WEBHOOK_URL = Field(
-    None, description="Where to POST the job's end, signed as Standard Webhooks has it: see docs/webhooks.md."
+    None, description="The URL that gets a POST when the job ends, signed by Standard Webhooks: see docs/webhooks.md."
 )

@@ -100,7 +100,7 @@ async def list_tuning_job_events(
     state: State,
     accept: Annotated[str, Header(include_in_schema=False)] = JSON_TYPE,
     after: Annotated[int, Query(ge=0, le=MAX_EVENT_ID, description="Only events with a greater id.")] = 0,
-    last_event_id: Annotated[str | None, Header(description="As `after`; what SSE clients send.")] = None,
+    last_event_id: Annotated[str | None, Header(description="The same as `after`. SSE clients send it.")] = None,
 ) -> Response:
     """A job's events so far as JSON; or, with `Accept: text/event-stream`, also those to come until it ends."""
     if last_event_id is not None and last_event_id.isdecimal():

@@ -23,9 +23,9 @@ from service.request_checks import (
     check_webhook,
     get_requested_model,
 )
+from service.shared.sampler_facts import sampler_facts
 from service.shared.settings import Settings
 from service.shared.tuning_request import TuningJobRequest
-from timetuner_core.samplers import get_sampler
 from timetuner_core.tuners import TUNERS, OptionError, TunedSetting
 
 
@@ -137,17 +137,17 @@ def _check_noise(request: TuningJobRequest) -> None:
     if not request.tuner.matches_results:
         return
     *names, last = (repr(name) for name, tuner in TUNERS.items() if not tuner.matches_results)
-    sampler, accepted = get_sampler(request.sampler), f"{', '.join(names)} or {last}"
+    sampler, accepted = sampler_facts(request.sampler), f"{', '.join(names)} or {last}"
     if sampler.stochastic:
-        message = f"sampler is {sampler.name!r}, which adds noise; accepted: tuner.objective {accepted}"
-        raise InvalidError(message, ("body", "sampler"), sampler.name)
+        message = f"sampler is {request.sampler!r}, which adds noise; accepted: tuner.objective {accepted}"
+        raise InvalidError(message, ("body", "sampler"), request.sampler)
     if request.eta != 0:
         message = f"eta is {request.eta}; accepted: 0, or tuner.objective {accepted}"
         raise InvalidError(message, ("body", "eta"), float(request.eta))
 
 
 def _setting(request: TuningJobRequest, spec: dict[str, Any]) -> TunedSetting:
-    sampler = get_sampler(request.sampler)
+    sampler = sampler_facts(request.sampler)
     timesteps_given = request.timesteps != "default"
     return TunedSetting(
         request.num_steps, sampler.calls_per_step, sampler.history_length, spec["has_data"], timesteps_given

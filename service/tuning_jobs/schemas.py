@@ -26,13 +26,13 @@ class TuningJobOut(BaseModel):
     model_config = ConfigDict(from_attributes=True)
 
     id: TuningJobId
-    owner: KeyId | None = Field(description="The API key that asked; null: none was needed.")
+    owner: KeyId | None = Field(description="The API key that asked, or null if none was needed.")
     model: ModelId = Field(validation_alias="model_id")
     state: JobState
     progress: float = Field(description="0 to 1.")
-    attempt: int = Field(description="How many workers have started it.")
+    attempt: int = Field(description="The number of times that a worker has started the job.")
     error: Fault
-    request_id: RequestId | None = Field(description="Of the HTTP request it came by: see X-Request-Id.")
+    request_id: RequestId | None = Field(description="The id of the HTTP request that made the job: see X-Request-Id.")
     cancel_requested: bool
     request: dict[str, Any] = Field(examples=[EXAMPLE])
     schedule: ScheduleId | None = Field(validation_alias="schedule_id", description="The schedule it made.")

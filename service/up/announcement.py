@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
-
-import httpx
+from urllib.request import ProxyHandler, build_opener
 
 FILE = "url"
 ANSWER_SECONDS = 5.0
@@ -27,6 +27,15 @@ def running_url(home: Path) -> str | None:
     """The URL of the home's service, if it answers."""
     try:
         url = (home / FILE).read_text()
-        return url if httpx.get(f"{url}/healthz", timeout=ANSWER_SECONDS, trust_env=False).is_success else None
-    except (OSError, ValueError, httpx.HTTPError, httpx.InvalidURL):  # No service runs, or it was killed.
+    except (OSError, ValueError):  # No service has told its URL.
         return None
+    return url if answers(f"{url}/healthz") else None
+
+
+def answers(url: str) -> bool:
+    """Whether a GET of this URL succeeds. No proxy is asked. The standard library is imported faster than httpx."""
+    try:
+        with build_opener(ProxyHandler({})).open(url, timeout=ANSWER_SECONDS):
+            return True
+    except (OSError, ValueError, HTTPException):  # Nobody answers, or the status is 400 or more.
+        return False

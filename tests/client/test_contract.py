@@ -13,7 +13,7 @@ from pydantic import BaseModel, create_model
 from service.app import create_app
 from service.client import asynchronous, calls, requests, results, synchronous
 from service.client.calls import Call
-from service.client.errors import Problem
+from service.client.problems import Problem
 from tests.stack import Json
 from timetuner_core.samplers import sampler_names
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tests.core.conftest import DEVICES, crossed
+from timetuner_core.catalog import GuidanceType
 from timetuner_core.grids import make_timesteps
-from timetuner_core.model_wrapper import GuidanceType
 from timetuner_core.models.loading import BUILTIN_FOLDERS, BUILTINS, DiffusionModel, load_builtin
 from timetuner_core.sampling.generate import Guidance, generate
 from timetuner_core.sampling.same_bits import steady_sizes

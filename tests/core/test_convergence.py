@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.core.conftest import Network, crossed, linear_betas, normals, small_mixture
 from timetuner_core import NoiseScheduleVP, model_wrapper
-from timetuner_core.model_wrapper import GuidedModel
+from timetuner_core.guided_model import GuidedModel
 from timetuner_core.models.mixtures import GaussianMixture
 from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleEDM, NoiseScheduleFlow
 from timetuner_core.samplers import SAMPLERS, Past, Sampler, SamplerStep, remember, sample

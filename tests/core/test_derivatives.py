@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.core.conftest import crossed, normals, small_mixture, tiny_unet
 from timetuner_core import NoiseScheduleVP, model_wrapper
-from timetuner_core.model_wrapper import GuidedModel
+from timetuner_core.guided_model import GuidedModel
 from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleEDM, NoiseScheduleFlow
 from timetuner_core.samplers import SAMPLERS, Past, Sampler, remember
 

@@ -1,11 +1,19 @@
 """A tuned schedule as a diffusers scheduler: the same samples, also after a round trip through disk."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
 from torch import Tensor
 
 from tests.core.conftest import tiny_unet
@@ -106,6 +114,145 @@ def test_noise_for_a_timestep_that_is_no_step_is_refused() -> None:
     x0 = torch.zeros(1, 1, 2, 2)
     with pytest.raises(ValueError, match="accepted: "):
         scheduler.add_noise(x0, x0, scheduler.timesteps[[0]])
+    with pytest.raises(ValueError, match=r"timesteps is empty; a `strength` of 0.2 or more"):
+        scheduler.add_noise(x0, x0, scheduler.timesteps[5:])
+
+
+def test_a_pipeline_that_starts_in_the_middle_need_not_say_so() -> None:
+    x, output = noise(2), 0.1 * noise(2)
+    scheduler = TimeTunerScheduler.from_schedule(DDPMScheduler(), SCHEDULE)
+    found = scheduler.step(output, scheduler.timesteps[2], x).prev_sample
+    scheduler.set_timesteps(5)
+    scheduler.set_begin_index(2)
+    told = scheduler.step(output, scheduler.timesteps[2], x).prev_sample
+    assert torch.equal(found, told)
+
+
+def test_steps_go_in_order_and_end() -> None:
+    x = noise(1)
+    scheduler = TimeTunerScheduler.from_schedule(DDPMScheduler(), SCHEDULE)
+    scheduler.step(x, scheduler.timesteps[0], x)
+    with pytest.raises(ValueError, match=r"timestep is 979\.02; accepted: 792\.8, that of step 1"):
+        scheduler.step(x, 979.02, x)
+    for t in scheduler.timesteps[1:]:
+        scheduler.step(x, t.bfloat16(), x)  # rounded, as a pipeline in half precision passes it
+    with pytest.raises(ValueError, match="all 5 steps are done"):
+        scheduler.step(x, scheduler.timesteps[4], x)
+    with pytest.raises(ValueError, match="timestep is 500; accepted: "):
+        TimeTunerScheduler.from_schedule(DDPMScheduler(), SCHEDULE).step(x, 500, x)
+
+
+@pytest.mark.parametrize("begin_index", [-1, 5])
+def test_a_start_that_leaves_no_step_is_refused(begin_index: int) -> None:
+    scheduler = TimeTunerScheduler.from_schedule(DDPMScheduler(), SCHEDULE)
+    with pytest.raises(ValueError, match=r"accepted: 0 to 4; an image-to-image `strength` of 0.2 or more"):
+        scheduler.set_begin_index(begin_index)
+
+
+def test_an_eta_that_would_be_ignored_is_refused() -> None:
+    scheduler = TimeTunerScheduler.from_schedule(DDPMScheduler(), {**SCHEDULE, "eta": 0.3})
+    x, t = noise(1), scheduler.timesteps[0]
+    for eta in (0.5, 1.0):
+        with pytest.raises(ValueError, match=rf"eta is {eta}; accepted: 0\.3"):
+            scheduler.step(x, t, x, generator=torch.Generator(), eta=eta)
+    with pytest.raises(ValueError, match="use_clipped_model_output is True; accepted: False"):
+        scheduler.step(x, t, x, generator=torch.Generator(), use_clipped_model_output=True)
+    results = []
+    for eta in (None, 0.0, 0.3):
+        scheduler.set_timesteps(5)
+        results.append(scheduler.step(x, t, x, generator=torch.Generator().manual_seed(0), eta=eta).prev_sample)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_noise_that_no_seed_reproduces_is_refused() -> None:
+    scheduler = TimeTunerScheduler.from_schedule(DDPMScheduler(), {**SCHEDULE, "sampler": "ddpm"})
+    x, t = noise(1), scheduler.timesteps[0]
+    with pytest.raises(ValueError, match="'ddpm' adds noise, and step was given no generator"):
+        scheduler.step(x, t, x)
+    torch.manual_seed(0)
+    by_global = scheduler.step(x, t, x, generator=None).prev_sample
+    scheduler.set_timesteps(5)
+    by_own = scheduler.step(x, t, x, generator=torch.Generator().manual_seed(0)).prev_sample
+    assert torch.equal(by_global, by_own)
+
+
+def test_a_predicted_variance_is_left_out() -> None:
+    base = DDPMScheduler(variance_type="learned_range")
+    scheduler = TimeTunerScheduler.from_schedule(base, SCHEDULE)
+    assert scheduler.config.variance_type == "learned_range"  # pipelines pass the variance on if it says so
+    x, output = noise(1), 0.1 * noise(1)
+    with_variance = scheduler.step(torch.cat([output, x], dim=1), scheduler.timesteps[0], x).prev_sample
+    scheduler.set_timesteps(5)
+    assert torch.equal(scheduler.step(output, scheduler.timesteps[0], x).prev_sample, with_variance)
+
+
+def test_a_grid_below_the_largest_noise_starts_from_less_noise() -> None:
+    """Data of standard deviation 0.5, whose exact EDM network is 0 everywhere, from sigma 5 instead of 80."""
+    timesteps = torch.linspace(5**0.25, 0, 41).double() ** 4
+    schedule = {"timesteps": timesteps.tolist(), "sampler": "dpmpp_2m"}
+    scheduler = TimeTunerScheduler.from_schedule(EDMEulerScheduler(), schedule)
+    assert scheduler.init_noise_sigma == pytest.approx(5.0)
+    x = scheduler.init_noise_sigma * noise(400)
+    for t in scheduler.timesteps:
+        x = scheduler.step(torch.zeros_like(x), t, x).prev_sample
+    assert float(x.std()) == pytest.approx(0.5, rel=0.02)
+
+
+def test_a_flow_models_grid_that_starts_below_the_noise_of_its_pipelines_is_refused() -> None:
+    base = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match=r"starts at noise level 0\.8; accepted: 0\.99 to 1"):
+        TimeTunerScheduler.from_schedule(base, {"timesteps": [0.8, 0.4, 0.0]})
+    # shift 5 brings a start at t = 0.97 to noise level 0.994
+    TimeTunerScheduler.from_schedule(FlowMatchEulerDiscreteScheduler(shift=5.0), {"timesteps": [0.97, 0.4, 0.0]})
+
+
+def test_steps_that_a_user_places_are_refused() -> None:
+    scheduler = TimeTunerScheduler.from_schedule(DDPMScheduler(), SCHEDULE)
+    own = scheduler.timesteps.tolist()
+    for field, value in (("timesteps", [999, 799, 599, 399, 199]), ("sigmas", [10.0, 5.0, 2.0, 1.0, 0.5])):
+        with pytest.raises(ValueError, match=f"{field} is .*; accepted: none, or the schedule's own"):
+            scheduler.set_timesteps(**{field: value})
+        with pytest.raises(ValueError, match=f"{field} is 2; accepted: 5"):
+            scheduler.set_timesteps(**{field: value[:2]})
+    scheduler.set_timesteps(timesteps=[round(t) for t in own])
+    scheduler.set_timesteps(sigmas=scheduler.sigmas[:-1].tolist())
+    assert scheduler.timesteps.tolist() == own
+
+
+def test_flow_pipelines_place_no_steps() -> None:
+    """Their `sigmas` and `mu` are those of an untuned schedule."""
+    base = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler = TimeTunerScheduler.from_schedule(base, {**SCHEDULE, "t_ratios": [1.0] * 5})
+    scheduler.set_timesteps(sigmas=[1.0, 0.8, 0.6, 0.4, 0.2], mu=0.7)
+    torch.testing.assert_close(scheduler.timesteps, 1000 * torch.tensor(GRID[:-1]))
+    torch.testing.assert_close(scheduler.sigmas, torch.tensor(GRID))
+
+
+def test_a_pipeline_that_names_times_and_noise_levels_tells_the_time_before_the_shift() -> None:
+    """CogView4 tells its network 999 * s where the noise level is s shifted by mu."""
+    native = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="linear")
+    steps = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2])
+    native.set_timesteps(sigmas=steps.tolist(), timesteps=(1000 * steps).tolist(), mu=0.6)
+    scheduler = TimeTunerScheduler.from_schedule(native, {"timesteps": native.sigmas.tolist()})
+    scheduler.set_timesteps(sigmas=steps.tolist(), timesteps=(1000 * steps).tolist(), mu=0.6)
+    torch.testing.assert_close(scheduler.timesteps, native.timesteps)
+    torch.testing.assert_close(scheduler.sigmas, native.sigmas)
+
+
+def test_a_loader_beside_the_configuration_stands_for_the_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    pipeline = DDPMPipeline(tiny_unet(), DDPMScheduler())
+    pipeline.scheduler = TimeTunerScheduler.from_schedule(pipeline.scheduler, SCHEDULE)
+    pipeline.save_pretrained(tmp_path)
+    pipeline.scheduler.save_pretrained(tmp_path / "scheduler", with_loader=True)
+    monkeypatch.delitem(sys.modules, "timetuner_core.integrations.diffusers")  # as where it was not imported
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    assert loaded.scheduler.config == TimeTunerScheduler.from_pretrained(tmp_path, subfolder="scheduler").config
 
 
 @pytest.mark.parametrize(

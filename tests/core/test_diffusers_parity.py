@@ -15,7 +15,7 @@ from tests.core.test_convergence import measured_order
 from timetuner_core import model_wrapper
 from timetuner_core.coefficients import NoiseLevel
 from timetuner_core.grids import make_timesteps
-from timetuner_core.model_wrapper import expand_like
+from timetuner_core.guided_model import expand_like
 from timetuner_core.models.loading import BUNDLED, load_builtin
 from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleEDM, NoiseScheduleFlow
 from timetuner_core.samplers import SAMPLERS, Sampler, Step, sample

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tests.core.conftest import linear_betas
 from timetuner_core import NoiseScheduleVP
-from timetuner_core.grids import GridName, make_timesteps
+from timetuner_core.catalog import GridName
+from timetuner_core.grids import check_t_ratios, make_timesteps
 from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleEDM, NoiseScheduleFlow
 
 SCHEDULES: dict[str, NoiseSchedule] = {
@@ -56,6 +57,56 @@ def test_a_grid_spaces_evenly_what_it_is_named_after(schedule: NoiseSchedule, gr
 def test_a_network_of_one_training_step_goes_to_clean_data(grid: Any) -> None:
     schedule = NoiseScheduleVP("discrete", betas=linear_betas(1))
     assert make_timesteps(schedule, 1, grid).tolist() == [1.0, 0.0]
+
+
+@every_schedule
+def test_ratios_keep_the_network_within_the_times_it_knows(schedule: NoiseSchedule) -> None:
+    grid = make_timesteps(schedule, 5)
+    t = grid[:-1]
+    lowest, highest = schedule.t_min / t, schedule.T / t
+    for ratios in (lowest, highest, torch.ones(5)):
+        told = schedule.model_input_time(t * check_t_ratios(schedule, grid, ratios))
+        ends = schedule.model_input_time(torch.tensor([schedule.t_min, schedule.T], dtype=torch.float64))
+        assert bool(((told >= ends[0] - 1e-9) & (told <= ends[1] + 1e-9)).all())
+    for beyond in (0.99 * lowest, 1e-6 * torch.ones(5), 1.01 * highest):
+        with pytest.raises(ValueError, match="t \\* t_ratio must"):
+            check_t_ratios(schedule, grid, beyond)
+
+
+def test_a_time_below_the_networks_first_is_told_as_it_is() -> None:
+    schedule = NoiseScheduleVP("linear")
+    assert check_t_ratios(schedule, torch.tensor([1.0, 1e-4, 0.0]), [1.0, 1.0]).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@every_schedule
+def test_ratios_of_low_precision_stay_within_the_bounds_that_they_were_rounded_over(
+    schedule: NoiseSchedule, dtype: torch.dtype
+) -> None:
+    grid = make_timesteps(schedule, 7)
+    t = grid[:-1]
+    for bound in (schedule.t_min, schedule.T):
+        exact = (bound / t).clamp(min=torch.finfo(dtype).tiny)  # numbers below have fewer digits
+        used = check_t_ratios(schedule, grid, exact.to(dtype))
+        assert used.dtype == torch.float64
+        assert bool((t * used <= schedule.T * (1 + 1e-15)).all())
+        assert bool((t * used >= schedule.t_min * (1 - 1e-15)).all())
+        torch.testing.assert_close(used, exact, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+@every_grid
+@pytest.mark.parametrize(("N", "num_steps"), [(1000, 999), (1000, 1000), (400, 400), (400, 5)])
+def test_grids_of_as_many_steps_as_the_network_was_trained_on_call_it_at_its_own_times(
+    N: int, num_steps: int, grid: Any
+) -> None:
+    schedule = NoiseScheduleVP("discrete", betas=linear_betas(N))
+    timesteps = make_timesteps(schedule, num_steps, grid)
+    told = schedule.model_input_time(timesteps)
+    assert (len(timesteps), told[0].item()) == (num_steps + 1, pytest.approx(N - 1))
+    assert told[-1].item() == pytest.approx(0, abs=1e-9)
+    assert bool((timesteps.diff() < 0).all())
+    with pytest.raises(ValueError, match=f"accepted: 1 to {N}"):
+        make_timesteps(schedule, N + 1, grid)
 
 
 @pytest.mark.parametrize(

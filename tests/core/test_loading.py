@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from tests.core.conftest import normals, save_model, tiny_unet
+from timetuner_core.models.folder_files import files_of, model_files
 from timetuner_core.models.loading import BUILTINS, ModelFormatError, load_builtin, load_folder
 
 CONFIG, WEIGHTS = "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
@@ -111,7 +112,7 @@ def test_bytes_become_the_networks_range_and_keep_their_labels(folder: Path) -> 
 
 
 def test_floats_are_taken_as_they_are(folder: Path) -> None:
-    images = normals(4, 1, 4, 4).float()
+    images = normals(4, 1, 4, 4).float().clamp(-1, 1)
     save_file({"images": images, "labels": LABELS}, folder / DATA)
     reference = load_folder(folder).reference
     assert reference is not None
@@ -130,6 +131,36 @@ def test_data_and_metadata_are_optional(tmp_path: Path, classes: int | None) -> 
     assert (model.num_classes, model.null_class_label) == (classes or 0, None)
     assert (model.draw_data, model.reference) == (None, None)
     assert set(model.guidance_types) == ({"uncond"} if classes is None else {"classifier-free"})
+
+
+WAYS_TO_SAVE: dict[str, dict[str, Any]] = {
+    "a variant": {"variant": "fp16"},
+    "shards": {"max_shard_size": "5KB"},
+    "shards of a variant": {"variant": "fp16", "max_shard_size": "5KB"},
+}
+
+
+@pytest.mark.parametrize("options", WAYS_TO_SAVE.values(), ids=WAYS_TO_SAVE)
+def test_weights_are_read_however_diffusers_names_their_files(folder: Path, options: dict[str, Any]) -> None:
+    unet = tiny_unet(num_class_embeds=3)
+    (folder / WEIGHTS).unlink()
+    unet.save_pretrained(folder / "unet", **options)
+    saved = {path.name for path in (folder / "unet").iterdir()}
+    assert "diffusion_pytorch_model.safetensors" not in saved
+    assert (len(saved) > 4) == ("max_shard_size" in options)
+    x, t_input = normals(4, 1, 4, 4).float(), torch.arange(4.0)
+    expected = unet(x, t_input, class_labels=LABELS).sample
+    torch.testing.assert_close(load_folder(folder).network(x, t_input, LABELS), expected, atol=1e-6, rtol=0)
+    assert {name for name in model_files(files_of(folder)) if name.startswith("unet/")} == {f"unet/{x}" for x in saved}
+
+
+def test_the_plain_weights_come_before_a_variant(folder: Path) -> None:
+    other = tiny_unet(num_class_embeds=3)
+    other.conv_in.weight.zero_()
+    other.save_pretrained(folder / "unet", variant="ema")
+    x, t_input = normals(4, 1, 4, 4).float(), torch.arange(4.0)
+    expected = tiny_unet(num_class_embeds=3)(x, t_input, class_labels=LABELS).sample
+    torch.testing.assert_close(load_folder(folder).network(x, t_input, LABELS), expected, atol=1e-6, rtol=0)
 
 
 # What is refused
@@ -174,9 +205,49 @@ def poison(value: float) -> Callable[[dict[str, Tensor]], None]:
     return lambda tensors: tensors["conv_in.weight"].view(-1)[3:4].fill_(value) and None
 
 
+def save_in_shards(folder: Path) -> list[Path]:
+    (folder / WEIGHTS).unlink()
+    tiny_unet(num_class_embeds=3).save_pretrained(folder / "unet", max_shard_size="5KB")
+    return sorted((folder / "unet").glob("*-of-*.safetensors"))
+
+
+def lose_a_shard(folder: Path) -> None:
+    save_in_shards(folder)[0].unlink()
+
+
+def name_a_shard_elsewhere(folder: Path) -> None:
+    save_in_shards(folder)
+    edit_json(INDEX, weight_map={"conv_in.weight": "../../evil.safetensors"})(folder)
+
+
+def put_a_tensor_in_two_shards(folder: Path) -> None:
+    first, second, *_ = save_in_shards(folder)
+    save_file({**load_file(second), **load_file(first)}, second)
+
+
+def two_variants_only(folder: Path) -> None:
+    for variant in ("fp16", "ema"):
+        tiny_unet(num_class_embeds=3).save_pretrained(folder / "unet", variant=variant)
+    (folder / WEIGHTS).unlink()
+
+
+INDEX = "unet/diffusion_pytorch_model.safetensors.index.json"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 NOT_WHOLE = "not a whole safetensors file"
 
 MALFORMED: dict[str, tuple[Callable[[Path], Any], str, str]] = {
+    "a shard too few": (lose_a_shard, INDEX, "is missing; accepted: a folder with all of them"),
+    "a shard elsewhere": (name_a_shard_elsewhere, INDEX, "evil.safetensors' is missing"),
+    "a tensor in two shards": (
+        put_a_tensor_in_two_shards,
+        "unet/diffusion_pytorch_model-00002-of-00011.safetensors",
+        "is in another shard too",
+    ),
+    "two variants": (two_variants_only, WEIGHTS, "the weights are there as ema, fp16; accepted: one variant"),
+    "weights left in Git LFS": (write(WEIGHTS, POINTER), WEIGHTS, "a Git LFS pointer"),
+    "data left in Git LFS": (write(DATA, POINTER), DATA, "a Git LFS pointer"),
+    "a config left in Git LFS": (write(CONFIG, POINTER), CONFIG, "a Git LFS pointer"),
+    "a scheduler left in Git LFS": (write(SCHEDULER, POINTER), SCHEDULER, "a Git LFS pointer"),
     "no config": (remove(CONFIG), CONFIG, "the file is missing"),
     "no weights": (remove(WEIGHTS), WEIGHTS, "accepted as safetensors only"),
     "no scheduler": (remove(SCHEDULER), SCHEDULER, "the file is missing"),
@@ -244,6 +315,16 @@ MALFORMED: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         edit_tensors(DATA, lambda tensors: tensors.update(images=IMAGES * torch.nan)),
         DATA,
         "accepted: uint8, or finite float32",
+    ),
+    "images of 0 to 255 as floats": (
+        edit_tensors(DATA, lambda tensors: tensors.update(images=IMAGES.float())),
+        DATA,
+        "values from 0 to 63; accepted: float32 in -1..1, or uint8",
+    ),
+    "an image below the range": (
+        edit_tensors(DATA, lambda tensors: tensors.update(images=IMAGES / 255 - 1.01)),
+        DATA,
+        "values from -1.01 to",
     ),
     "no labels": (
         edit_tensors(DATA, lambda tensors: tensors.pop("labels")),

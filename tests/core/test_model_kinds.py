@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.core.conftest import normals, save_model, tiny_unet
+from timetuner_core.catalog import GuidanceType
 from timetuner_core.grids import make_timesteps, uniform_timesteps
-from timetuner_core.model_wrapper import GuidanceType
 from timetuner_core.models.loading import DiffusionModel, ModelFormatError, load_builtin, load_folder
 from timetuner_core.noise_schedule import NoiseScheduleEDM, NoiseScheduleFlow
 from timetuner_core.sampling.generate import Guidance, generate
@@ -295,6 +295,24 @@ def test_latents_are_scaled_as_diffusers_pipelines_do(statistics: dict[str, Any]
     torch.testing.assert_close(model.decode(latents), module.decode(mean).sample, rtol=1e-4, atol=1e-5)
 
 
+def test_a_model_of_400_training_steps_and_images_that_are_no_squares_is_that_of_diffusers(tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler
+
+    module = tiny_unet(sample_size=(4, 6))
+    module.save_pretrained(tmp_path / "unet")
+    scheduler = DDIMScheduler(400, clip_sample=False, timestep_spacing="trailing")
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    model = load_folder(tmp_path)
+    assert (model.sample_shape, model.noise_schedule.max_num_steps) == ((1, 4, 6), 400)
+    scheduler.set_timesteps(5)
+    timesteps = model.noise_schedule.time_of_model_input(scheduler.timesteps.double())
+    samples = generate(model, Guidance("uncond", 1.0), [3, 4], None, torch.cat([timesteps, torch.zeros(1)]))
+    x = torch.stack([torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])
+    for t in scheduler.timesteps:
+        x = scheduler.step(module(x, t).sample, t, x).prev_sample
+    torch.testing.assert_close(samples, x, rtol=1e-4, atol=1e-4)
+
+
 def test_a_latent_model_is_tuned_in_latents_and_sampled_in_pixels(tmp_path: Path) -> None:
     vae().save_pretrained(tmp_path / "vae")
     save_model(tmp_path, tiny_unet())
@@ -420,7 +438,7 @@ BAD_CONFIGS: list[tuple[str, str, dict[str, Any], str]] = [
     ("unet", "unet/config.json", {"sample_size": 10**9}, "sample_size"),
     ("unet", "unet/config.json", {"sample_size": "4"}, "sample_size"),
     ("condition-unet", "unet/config.json", {"sample_size": None}, "sample_size"),
-    ("condition-unet", "unet/config.json", {"out_channels": 2}, "out_channels"),
+    ("condition-unet", "unet/config.json", {"out_channels": 3}, "out_channels"),
     ("condition-unet", "unet/config.json", {"num_class_embeds": 4}, "num_class_embeds"),
     ("condition-unet", "unet/config.json", {"addition_embed_type": "text", "cross_attention_dim": 64}, "addition"),
     ("condition-unet", "unet/config.json", {"cross_attention_dim": [6]}, "cross_attention_dim"),
@@ -624,6 +642,70 @@ def test_epsilon_without_any_signal_at_the_last_step_is_refused(class_name: str,
     change_config(folder / "scheduler/scheduler_config.json", prediction_type="sample")
     model = load_folder(folder)
     assert (model.model_type, model.noise_schedule.starts_without_signal) == ("x_start", True)
+
+
+def vq_model() -> Any:
+    from diffusers import VQModel
+
+    torch.manual_seed(0)
+    config: dict[str, Any] = {
+        "latent_channels": 1,
+        "block_out_channels": (4, 4),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "norm_num_groups": 2,
+        "num_vq_embeddings": 16,
+        "scaling_factor": 0.5,
+    }
+    return VQModel(**config).eval().requires_grad_(False)
+
+
+def test_an_ldm_pipeline_is_decoded_by_its_vqvae_as_diffusers_does(tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler, LDMPipeline
+
+    unet, vqvae = tiny_unet(), vq_model()
+    LDMPipeline(vqvae=vqvae, unet=unet, scheduler=DDIMScheduler(clip_sample=False)).save_pretrained(tmp_path)
+    model = load_folder(tmp_path)
+    assert (model.sample_shape, model.image_shape) == ((1, 4, 4), (3, 8, 8))
+    latents = normals(2, 1, 4, 4).float()
+    torch.testing.assert_close(model.decode(latents), vqvae.decode(latents / 0.5).sample)
+
+
+@pytest.mark.parametrize("name", ["controlnet", "adapter", "image_encoder", "motion_adapter", "prior", "brushnet"])
+def test_a_pipeline_with_another_component_that_changes_the_images_is_refused_by_its_name(
+    name: str, tmp_path: Path
+) -> None:
+    save_kind(tmp_path, "condition-unet")
+    index = {"_class_name": "StableDiffusionControlNetPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, name: ["diffusers", "ControlNetModel"]}))
+    assert_refused(tmp_path, "model_index.json", f"{name!r} is 'diffusers.ControlNetModel'")
+
+
+def test_components_that_make_conditions_or_look_at_images_are_not_needed(tmp_path: Path) -> None:
+    save_kind(tmp_path, "condition-unet")
+    ignored = ["text_encoder", "text_encoder_2", "tokenizer", "safety_checker", "feature_extractor"]
+    index: dict[str, Any] = {name: ["transformers", "Some"] for name in ignored}
+    index |= {"image_encoder": [None, None], "requires_safety_checker": True, "_class_name": "StableDiffusionPipeline"}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert load_folder(tmp_path).condition_shape == (CONDITION_LENGTH, CONDITION_DIM)
+
+
+def test_a_pipeline_whose_decoder_is_not_there_is_refused(tmp_path: Path) -> None:
+    save_kind(tmp_path, "unet")
+    (tmp_path / "model_index.json").write_text(json.dumps({"vae": ["diffusers", "AutoencoderKL"]}))
+    assert_refused(tmp_path, "model_index.json", "no folder vae/")
+
+
+@pytest.mark.parametrize("twice", ["vae", "transformer"])
+def test_two_of_what_there_should_be_one_of_are_refused(twice: str, tmp_path: Path) -> None:
+    save_kind(tmp_path, "unet")
+    if twice == "transformer":
+        dit().save_pretrained(tmp_path / "transformer")
+        assert_refused(tmp_path, "transformer/config.json", "one network")
+    else:
+        vae().save_pretrained(tmp_path / "vae")
+        vq_model().save_pretrained(tmp_path / "vqvae")
+        assert_refused(tmp_path, "vqvae/config.json", "one autoencoder")
 
 
 def assert_refused(folder: Path, file: str, word: str) -> None:

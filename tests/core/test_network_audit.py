@@ -230,8 +230,46 @@ NETWORKS: dict[str, Network] = {
             "out_channels": always,
         },
     ),
+    "VQModel": Network(
+        {
+            "in_channels": 3,
+            "out_channels": 3,
+            "latent_channels": 1,
+            "block_out_channels": (4, 4),
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "layers_per_block": 1,
+            "norm_num_groups": 2,
+            "num_vq_embeddings": 16,
+            "sample_size": 8,
+        },
+        {
+            "act_fn": ["relu"],
+            "block_out_channels": [(4, 8)],
+            "down_block_types": [("DownEncoderBlock2D", "AttnDownEncoderBlock2D")],
+            "force_upcast": [True],
+            "in_channels": [{"in_channels": 1, "out_channels": 1}, 1],
+            "latent_channels": [2],
+            "layers_per_block": [2],
+            "lookup_from_codebook": [True],
+            "mid_block_add_attention": [False],
+            "norm_num_groups": [4],
+            "norm_type": ["spatial"],
+            "num_vq_embeddings": [8],
+            "out_channels": [1],
+            "sample_size": [16],
+            "scaling_factor": [0.5],
+            "up_block_types": [("AttnUpDecoderBlock2D", "UpDecoderBlock2D")],
+            "vq_embed_dim": [2],
+        },
+        {
+            "in_channels": lambda value: value == 1,
+            "latent_channels": always,
+            "out_channels": always,
+        },
+    ),
 }
-AUTOENCODERS = ("AutoencoderKL",)
+AUTOENCODERS = {"AutoencoderKL": "vae", "VQModel": "vqvae"}
 
 
 def other_configs(name: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
@@ -254,7 +292,7 @@ def randomised(module: Any) -> Any:
 def save(folder: Path, name: str, module: Any) -> None:
     if name in AUTOENCODERS:
         save_model(folder, tiny_unet())
-        module.save_pretrained(folder / "vae")
+        module.save_pretrained(folder / AUTOENCODERS[name])
     elif name == "DiTTransformer2DModel":
         module.save_pretrained(folder / "transformer")
         diffusers.DDPMScheduler().save_pretrained(folder / "scheduler")
@@ -279,11 +317,12 @@ def assert_the_network_is_called_as_it_calls_itself(name: str, module: Any, mode
 
 def assert_latents_are_those_of_diffusers_pipelines(module: Any, model: Any) -> None:
     config, images = module.config, normals(2, *model.image_shape).float()
-    latents = module.encode(images).latent_dist.mode()
-    if config.latents_mean is not None and config.latents_std is not None:
+    encoded = module.encode(images)
+    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+    if config.get("latents_mean") is not None and config.latents_std is not None:
         scaled = (latents - config.latents_mean[0]) / config.latents_std[0] * config.scaling_factor
     else:
-        scaled = (latents - (config.shift_factor or 0)) * config.scaling_factor
+        scaled = (latents - (config.get("shift_factor") or 0)) * config.scaling_factor
     torch.testing.assert_close(model.encode(images), scaled, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.decode(scaled), module.decode(latents).sample, rtol=1e-3, atol=1e-3)
 

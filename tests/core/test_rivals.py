@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tests.core.conftest import DEVICES, Recorded, crossed, linear_betas, normals, small_mixture
 from timetuner_core import NoiseScheduleVP, model_wrapper
-from timetuner_core.grids import GridName, make_timesteps
+from timetuner_core.catalog import GridName
+from timetuner_core.grids import make_timesteps
 from timetuner_core.models.mixtures import GaussianMixture, gratings_mixture, ring_mixture
 from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleEDM, NoiseScheduleFlow
 from timetuner_core.rivals.ays import ays_timesteps, kl_bound_costs

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tests.core.conftest import normals
-from timetuner_core.model_wrapper import model_wrapper
+from timetuner_core.guided_model import model_wrapper
 from timetuner_core.models import schedulers
 from timetuner_core.models.folder_files import ModelFormatError
 from timetuner_core.models.schedulers import (

@@ -106,6 +106,7 @@ def test_what_no_database_keeps_is_written_down_as_it_was_sent(stack: Stack, new
     assert wait_until(objects, "entry") == [path]
 
 
+@pytest.mark.both_engines
 def test_the_audit_log_comes_in_pages_with_the_requests_ids(ring: str, new_user: NewUser) -> None:
     admin, user = new_user(Scope.ADMIN), new_user(Scope.TUNE)
     jobs = [
@@ -201,6 +202,7 @@ def test_api_processes_count_a_keys_requests_together_while_the_broker_is_there(
     assert asyncio.run(count()) == accepted
 
 
+@pytest.mark.both_engines
 @pytest.mark.parametrize("kind", ["samples", "tuning-jobs"])
 def test_a_daily_quota_holds_however_many_ask_at_once(ring: str, new_user: NewUser, kind: str) -> None:
     """A sample of the ring costs 2 values x 1 step x 1 image; a tuning job of 16 x (100 + 4) calls that of 2 values."""

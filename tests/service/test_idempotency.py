@@ -49,6 +49,7 @@ def key() -> str:
     return uuid4().hex
 
 
+@pytest.mark.both_engines
 @pytest.mark.parametrize("operation", bodies(""))
 def test_a_request_sent_many_times_at_once_with_its_key_is_done_once(
     stack: Stack, ring: str, key: str, operation: str

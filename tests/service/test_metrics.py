@@ -34,7 +34,7 @@ REQUESTS = "timetuner_http_request_seconds_count"
 def api(registry: Registry, database_url: str, tmp_path: Path) -> Iterator[TestClient]:  # noqa: F811
     no_broker = f"redis+socket://{tmp_path / 'none.sock'}"
     settings = Settings(
-        TIMETUNER_HOME=tmp_path, database_url=database_url, broker_url=no_broker, max_queued_jobs=2, max_json_bytes=100
+        timetuner_home=tmp_path, database_url=database_url, broker_url=no_broker, max_queued_jobs=2, max_json_bytes=100
     )
     with TestClient(create_app(settings), HERE, client=("127.0.0.1", 50000)) as client:
         yield client

@@ -16,6 +16,9 @@ import torch
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file, save_file
 
+from service.http.errors import InvalidError
+from service.models.archive import unpack
+from service.models.logic import folder_hash
 from tests.service.networks import small_unet
 from tests.service.problems import assert_problem
 from tests.stack import Stack
@@ -137,6 +140,7 @@ def test_a_model_in_use_is_not_deleted(stack: Stack) -> None:
     stack.finished(job)
 
 
+@pytest.mark.both_engines
 def test_models_are_listed_in_pages_without_gaps(stack: Stack) -> None:
     ids = {stack.register(builtin) for builtin in ("digits8", "mixture-ring", "mixture-gratings")}
     seen: list[str] = []
@@ -227,6 +231,57 @@ def test_a_folder_that_cannot_be_used_is_refused_and_leaves_nothing(
     before = kept(stack)
     assert_problem(upload(stack.client, zipped(folder)), 422, field, accepted)
     assert kept(stack) == before
+
+
+def add_files(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    return folder
+
+
+def unpacked(folder: Path, destination: Path, archive: Callable[[Path], bytes]) -> tuple[list[str], set[str]]:
+    """What `unpack` says it ignored, and the files that it wrote."""
+    ignored = unpack(io.BytesIO(archive(folder)), destination, max_bytes=10**8)
+    return ignored, {path.relative_to(destination).as_posix() for path in destination.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("archive", "prefix"), [(zipped, ""), (tarred, "my-model/")])
+def test_pickles_that_nothing_reads_are_ignored_and_named(
+    archive: Callable[[Path], bytes], prefix: str, model_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    add_files(folder, "safety_checker/pytorch_model.bin", "text_encoder/model.pt", "README.md", "model_index.json")
+    ignored, written = unpacked(folder, tmp_path / "out", archive)
+    assert ignored == [f"{prefix}safety_checker/pytorch_model.bin", f"{prefix}text_encoder/model.pt"]
+    assert written == {"unet/config.json", WEIGHTS, "scheduler/scheduler_config.json", "model_index.json"}
+
+
+@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.bin", "vae/x.pt", "scheduler/x.pkl", "model.ckpt"])
+def test_pickles_where_a_model_is_read_are_refused_even_beside_safetensors(
+    name: str, model_folder: Path, tmp_path: Path
+) -> None:
+    folder = add_files(Path(shutil.copytree(model_folder, tmp_path / "model")), name)
+    with pytest.raises(InvalidError, match="safetensors only"):
+        unpacked(folder, tmp_path / "out", zipped)
+    assert not (tmp_path / "out").exists()
+
+
+def test_of_variants_and_shards_only_those_that_are_read_are_unpacked(model_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    add_files(folder, "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.msgpack")
+    _, written = unpacked(folder, tmp_path / "plain", zipped)
+    assert {name for name in written if name.startswith("unet/")} == {"unet/config.json", WEIGHTS}
+    (folder / WEIGHTS).unlink()
+    shards = [f"unet/diffusion_pytorch_model-0000{k}-of-00002.safetensors" for k in (1, 2)]
+    index = "unet/diffusion_pytorch_model.safetensors.index.json"
+    add_files(folder, index, *shards)
+    _, written = unpacked(folder, tmp_path / "sharded", zipped)
+    assert {name for name in written if name.startswith("unet/")} == {"unet/config.json", index, *shards}
+    assert folder_hash(tmp_path / "sharded") != folder_hash(tmp_path / "plain")
+    hash_of_all = folder_hash(tmp_path / "sharded")
+    (tmp_path / "sharded" / shards[1]).write_bytes(b"y")
+    assert folder_hash(tmp_path / "sharded") != hash_of_all
 
 
 def archive_with(add: Callable[[zipfile.ZipFile], object]) -> Callable[[Path], bytes]:

@@ -106,6 +106,7 @@ def test_samples_that_are_no_images_come_as_numbers(stack: Stack, ring: str) -> 
     assert stack.client.get("/v1/models").json() == newest
 
 
+@pytest.mark.both_engines
 def test_respond_async_answers_at_once_and_the_content_follows(stack: Stack, ring: str) -> None:
     body = {"model": ring, "num_steps": 8, "num_images": 2, "seed": 9}
     accepted = stack.client.post("/v1/samples", json=body, headers={"Prefer": "respond-async"})

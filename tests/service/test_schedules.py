@@ -45,6 +45,7 @@ def test_a_schedule_worse_than_untuned_is_rejected_with_its_figures(good: Json, 
     assert bad["evaluation"]["teacher_l2_before"] == good["evaluation"]["teacher_l2_before"]
 
 
+@pytest.mark.both_engines
 def test_resolve_gives_the_best_accepted_schedule_of_exactly_this_setting(
     client: httpx.Client, model: str, good: Json, bad: Json
 ) -> None:
@@ -185,6 +186,7 @@ BAD_IMPORTS: dict[str, tuple[Json, str, str]] = {
     "times beyond T": ({"timesteps": [1.5, 0.7, 0.5, 0.2, 0]}, "timesteps", "[0, 1"),
     "negative times": ({"timesteps": [1, 0.7, 0.5, 0.2, -0.1]}, "timesteps", "[0, 1"),
     "conditioning beyond T": ({"timesteps": [1, 0.7, 0.5, 0.2, 0], "t_ratios": [1.1, 1, 1, 1]}, "t_ratios", "(0, 1"),
+    "conditioning below the first time": ({"t_ratios": [1, 1, 1e-6, 1]}, "t_ratios", "0.001 or above"),
     "a ratio of zero": ({"t_ratios": [1, 1, 0, 1]}, "t_ratios", "(0, 1"),
     "no numbers": ({"t_ratios": ["a", 1, 1, 1]}, "t_ratios", "number"),
     "negative guidance": ({"guidance_type": "classifier-free", "guidance_scale": -1}, "guidance_scale", "0"),

@@ -111,6 +111,7 @@ def test_the_same_request_gives_the_same_ratios_in_a_new_version(stack: Stack, r
     assert other["t_ratios"] != first["t_ratios"]
 
 
+@pytest.mark.both_engines
 def test_events_tell_the_whole_story_and_a_stream_resumes_where_it_broke(stack: Stack, ring: str) -> None:
     job = stack.submit(ring, num_steps=3, **QUICK)
     url = f"/v1/tuning-jobs/{job['id']}/events"
@@ -182,6 +183,7 @@ def test_an_idempotency_key_makes_one_job_however_often_it_is_sent(stack: Stack,
     stack.finished(answers[0].json())
 
 
+@pytest.mark.both_engines
 def test_jobs_are_listed_newest_first_and_by_state(stack: Stack, ring: str) -> None:
     jobs = [stack.finished(stack.submit(ring, num_steps=3, **QUICK)) for _ in range(2)]
     listed = stack.client.get("/v1/tuning-jobs", params={"limit": 2}).json()

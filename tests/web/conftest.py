@@ -130,7 +130,7 @@ def store(session: Session, model_id: str, num_steps: int, objective: str, score
     return schedule.id
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # Playwright has an event loop running, in which other tests could run none.
 def browser() -> Iterator[Browser]:
     path = shutil.which("chromium") or shutil.which("google-chrome")
     if path is None:

@@ -4,6 +4,7 @@ With SCREENSHOTS set to a folder, a picture of each is left there.
 """
 
 import os
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from playwright.sync_api import Page, expect
 from tests.web.conftest import World
 
 AXE = Path(__file__).parent / "axe.min.js"
+SCHEMES = ("light", "dark")
 WIDTHS = (1280, 390)
 PAGES = (
     "/",
@@ -45,13 +47,23 @@ def settle(page: Page) -> None:
         expect(figure).to_have_attribute("aria-busy", "false")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.fixture
+def looks(request: pytest.FixtureRequest) -> list[tuple[Any, int]]:
+    """Schemes and widths to look at a page in: each of either, and with `--all` or for pictures each with each."""
+    if request.config.getoption("--all") or "SCREENSHOTS" in os.environ:
+        return list(product(SCHEMES, WIDTHS))
+    return list(zip(SCHEMES, WIDTHS, strict=True))
+
+
 @pytest.mark.parametrize("path", PAGES)
-def test_pages_are_accessible_and_fit_the_screen(world: World, page: Page, path: str, scheme: Any) -> None:
-    page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
-    for width in WIDTHS:
+def test_pages_are_accessible_and_fit_the_screen(
+    world: World, page: Page, path: str, looks: list[tuple[Any, int]]
+) -> None:
+    page.goto(address(world, path))
+    page.evaluate(AXE.read_text())  # not as a script of the page's own, which its policy forbids
+    for scheme, width in looks:
+        page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
         page.set_viewport_size({"width": width, "height": 900})
-        page.goto(address(world, path))
         settle(page)
         if folder := os.environ.get("SCREENSHOTS"):
             name = path.strip("/").translate(str.maketrans("/?={}", "-----")) or "overview"
@@ -62,7 +74,6 @@ def test_pages_are_accessible_and_fit_the_screen(world: World, page: Page, path:
 
 def faults(page: Page) -> list[str]:
     """What axe-core calls serious or critical."""
-    page.evaluate(AXE.read_text())  # not as a script of the page's own, which its policy forbids
     found: dict[str, Any] = page.evaluate("axe.run()")
     return [
         f"{violation['id']}: {node['html']}"

@@ -4,6 +4,8 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
+
 from tests.stack import Json, Stack, wait_until
 
 # Long enough for room to end in the middle.
@@ -33,6 +35,7 @@ def sample(stack: Stack, model: str, seed: int) -> Json:
     return job
 
 
+@pytest.mark.both_engines
 def test_samples_that_cannot_be_stored_say_so_or_wait_and_leave_nothing_behind(fragile: Stack, gratings: str) -> None:
     assert fragile.finished(sample(fragile, gratings, 0), "samples")["state"] == "succeeded"
     files = fragile.files()
@@ -48,6 +51,7 @@ def test_samples_that_cannot_be_stored_say_so_or_wait_and_leave_nothing_behind(f
     assert fragile.finished(sample(fragile, gratings, 2), "samples")["state"] == "succeeded"
 
 
+@pytest.mark.both_engines
 def test_a_tuning_job_that_cannot_be_saved_goes_on_when_there_is_room(fragile: Stack, gratings: str) -> None:
     job = fragile.submit(gratings, num_steps=4, seed=5, **LONG)
     fragile.running(job)

@@ -7,20 +7,28 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from sqlalchemy import select
+from torch import Tensor
 
 from service.registry.tables import JobState, SampleJob
 from tests.conftest import MakeDatabaseUrl
 from tests.service.problems import assert_problem
 from tests.stack import Json, Stack, wait_until
+from timetuner_core.models.loading import load_builtin
+from timetuner_core.sampling.generate import Guidance
+from timetuner_core.sampling.rolling_batch import RollingBatch, Row
+from worker.sampling import Cohort, SampleServer
 
 NPY = "application/x-npy"
 GUIDED: Json = {"guidance_type": "classifier-free", "guidance_scale": 2}
@@ -74,6 +82,35 @@ def stored(stack: Stack, seed: int) -> SampleJob | None:
     with stack.registry.read() as session:
         jobs = session.scalars(select(SampleJob).order_by(SampleJob.id.desc())).all()
     return next((job for job in jobs if job.request["seed"] == seed), None)
+
+
+def test_a_job_whose_images_are_not_finite_fails_and_no_other_of_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixture = load_builtin("mixture-ring")
+
+    def network(x: Tensor, t_input: Tensor, label: Tensor) -> Tensor:
+        eps: Tensor = mixture.network(x, t_input, label)
+        return torch.where((label == 1)[:, None], torch.nan, eps)
+
+    guidance = Guidance("classifier-free", 1.0)
+    batch = RollingBatch(replace(mixture, network=network), "ddim", guidance, 0.0, (1, 2, 4))
+    timesteps, labels = torch.tensor([1.0, 0.5, 0.0]), {"good": 0, "bad": 1, "fine": 2}
+    jobs = {owner: SampleJob(id=owner, num_images=1, num_parts=0) for owner in labels}
+    batch.add([Row(x, 7, timesteps, torch.ones(2), condition=torch.tensor(label)) for x, label in labels.items()])
+    claims: Any = {owner: SimpleNamespace(job_id=owner, job=job) for owner, job in jobs.items()}
+    cohort, server, handed_in = Cohort("key", "mdl", batch, claims), SampleServer(cast(Any, None)), []
+    monkeypatch.setattr(server, "_submit", lambda ends, images, leases: handed_in.append((ends, images)))
+    for _ in range(2):
+        server._hand_in(cohort, batch.step(), cast(Any, None))
+    (failed, _), (succeeded, images) = handed_in
+    ((_, end),) = failed
+    assert (end.job_id, end.state) == ("bad", JobState.FAILED)
+    assert "NaN or infinite values, first in the image of seed 7" in end.error
+    assert [(end.job_id, end.state, end.artifact_row) for _, end in succeeded] == [
+        ("good", JobState.SUCCEEDED, 0),
+        ("fine", JobState.SUCCEEDED, 1),
+    ]
+    assert images.shape == (2, 2)
+    assert np.isfinite(images).all()
 
 
 @pytest.mark.parametrize("how", [{"eta": 1}, {"sampler": "dpmpp_2m"}], ids=["each at its own step", "all together"])

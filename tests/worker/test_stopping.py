@@ -78,6 +78,7 @@ def database_lost(engine: Engine, is_sqlite: bool) -> Iterator[None]:
         connection.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true'.encode())
 
 
+@pytest.mark.both_engines
 def test_a_job_whose_database_is_away_for_a_while_is_not_failed(fragile: Stack, gratings: str) -> None:
     undisturbed = fragile.tune(gratings, num_steps=4, seed=9, **STEP_BY_STEP)
     job = fragile.submit(gratings, num_steps=4, seed=9, **STEP_BY_STEP)
@@ -94,6 +95,7 @@ def test_a_job_whose_database_is_away_for_a_while_is_not_failed(fragile: Stack, 
     assert schedule["t_ratios"] == undisturbed["t_ratios"]
 
 
+@pytest.mark.both_engines
 def test_a_worker_that_hung_for_longer_than_its_lease_writes_nothing(fragile: Stack, gratings: str) -> None:
     job = fragile.submit(gratings, num_steps=4, seed=11, **STEP_BY_STEP)
     fragile.running(job)

@@ -7,8 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from timetuner_core.grids import GridName
-from timetuner_core.model_wrapper import GuidanceType
+from timetuner_core.catalog import GridName, GuidanceType
 from timetuner_core.models.loading import BUILTINS, DiffusionModel, ModelFormatError, load_builtin, load_folder
 from timetuner_core.samplers import Sampler, sampler_names
 from timetuner_core.sampling.generate import Guidance

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from timetuner_core.catalog import GridName
 from timetuner_core.compare.plan import (
     BASELINE,
     ENTRANTS,
@@ -31,7 +32,7 @@ from timetuner_core.evaluation.distances import (
     teacher_l2,
 )
 from timetuner_core.evaluation.verdict import Evaluation, compare
-from timetuner_core.grids import GridName, make_timesteps, teacher_timesteps
+from timetuner_core.grids import make_timesteps, teacher_timesteps
 from timetuner_core.samplers import get_sampler, sample_steps
 from timetuner_core.tuners import EndToEndTuner
 from timetuner_core.tuning.problem import TuningState

@@ -12,12 +12,13 @@ import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.import_utils import DummyObject
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
 from timetuner_core.coefficients import Coefficient, NoiseLevel
 from timetuner_core.grids import check_t_ratios, check_timesteps
-from timetuner_core.model_wrapper import GuidedModel
+from timetuner_core.guided_model import GuidedModel
 from timetuner_core.models.schedulers import EDM_SCHEDULERS, FLOW_SCHEDULERS, VP_SCHEDULERS, read_scheduler_config
 from timetuner_core.noise_schedule import NoiseScheduleFlow
 from timetuner_core.samplers import SAMPLERS, Generators, Past, get_sampler, remember
@@ -84,7 +85,9 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         eta: float = 0.0,
     ) -> None:
         repeated = {k: v for k, v in base_scheduler.items() if k not in self.config and not k.startswith("_")}
-        self.register_to_config(**repeated)  # type: ignore[no-untyped-call]
+        # diffusers lists arguments that it takes to be left at their defaults, those given by position among them, and
+        # from_config drops what is listed: list none.
+        self.register_to_config(**repeated, _use_default_values=[])  # type: ignore[no-untyped-call]
         self.noise_schedule, self._model_type, self._sigma_data = read_scheduler_config(base_scheduler)
         self._sampler, self._eta = get_sampler(sampler), eta
         if self._sampler.calls_per_step != 1:
@@ -115,10 +118,9 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     @property
     def compatibles(self) -> list[type]:
-        """The diffusers classes that accept this configuration: the base scheduler's own, and those it names."""
+        """The diffusers classes that accept this configuration: the base scheduler's, without those that cannot run."""
         base: Any = getattr(diffusers, self.config["base_scheduler"].get("_class_name", "DDPMScheduler"))
-        classes: list[type] = base._get_compatibles()
-        return classes
+        return [each for each in base._get_compatibles() if not isinstance(each, DummyObject)]
 
     def save_pretrained(
         self,

@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from timetuner_core.models.folder_files import DATA, METADATA, ModelFormatError, Shape, read_json, read_tensors
+from timetuner_core.models.folder_files import DATA, METADATA, ModelFormatError, Shape, read_json
+from timetuner_core.models.tensors import read_tensors
 
+RANGE_TOLERANCE = 1e-3  # what resizing and half precision leave around -1 and 1
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -71,6 +73,10 @@ def _images(images: Tensor | None, image_shape: Shape) -> Tensor:
         images = images.float() / 127.5 - 1
     if images.dtype != torch.float32 or not bool(torch.isfinite(images).all()):
         raise ModelFormatError(DATA, "tensor 'images': accepted: uint8, or finite float32")
+    low, high = images.aminmax()
+    if low < -1 - RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
+        message = f"tensor 'images': values from {float(low):.6g} to {float(high):.6g}"
+        raise ModelFormatError(DATA, f"{message}; accepted: float32 in -1..1, or uint8 in 0..255")
     return images
 
 

@@ -8,7 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from timetuner_core.model_wrapper import GuidanceType, GuidedModel, ModelType, model_wrapper
+from timetuner_core.catalog import GuidanceType, ModelType
+from timetuner_core.guided_model import GuidedModel, model_wrapper
 from timetuner_core.models.mixtures import GaussianMixture
 from timetuner_core.noise_schedule import NoiseSchedule
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from timetuner_core.catalog import BUILTIN_FOLDERS, BUILTINS, BUNDLED
 from timetuner_core.models.data import ModelData, read_data, read_null_class
 from timetuner_core.models.diffusion_model import DiffusionModel, draw_classes, draw_rows
 from timetuner_core.models.digits_classifier import digit_features
@@ -16,6 +17,8 @@ from timetuner_core.models.folder_files import (
     DATA,
     METADATA,
     MODEL_FILES,
+    MODEL_INDEX,
+    READ_FOLDERS,
     SCHEDULER_CONFIG,
     TRANSFORMER_CONFIG,
     TRANSFORMER_WEIGHTS,
@@ -24,6 +27,7 @@ from timetuner_core.models.folder_files import (
     VAE_CONFIG,
     VAE_WEIGHTS,
     ModelFormatError,
+    read_json,
 )
 from timetuner_core.models.mixtures import GaussianMixture, gratings_mixture, ring_mixture
 from timetuner_core.models.networks import LoadedNetwork, Options, load_network
@@ -34,6 +38,7 @@ __all__ = [
     "BUILTINS",
     "BUILTIN_FOLDERS",
     "BUILTIN_MIXTURES",
+    "BUNDLED",
     "DATA",
     "METADATA",
     "MODEL_FILES",
@@ -51,13 +56,13 @@ __all__ = [
     "read_scheduler_config",
 ]
 
-BUNDLED = Path(__file__).parents[1] / "bundled"
+# Components of a pipeline that make conditions or look at finished images: conditions come with each request.
+NOT_NEEDED = ("bert", "feature_extractor", "safety_checker", "text_encoder", "tokenizer")
+
 BUILTIN_MIXTURES: dict[str, Callable[[], GaussianMixture]] = {
     "mixture-ring": ring_mixture,
     "mixture-gratings": gratings_mixture,
 }
-BUILTIN_FOLDERS = {name: BUNDLED / name for name in ("digits8", "digits32-ldm")}
-BUILTINS = (*BUILTIN_FOLDERS, *BUILTIN_MIXTURES)
 
 
 def load_builtin(
@@ -112,11 +117,12 @@ def load_folder(
 
     - `unet/`, a `UNet2DModel` or `UNet2DConditionModel`, or `transformer/`, a `DiTTransformer2DModel`;
     - `scheduler/`, see `models.schedulers.read_scheduler`;
-    - `vae/`, optional, an `AutoencoderKL`: the network works on its latents;
+    - `vae/`, optional, an `AutoencoderKL`, or `vqvae/`, a `VQModel`: the network works on its latents;
+    - `model_index.json`, optional: a pipeline whose other components would change the result is refused;
     - `timetuner.json`, optional: `{"null_class_label": int}`, the last class embedding; a DiT has its own;
-    - `data.safetensors`, optional: `images`, uint8 `(P, C, H, W)` in 0..255 or float32 in the network's (with a
-      VAE, its) own range, with `labels`, int64 `(P,)`, if there are classes; for a `UNet2DConditionModel`,
-      `conditions` `(P, L, D)`, and `uncond_condition` `(1, L, D)`, without which there is no guidance.
+    - `data.safetensors`, optional: `images`, `(P, C, H, W)`, uint8 in 0..255 or float32 in -1..1, with `labels`,
+      int64 `(P,)`, if there are classes; for a `UNet2DConditionModel`, `conditions` `(P, L, D)`, and
+      `uncond_condition` `(1, L, D)`, without which there is no guidance.
 
     Everything is checked before a network is built in memory: weights against the configuration by name and
     shape, then that they are finite.
@@ -129,6 +135,7 @@ def load_folder(
     Raises:
         ModelFormatError: anything missing, malformed, unsupported, or at odds with the configuration.
     """
+    _check_components(path)
     options = Options(dtype, channels_last, compile)
     network = load_network(path, device, options)
     scheduler = read_scheduler(path)
@@ -136,7 +143,7 @@ def load_folder(
     if network.has_null_class:
         null_class_label = network.num_embeddings - 1
     num_classes = network.num_embeddings - (null_class_label is not None)
-    vae = load_vae(path, network.sample_shape, device, options) if (path / VAE_CONFIG).exists() else None
+    vae = load_vae(path, network.sample_shape, device, options)
     image_shape = network.sample_shape if vae is None else vae.image_shape
     data = read_data(path, image_shape, num_classes, network.condition_dim)
     null_class = None if null_class_label is None else torch.tensor([null_class_label])
@@ -161,6 +168,23 @@ def load_folder(
         sigma_data=scheduler.sigma_data,
         **codec,
     )
+
+
+def _check_components(path: Path) -> None:
+    """Refuse a pipeline with a component that changes its results and is not read, or that is not there."""
+    if not (path / MODEL_INDEX).exists():
+        return
+    for name, component in read_json(path, MODEL_INDEX).items():
+        # What is no list is an option of the pipeline; a component that it goes without is [null, null].
+        if name.startswith("_") or not isinstance(component, list) or not any(component):
+            continue
+        if name in READ_FOLDERS:
+            if not (path / name).is_dir():
+                raise ModelFormatError(MODEL_INDEX, f"it names {name!r}, but there is no folder {name}/")
+        elif not name.startswith(NOT_NEEDED):
+            message = f"{name!r} is {'.'.join(map(str, component))[:200]!r}, which is not read but changes the images"
+            accepted = ", ".join((*READ_FOLDERS, *NOT_NEEDED))
+            raise ModelFormatError(MODEL_INDEX, f"{message}; accepted: a pipeline of {accepted}")
 
 
 def _network(

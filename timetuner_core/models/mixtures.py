@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from timetuner_core.model_wrapper import expand_like
+from timetuner_core.guided_model import expand_like
 from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleVP
 
 

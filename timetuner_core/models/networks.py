@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from timetuner_core.models.diffusers_import import diffusers_class
 from timetuner_core.models.folder_files import (
     TRANSFORMER_CONFIG,
     TRANSFORMER_WEIGHTS,
@@ -18,11 +19,10 @@ from timetuner_core.models.folder_files import (
     UNET_WEIGHTS,
     ModelFormatError,
     Shape,
-    check_finite,
     read_json,
-    read_shapes,
-    read_tensors,
+    read_weight_shapes,
 )
+from timetuner_core.models.tensors import check_finite, read_tensors
 
 UNETS = ("UNet2DModel", "UNet2DConditionModel")
 TRANSFORMERS = ("DiTTransformer2DModel",)
@@ -85,9 +85,12 @@ class LoadedNetwork:
 
 def load_network(path: Path, device: torch.device | str, options: Options) -> LoadedNetwork:
     """The network in `unet/` or `transformer/`. Raises: ModelFormatError."""
-    is_transformer = (path / TRANSFORMER_CONFIG).exists() and not (path / UNET_CONFIG).exists()
+    if (path / TRANSFORMER_CONFIG).exists() and (path / UNET_CONFIG).exists():
+        raise ModelFormatError(TRANSFORMER_CONFIG, "there is a unet/ too; accepted: one network")
+    is_transformer = (path / TRANSFORMER_CONFIG).exists()
     files = (TRANSFORMER_CONFIG, TRANSFORMER_WEIGHTS) if is_transformer else (UNET_CONFIG, UNET_WEIGHTS)
-    module, class_name = load_module(path, *files, TRANSFORMERS if is_transformer else UNETS, _check_network)
+    accepted = TRANSFORMERS if is_transformer else UNETS
+    module, class_name = load_module(path, *files, accepted, _check_network, options.compile)
     config = module.config
     height, width = _sample_size(config)
     module = options.apply(module, device)
@@ -115,6 +118,7 @@ def load_module(
     weights_name: str,
     accepted: tuple[str, ...],
     check: Callable[[Any, str], None] = lambda module, config_name: None,
+    compiler: bool = False,
 ) -> tuple[Any, str]:
     """A frozen diffusers module in float32 on the CPU, and its class's name.
 
@@ -123,31 +127,36 @@ def load_module(
 
     Args:
         accepted: names of diffusers classes. check: `(module without weights, config_name)`, may raise.
+        compiler: whether the module is to be compiled.
 
     Raises:
         ModelFormatError: anything missing, malformed or at odds with the rest.
     """
-    import diffusers  # It takes seconds, which built-in mixtures do not need.
-
     config = read_json(path, config_name)
     class_name = config.get("_class_name")
     if class_name not in accepted:
         names = ", ".join(map(repr, accepted))
         raise ModelFormatError(config_name, f"_class_name is {class_name!r}; accepted: {names}")
-    shapes = read_shapes(path, weights_name)
-    _check_depth(config, config_name, len(shapes))
+    shapes_by_file = read_weight_shapes(path, weights_name)
+    files = [tensor for tensors in shapes_by_file.values() for tensor in tensors]
+    _check_depth(config, config_name, len(files))
+    network_class = diffusers_class(class_name, compiler=compiler)
     try:
         with torch.device("meta"):  # Only shapes are made: a hostile configuration allocates nothing.
-            module: Any = getattr(diffusers, class_name).from_config(config)
+            module: Any = network_class.from_config(config)
     except Exception as error:  # The constructors of diffusers may raise anything.
         raise ModelFormatError(config_name, f"no {class_name} can be built from it ({error})") from None
     check(module, config_name)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    current = {name: _current_name(name, expected) for name in shapes}
-    _check_shapes({current[name]: shape for name, shape in shapes.items()}, expected, weights_name, config_name)
-    state = read_tensors(path, weights_name)
-    check_finite(weights_name, state)
-    module.load_state_dict({current[name]: tensor.float() for name, tensor in state.items()}, assign=True)
+    current = {tensor: _current_name(tensor, expected) for tensor in files}
+    found = {current[tensor]: shape for shapes in shapes_by_file.values() for tensor, shape in shapes.items()}
+    _check_shapes(found, expected, next(iter(shapes_by_file)), config_name)
+    state: dict[str, Tensor] = {}
+    for name in shapes_by_file:
+        tensors = read_tensors(path, name)
+        check_finite(name, tensors)
+        state |= {current[tensor]: value.float() for tensor, value in tensors.items()}
+    module.load_state_dict(state, assign=True)
     _fill_buffers(module, config)
     return module.requires_grad_(False).eval(), class_name
 

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timetuner_core.models.folder_files import VAE_CONFIG, VAE_WEIGHTS, ModelFormatError, Shape
+from timetuner_core.models.folder_files import (
+    VAE_CONFIG,
+    VAE_WEIGHTS,
+    VQVAE_CONFIG,
+    VQVAE_WEIGHTS,
+    ModelFormatError,
+    Shape,
+)
 from timetuner_core.models.networks import Options, check_features, load_module, size_in_bytes
 
 
@@ -24,30 +31,38 @@ class Autoencoder:
 
 def load_vae(
     path: Path, latent_shape: tuple[int, int, int], device: torch.device | str, options: Options
-) -> Autoencoder:
-    """The `AutoencoderKL` in `vae/`. It runs in float32 whatever the network does: half precision overflows in many.
+) -> Autoencoder | None:
+    """The `AutoencoderKL` in `vae/` or the `VQModel` in `vqvae/`, or None if there is neither. It runs in float32
+    whatever the network does: half precision overflows in many.
 
-    Latents are the posterior's mode, less `shift_factor`, times `scaling_factor` (or by channel, `latents_mean`
-    and `latents_std`).
+    Latents of an `AutoencoderKL` are the posterior's mode, less `shift_factor`, times `scaling_factor` (or by
+    channel, `latents_mean` and `latents_std`). Those of a `VQModel` are not quantized yet, times `scaling_factor`.
 
     Raises:
         ModelFormatError: see `load_module`; or one that does not fit the network.
     """
-    vae, _ = load_module(path, VAE_CONFIG, VAE_WEIGHTS, ("AutoencoderKL",))
+    is_vq = (path / VQVAE_CONFIG).exists()
+    if is_vq and (path / VAE_CONFIG).exists():
+        raise ModelFormatError(VQVAE_CONFIG, "there is a vae/ too; accepted: one autoencoder")
+    if not is_vq and not (path / VAE_CONFIG).exists():
+        return None
+    config_name, weights_name = (VQVAE_CONFIG, VQVAE_WEIGHTS) if is_vq else (VAE_CONFIG, VAE_WEIGHTS)
+    vae, _ = load_module(path, config_name, weights_name, ("VQModel",) if is_vq else ("AutoencoderKL",))
     channels, height, width = latent_shape
     if vae.config.latent_channels != channels:
         message = f"latent_channels is {vae.config.latent_channels}; accepted: {channels}, as the network has"
-        raise ModelFormatError(VAE_CONFIG, message)
+        raise ModelFormatError(config_name, message)
     if vae.config.in_channels != vae.config.out_channels:
-        raise ModelFormatError(VAE_CONFIG, "out_channels must equal in_channels")
+        raise ModelFormatError(config_name, "out_channels must equal in_channels")
     upscale = 2 ** (len(vae.config.block_out_channels) - 1)
-    check_features(vae.config.block_out_channels[0], upscale * height, upscale * width, VAE_CONFIG)
-    shift, scale = (factor.to(device) for factor in _normalisation(vae.config, channels))
+    check_features(vae.config.block_out_channels[0], upscale * height, upscale * width, config_name)
+    shift, scale = (factor.to(device) for factor in _normalisation(vae.config, channels, config_name))
     vae = Options(torch.float32, options.channels_last).apply(vae, device)
 
     @torch.no_grad()
     def encode(images: Tensor) -> Tensor:
-        latents: Tensor = vae.encode(images.to(device).float()).latent_dist.mode()
+        encoded = vae.encode(images.to(device).float())
+        latents: Tensor = encoded.latents if is_vq else encoded.latent_dist.mode()
         return (latents - shift) * scale
 
     @torch.no_grad()
@@ -59,12 +74,12 @@ def load_vae(
     return Autoencoder(encode, decode, image_shape, size_in_bytes(vae))
 
 
-def _normalisation(config: Any, channels: int) -> tuple[Tensor, Tensor]:
+def _normalisation(config: Any, channels: int, config_name: str) -> tuple[Tensor, Tensor]:
     """The shift that a VAE's latents are reduced by, and the factor after that, each `(C, 1, 1)` or `(1, 1, 1)`."""
-    mean, std = config.latents_mean, config.latents_std
+    mean, std = config.get("latents_mean"), config.get("latents_std")
     try:
         if mean is None or std is None:
-            mean, std = [config.shift_factor or 0.0], [1.0]
+            mean, std = [config.get("shift_factor") or 0.0], [1.0]
         shift = torch.tensor(mean, dtype=torch.float32)
         scale = config.scaling_factor / torch.tensor(std, dtype=torch.float32)
         shift, scale = shift.reshape(-1, 1, 1), scale.reshape(-1, 1, 1)
@@ -74,4 +89,4 @@ def _normalisation(config: Any, channels: int) -> tuple[Tensor, Tensor]:
     except (TypeError, ValueError, RuntimeError):
         pass
     keys = "scaling_factor, shift_factor, latents_mean, latents_std"
-    raise ModelFormatError(VAE_CONFIG, f"{keys}: accepted: numbers, the last two a list of {channels}, scales above 0")
+    raise ModelFormatError(config_name, f"{keys}: accepted: numbers, the last two a list of {channels}, scales above 0")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from timetuner_core.grids import EDM_RHO, check_timesteps, evenly
-from timetuner_core.model_wrapper import Prediction
+from timetuner_core.guided_model import Prediction
 from timetuner_core.tuning.problem import TuningProblem
 
 

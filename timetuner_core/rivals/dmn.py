@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from timetuner_core.grids import NAMED_GRIDS, grid_between
-from timetuner_core.model_wrapper import GuidedModel
+from timetuner_core.catalog import NAMED_GRIDS
+from timetuner_core.grids import grid_between
+from timetuner_core.guided_model import GuidedModel
 from timetuner_core.noise_schedule import NoiseSchedule
 from timetuner_core.rivals.candidates import check_at_least_1, fixed_steps, grid_ends, with_end
 from timetuner_core.samplers import SAMPLERS, SamplerStep, sample_steps

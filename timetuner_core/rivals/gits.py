@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from timetuner_core.model_wrapper import expand_like
+from timetuner_core.guided_model import expand_like
 from timetuner_core.rivals.candidates import candidate_timesteps, check_at_least_1, predict, shortest_path_grid
 from timetuner_core.tuning.problem import TuningProblem, whole_batches
 

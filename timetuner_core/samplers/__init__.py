@@ -2,6 +2,7 @@
 
 from importlib.metadata import entry_points
 
+from timetuner_core.catalog import SAMPLER_ENTRY_POINTS, sampler_names
 from timetuner_core.samplers.base import (
     Generators,
     Past,
@@ -21,13 +22,7 @@ from timetuner_core.samplers.base import (
 from timetuner_core.samplers.multistep import MULTISTEP
 from timetuner_core.samplers.onestep import ONESTEP
 
-ENTRY_POINTS = "timetuner.samplers"
 SAMPLERS = {sampler.name: sampler for sampler in (*ONESTEP, *MULTISTEP)}
-
-
-def sampler_names() -> list[str]:
-    """Every name that `get_sampler` accepts."""
-    return [*SAMPLERS, *(entry.name for entry in entry_points(group=ENTRY_POINTS))]
 
 
 def get_sampler(name: str) -> Sampler:
@@ -39,7 +34,7 @@ def get_sampler(name: str) -> Sampler:
     """
     if name in SAMPLERS:
         return SAMPLERS[name]
-    for entry in entry_points(group=ENTRY_POINTS, name=name):
+    for entry in entry_points(group=SAMPLER_ENTRY_POINTS, name=name):
         sampler = entry.load()
         if not isinstance(sampler, Sampler):
             raise TypeError(f"entry point {entry.value!r} gives a {type(sampler).__name__}; accepted: a Sampler")

@@ -1,15 +1,16 @@
 """A sampler is one update from time `t` to `s < t`, and the loop over a grid."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import torch
 from torch import Tensor
 
+from timetuner_core.catalog import SAMPLER_FACTS, SamplerFacts
 from timetuner_core.coefficients import Coefficient, NoiseLevel
-from timetuner_core.model_wrapper import GuidedModel, Prediction
+from timetuner_core.guided_model import GuidedModel, Prediction
 from timetuner_core.noise_schedule import NoiseSchedule
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -146,10 +147,19 @@ class Sampler:
     takes_eta: bool = False
     rowwise: bool = False
 
+    @classmethod
+    def of_this_package(cls, name: str, update: Callable[[Step], tuple[Tensor, Tensor]]) -> Self:
+        """The sampler of `timetuner_core.catalog.SAMPLER_FACTS` that `update` implements."""
+        return cls(name, update, **asdict(SAMPLER_FACTS[name]))
+
+    @property
+    def facts(self) -> SamplerFacts:
+        """All that is known of the sampler but its code."""
+        return SamplerFacts(**{field.name: getattr(self, field.name) for field in fields(SamplerFacts)})
+
     def network_calls(self, timesteps: Tensor) -> int:
-        """Exactly how often the network is called over a grid `(num_steps + 1,)`."""
-        saved = self.calls_per_step - 1 if float(timesteps[-1]) == 0 else 0
-        return self.calls_per_step * (len(timesteps) - 1) - saved
+        """Number of network calls over a grid `(num_steps + 1,)`."""
+        return self.facts.network_calls(timesteps.tolist())
 
     def step_fn(self, model_fn: GuidedModel, noise_schedule: NoiseSchedule) -> "SamplerStep":
         return SamplerStep(self, model_fn, noise_schedule)

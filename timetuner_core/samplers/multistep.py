@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from timetuner_core.coefficients import Coefficient
-from timetuner_core.model_wrapper import Prediction
+from timetuner_core.guided_model import Prediction
 from timetuner_core.samplers.base import Sampler, Step
 
 
@@ -174,11 +174,11 @@ def deis(step: Step) -> tuple[Tensor, Tensor]:
 
 
 MULTISTEP = (
-    Sampler("dpmpp_2m", dpmpp_2m, order=2, history_length=1),
-    Sampler("dpmpp_3m", dpmpp_3m, order=3, history_length=2),
-    Sampler("dpmpp_2m_sde", dpmpp_2m_sde, order=1, history_length=1, stochastic=True),
-    Sampler("unipc_2", partial(unipc, order=2), order=3, history_length=2),
-    Sampler("unipc_3", partial(unipc, order=3), order=4, history_length=3),
-    Sampler("ipndm", ipndm, order=4, history_length=3),
-    Sampler("deis", deis, order=3, history_length=2),
+    Sampler.of_this_package("dpmpp_2m", dpmpp_2m),
+    Sampler.of_this_package("dpmpp_3m", dpmpp_3m),
+    Sampler.of_this_package("dpmpp_2m_sde", dpmpp_2m_sde),
+    Sampler.of_this_package("unipc_2", partial(unipc, order=2)),
+    Sampler.of_this_package("unipc_3", partial(unipc, order=3)),
+    Sampler.of_this_package("ipndm", ipndm),
+    Sampler.of_this_package("deis", deis),
 )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from timetuner_core.coefficients import Coefficient, NoiseLevel
-from timetuner_core.model_wrapper import Prediction
+from timetuner_core.guided_model import Prediction
 from timetuner_core.samplers.base import Sampler, Step
 
 
@@ -126,12 +126,12 @@ def _x0_step(step: Step, level: NoiseLevel, x0: Tensor) -> Tensor:
 
 
 ONESTEP = (
-    Sampler("ddim", ddim, order=1, takes_eta=True, rowwise=True),
-    Sampler("ddpm", ddpm, order=1, stochastic=True, rowwise=True),
-    Sampler("euler", euler, order=1, rowwise=True),
-    Sampler("heun", heun, order=2, calls_per_step=2),
-    Sampler("dpm_1", ddim, order=1, rowwise=True),
-    Sampler("dpm_2", dpm_2, order=2, calls_per_step=2),
-    Sampler("dpm_3", dpm_3, order=3, calls_per_step=3),
-    Sampler("dpmpp_2s", dpmpp_2s, order=2, calls_per_step=2),
+    Sampler.of_this_package("ddim", ddim),
+    Sampler.of_this_package("ddpm", ddpm),
+    Sampler.of_this_package("euler", euler),
+    Sampler.of_this_package("heun", heun),
+    Sampler.of_this_package("dpm_1", ddim),
+    Sampler.of_this_package("dpm_2", dpm_2),
+    Sampler.of_this_package("dpm_3", dpm_3),
+    Sampler.of_this_package("dpmpp_2s", dpmpp_2s),
 )

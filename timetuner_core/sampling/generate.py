@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timetuner_core.model_wrapper import GuidanceType, GuidedModel
+from timetuner_core.catalog import GuidanceType
+from timetuner_core.guided_model import GuidedModel
 from timetuner_core.models.loading import DiffusionModel
 from timetuner_core.samplers import initial_noise
 from timetuner_core.time_tuner import TimeTuner

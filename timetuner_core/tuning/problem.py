@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from timetuner_core.model_wrapper import GuidedModel
+from timetuner_core.guided_model import GuidedModel
 from timetuner_core.noise_schedule import NoiseSchedule
 from timetuner_core.samplers import SamplerStep, StepFn, adds_noise
 from timetuner_core.tuning.gauss_newton import MEMORY

@@ -27,10 +27,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def run(kind: Any, pipeline: Any) -> Tensor:
+def run(kind: Any, pipeline: Any, **call: Any) -> Tensor:
     """What one call of a pipeline gives, always from the same noise."""
     generator = torch.Generator().manual_seed(0)
-    outputs = pipeline(num_inference_steps=kind.num_steps, generator=generator, **kind.call())
+    outputs = pipeline(num_inference_steps=kind.num_steps, generator=generator, **kind.call(), **call)
     return torch.as_tensor(next(iter(outputs.values())))
 
 

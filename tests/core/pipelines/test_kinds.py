@@ -6,9 +6,11 @@ Every kind is built once. One worker runs them all, in one thread: threads cost 
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -90,6 +92,39 @@ def test_a_kind_whose_noise_schedule_is_unknown_is_refused_by_name(name: str) ->
         TimeTunerScheduler(REFUSED[name], [1.0, 0.5, 0.0])
 
 
+def test_a_strength_that_leaves_no_step_is_refused(natives: dict[str, Native]) -> None:
+    for kind in (by_name("sd15-img2img"), by_name("sdxl-img2img")):
+        pipeline = tuned(kind, native(kind, natives), None)
+        with pytest.raises(ValueError, match=r"`strength` of 0\.333 or more leaves a step"):
+            pipeline(num_inference_steps=3, **{**kind.call(), "strength": 0.1})
+
+
+def test_sdxl_can_stop_early(natives: dict[str, Native]) -> None:
+    """`denoising_end` reads num_train_timesteps from the scheduler's configuration."""
+    kind = by_name("sdxl")
+    before = native(kind, natives)
+    native_scheduler = diffusers.EulerDiscreteScheduler.from_config(before.pipeline.scheduler.config)
+    pipeline = tuned(kind, before, None)
+    early = run(kind, pipeline, denoising_end=0.5)
+    pipeline.scheduler = native_scheduler
+    expected = run(kind, pipeline, denoising_end=0.5)
+    # One of the three steps, 667, is above the half. Euler's x is ours divided by alpha.
+    alpha = (1 + float(native_scheduler.sigmas[1]) ** 2) ** -0.5
+    torch.testing.assert_close(early, alpha * expected, atol=MAX_DIFFERENCE, rtol=0)
+
+
+def test_a_pipeline_that_passes_no_generator_refuses_samplers_that_add_noise(natives: dict[str, Native]) -> None:
+    for kind in (by_name("ldm-uncond"), by_name("flux")):
+        before = native(kind, natives)
+        with pytest.raises(ValueError, match="'ddpm' adds noise, and step was given no generator"):
+            run(kind, tuned(replace(kind, sampler="ddpm"), before, None))
+
+
+def by_name(name: str) -> Kind:
+    return next(kind for kind in KINDS if kind.name == name)
+
+
+@pytest.mark.timeout(900)
 def test_a_fresh_process_loads_every_saved_kind(tmp_path: Path, natives: dict[str, Native]) -> None:
     expected = {}
     for kind in KINDS:

@@ -2,15 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from timetuner_core.catalog import GuidanceType, ModelType
 from timetuner_core.noise_schedule import NoiseSchedule
-
-ModelType = Literal["noise", "x_start", "v", "score", "flow", "edm"]
-GuidanceType = Literal["uncond", "classifier", "classifier-free"]
 
 
 class Prediction(NamedTuple):

@@ -1,0 +1,7 @@
+"""The words that requests and results choose among. Commands need these for their help, before anything else."""
+
+from typing import Literal, TypeAlias
+
+GuidanceType: TypeAlias = Literal["uncond", "classifier", "classifier-free"]
+ScheduleStatus: TypeAlias = Literal["accepted", "rejected", "imported"]
+JobState: TypeAlias = Literal["queued", "running", "succeeded", "failed", "cancelled"]

@@ -1,0 +1,55 @@
+"""Models that were handed in: a row each until a worker has described them, and then a `Model`."""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import exists, select
+from sqlalchemy.orm import Session
+
+from service.registry.jobs import is_free
+from service.registry.tables import FINAL_STATES, AuditEntry, Model, ModelRegistration
+
+
+def find_model(session: Session, content_hash: str) -> Model | None:
+    """The model with this content."""
+    return session.scalar(select(Model).where(Model.content_hash == content_hash))
+
+
+def open_registration(session: Session, content_hash: str) -> ModelRegistration | None:
+    """The registration of this content that is not over yet."""
+    is_open = ModelRegistration.state.not_in(FINAL_STATES)
+    query = select(ModelRegistration).where(ModelRegistration.content_hash == content_hash, is_open)
+    return session.scalar(query.order_by(ModelRegistration.id).limit(1))
+
+
+def next_registration(session: Session) -> str | None:
+    """The id of the oldest registration that a worker may claim."""
+    free = select(ModelRegistration.id).where(is_free(ModelRegistration))
+    return session.scalar(free.order_by(ModelRegistration.id).limit(1))
+
+
+def keep_described(session: Session, registration: ModelRegistration, spec: dict[str, Any]) -> Model:
+    """The model of a described registration: a new row with the registration's id, or the model of the same content.
+
+    Raises:
+        IntegrityError: the same content was registered in another transaction at the same time.
+    """
+    model = find_model(session, registration.content_hash)
+    if model is None:
+        source = {"artifact": registration.artifact}
+        content_hash = registration.content_hash
+        model = Model(id=registration.id, name=registration.name, content_hash=content_hash, source=source, spec=spec)
+        session.add(model)
+        session.flush()
+        if registration.owner is not None:
+            about = {"object": model.id, "outcome": "done", "request_id": registration.request_id}
+            session.add(AuditEntry(actor=registration.owner, action="register_model", **about))
+    registration.model_id = model.id
+    return model
+
+
+def old_registrations(session: Session, before: datetime, limit: int) -> list[tuple[ModelRegistration, bool]]:
+    """Registrations that were over before a time, each with whether a model has its files."""
+    has_files = exists().where(Model.id == ModelRegistration.id)
+    query = select(ModelRegistration, has_files).where(ModelRegistration.finished_at < before).limit(limit)
+    return [(registration, used) for registration, used in session.execute(query)]

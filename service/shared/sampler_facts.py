@@ -1,0 +1,53 @@
+"""What requests depend on of each sampler, for processes without PyTorch."""
+
+import json
+import subprocess
+import sys
+import threading
+from functools import cache
+from typing import Any
+
+from timetuner_core.catalog import SAMPLER_FACTS, SamplerFacts, sampler_names
+
+LOAD_SECONDS = 120.0
+
+_lock = threading.Lock()
+
+
+def sampler_facts(name: str) -> SamplerFacts:
+    """The facts of a sampler of this package, or of one that an installed package adds.
+
+    Raises:
+        ValueError: no such name, or a package's sampler that cannot be loaded.
+    """
+    if name in SAMPLER_FACTS:
+        return SAMPLER_FACTS[name]
+    if name not in sampler_names():
+        raise ValueError(f"sampler is {name!r}; accepted: {', '.join(sampler_names())}")
+    facts = installed_samplers().get(name, {"error": "its package was installed after this process started"})
+    if "error" in facts:
+        raise ValueError(f"the sampler {name!r} cannot be loaded ({facts['error']})")
+    return SamplerFacts(**facts)
+
+
+def installed_samplers() -> dict[str, dict[str, Any]]:
+    """The facts, or the `error`, of each sampler that an installed package adds.
+
+    The first call takes seconds: it loads the packages, which need PyTorch, in a process of its own.
+    """
+    with _lock:
+        return _installed_samplers()
+
+
+@cache
+def _installed_samplers() -> dict[str, dict[str, Any]]:
+    installed = [name for name in sampler_names() if name not in SAMPLER_FACTS]
+    if not installed:
+        return {}
+    command = [sys.executable, "-m", "timetuner_core.samplers"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=LOAD_SECONDS)
+        facts: dict[str, dict[str, Any]] = json.loads(run.stdout.splitlines()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        return {name: {"error": str(error)} for name in installed}
+    return facts

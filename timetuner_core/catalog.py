@@ -1,0 +1,73 @@
+"""What there is to choose from, as plain data: nothing here needs PyTorch.
+
+A process that only checks requests or lists choices imports this module. The code behind each name is elsewhere.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+ModelType = Literal["noise", "x_start", "v", "score", "flow", "edm"]
+GuidanceType = Literal["uncond", "classifier", "classifier-free"]
+
+NamedGrid = Literal["uniform", "quadratic", "log_snr", "edm"]
+GridName = Literal["default", NamedGrid]
+NAMED_GRIDS: tuple[NamedGrid, ...] = get_args(NamedGrid)
+
+BUNDLED = Path(__file__).parent / "bundled"
+BUILTIN_FOLDERS = {name: BUNDLED / name for name in ("digits8", "digits32-ldm")}
+BUILTINS = (*BUILTIN_FOLDERS, "mixture-ring", "mixture-gratings")
+
+SAMPLER_ENTRY_POINTS = "timetuner.samplers"
+
+
+@dataclass(frozen=True)
+class SamplerFacts:
+    """What is known of a sampler without running it; see `timetuner_core.samplers.Sampler` for the fields."""
+
+    order: int
+    calls_per_step: int = 1
+    history_length: int = 0
+    stochastic: bool = False
+    takes_eta: bool = False
+    rowwise: bool = False
+
+    def network_calls(self, timesteps: Sequence[float]) -> int:
+        """Number of network calls over a grid of `num_steps + 1` times."""
+        saved = self.calls_per_step - 1 if float(timesteps[-1]) == 0 else 0
+        return self.calls_per_step * (len(timesteps) - 1) - saved
+
+
+SAMPLER_FACTS = {
+    "ddim": SamplerFacts(order=1, takes_eta=True, rowwise=True),
+    "ddpm": SamplerFacts(order=1, stochastic=True, rowwise=True),
+    "euler": SamplerFacts(order=1, rowwise=True),
+    "heun": SamplerFacts(order=2, calls_per_step=2),
+    "dpm_1": SamplerFacts(order=1, rowwise=True),
+    "dpm_2": SamplerFacts(order=2, calls_per_step=2),
+    "dpm_3": SamplerFacts(order=3, calls_per_step=3),
+    "dpmpp_2s": SamplerFacts(order=2, calls_per_step=2),
+    "dpmpp_2m": SamplerFacts(order=2, history_length=1),
+    "dpmpp_3m": SamplerFacts(order=3, history_length=2),
+    "dpmpp_2m_sde": SamplerFacts(order=1, history_length=1, stochastic=True),
+    "unipc_2": SamplerFacts(order=3, history_length=2),
+    "unipc_3": SamplerFacts(order=4, history_length=3),
+    "ipndm": SamplerFacts(order=4, history_length=3),
+    "deis": SamplerFacts(order=3, history_length=2),
+}
+
+
+def sampler_names() -> list[str]:
+    """All sampler names: those of this package, then those of installed packages' entry points."""
+    return [*SAMPLER_FACTS, *(entry.name for entry in entry_points(group=SAMPLER_ENTRY_POINTS))]
+
+
+@cache
+def builtin_specs() -> dict[str, dict[str, Any]]:
+    """The description of each built-in model, as `timetuner_core.models.describing.describe` gives it."""
+    specs: dict[str, dict[str, Any]] = json.loads((BUNDLED / "specs.json").read_text())
+    return specs

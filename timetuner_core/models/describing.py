@@ -1,0 +1,24 @@
+"""What a service tells its users of a model."""
+
+from typing import Any
+
+from timetuner_core.models.diffusion_model import DiffusionModel
+
+
+def describe(model: DiffusionModel) -> dict[str, Any]:
+    """The facts of a loaded model that requests depend on, as JSON: the service's `ModelSpec`."""
+    return {
+        "sample_shape": list(model.sample_shape),
+        "image_shape": list(model.image_shape),
+        "model_type": model.model_type,
+        "T": model.noise_schedule.T,
+        "num_train_timesteps": model.noise_schedule.max_num_steps,
+        "num_classes": model.num_classes,
+        "null_class_label": model.null_class_label,
+        "condition_shape": None if model.condition_shape is None else list(model.condition_shape),
+        "guidance_types": list(model.guidance_types),
+        "num_parameters": model.num_parameters,
+        "has_uncond_condition": model.uncond_condition is not None,
+        "has_conditions": model.draw_conditions is not None,
+        "has_data": model.draw_data is not None,
+    }

@@ -1,0 +1,79 @@
+"""Importing diffusers without the parts of other packages that it brings but that networks do not need."""
+
+import importlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+
+# Modules that diffusers imports for schedulers and attention kernels which are not used here.
+HARDLY_USED = (("scipy", "stats"), ("scipy", "integrate"), ("torch.nn.attention", "flex_attention"))
+
+_lock = threading.RLock()
+
+
+def diffusers_class(name: str, *, compiler: bool = False) -> Any:
+    """A class of diffusers by name. Import all classes by this function.
+
+    A plain `from diffusers import UNet2DModel` also imports `torch._dynamo`, the compiler, `scipy.stats` and more.
+    That takes longer than all the rest, and no network needs it. `HARDLY_USED` modules are imported when they are used.
+
+    Args:
+        compiler: leave the compiler in, for networks that `torch.compile` will be called on.
+
+    Raises:
+        AttributeError: no such class.
+    """
+    with _lock:
+        for package, module in HARDLY_USED:
+            if f"{package}.{module}" not in sys.modules:
+                _import_when_used(package, module)
+        if compiler or "torch._dynamo" in sys.modules:
+            return getattr(importlib.import_module("diffusers"), name)
+        with _no_compiler():
+            return getattr(importlib.import_module("diffusers"), name)
+
+
+class _ImportedWhenUsed(ModuleType):
+    """Stands in for a module until one of its attributes is asked for.
+
+    The standard library's `LazyLoader` is of no use here: `inspect.getmodule` asks every module for `__file__`.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name != "__path__":
+            raise AttributeError(name)
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+def _import_when_used(package: str, name: str) -> None:
+    """Put a stand-in for a submodule into place."""
+    module = _ImportedWhenUsed(f"{package}.{name}")
+    sys.modules[module.__name__] = module
+    setattr(importlib.import_module(package), name, module)
+
+
+@contextmanager
+def _no_compiler() -> Iterator[None]:
+    """Have diffusers take PyTorch for one without a compiler, which it knows how to do without.
+
+    diffusers marks some functions as not to be compiled. A mark changes nothing where nothing is compiled, so the
+    decorator gives back the function.
+    """
+    with mock.patch.object(torch.compiler, "disable", _unmarked):
+        sys.modules["torch._dynamo"] = None  # type: ignore[assignment]  # An import of it then raises ImportError.
+        try:
+            yield
+        finally:
+            del sys.modules["torch._dynamo"]
+
+
+def _unmarked(function: Callable[..., Any] | None = None, **_: Any) -> Any:
+    return _unmarked if function is None else function
