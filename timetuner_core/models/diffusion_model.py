@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from timetuner_core.clipping import Clipping
 from timetuner_core.model_wrapper import GuidanceType, GuidedModel, ModelType, model_wrapper
 from timetuner_core.models.mixtures import GaussianMixture
 from timetuner_core.noise_schedule import NoiseSchedule
@@ -38,6 +39,7 @@ class DiffusionModel:
         draw_conditions: `(num_samples, generator) -> conditions`, or None if there are none to draw: classes
             uniformly, tensors from the data.
         sigma_data: of EDM's preconditioning, if `model_type` is `edm`.
+        clipping: of x0, as its scheduler's configuration says; None for none.
         features: `(B, *image_shape) -> (B, F)`, a space that suits its images, to measure distances in; or None.
         mixture: the exact distribution of its data, where that is known.
     """
@@ -60,6 +62,7 @@ class DiffusionModel:
     uncond_condition: Tensor | None = None
     draw_conditions: Callable[[int, torch.Generator], Tensor] | None = None
     sigma_data: float = 0.5
+    clipping: Clipping | None = None
     features: Callable[[Tensor], Tensor] | None = None
     mixture: GaussianMixture | None = None
 
@@ -98,6 +101,7 @@ class DiffusionModel:
             guidance_rescale=guidance_rescale,
             guidance_interval=guidance_interval,
             sigma_data=self.sigma_data,
+            clipping=self.clipping,
         )
 
     def conditions(self, guidance_type: GuidanceType, condition: Tensor | None) -> dict[str, Tensor | None]:
