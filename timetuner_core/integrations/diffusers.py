@@ -56,7 +56,8 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         sampler: str = "ddim",
         eta: float = 0.0,
     ) -> None:
-        self.noise_schedule, self._model_type, self._sigma_data = read_scheduler_config(base_scheduler)
+        self._spec = read_scheduler_config(base_scheduler)
+        self.noise_schedule = self._spec.noise_schedule
         self._sampler, self._eta = get_sampler(sampler), eta
         if self._sampler.calls_per_step != 1:
             accepted = ", ".join(name for name, each in SAMPLERS.items() if each.calls_per_step == 1)
@@ -145,4 +146,11 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _model(self, output: Tensor) -> GuidedModel:
         """A network that has already answered."""
-        return GuidedModel(lambda *_: output, self.noise_schedule, self._model_type, sigma_data=self._sigma_data)
+        spec = self._spec
+        return GuidedModel(
+            lambda *_: output,
+            self.noise_schedule,
+            spec.model_type,
+            sigma_data=spec.sigma_data,
+            clipping=spec.clipping,
+        )
