@@ -166,6 +166,7 @@ def load_folder(
         uncond_condition=uncond_condition,
         draw_conditions=_draw_conditions(data, num_classes),
         sigma_data=scheduler.sigma_data,
+        clipping=scheduler.clipping,
         **codec,
     )
 
