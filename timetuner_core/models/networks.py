@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from timetuner_core.models.diffusers_import import diffusers_class
 from timetuner_core.models.folder_files import (
@@ -139,7 +140,7 @@ def load_module(
     _check_depth(config, config_name, len(shapes))
     network_class = diffusers_class(class_name, compiler=compiler)
     try:
-        with torch.device("meta"):  # shapes only: a hostile configuration allocates nothing
+        with torch.device("meta"), _Uninitialised():  # shapes only: a hostile configuration allocates nothing
             module: Any = network_class.from_config(config)
     except Exception as error:  # diffusers raises whatever its constructors meet
         raise ModelFormatError(config_name, f"no {class_name} can be built from it ({error})") from None
@@ -152,6 +153,19 @@ def load_module(
     module.load_state_dict({current[name]: tensor.float() for name, tensor in state.items()}, assign=True)
     _fill_buffers(module, config)
     return module.requires_grad_(False).eval(), class_name
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves tensors without values as they are where a network would draw its first weights.
+
+    PyTorch would look up how to draw normal numbers of no values, for which it imports its compiler: a second.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        draws = function in (Tensor.normal_, Tensor.uniform_) or getattr(function, "__module__", "") == "torch.nn.init"
+        options = kwargs or {}
+        tensor = args[0] if args else options.get("tensor")
+        return tensor if draws and isinstance(tensor, Tensor) and tensor.is_meta else function(*args, **options)
 
 
 def _check_depth(config: dict[str, Any], config_name: str, num_tensors: int) -> None:
