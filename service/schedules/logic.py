@@ -96,7 +96,7 @@ def import_schedule(session: Session, request: ScheduleImport) -> Schedule:
     """Store a schedule made elsewhere as the next version of its setting. Raises: InvalidError."""
     spec = get_requested_model(session, request.model).spec
     check_setting(spec, request)
-    _check_grid(request, spec["T"], spec["num_train_timesteps"])
+    _check_grid(request, spec["T"], spec.get("t_min", 0.0))  # Models registered by older versions have no t_min.
     key = request.key()
     schedule = Schedule(
         **key,
@@ -131,7 +131,7 @@ def delete_schedule(registry: Registry, caller: Caller, schedule_id: str) -> Non
         raise conflict from None
 
 
-def _check_grid(request: ScheduleImport, T: float, num_train_timesteps: int | None) -> None:
+def _check_grid(request: ScheduleImport, T: float, t_min: float) -> None:
     """Check the conditions of `timetuner_core.grids`, and name the field that does not meet them."""
     timesteps, t_ratios = request.timesteps, request.t_ratios
     check_timesteps(timesteps, request.num_steps, T)
@@ -141,7 +141,6 @@ def _check_grid(request: ScheduleImport, T: float, num_train_timesteps: int | No
     if not all(0 < t * t_ratio <= T * (1 + 1e-6) for t, t_ratio in zip(timesteps, t_ratios, strict=False)):
         message = f"accepted as t_ratios: any that keep t * t_ratio within (0, {T}]"
         raise InvalidError(message, ("body", "t_ratios"), t_ratios)
-    t_min = 0.0 if num_train_timesteps is None else 1 / num_train_timesteps
     if any(t * t_ratio < min(t, t_min) * (1 - 1e-6) for t, t_ratio in zip(timesteps, t_ratios, strict=False)):
         message = f"accepted as t_ratios: any that keep t * t_ratio at {t_min} or above, the network's first time"
         raise InvalidError(message, ("body", "t_ratios"), t_ratios)

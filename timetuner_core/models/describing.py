@@ -12,6 +12,7 @@ def describe(model: DiffusionModel) -> dict[str, Any]:
         "image_shape": list(model.image_shape),
         "model_type": model.model_type,
         "T": model.noise_schedule.T,
+        "t_min": model.noise_schedule.t_min,
         "num_train_timesteps": model.noise_schedule.max_num_steps,
         "num_classes": model.num_classes,
         "null_class_label": model.null_class_label,
