@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
-from timetuner_core.models.diffusers_import import diffusers_class
 from timetuner_core.models.folder_files import (
     TRANSFORMER_CONFIG,
     TRANSFORMER_WEIGHTS,
@@ -91,7 +89,7 @@ def load_network(path: Path, device: torch.device | str, options: Options) -> Lo
     is_transformer = (path / TRANSFORMER_CONFIG).exists()
     files = (TRANSFORMER_CONFIG, TRANSFORMER_WEIGHTS) if is_transformer else (UNET_CONFIG, UNET_WEIGHTS)
     accepted = TRANSFORMERS if is_transformer else UNETS
-    module, class_name = load_module(path, *files, accepted, _check_network, options.compile)
+    module, class_name = load_module(path, *files, accepted, _check_network)
     config = module.config
     height, width = _sample_size(config)
     module = options.apply(module, device)
@@ -119,7 +117,6 @@ def load_module(
     weights_name: str,
     accepted: tuple[str, ...],
     check: Callable[[Any, str], None] = lambda module, config_name: None,
-    compiler: bool = False,
 ) -> tuple[Any, str]:
     """A frozen diffusers module in float32 on the CPU, and its class's name.
 
@@ -128,7 +125,6 @@ def load_module(
 
     Args:
         accepted: names of diffusers classes. check: `(module without weights, config_name)`, may raise.
-        compiler: whether the module is to be compiled.
 
     Raises:
         ModelFormatError: anything missing, malformed or at odds with the rest.
@@ -141,11 +137,12 @@ def load_module(
     shapes_by_file = read_weight_shapes(path, weights_name)
     files = [tensor for tensors in shapes_by_file.values() for tensor in tensors]
     _check_depth(config, config_name, len(files))
-    network_class = diffusers_class(class_name, compiler=compiler)
+    import diffusers  # It takes seconds, which built-in mixtures do not need.
+
     try:
         # Only shapes are made: a hostile configuration allocates nothing.
-        with torch.device("meta"), _Uninitialised():
-            module: Any = network_class.from_config(config)
+        with torch.device("meta"):
+            module: Any = getattr(diffusers, class_name).from_config(config)
     except Exception as error:  # The constructors of diffusers may raise anything.
         raise ModelFormatError(config_name, f"no {class_name} can be built from it ({error})") from None
     check(module, config_name)
@@ -161,19 +158,6 @@ def load_module(
     module.load_state_dict(state, assign=True)
     _fill_buffers(module, config)
     return module.requires_grad_(False).eval(), class_name
-
-
-class _Uninitialised(TorchFunctionMode):
-    """Leaves tensors without values as they are where a network would draw its first weights.
-
-    PyTorch would look up how to draw normal numbers of no values, for which it imports its compiler: a second.
-    """
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        draws = function in (Tensor.normal_, Tensor.uniform_) or getattr(function, "__module__", "") == "torch.nn.init"
-        options = kwargs or {}
-        tensor = args[0] if args else options.get("tensor")
-        return tensor if draws and isinstance(tensor, Tensor) and tensor.is_meta else function(*args, **options)
 
 
 def _check_depth(config: dict[str, Any], config_name: str, num_tensors: int) -> None:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from timetuner_core.catalog import ModelType
 from timetuner_core.clipping import Clipping
-from timetuner_core.models.diffusers_import import diffusers_class
 from timetuner_core.models.folder_files import SCHEDULER_CONFIG, ModelFormatError, read_json
 from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleEDM, NoiseScheduleFlow, NoiseScheduleVP
 
@@ -169,7 +168,9 @@ def constructor_defaults(scheduler_class: Any) -> dict[str, Any]:
 
 
 def _class_of(name: str) -> Any:
-    return diffusers_class(STAND_INS.get(name, name))
+    import diffusers  # It takes seconds, which built-in mixtures do not need.
+
+    return getattr(diffusers, STAND_INS.get(name, name))
 
 
 def _refuse_unknown(values: Mapping[str, Any], defaults: Mapping[str, Any], honoured: frozenset[str]) -> None:
@@ -179,6 +180,8 @@ def _refuse_unknown(values: Mapping[str, Any], defaults: Mapping[str, Any], hono
 
 
 def _vp(values: Mapping[str, Any]) -> SchedulerSpec:
+    from diffusers import DDPMScheduler
+
     rescaled = bool(values.get("rescale_betas_zero_snr"))
     prediction = _choice(values, "prediction_type", tuple(MODEL_TYPES))
     if rescaled and prediction == "epsilon":
@@ -188,7 +191,7 @@ def _vp(values: Mapping[str, Any]) -> SchedulerSpec:
     try:
         # It makes the same of these arguments as all other classes do, some of which take memory by N squared.
         betas = {key: value for key, value in values.items() if key in BETAS}
-        scheduler: Any = diffusers_class("DDPMScheduler")(**betas)
+        scheduler: Any = DDPMScheduler(**betas)  # type: ignore[no-untyped-call]
         alphas_cumprod = scheduler.alphas_cumprod.double()
         if rescaled:
             alphas_cumprod[-1] = MIN_ALPHA_CUMPROD
