@@ -88,7 +88,8 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         # diffusers lists arguments that it takes to be left at their defaults, those given by position among them, and
         # from_config drops what is listed: list none.
         self.register_to_config(**repeated, _use_default_values=[])  # type: ignore[no-untyped-call]
-        self.noise_schedule, self._model_type, self._sigma_data = read_scheduler_config(base_scheduler)
+        self._spec = read_scheduler_config(base_scheduler)
+        self.noise_schedule = self._spec.noise_schedule
         self._sampler, self._eta = get_sampler(sampler), eta
         if self._sampler.calls_per_step != 1:
             accepted = ", ".join(name for name, each in SAMPLERS.items() if each.calls_per_step == 1)
@@ -198,7 +199,7 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The network's input for x_t: x_t itself, but for EDM's networks."""
-        if self._model_type != "edm":
+        if self._spec.model_type != "edm":
             return sample
         t = self._grid[self._next_step(timestep)]
         return Coefficient(self._model(sample).input_scale(t)) * sample
@@ -321,7 +322,8 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _model(self, output: Tensor) -> GuidedModel:
         """A network that has already answered."""
-        return GuidedModel(lambda *_: output, self.noise_schedule, self._model_type, sigma_data=self._sigma_data)
+        spec = self._spec
+        return GuidedModel(lambda *_: output, spec.noise_schedule, spec.model_type, sigma_data=spec.sigma_data)
 
 
 def _number(timestep: Any) -> float:
