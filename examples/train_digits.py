@@ -96,7 +96,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(args.seed)
     images, labels = digits()
     unet = build_unet()
-    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02)
+    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, clip_sample=False)
     train(unet, scheduler, images, labels, num_iters=args.num_iters, generator=generator)
 
     DDPMPipeline(unet, scheduler).save_pretrained(args.out)

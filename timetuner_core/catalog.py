@@ -1,4 +1,4 @@
-"""What there is to choose from, as plain data: nothing here needs PyTorch.
+"""The names that requests choose from, as plain data: nothing here needs PyTorch.
 
 A process that only checks requests or lists choices imports this module. The code behind each name is elsewhere.
 """
@@ -27,7 +27,7 @@ SAMPLER_ENTRY_POINTS = "timetuner.samplers"
 
 @dataclass(frozen=True)
 class SamplerFacts:
-    """What is known of a sampler without running it; see `timetuner_core.samplers.Sampler` for the fields."""
+    """The facts of a sampler that need no run of it; see `timetuner_core.samplers.Sampler` for the fields."""
 
     order: int
     calls_per_step: int = 1

@@ -11,6 +11,7 @@ from timetuner_core.noise_schedule import NoiseSchedule
 Timesteps: TypeAlias = Tensor | list[float]
 
 EDM_RHO = 7.0
+LOWEST_LAMBDA = -5.1  # diffusers recommends it as `lambda_min_clipped`; below, x_t tells nothing of x0
 
 
 def make_timesteps(noise_schedule: NoiseSchedule, num_steps: int, grid: GridName = "default") -> Tensor:
@@ -24,6 +25,9 @@ def make_timesteps(noise_schedule: NoiseSchedule, num_steps: int, grid: GridName
     - `quadratic`: in the square root of t (DDIM, Song et al. 2021, appendix D.2).
     - `log_snr`: in lambda_t (DPM-Solver, Lu et al. 2022).
     - `edm`: in `(sigma_t / alpha_t)**(1 / 7)` (EDM, Karras et al. 2022, eq. 5).
+
+    Where lambda is below `LOWEST_LAMBDA` (from -13.8 on where alpha at `T` is taken as 1e-6), `log_snr` and `edm`
+    take no more than their first step.
 
     Raises:
         ValueError: an unknown `grid`; `num_steps` below 1, or above `N` for a discrete schedule.
@@ -41,8 +45,18 @@ def make_timesteps(noise_schedule: NoiseSchedule, num_steps: int, grid: GridName
     if limit == 1 or (noise_schedule.t_end == 0 and num_steps == 1):  # T and t_min coincide for N = 1.
         return torch.cat([ends[:1], clean])
     if noise_schedule.t_end == 0:
-        return torch.cat([grid_between(noise_schedule, ends, num_steps - 1, grid), clean])
-    return grid_between(noise_schedule, ends, num_steps, grid)
+        return torch.cat([_named_grid(noise_schedule, ends, num_steps - 1, grid), clean])
+    return _named_grid(noise_schedule, ends, num_steps, grid)
+
+
+def _named_grid(noise_schedule: NoiseSchedule, ends: Tensor, num_steps: int, grid: NamedGrid) -> Tensor:
+    """`grid_between` from `T`; no more than the first step is over what tells nothing of x0."""
+    timesteps = grid_between(noise_schedule, ends, num_steps, grid)
+    if grid not in ("log_snr", "edm") or bool(noise_schedule.marginal_lambda(timesteps[1]) >= LOWEST_LAMBDA):
+        return timesteps
+    informed = noise_schedule.inverse_lambda(ends.new_tensor([LOWEST_LAMBDA]))
+    rest = grid_between(noise_schedule, torch.cat([informed, ends[1:]]), num_steps - 1, grid)
+    return torch.cat([ends[:1], rest])
 
 
 def grid_between(noise_schedule: NoiseSchedule, ends: Tensor, num_steps: int, grid: NamedGrid) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from timetuner_core.catalog import GuidanceType, ModelType
+from timetuner_core.clipping import CLIP_RULES, Clipping
 from timetuner_core.noise_schedule import NoiseSchedule
 
 
@@ -58,6 +59,7 @@ class GuidedModel:
     guidance_interval: tuple[float, float] | None = None
     guidance_rescale: float = 0.0
     sigma_data: float = 0.5
+    clipping: Clipping | None = None
 
     def __call__(
         self, x: Tensor, t: Tensor, condition: Tensor | None = None, uncond_condition: Tensor | None = None
@@ -88,6 +90,30 @@ class GuidedModel:
         if self.guidance_type == "classifier":
             return self._classifier_guided(x, t, t_input, condition, uncond_condition)
         return self._prediction(x, t, self._classifier_free(x, t, t_input, condition, uncond_condition))
+
+    def predict_for(
+        self,
+        sampler: str,
+        x: Tensor,
+        t: Tensor,
+        t_ratio: Tensor | float = 1.0,
+        condition: Tensor | None = None,
+        uncond_condition: Tensor | None = None,
+    ) -> Prediction:
+        """`predict`, with x0 clipped as the diffusers class of a sampler by that name clips it."""
+        prediction = self.predict(x, t, t_ratio, condition, uncond_condition)
+        rule = None if self.clipping is None else CLIP_RULES.get(sampler)
+        if rule is None or self.clipping is None:
+            return prediction
+        x0 = rule.clip(self.clipping, prediction.x0)
+        if x0 is None:
+            return prediction
+        if not rule.eps_follows:
+            return Prediction(x0, prediction.eps)
+        t = t.to(x.device).expand(len(x))
+        alpha_t = expand_like(self.noise_schedule.marginal_alpha(t), x)
+        sigma_t = expand_like(self.noise_schedule.marginal_std(t), x)
+        return Prediction(x0, (x - alpha_t * x0) / sigma_t)
 
     def input_scale(self, t: Tensor) -> Tensor:
         """The factor of x_t in the network's input: c_in for EDM's networks, else 1; of t's shape."""
@@ -205,6 +231,7 @@ def model_wrapper(
     guidance_interval: tuple[float, float] | None = None,
     guidance_rescale: float = 0.0,
     sigma_data: float = 0.5,
+    clipping: Clipping | None = None,
 ) -> GuidedModel:
     """Wrap a network as a guided, continuous-time model.
 
@@ -224,6 +251,7 @@ def model_wrapper(
             network (or, with a classifier, only the unconditional one) is used (Kynkäänniemi et al. 2024).
         guidance_rescale: how far, 0 to 1, to bring a classifier-free prediction's standard deviation back to
             the conditional one's (Lin et al. 2024, eq. 16).
+        clipping: of x0, for the samplers whose diffusers class does so; see `clipping.CLIP_RULES`.
 
     Returns:
         `model_fn(x, t, condition=None, uncond_condition=None) -> eps`, see `GuidedModel`. Differentiable in
@@ -261,4 +289,5 @@ def model_wrapper(
         guidance_interval,
         guidance_rescale,
         sigma_data,
+        clipping,
     )

@@ -89,7 +89,9 @@ def _describer() -> Describer:
 
 def wait_for_describer() -> None:
     """Let the model at hand be described before the process ends, if there is time."""
-    _describer().join(settings.drain_seconds)
+    stopping.set()
+    if _describer.cache_info().currsize:
+        _describer().join(settings.drain_seconds)
 
 
 @setup_logging.connect  # type: ignore[untyped-decorator]

@@ -21,7 +21,7 @@ def upgrade() -> None:
         sa.Column("refused_field", sa.String(length=255), nullable=True),
         sa.Column("state", sa.String(length=16), nullable=False),
         sa.Column("request", sa.JSON(), nullable=False),
-        sa.Column("progress", sa.Float(), nullable=False),
+        sa.Column("progress", sa.Double(), nullable=False),
         sa.Column("error", sa.String(length=2000), nullable=True),
         sa.Column("request_id", sa.String(length=64), nullable=True),
         sa.Column("attempt", sa.Integer(), nullable=False),

@@ -118,7 +118,7 @@ def _display(job: "TuningJob", watch: bool) -> Iterator[Callable[["TuningJob"], 
     bar = progress.add_task("", total=1.0)
     state = ""
 
-    def tell(job: TuningJob) -> None:
+    def tell(job: "TuningJob") -> None:
         nonlocal state
         if job.state != state:
             state = job.state

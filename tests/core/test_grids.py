@@ -5,6 +5,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from torch import Tensor
 
 from tests.core.conftest import linear_betas
@@ -49,8 +50,44 @@ def test_a_grid_has_its_number_of_steps_and_falls_from_end_to_end(schedule: Nois
 @every_grid
 @every_schedule
 def test_a_grid_spaces_evenly_what_it_is_named_after(schedule: NoiseSchedule, grid: Any) -> None:
-    differences = spaced_evenly(schedule, make_timesteps(schedule, 17, grid), grid).diff()
-    torch.testing.assert_close(differences, differences.mean().expand(17), rtol=1e-8, atol=0)
+    timesteps = make_timesteps(schedule, 17, grid)
+    if float(schedule.marginal_lambda(timesteps[1])) == pytest.approx(-5.1):
+        timesteps = timesteps[1:]  # the first step is over what tells nothing of x0
+    differences = spaced_evenly(schedule, timesteps, grid).diff()
+    torch.testing.assert_close(differences, differences.mean().expand_as(differences), rtol=1e-8, atol=0)
+
+
+def cosine_alphas_cumprod(N: int) -> Tensor:
+    """Those of diffusers' `squaredcos_cap_v2`."""
+    return DDPMScheduler(N, beta_schedule="squaredcos_cap_v2").alphas_cumprod.double()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("grid", ["log_snr", "edm"])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        NoiseScheduleFlow(),
+        NoiseScheduleFlow(num_train_timesteps=10),
+        NoiseScheduleVP(alphas_cumprod=cosine_alphas_cumprod(1000)),
+    ],
+    ids=["flow", "flow of 10 steps", "cosine"],
+)
+def test_a_grid_in_log_snr_spends_one_step_where_there_is_no_signal(schedule: NoiseSchedule, grid: Any) -> None:
+    assert schedule.marginal_lambda(torch.tensor(1.0, dtype=torch.float64)) < -9
+    for num_steps in (1, 2, 3, 10, 50):
+        timesteps = make_timesteps(schedule, num_steps, grid)
+        lambdas = schedule.marginal_lambda(timesteps)
+        assert (len(timesteps), timesteps[0].item()) == (num_steps + 1, 1.0)
+        assert bool((timesteps.diff() < 0).all())
+        assert bool((lambdas[1:] > -5.1 - 1e-6).all())
+
+
+def test_a_grid_in_log_snr_is_even_where_no_step_is_wholly_without_signal() -> None:
+    schedule = NoiseScheduleVP("discrete", betas=linear_betas(60))
+    timesteps = make_timesteps(schedule, 5, "log_snr")
+    lambdas = schedule.marginal_lambda(timesteps)
+    assert lambdas[0] < -5.1 < lambdas[1]
+    torch.testing.assert_close(lambdas.diff(), lambdas.diff().mean().expand(5))
 
 
 @every_grid

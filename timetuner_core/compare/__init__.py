@@ -10,12 +10,12 @@ import torch
 from timetuner_core.compare.plan import (
     BASELINE,
     ENTRANTS,
+    ComparedSetting,
     Effort,
     Entrant,
     Group,
     Plan,
     PlanError,
-    Setting,
     load_model,
     parse_guidance,
 )
@@ -28,6 +28,7 @@ __all__ = [
     "BASELINE",
     "ENTRANTS",
     "METRICS",
+    "ComparedSetting",
     "Comparison",
     "Effort",
     "Entrant",
@@ -35,7 +36,6 @@ __all__ = [
     "Outcome",
     "Plan",
     "PlanError",
-    "Setting",
     "Trajectories",
     "parse_guidance",
     "run",
@@ -65,10 +65,10 @@ def run(plan: Plan, jobs: int = 1, done: Done = lambda _: None) -> Comparison:
     refusals = {setting: _refusal(setting) for setting in plan.settings}
     settings = [setting for setting, reason in refusals.items() if reason is None]
     groups = list(dict.fromkeys(setting.group for setting in settings))
-    tasks: list[Group | Setting] = [*groups, *settings]
+    tasks: list[Group | ComparedSetting] = [*groups, *settings]
     costs = {task: _guess_cost(plan, task) for task in tasks}
 
-    def finished(task: Group | Setting) -> None:
+    def finished(task: Group | ComparedSetting) -> None:
         done(costs[task] / sum(costs.values()))
 
     with workers(min(jobs, max(1, len(settings)))) as in_workers:
@@ -87,7 +87,7 @@ def run(plan: Plan, jobs: int = 1, done: Done = lambda _: None) -> Comparison:
     return Comparison(plan, outcomes, trajectories, time.monotonic() - started, jobs)
 
 
-def _refusal(setting: Setting) -> str | None:
+def _refusal(setting: ComparedSetting) -> str | None:
     """The reason why no entrant applies to a setting, or None."""
     model, guidance = load_model(setting.group.model), parse_guidance(setting.group.guidance)
     if guidance.type not in model.guidance_types:
@@ -102,7 +102,7 @@ def _refusal(setting: Setting) -> str | None:
     return None
 
 
-def _guess_cost(plan: Plan, task: Group | Setting) -> float:
+def _guess_cost(plan: Plan, task: Group | ComparedSetting) -> float:
     """Seconds of one core that a task will take, by the samples it puts through the network."""
     effort = plan.effort
     group = task if isinstance(task, Group) else task.group

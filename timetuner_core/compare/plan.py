@@ -130,7 +130,7 @@ class Group(NamedTuple):
         return f"{Path(self.model).name}, {self.guidance}, {self.sampler}"
 
 
-class Setting(NamedTuple):
+class ComparedSetting(NamedTuple):
     """A group and a number of steps."""
 
     group: Group
@@ -189,8 +189,8 @@ class Plan:
         return list(itertools.starmap(Group, itertools.product(self.models, self.guidances, self.samplers)))
 
     @property
-    def settings(self) -> list[Setting]:
-        return list(itertools.starmap(Setting, itertools.product(self.groups, self.num_steps)))
+    def settings(self) -> list[ComparedSetting]:
+        return list(itertools.starmap(ComparedSetting, itertools.product(self.groups, self.num_steps)))
 
     @property
     def drawn_num_steps(self) -> int:

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from timetuner_core.catalog import GridName
-from timetuner_core.compare.plan import BASELINE, ENTRANTS, Entrant, Group, Plan, Setting, load_model, parse_guidance
+from timetuner_core.compare.plan import (
+    BASELINE,
+    ENTRANTS,
+    ComparedSetting,
+    Entrant,
+    Group,
+    Plan,
+    load_model,
+    parse_guidance,
+)
 from timetuner_core.evaluation.distances import (
     MAX_WASSERSTEIN_DIMENSION,
     Estimate,
@@ -50,7 +59,7 @@ class Outcome:
         timesteps: `(num_steps + 1,)`. t_ratios: `(num_steps,)`.
     """
 
-    setting: Setting
+    setting: ComparedSetting
     entrant: str
     evaluation: Evaluation | None = None
     reason: str = ""
@@ -133,7 +142,7 @@ def teach(plan: Plan, group: Group) -> Teaching:
     return Bench(plan, group).teach(any(ENTRANTS[name].objective == "end_to_end" for name in plan.entrants))
 
 
-def run_setting(plan: Plan, setting: Setting, teaching: Teaching) -> SettingResult:
+def run_setting(plan: Plan, setting: ComparedSetting, teaching: Teaching) -> SettingResult:
     trial = Trial(Bench(plan, setting.group), setting, teaching)
     outcomes = [trial.outcome(name) for name in plan.entrants]
     is_drawn = setting.num_steps == plan.drawn_num_steps
@@ -185,7 +194,7 @@ class Bench:
 class Trial:
     """A bench set to one number of steps: every entrant's tuning and judgement."""
 
-    def __init__(self, bench: Bench, setting: Setting, teaching: Teaching) -> None:
+    def __init__(self, bench: Bench, setting: ComparedSetting, teaching: Teaching) -> None:
         self.bench, self.setting = bench, setting
         self.teacher_samples = torch.from_numpy(teaching.held_out)
         self.target = None if teaching.tuning is None else torch.from_numpy(teaching.tuning)

@@ -322,8 +322,13 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _model(self, output: Tensor) -> GuidedModel:
         """A network that has already answered."""
-        spec = self._spec
-        return GuidedModel(lambda *_: output, spec.noise_schedule, spec.model_type, sigma_data=spec.sigma_data)
+        return GuidedModel(
+            lambda *_: output,
+            self.noise_schedule,
+            self._spec.model_type,
+            sigma_data=self._spec.sigma_data,
+            clipping=self._spec.clipping,
+        )
 
 
 def _number(timestep: Any) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 from timetuner_core.models.folder_files import DATA, METADATA, ModelFormatError, Shape, read_json
 from timetuner_core.models.tensors import read_tensors
 
-RANGE_TOLERANCE = 1e-3  # what resizing and half precision leave around -1 and 1
+RANGE_TOLERANCE = 1e-3  # Resizing and half precision leave values a little beyond -1 and 1.
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -1,4 +1,4 @@
-"""What a service tells its users of a model."""
+"""The description of a model that a service gives its users."""
 
 from typing import Any
 

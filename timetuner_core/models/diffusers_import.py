@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -31,12 +32,11 @@ def diffusers_class(name: str, *, compiler: bool = False) -> Any:
     """
     with _lock:
         for package, module in HARDLY_USED:
-            if f"{package}.{module}" not in sys.modules:
-                _import_when_used(package, module)
+            _import_when_used(package, module)
         if compiler or "torch._dynamo" in sys.modules:
-            return getattr(importlib.import_module("diffusers"), name)
+            return _from_diffusers(name)
         with _no_compiler():
-            return getattr(importlib.import_module("diffusers"), name)
+            return _from_diffusers(name)
 
 
 class _ImportedWhenUsed(ModuleType):
@@ -53,11 +53,40 @@ class _ImportedWhenUsed(ModuleType):
         return getattr(importlib.import_module(self.__name__), name)
 
 
-def _import_when_used(package: str, name: str) -> None:
-    """Put a stand-in for a submodule into place."""
-    module = _ImportedWhenUsed(f"{package}.{name}")
-    sys.modules[module.__name__] = module
+def _import_when_used(package: str, name: str, path: str | None = None) -> None:
+    """Put a stand-in for a submodule into place, unless that is imported already.
+
+    Args:
+        path: where the modules of a package are. They are then imported without the package's `__init__`.
+    """
+    full_name = f"{package}.{name}"
+    if full_name in sys.modules:
+        return
+    module = _ImportedWhenUsed(full_name)
+    if path is not None:
+        module.__path__ = [path]
+    sys.modules[full_name] = module
     setattr(importlib.import_module(package), name, module)
+
+
+def _from_diffusers(name: str) -> Any:
+    """A class of diffusers; of its transformers, of which there are a hundred, only those that the class needs."""
+    diffusers = importlib.import_module("diffusers")
+    _import_when_used("diffusers.models", "transformers", f"{diffusers.__path__[0]}/models/transformers")
+    return getattr(diffusers, name)
+
+
+class _Hiding(MetaPathFinder):
+    """Hides a module from the imports of the thread that made this; other threads may import it meanwhile."""
+
+    def __init__(self, hidden: str) -> None:
+        self._hidden = hidden
+        self._thread = threading.get_ident()
+
+    def find_spec(self, fullname: str, _path: Any, _target: Any = None) -> None:
+        """Raises: ImportError, for the hidden module."""
+        if fullname == self._hidden and threading.get_ident() == self._thread:
+            raise ImportError(f"{fullname} is hidden", name=fullname)
 
 
 @contextmanager
@@ -67,12 +96,13 @@ def _no_compiler() -> Iterator[None]:
     diffusers marks some functions as not to be compiled. A mark changes nothing where nothing is compiled, so the
     decorator gives back the function.
     """
-    with mock.patch.object(torch.compiler, "disable", _unmarked):
-        sys.modules["torch._dynamo"] = None  # type: ignore[assignment]  # An import of it then raises ImportError.
-        try:
+    hiding = _Hiding("torch._dynamo")
+    sys.meta_path.insert(0, hiding)
+    try:
+        with mock.patch.object(torch.compiler, "disable", _unmarked):
             yield
-        finally:
-            del sys.modules["torch._dynamo"]
+    finally:
+        sys.meta_path.remove(hiding)
 
 
 def _unmarked(function: Callable[..., Any] | None = None, **_: Any) -> Any:

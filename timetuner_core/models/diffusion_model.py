@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from timetuner_core.catalog import GuidanceType, ModelType
+from timetuner_core.clipping import Clipping
 from timetuner_core.guided_model import GuidedModel, model_wrapper
 from timetuner_core.models.mixtures import GaussianMixture
 from timetuner_core.noise_schedule import NoiseSchedule
@@ -41,6 +42,7 @@ class DiffusionModel:
         draw_conditions: `(num_samples, generator) -> conditions`, or None if there are none to draw: classes
             uniformly, tensors from the data.
         sigma_data: of EDM's preconditioning, if `model_type` is `edm`.
+        clipping: of x0, as its scheduler's configuration says; None for none.
         features: `(B, *image_shape) -> (B, F)`, a space that suits its images, to measure distances in; or None.
         mixture: the exact distribution of its data, where that is known.
     """
@@ -63,6 +65,7 @@ class DiffusionModel:
     uncond_condition: Tensor | None = None
     draw_conditions: Callable[[int, torch.Generator], Tensor] | None = None
     sigma_data: float = 0.5
+    clipping: Clipping | None = None
     features: Callable[[Tensor], Tensor] | None = None
     mixture: GaussianMixture | None = None
 
@@ -101,6 +104,7 @@ class DiffusionModel:
             guidance_rescale=guidance_rescale,
             guidance_interval=guidance_interval,
             sigma_data=self.sigma_data,
+            clipping=self.clipping,
         )
 
     def watched(self, before_call: Callable[[int], None]) -> Self:

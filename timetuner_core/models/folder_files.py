@@ -20,7 +20,7 @@ MODEL_INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 METADATA = "timetuner.json"
 DATA = "data.safetensors"
-# Whether a folder is accepted depends on its index too, but not what its model is.
+# These files make the model. The index only decides, with others, whether a folder is accepted.
 MODEL_FILES = (
     UNET_CONFIG,
     UNET_WEIGHTS,
@@ -148,7 +148,7 @@ def _is_deeper(content: Any, depth: int) -> bool:
 
 
 def read_weight_shapes(path: Path, weights_name: str) -> dict[str, dict[str, Shape]]:
-    """Of each of a component's safetensors files, the names and shapes of its weights. Raises: ModelFormatError."""
+    """The names and shapes of the weights in each of a component's safetensors files. Raises: ModelFormatError."""
     files = weight_files(files_of(path), weights_name)
     if not files:
         raise ModelFormatError(weights_name, "the file is missing; weights are accepted as safetensors only")

@@ -166,6 +166,7 @@ def load_folder(
         uncond_condition=uncond_condition,
         draw_conditions=_draw_conditions(data, num_classes),
         sigma_data=scheduler.sigma_data,
+        clipping=scheduler.clipping,
         **codec,
     )
 
@@ -175,7 +176,7 @@ def _check_components(path: Path) -> None:
     if not (path / MODEL_INDEX).exists():
         return
     for name, component in read_json(path, MODEL_INDEX).items():
-        # What is no list is an option of the pipeline; a component that it goes without is [null, null].
+        # An entry that is no list is an option of the pipeline; an absent component is [null, null].
         if name.startswith("_") or not isinstance(component, list) or not any(component):
             continue
         if name in READ_FOLDERS:

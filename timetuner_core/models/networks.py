@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from timetuner_core.models.diffusers_import import diffusers_class
 from timetuner_core.models.folder_files import (
@@ -142,7 +143,8 @@ def load_module(
     _check_depth(config, config_name, len(files))
     network_class = diffusers_class(class_name, compiler=compiler)
     try:
-        with torch.device("meta"):  # Only shapes are made: a hostile configuration allocates nothing.
+        # Only shapes are made: a hostile configuration allocates nothing.
+        with torch.device("meta"), _Uninitialised():
             module: Any = network_class.from_config(config)
     except Exception as error:  # The constructors of diffusers may raise anything.
         raise ModelFormatError(config_name, f"no {class_name} can be built from it ({error})") from None
@@ -159,6 +161,19 @@ def load_module(
     module.load_state_dict(state, assign=True)
     _fill_buffers(module, config)
     return module.requires_grad_(False).eval(), class_name
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves tensors without values as they are where a network would draw its first weights.
+
+    PyTorch would look up how to draw normal numbers of no values, for which it imports its compiler: a second.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        draws = function in (Tensor.normal_, Tensor.uniform_) or getattr(function, "__module__", "") == "torch.nn.init"
+        options = kwargs or {}
+        tensor = args[0] if args else options.get("tensor")
+        return tensor if draws and isinstance(tensor, Tensor) and tensor.is_meta else function(*args, **options)
 
 
 def _check_depth(config: dict[str, Any], config_name: str, num_tensors: int) -> None:

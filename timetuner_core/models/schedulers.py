@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from timetuner_core.catalog import ModelType
+from timetuner_core.clipping import Clipping
 from timetuner_core.models.diffusers_import import diffusers_class
 from timetuner_core.models.folder_files import SCHEDULER_CONFIG, ModelFormatError, read_json
 from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleEDM, NoiseScheduleFlow, NoiseScheduleVP
@@ -47,9 +48,12 @@ STAND_INS = {"DPMSolverSDEScheduler": "HeunDiscreteScheduler"}
 BETAS = frozenset(
     {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"}
 )
-HONOURED_BY_VP = BETAS | {"prediction_type", "use_flow_sigmas", "flow_shift"}
+CLIPPING = frozenset(
+    {"clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value"}
+)
+HONOURED_BY_VP = BETAS | CLIPPING | {"prediction_type", "use_flow_sigmas", "flow_shift"}
 HONOURED_BY_FLOW = frozenset({"num_train_timesteps", "shift", "use_dynamic_shifting"})
-HONOURED_BY_EDM = frozenset({"prediction_type", "sigma_min", "sigma_max", "sigma_data"})
+HONOURED_BY_EDM = CLIPPING | {"prediction_type", "sigma_min", "sigma_max", "sigma_data"}
 SAMPLING_ONLY = frozenset(
     {
         # These place the steps, or say where the last one ends. The time grid is ours.
@@ -90,12 +94,6 @@ SAMPLING_ONLY = frozenset(
         "stochastic_sampling",
         "tau_func",
         "variance_type",
-        # These clip the predicted x0.
-        "clip_sample",
-        "clip_sample_range",
-        "thresholding",
-        "dynamic_thresholding_ratio",
-        "sample_max_value",
     }
 )
 
@@ -115,11 +113,13 @@ class SchedulerSpec(NamedTuple):
 
     Attributes:
         sigma_data: for `model_type` `edm`; negative where the network predicts -F, which turns c_out's sign only.
+        clipping: of x0; None for none.
     """
 
     noise_schedule: NoiseSchedule
     model_type: ModelType
     sigma_data: float = 0.5
+    clipping: Clipping | None = None
 
 
 def read_scheduler(path: Path) -> SchedulerSpec:
@@ -155,11 +155,11 @@ def read_scheduler_config(config: Mapping[str, Any]) -> SchedulerSpec:
         return _flow(values, 1.0 if values.get("use_dynamic_shifting") else _positive(values, "shift"))
     if name in EDM_SCHEDULERS:
         _refuse_unknown(values, defaults, HONOURED_BY_EDM)
-        return _edm(values)
-    _refuse_unknown(values, defaults, HONOURED_BY_VP)
-    if values.get("use_flow_sigmas"):
-        return _flow_of_vp(name, values)
-    return _vp(values)
+        spec = _edm(values)
+    else:
+        _refuse_unknown(values, defaults, HONOURED_BY_VP)
+        spec = _flow_of_vp(name, values) if values.get("use_flow_sigmas") else _vp(values)
+    return spec if name in STAND_INS else spec._replace(clipping=_clipping(values))  # the stand-in alone clips
 
 
 def constructor_defaults(scheduler_class: Any) -> dict[str, Any]:
@@ -221,6 +221,21 @@ def _edm(values: Mapping[str, Any]) -> SchedulerSpec:
     sigma_data = _positive(values, "sigma_data")
     signed = sigma_data if prediction == "epsilon" else -sigma_data
     return SchedulerSpec(NoiseScheduleEDM(sigma_min, sigma_max), "edm", signed)
+
+
+def _clipping(values: Mapping[str, Any]) -> Clipping | None:
+    clips, thresholds = bool(values.get("clip_sample")), bool(values.get("thresholding"))
+    if not clips and not thresholds:
+        return None
+    quantile = _positive(values, "dynamic_thresholding_ratio") if thresholds else None
+    if quantile is not None and quantile > 1:
+        message = f"dynamic_thresholding_ratio is {quantile}; accepted: above 0, up to 1"
+        raise ModelFormatError(SCHEDULER_CONFIG, message)
+    return Clipping(
+        _positive(values, "clip_sample_range") if clips else None,
+        quantile,
+        _positive(values, "sample_max_value") if thresholds else 1.0,
+    )
 
 
 def _choice(values: Mapping[str, Any], key: str, accepted: tuple[Any, ...]) -> Any:

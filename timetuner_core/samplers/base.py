@@ -209,7 +209,7 @@ class SamplerStep:
             raise ValueError(f"eta is {eta}; accepted: 0 for the sampler {self.sampler.name!r}")
 
         def predict(x: Tensor, t: Tensor) -> Prediction:
-            return self.model_fn.predict(x, t, t_ratio, condition, uncond_condition)
+            return self.model_fn.predict_for(self.sampler.name, x, t, t_ratio, condition, uncond_condition)
 
         def draw_noise() -> Tensor:
             return step_noise(x, generator) if noise is None else noise

@@ -1,0 +1,75 @@
+"""What the catalog says, against the code that it speaks of; and imports that leave out what is not needed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from service.shared import sampler_facts as facts
+from tests.packages import MIDPOINT, install
+from timetuner_core.catalog import BUILTINS, SAMPLER_FACTS, builtin_specs
+from timetuner_core.models.describing import describe
+from timetuner_core.models.loading import load_builtin
+from timetuner_core.samplers import SAMPLERS
+
+IMPORTS = """
+import sys
+from timetuner_core.models.diffusers_import import diffusers_class
+
+networks = ["UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "AutoencoderKL"]
+classes = {name: diffusers_class(name) for name in [*networks, "DDPMScheduler"]}
+classes["DDPMScheduler"]()
+needless = {"torch._dynamo", "scipy.stats._stats_py", "sympy"} & set(sys.modules)
+assert not needless, needless
+
+# All that was left out is there when somebody wants it.
+import diffusers
+import scipy.stats
+import torch
+from diffusers.models.transformers import FluxTransformer2DModel
+
+assert all(getattr(diffusers, name) is each for name, each in classes.items())
+assert FluxTransformer2DModel is diffusers.FluxTransformer2DModel
+assert abs(scipy.stats.beta.ppf(0.5, 0.6, 0.6) - 0.5) < 1e-9
+assert diffusers.DPMSolverMultistepScheduler(use_beta_sigmas=True).sigmas is not None
+doubled = torch.compile(lambda x: 2 * x, backend="eager")
+assert doubled(torch.ones(1)).item() == 2
+"""
+
+
+@pytest.mark.parametrize("name", BUILTINS)
+def test_built_in_models_are_what_the_catalog_says(name: str) -> None:
+    assert builtin_specs()[name] == describe(load_builtin(name))
+
+
+def test_the_catalog_has_all_samplers() -> None:
+    assert {name: sampler.facts for name, sampler in SAMPLERS.items()} == SAMPLER_FACTS
+
+
+def test_diffusers_is_imported_without_what_networks_do_not_need() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_facts_of_installed_samplers_are_read_without_loading_them_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, "own_midpoint", MIDPOINT)
+    install(tmp_path, "own_missing", "import a_module_that_nobody_has")
+    install(tmp_path, "own_number", "SAMPLER = 3")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    facts._installed_samplers.cache_clear()
+    try:
+        own = facts.sampler_facts("own_midpoint")
+        assert (own.order, own.calls_per_step, own.takes_eta) == (2, 2, False)
+        with pytest.raises(ValueError, match=r"'own_missing' cannot be loaded .*a_module_that_nobody_has"):
+            facts.sampler_facts("own_missing")
+        with pytest.raises(ValueError, match=r"'own_number' cannot be loaded .*gives a int; accepted: a Sampler"):
+            facts.sampler_facts("own_number")
+        with pytest.raises(ValueError, match=r"sampler is 'nope'; accepted: ddim, .*own_number"):
+            facts.sampler_facts("nope")
+        assert "own_midpoint" not in sys.modules
+    finally:
+        facts._installed_samplers.cache_clear()
