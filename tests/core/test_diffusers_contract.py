@@ -103,14 +103,15 @@ def test_a_step_keeps_shape_and_dtype(scheduler: TimeTunerScheduler, dtype: torc
 
 
 def test_half_precision_computes_in_single() -> None:
-    """DDIM divides by alpha, 0.003 here, and subtracts again: half precision would lose all."""
-    base = diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2")
-    scheduler = TimeTunerScheduler.from_schedule(base, {"timesteps": [0.998, 0.99, 0.0]})
+    """x0 is a small difference divided by alpha, 0.06 here: half precision would be off by a hundredth."""
+    base = diffusers.DDIMScheduler(clip_sample=False)
+    scheduler = TimeTunerScheduler.from_schedule(base, {"timesteps": [0.75, 0.4, 0.0]})
     x = sample().half()
-    half = scheduler.step(0.9 * x, scheduler.timesteps[0], x).prev_sample
+    output = 0.99 * x
+    half = scheduler.step(output, scheduler.timesteps[0], x).pred_original_sample
     scheduler.set_timesteps(2)
-    single = scheduler.step((0.9 * x).float(), scheduler.timesteps[0], x.float()).prev_sample
-    torch.testing.assert_close(half.float(), single, rtol=2e-3, atol=1e-3)
+    single = scheduler.step(output.float(), scheduler.timesteps[0], x.float()).pred_original_sample
+    torch.testing.assert_close(half.float(), single, rtol=1e-3, atol=1e-4)
 
 
 def test_tuple_and_dictionary_hold_the_same(scheduler: TimeTunerScheduler) -> None:

@@ -51,7 +51,7 @@ def mask() -> Tensor:
     return half
 
 
-# Native schedulers. None clips x0: TimeTunerScheduler does not either.
+# Native schedulers, which leave x0 as it is.
 
 
 def ddim(**config: Any) -> Any:
