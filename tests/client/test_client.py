@@ -27,6 +27,7 @@ from service.client import (
 from service.registry.keys import Scope
 from tests.client.conftest import quick
 from tests.keys import NewUser
+from tests.stack import own_digits8
 from timetuner_core.integrations.diffusers import TimeTunerScheduler
 from timetuner_core.models.loading import BUNDLED
 
@@ -116,7 +117,7 @@ def test_samples_that_are_no_images_are_arrays_alone(service: TimeTuner) -> None
 
 
 def test_a_folder_is_uploaded_as_an_archive(service: TimeTuner, tmp_path: Path) -> None:
-    model = service.models.create(archive=BUNDLED / "digits8", name="my digits")
+    model = service.models.create(archive=own_digits8(tmp_path), name="my digits")
     assert (model.name, model.spec.num_classes) == ("my digits", 10)
     assert service.models.get(model.id) == model
     (tmp_path / "model.zip").write_bytes(b"no archive")
@@ -176,7 +177,7 @@ def test_health_readiness_and_metrics_are_read(service: TimeTuner) -> None:
     assert "timetuner_" in service.metrics()
 
 
-def test_all_of_it_awaits_as_well(service: TimeTuner, gratings: str, schedule: Schedule) -> None:
+def test_all_of_it_awaits_as_well(service: TimeTuner, gratings: str, schedule: Schedule, tmp_path: Path) -> None:
     async def use() -> None:
         async with AsyncTimeTuner(service.url) as client:
             jobs = [await client.tuning_jobs.create(**quick(gratings, steps)) for steps in (2, 4)]
@@ -191,7 +192,7 @@ def test_all_of_it_awaits_as_well(service: TimeTuner, gratings: str, schedule: S
             job = await client.samples.submit(model=gratings, num_steps=3, schedule=schedule.id)
             assert np.array_equal((await job.wait()).array, samples.array)
             assert [event.type async for event in job.events()][-1] == "end"
-            model = await client.models.create(archive=BUNDLED / "digits8", name="by asyncio")
+            model = await client.models.create(archive=own_digits8(tmp_path), name="by asyncio")
             await client.models.delete(model.id)
             with pytest.raises(NotFoundError):
                 await client.models.get(model.id)

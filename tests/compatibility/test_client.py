@@ -22,7 +22,7 @@ from tests.compatibility.client import (
 )
 from tests.compatibility.conftest import quick
 from tests.keys import NewUser
-from timetuner_core.models.loading import BUNDLED
+from tests.stack import own_digits8
 
 pytestmark = pytest.mark.parametrize("stack", ["sqlite"], indirect=True, scope="session")
 
@@ -101,7 +101,7 @@ def test_samples_are_arrays_and_images_and_the_same_however_asked_for(
 
 
 def test_a_folder_is_uploaded_as_an_archive(service: TimeTuner, tmp_path: Path) -> None:
-    model = service.models.create(archive=BUNDLED / "digits8", name="my digits")
+    model = service.models.create(archive=own_digits8(tmp_path), name="my digits")
     assert (model.name, model.spec.num_classes) == ("my digits", 10)
     assert service.models.get(model.id) == model
     (tmp_path / "model.zip").write_bytes(b"no archive")

@@ -100,7 +100,7 @@ def store(session: Session, model_id: str, num_steps: int, objective: str, score
         score=score,
         timesteps=[1 - 0.999 * step / num_steps for step in range(num_steps + 1)],
         t_ratios=ratios,
-        provenance={"tuner": request.tuner.model_dump(mode="json"), "seed": 0},
+        provenance={"tuner": request.model_dump(mode="json")["tuner"], "seed": 0},
     )
     session.add(schedule)
     session.flush()
