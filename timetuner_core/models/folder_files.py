@@ -115,9 +115,9 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     try:
         if (path / name).stat().st_size > MAX_JSON_BYTES:
             raise ModelFormatError(name, f"the file is too large; accepted: up to {MAX_JSON_BYTES} bytes")
-        _refuse_lfs_pointer(name, (path / name).read_bytes())
-        text = (path / name).read_text(encoding="utf-8")
-        content = json.loads(text, object_pairs_hook=_unambiguous)
+        raw = (path / name).read_bytes()
+        _refuse_lfs_pointer(name, raw)
+        content = json.loads(raw.decode("utf-8"), object_pairs_hook=_unambiguous)
     except FileNotFoundError:
         raise ModelFormatError(name, "the file is missing; a diffusers-format folder has it") from None
     except (ValueError, RecursionError) as error:
