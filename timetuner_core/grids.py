@@ -1,4 +1,4 @@
-"""Time grids: `timesteps` of shape `(num_steps + 1,)`, float64, falling from `T`."""
+"""Time grids: `timesteps` of shape `(num_steps + 1,)`, float64, falling from where sampling starts."""
 
 from typing import TypeAlias, get_args
 
@@ -15,7 +15,7 @@ LOWEST_LAMBDA = -5.1  # diffusers recommends it as `lambda_min_clipped`; below, 
 
 
 def make_timesteps(noise_schedule: NoiseSchedule, num_steps: int, grid: GridName = "default") -> Tensor:
-    """Exactly `num_steps` steps from `T` to the schedule's `t_min`, or to 0 by a last step from there.
+    """Exactly `num_steps` steps from the schedule's `t_start` to its `t_min`, or to 0 by a last step from there.
 
     The last step is added where `t_min` leaves noise that one can see (see `NoiseSchedule.t_end`): flow matching
     trained on few steps, or EDM with a large `sigma_min`. diffusers ends all grids of these two at 0.
@@ -26,7 +26,7 @@ def make_timesteps(noise_schedule: NoiseSchedule, num_steps: int, grid: GridName
     - `log_snr`: in lambda_t (DPM-Solver, Lu et al. 2022).
     - `edm`: in `(sigma_t / alpha_t)**(1 / 7)` (EDM, Karras et al. 2022, eq. 5).
 
-    Where lambda is below `LOWEST_LAMBDA` (from -13.8 on where alpha at `T` is taken as 1e-6), `log_snr` and `edm`
+    Where lambda is below `LOWEST_LAMBDA` (it is -13.8 where alpha at `T` is taken as 1e-6), `log_snr` and `edm`
     take no more than their first step.
 
     Raises:
@@ -39,7 +39,7 @@ def make_timesteps(noise_schedule: NoiseSchedule, num_steps: int, grid: GridName
         accepted = f"1 to {limit}" if limit is not None else "1 or more"
         raise ValueError(f"num_steps is {num_steps}; accepted: {accepted}")
     clean = torch.zeros(1, dtype=torch.float64)
-    ends = torch.tensor([noise_schedule.T, noise_schedule.t_min], dtype=torch.float64)
+    ends = torch.tensor([noise_schedule.t_start, noise_schedule.t_min], dtype=torch.float64)
     if grid == "default":
         grid = noise_schedule.default_grid
     if limit == 1 or (noise_schedule.t_end == 0 and num_steps == 1):  # T and t_min coincide for N = 1.
@@ -50,7 +50,7 @@ def make_timesteps(noise_schedule: NoiseSchedule, num_steps: int, grid: GridName
 
 
 def _named_grid(noise_schedule: NoiseSchedule, ends: Tensor, num_steps: int, grid: NamedGrid) -> Tensor:
-    """`grid_between` from `T`; no more than the first step is over what tells nothing of x0."""
+    """`grid_between` both ends; no more than the first step is over what tells nothing of x0."""
     timesteps = grid_between(noise_schedule, ends, num_steps, grid)
     if grid not in ("log_snr", "edm") or bool(noise_schedule.marginal_lambda(timesteps[1]) >= LOWEST_LAMBDA):
         return timesteps

@@ -1,8 +1,9 @@
 """Noise schedules: alpha_t, sigma_t and lambda_t as functions of continuous time."""
 
+import copy
 import math
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -20,12 +21,13 @@ class NoiseSchedule(ABC):
     All methods are elementwise over tensors `t` of any shape, differentiable in `t`, and return `t`'s dtype.
 
     Attributes:
-        T: the start of sampling, all noise. prior_std: the standard deviation of x_T.
-        default_grid: which of `grids.make_timesteps` suits its time.
+        T: The latest time, all noise. prior_std: The standard deviation of x_T.
+        default_grid: The grid of `grids.make_timesteps` that suits its time.
     """
 
     T: float = 1.0
     prior_std: float = 1.0
+    _t_start: float | None = None
     default_grid: Literal["uniform", "edm"] = "uniform"
 
     @property
@@ -37,6 +39,23 @@ class NoiseSchedule(ABC):
     def t_end(self) -> float:
         """The end of grids: `t_min`, or 0 if so much noise is left at `t_min` that one can see it."""
         return self.t_min
+
+    @property
+    def t_start(self) -> float:
+        """The start of grids: `T`, unless `starting_at` gave a lower one."""
+        return self.T if self._t_start is None else self._t_start
+
+    def starting_at(self, t_start: float) -> Self:
+        """The same process, whose grids start at `t_start`; see `sampling.starting_time` for how it is found.
+
+        Raises:
+            ValueError: `t_start` is outside `(t_min, T]`.
+        """
+        if not (self.t_min < t_start <= self.T or t_start == self.T):
+            raise ValueError(f"t_start is {t_start}; accepted: above {self.t_min}, up to {self.T}")
+        lowered = copy.copy(self)
+        lowered._t_start = t_start
+        return lowered
 
     @property
     def max_num_steps(self) -> int | None:

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
     from timetuner_core.tuning.problem import TuningProblem, TuningState
 
+# A teacher is checked on as many samples, in as many runs: as it is, with half its steps, from another starting time,
+# and on the grid that diffusers takes by default.
+TEACHER_CHECK_SAMPLES = 32
+TEACHER_CHECK_RUNS = 4
+
 TuneType = Literal["sequential", "parallel"]
 Optimizer = Literal["gauss_newton", "adam"]
 Parameters = Literal["t_ratios", "timesteps", "both"]

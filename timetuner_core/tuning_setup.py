@@ -1,5 +1,6 @@
 """One setting of a model, from the noise and data a tuner sees to its result's evaluation on other noise."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -8,12 +9,13 @@ import torch
 from torch import Tensor
 
 from timetuner_core.evaluation.distances import sampler_kl
+from timetuner_core.evaluation.teacher_check import TeacherSamples
 from timetuner_core.evaluation.verdict import Evaluation, evaluate
-from timetuner_core.grids import make_timesteps, teacher_timesteps
+from timetuner_core.grids import LOWEST_LAMBDA, make_timesteps, teacher_timesteps
 from timetuner_core.models.loading import DiffusionModel
 from timetuner_core.samplers import Sampler, initial_noise, sample
 from timetuner_core.sampling.generate import Guidance, generate
-from timetuner_core.tuners import Population
+from timetuner_core.tuners import TEACHER_CHECK_SAMPLES, Population
 from timetuner_core.tuning.problem import TuningProblem
 
 # Seeds of the noise that tuning and evaluation see: two ranges that neither meet each other nor, being
@@ -21,6 +23,13 @@ from timetuner_core.tuning.problem import TuningProblem
 TUNING_SEEDS = 2**31
 EVALUATION_SEEDS = 2**31 + 2**30
 SEED_RANGE = 2**29
+
+CHECKED_DATA = 512  # A teacher's samples are compared with as many data.
+
+# Half the log signal-to-noise ratio by which the teacher's other starting time is lower: a factor of 2 in
+# sigma_t / alpha_t. It has to be mostly noise, since sampling starts from noise alone.
+LATER_START = math.log(2)
+MAX_LAMBDA_OF_START = -2.0
 
 # KL is measured on at most this many samples: each needs a Jacobian.
 MAX_KL_SAMPLES = 128
@@ -85,10 +94,34 @@ class Experiment:
             step_kwargs={name: value for name, value in step_kwargs.items() if value is not None},
         )
 
+    def check_teacher(self, teacher_num_steps: int) -> None:
+        """Refuse a teacher that nothing can be judged by: see `TeacherSamples`. Raises: TeacherError."""
+        seeds = self.seeds(TEACHER_CHECK_SAMPLES, EVALUATION_SEEDS)
+        condition = self.conditions(TEACHER_CHECK_SAMPLES, EVALUATION_SEEDS)
+        schedule = self.model.noise_schedule
+        grid = teacher_timesteps(schedule, teacher_num_steps)
+        num_steps = len(grid) - 1
+
+        def teach(grid: Tensor | None) -> Tensor | None:
+            return None if grid is None else self._teach(seeds, condition, grid, decode=True).cpu()
+
+        samples = teach(grid)
+        assert samples is not None
+        TeacherSamples(
+            samples,
+            by_half=teach(make_timesteps(schedule, num_steps // 2)) if num_steps > 1 else None,
+            from_later=teach(self._later_grid(num_steps)),
+            by_stock=teach(self.model.stock_timesteps(num_steps)),
+            data=self._checked_data(),
+        ).check()
+
     def evaluate(
         self, timesteps: Tensor, t_ratios: Tensor, num_samples: int, teacher_num_steps: int = 100
     ) -> Evaluation:
-        """A schedule against the sampler's default grid, untuned, on `num_samples` noises that no tuner has seen."""
+        """A schedule against the sampler's default grid, untuned, on `num_samples` noises that no tuner has seen.
+
+        The grid that diffusers takes by default for the model is measured, too, as no worse schedule is accepted.
+        """
         seeds = self.seeds(num_samples, EVALUATION_SEEDS)
         condition = self.conditions(num_samples, EVALUATION_SEEDS)
         unguided_mixture = self.model.mixture if self.guidance.type == "uncond" else None
@@ -103,6 +136,7 @@ class Experiment:
             self.teach(seeds, condition, teacher_num_steps).cpu(),
             self.model.reference,
             untuned_timesteps=make_timesteps(self.model.noise_schedule, len(timesteps) - 1),
+            stock_timesteps=self.model.stock_timesteps(len(timesteps) - 1),
             features=self.model.features,
             mixture=unguided_mixture,
             kl=None if unguided_mixture is None or self.adds_noise else self.kl_terms,
@@ -125,9 +159,31 @@ class Experiment:
         self, seeds: list[int], condition: Tensor | None, teacher_num_steps: int, *, decode: bool = True
     ) -> Tensor:
         """A many-step teacher's samples: the same sampler without noise, or DDIM for those that always add it."""
+        return self._teach(
+            seeds, condition, teacher_timesteps(self.model.noise_schedule, teacher_num_steps), decode=decode
+        )
+
+    def _teach(self, seeds: list[int], condition: Tensor | None, timesteps: Tensor, *, decode: bool) -> Tensor:
         name = "ddim" if self.sampler.stochastic else self.sampler.name
-        timesteps = teacher_timesteps(self.model.noise_schedule, teacher_num_steps)
         return self._generate(seeds, condition, name, timesteps, None, 0.0, decode)
+
+    def _later_grid(self, num_steps: int) -> Tensor | None:
+        """A teacher's grid from a lower starting time; None where sampling cannot start lower."""
+        schedule = self.model.noise_schedule
+        start = float(schedule.marginal_lambda(torch.tensor(schedule.t_start, dtype=torch.float64)))
+        lambda_t = max(start, LOWEST_LAMBDA) + LATER_START
+        if lambda_t > MAX_LAMBDA_OF_START or num_steps < 2:
+            return None
+        later = float(schedule.inverse_lambda(torch.tensor(lambda_t, dtype=torch.float64)))
+        return make_timesteps(schedule.starting_at(later), num_steps)
+
+    def _checked_data(self) -> Tensor | None:
+        """Data that the teacher's samples should be like; None where there are none, or guidance changes samples."""
+        reference = self.model.reference
+        if reference is None or self.guidance.guides or self.guidance.type == "classifier":
+            return None
+        drawn = torch.randperm(len(reference), generator=torch.Generator().manual_seed(0))[:CHECKED_DATA]
+        return reference[drawn]
 
     def seeds(self, count: int, base: int) -> list[int]:
         start = base + self.seed % SEED_RANGE

@@ -7,6 +7,7 @@ from service.registry.models import keep_described
 from service.registry.tables import JobState, ModelRegistration
 from timetuner_core.models.describing import describe
 from timetuner_core.models.loading import ModelFormatError, load_folder
+from timetuner_core.sampling.starting_time import find_starting_time
 from worker.lease import JobRefusedError, Lease
 from worker.runtime import Runtime
 
@@ -20,7 +21,9 @@ def register(runtime: Runtime, lease: Lease) -> None:
     with runtime.registry.read() as session:
         artifact = session.get_one(ModelRegistration, lease.claim.job_id).artifact
     try:
-        spec = describe(load_folder(runtime.artifacts.local_folder(artifact)))
+        model = load_folder(runtime.artifacts.local_folder(artifact))
+        start = find_starting_time(model)
+        spec = describe(model.starting_at(start.t), start.x0_error)
     except ModelFormatError as error:
         field = error.field
         lease.persist(lambda: _note_refusal(lease, field))

@@ -155,13 +155,17 @@ class Runtime:
 
     def _load(self, model_id: str) -> DiffusionModel:
         with self.registry.read() as session:
-            source: dict[str, Any] = session.get_one(Model, model_id).source
+            row = session.get_one(Model, model_id)
+            source: dict[str, Any] = row.source
+            t_start: float | None = row.spec.get("t_start")
         settings = self.settings
         dtype: torch.dtype = getattr(torch, settings.dtype)
         options: Any = {"dtype": dtype, "channels_last": settings.channels_last, "compile": settings.compile}
         if "builtin" in source:
-            return load_builtin(source["builtin"], self.device, **options)
-        return load_folder(self.artifacts.local_folder(source["artifact"]), self.device, **options)
+            model = load_builtin(source["builtin"], self.device, **options)
+        else:
+            model = load_folder(self.artifacts.local_folder(source["artifact"]), self.device, **options)
+        return model if t_start is None else model.starting_at(t_start)
 
 
 def pick_device(name: str) -> torch.device:

@@ -6,12 +6,14 @@ from typing import Any
 
 from service.registry.tables import TuningJob
 from service.shared.job_requests import TuningJobRequest
+from timetuner_core.evaluation.teacher_check import TeacherError
 from timetuner_core.evaluation.verdict import Evaluation
 from timetuner_core.samplers import get_sampler
 from timetuner_core.tuners import DataTuner
 from timetuner_core.tuning.problem import TuningProblem, TuningState
 from timetuner_core.tuning_setup import Experiment
 from worker.conversion import guidance_of, timesteps_of
+from worker.lease import JobRefusedError
 from worker.runtime import Runtime
 
 
@@ -65,6 +67,14 @@ class TunedSampler:
         if bool(state.done[self.tuned_steps if steps is None else steps].all()):
             return  # No population is made for steps that are done.
         yield from self.tuner.run(self._problem(), state, steps)
+
+    def check_teacher(self) -> None:
+        """Refuse the job if its teacher is not fit to judge schedules by. Raises: JobRefusedError."""
+        try:
+            self.experiment.check_teacher(self.request.evaluation.teacher_num_steps)
+        except TeacherError as error:
+            steps = self.request.evaluation.teacher_num_steps
+            raise JobRefusedError(f"the teacher of {steps} steps fails its check, as {error}") from None
 
     def evaluate(self, state: TuningState) -> Evaluation:
         """Evaluate the tuned sampler against the untuned one, on noise that tuning did not use."""

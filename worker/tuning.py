@@ -27,6 +27,9 @@ def run_tuning_job(runtime: Runtime, lease: Lease) -> None:
         job = read_job(session, lease.claim.job_id)
     sampler = TunedSampler(runtime, job, lease.check)
     state = load_state(job, sampler.timesteps)
+    if not bool(state.iterations.any()):  # An attempt that continues has a teacher that was checked.
+        with TRACER.start_as_current_span("check_teacher"):
+            sampler.check_teacher()
     with TRACER.start_as_current_span("tune"):
         if sampler.tuner.is_spread:
             state = tune_by_tasks(runtime, lease, sampler)
@@ -101,5 +104,5 @@ def _metric(metric: Metric) -> dict[str, float | None]:
     """A metric as it is stored. JSON has no number that is not finite, so these are null."""
     change = metric.change
     figures = {"before": metric.before, "after": metric.after, "change": change.mean}
-    figures |= {"low": change.low, "high": change.high}
+    figures |= {"low": change.low, "high": change.high, "stock": math.nan if metric.stock is None else metric.stock}
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}

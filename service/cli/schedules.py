@@ -186,8 +186,8 @@ def show_schedule(schedule: "Schedule") -> None:
     if schedule.evaluation is not None:
         typer.echo(f"\n{schedule.evaluation.reason or ''}")
         metrics = schedule.evaluation.metrics.items()
-        columns = ("metric", "untuned", "tuned", "change", "from", "to")
-        print_table(columns, ((name, m.before, m.after, m.change, m.low, m.high) for name, m in metrics))
+        columns = ("metric", "diffusers' grid", "untuned", "tuned", "change", "from", "to")
+        print_table(columns, ((name, m.stock, m.before, m.after, m.change, m.low, m.high) for name, m in metrics))
 
 
 def _guidance(schedule: "Schedule") -> str:

@@ -50,13 +50,17 @@ class Model(BaseModel):
 
 
 class Metric(BaseModel):
-    """One figure, the better the lower, untuned and tuned; `low` to `high` is the change's 95 % interval."""
+    """One figure, the better the lower, untuned and tuned; `low` to `high` is the change's 95 % interval.
+
+    `stock` is that of the time grid that diffusers takes by default; None if it was not measured.
+    """
 
     before: float | None
     after: float | None
     change: float | None
     low: float | None
     high: float | None
+    stock: float | None = None
 
 
 class Evaluation(BaseModel):

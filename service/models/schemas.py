@@ -30,7 +30,19 @@ class ModelSpec(BaseModel):
         examples=[[1, 8, 8]], description="The shape of one sample as it is returned. A VAE decodes to another shape."
     )
     model_type: ModelType = Field(description="The quantity that the network predicts.")
-    T: float = Field(examples=[1.0], description="The time at which sampling starts. Times of schedules are in [0, T].")
+    T: float = Field(examples=[1.0], description="The latest time, all noise. Times of schedules are in [0, T].")
+    t_start: float | None = Field(
+        None,
+        examples=[1.0],
+        description="The time at which named grids and teachers start: the latest one at which the network's error of "
+        "x0 is small enough. Built-in models start at T. null: T, as the model was registered by an older version.",
+    )
+    x0_error_at_start: float | None = Field(
+        None,
+        examples=[2.9],
+        description="The root mean square error of x0 at t_start, in standard deviations of the data; 1 for a network "
+        "that only knows the data's mean. null: not measured.",
+    )
     num_train_timesteps: int | None = Field(
         examples=[1000], description="N, the most steps a sampler can take; null: no limit."
     )

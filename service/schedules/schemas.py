@@ -41,6 +41,11 @@ class MetricOut(BaseModel):
     change: float | None = Field(description="after - before.")
     low: float | None = Field(description="95 % bootstrap interval of the change.")
     high: float | None
+    stock: float | None = Field(
+        None,
+        description="On the time grid that diffusers takes by default for the model, untuned, with as many steps; "
+        "null where it was not measured. A schedule whose distance to the data is above it is rejected.",
+    )
 
 
 class EvaluationOut(BaseModel):

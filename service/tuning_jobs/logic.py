@@ -26,7 +26,7 @@ from service.request_checks import (
 from service.shared.job_requests import TuningJobRequest
 from service.shared.sampler_facts import sampler_facts
 from service.shared.settings import Settings
-from timetuner_core.tuners import TUNERS, OptionError, TunedSetting
+from timetuner_core.tuners import TEACHER_CHECK_RUNS, TEACHER_CHECK_SAMPLES, TUNERS, OptionError, TunedSetting
 
 
 def submit(
@@ -163,7 +163,9 @@ def _check_size(request: TuningJobRequest, spec: dict[str, Any], settings: Setti
         detail = f"tuning holds {values} values at once; accepted: {settings.max_tuning_batch_values}"
         raise TooLargeError(detail, ("body", "tuner", "batch_size"), getattr(tuner, "batch_size", None))
     teaching = getattr(tuner, "population_size", 0) * (tuner.teacher_steps(setting) or 0)
-    evaluating = evaluation.num_samples * (evaluation.teacher_num_steps + 2 * request.num_steps)
+    # Besides the teacher, three kinds of samples are made: untuned, tuned, and on diffusers' own time grid.
+    evaluating = evaluation.num_samples * (evaluation.teacher_num_steps + 3 * request.num_steps)
+    evaluating += TEACHER_CHECK_SAMPLES * TEACHER_CHECK_RUNS * evaluation.teacher_num_steps
     calls = guided * (setting.calls_per_step * (teaching + evaluating) + tuner.network_samples(setting))
     if calls > settings.max_tuning_calls:
         detail = f"the job puts {calls} samples through the network; accepted: {settings.max_tuning_calls}"

@@ -11,6 +11,7 @@ from timetuner_core.catalog import GridName, GuidanceType
 from timetuner_core.models.loading import BUILTINS, DiffusionModel, ModelFormatError, load_builtin, load_folder
 from timetuner_core.samplers import Sampler, sampler_names
 from timetuner_core.sampling.generate import Guidance
+from timetuner_core.sampling.starting_time import find_starting_time
 from timetuner_core.tuners import TUNERS, AnyTuner, Parameters
 
 BASELINE = "untuned"
@@ -228,7 +229,8 @@ def load_model(name: str) -> DiffusionModel:
     if not Path(name).is_dir():
         raise PlanError("models", name, f"{', '.join(BUILTINS)}, or a diffusers-format folder")
     try:
-        return load_folder(Path(name))
+        model = load_folder(Path(name))
+        return model.starting_at(find_starting_time(model).t)
     except ModelFormatError as error:
         raise PlanError("models", name, f"a diffusers-format folder ({error})") from error
 

@@ -67,12 +67,17 @@ def bootstrap(before: Estimate, after: Estimate, *, num_resamples: int = NUM_RES
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure that is the better the lower, of the untuned and of the tuned sampler."""
+    """A figure that is the better the lower, of the untuned and of the tuned sampler.
+
+    Attributes:
+        stock: that of the grid which diffusers takes by default, untuned; None if it was not measured.
+    """
 
     name: str
     before: float
     after: float
     change: PairedComparison
+    stock: float | None = None
 
     def __str__(self) -> str:
         interval = f"95 % interval of the change {self.change.low:.3g} to {self.change.high:.3g}"
@@ -127,8 +132,11 @@ class Evaluation:
 
     @property
     def better(self) -> bool:
-        """Whether tuning helped beyond chance, and harmed nothing: the deciding metric's interval is below 0, the
-        Fréchet distances are not up at all, and no other metric's interval is above 0."""
+        """Whether tuning helped beyond chance, and harmed nothing.
+
+        The deciding metric's interval is below 0, the Fréchet distances are not up at all, and no other metric's
+        interval is above 0. Nor is the distance to the data above that of diffusers' own time grid.
+        """
         return self._objection is None
 
     @property
@@ -147,6 +155,13 @@ class Evaluation:
             is_frechet = metric.name in ("frechet", "frechet_features")
             if metric.change.significantly_higher or (is_frechet and metric.change.mean > 0):
                 return f"rose: {metric}"
+        return self._worse_than_stock()
+
+    def _worse_than_stock(self) -> str | None:
+        names = [name for name in ("frechet", "frechet_features") if name in self.metrics] or ["sliced_wasserstein"]
+        for metric in (self.metrics[name] for name in names if name in self.metrics):
+            if metric.stock is not None and metric.after > metric.stock:
+                return f"worse than diffusers' own time grid, which has {metric.stock:.4g}: {metric}"
         return None
 
     def to_dict(self) -> dict[str, Any]:
@@ -167,10 +182,23 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def compare(before: Mapping[str, Estimate], after: Mapping[str, Estimate], *, adds_noise: bool = False) -> Evaluation:
-    """Two samplers' figures, by `measure`, from the same noise in the same order. Raises: see `bootstrap`."""
+def compare(
+    before: Mapping[str, Estimate],
+    after: Mapping[str, Estimate],
+    *,
+    stock: Mapping[str, Estimate] | None = None,
+    adds_noise: bool = False,
+) -> Evaluation:
+    """Two samplers' figures, by `measure`, from the same noise in the same order. Raises: see `bootstrap`.
+
+    Args:
+        stock: those of diffusers' own time grid; the distance to a teacher is none of them.
+    """
+    stocks = {name: estimate.value for name, estimate in (stock or {}).items() if name != "teacher_l2"}
     metrics = {
-        name: Metric(name, before[name].value, after[name].value, bootstrap(before[name], after[name]))
+        name: Metric(
+            name, before[name].value, after[name].value, bootstrap(before[name], after[name]), stocks.get(name)
+        )
         for name in before
     }
     return Evaluation(metrics, adds_noise)
@@ -184,6 +212,7 @@ def evaluate(
     reference: Tensor | None,
     *,
     untuned_timesteps: Tensor | None = None,
+    stock_timesteps: Tensor | None = None,
     features: Callable[[Tensor], Tensor] | None = None,
     mixture: GaussianMixture | None = None,
     kl: Callable[[Tensor, Tensor | None], Tensor] | None = None,
@@ -193,6 +222,7 @@ def evaluate(
 
     Args:
         untuned_timesteps: the untuned sampler's grid; default the same.
+        stock_timesteps: diffusers' own grid, whose samples a better schedule's must not be worse than; None for none.
         teacher_samples: `(B, ...)`. reference: data `(P, ...)`; None compares with the teacher's samples.
         features, mixture: see `data_measures`; a mixture only if its samples are what is asked for, without
             guidance.
@@ -202,8 +232,9 @@ def evaluate(
     untuned = timesteps if untuned_timesteps is None else untuned_timesteps
     measures = data_measures(teacher_samples if reference is None else reference, features, mixture)
 
-    def figures(timesteps: Tensor, t_ratios: Tensor | None) -> dict[str, Estimate]:
-        kl_terms = None if kl is None else kl(timesteps, t_ratios)
+    def figures(timesteps: Tensor, t_ratios: Tensor | None, *, with_kl: bool = True) -> dict[str, Estimate]:
+        kl_terms = kl(timesteps, t_ratios) if kl is not None and with_kl else None
         return measure(sample(timesteps, t_ratios), teacher_samples, measures, kl_terms)
 
-    return compare(figures(untuned, None), figures(timesteps, t_ratios), adds_noise=adds_noise)
+    stock = None if stock_timesteps is None else figures(stock_timesteps, None, with_kl=False)
+    return compare(figures(untuned, None), figures(timesteps, t_ratios), stock=stock, adds_noise=adds_noise)

@@ -5,13 +5,19 @@ from typing import Any
 from timetuner_core.models.diffusion_model import DiffusionModel
 
 
-def describe(model: DiffusionModel) -> dict[str, Any]:
-    """The facts of a loaded model that requests depend on, as JSON: the service's `ModelSpec`."""
+def describe(model: DiffusionModel, x0_error: float | None = None) -> dict[str, Any]:
+    """The facts of a loaded model that requests depend on, as JSON: the service's `ModelSpec`.
+
+    Args:
+        x0_error: that of `find_starting_time`, at the time that the model starts at; None if it was not measured.
+    """
     return {
         "sample_shape": list(model.sample_shape),
         "image_shape": list(model.image_shape),
         "model_type": model.model_type,
         "T": model.noise_schedule.T,
+        "t_start": model.noise_schedule.t_start,
+        "x0_error_at_start": x0_error,
         "t_min": model.noise_schedule.t_min,
         "num_train_timesteps": model.noise_schedule.max_num_steps,
         "num_classes": model.num_classes,

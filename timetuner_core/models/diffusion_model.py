@@ -19,6 +19,10 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
+def _no_grid(num_steps: int) -> Tensor | None:
+    return None
+
+
 @dataclass(frozen=True)
 class DiffusionModel:
     """A frozen network with all that sampling and tuning need to know of it.
@@ -43,6 +47,8 @@ class DiffusionModel:
             uniformly, tensors from the data.
         sigma_data: of EDM's preconditioning, if `model_type` is `edm`.
         clipping: of x0, as its scheduler's configuration says; None for none.
+        stock_timesteps: the grid `(num_steps + 1,)` that diffusers takes by default for its scheduler's configuration,
+            from a number of steps; None where there is none.
         features: `(B, *image_shape) -> (B, F)`, a space that suits its images, to measure distances in; or None.
         mixture: the exact distribution of its data, where that is known.
     """
@@ -66,6 +72,7 @@ class DiffusionModel:
     draw_conditions: Callable[[int, torch.Generator], Tensor] | None = None
     sigma_data: float = 0.5
     clipping: Clipping | None = None
+    stock_timesteps: Callable[[int], Tensor | None] = _no_grid
     features: Callable[[Tensor], Tensor] | None = None
     mixture: GaussianMixture | None = None
 
@@ -106,6 +113,10 @@ class DiffusionModel:
             sigma_data=self.sigma_data,
             clipping=self.clipping,
         )
+
+    def starting_at(self, t_start: float) -> Self:
+        """The same model, whose named grids and teachers start at `t_start`. Raises: ValueError, outside its times."""
+        return dataclasses.replace(self, noise_schedule=self.noise_schedule.starting_at(t_start))
 
     def watched(self, before_call: Callable[[int], None]) -> Self:
         """The same model, which calls `before_call(num_samples)` before each network call; that may raise to stop."""

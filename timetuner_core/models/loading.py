@@ -31,7 +31,7 @@ from timetuner_core.models.folder_files import (
 )
 from timetuner_core.models.mixtures import GaussianMixture, gratings_mixture, ring_mixture
 from timetuner_core.models.networks import LoadedNetwork, Options, load_network
-from timetuner_core.models.schedulers import read_scheduler, read_scheduler_config
+from timetuner_core.models.schedulers import read_scheduler_config, stock_timesteps
 from timetuner_core.models.vae import load_vae
 
 __all__ = [
@@ -74,7 +74,7 @@ def load_builtin(
     compile: bool = False,
 ) -> DiffusionModel:
     """A model that comes with the package: one of `BUILTINS`. For the options see `load_folder`; a mixture has
-    no weights for them to bear on.
+    no weights for them to bear on. Built-in models start at `T`, from where their published figures were measured.
 
     Raises:
         ModelFormatError: unknown name.
@@ -138,7 +138,8 @@ def load_folder(
     _check_components(path)
     options = Options(dtype, channels_last, compile)
     network = load_network(path, device, options)
-    scheduler = read_scheduler(path)
+    scheduler_config = read_json(path, SCHEDULER_CONFIG)
+    scheduler = read_scheduler_config(scheduler_config)
     null_class_label = read_null_class(path, network.num_embeddings)
     if network.has_null_class:
         null_class_label = network.num_embeddings - 1
@@ -167,6 +168,7 @@ def load_folder(
         draw_conditions=_draw_conditions(data, num_classes),
         sigma_data=scheduler.sigma_data,
         clipping=scheduler.clipping,
+        stock_timesteps=partial(stock_timesteps, scheduler_config),
         **codec,
     )
 

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from timetuner_core.catalog import ModelType
 from timetuner_core.clipping import Clipping
 from timetuner_core.models.folder_files import SCHEDULER_CONFIG, ModelFormatError, read_json
@@ -119,6 +122,48 @@ class SchedulerSpec(NamedTuple):
     model_type: ModelType
     sigma_data: float = 0.5
     clipping: Clipping | None = None
+
+
+# These take several calls per step, or run from data to noise. The others place the steps as they do.
+GRID_STAND_INS = STAND_INS | {
+    "DDIMInverseScheduler": "DDIMScheduler",
+    "DPMSolverMultistepInverseScheduler": "DPMSolverMultistepScheduler",
+    "KDPM2AncestralDiscreteScheduler": "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler": "HeunDiscreteScheduler",
+    "PNDMScheduler": "DDIMScheduler",
+}
+
+
+def stock_timesteps(config: Mapping[str, Any], num_steps: int) -> Tensor | None:
+    """The grid that diffusers takes by default for a configuration that `read_scheduler_config` reads.
+
+    Returns:
+        `(num_steps + 1,)`, float64, falling; None where the class has none of so many steps, or needs to know the size
+        of the image (`use_dynamic_shifting`).
+    """
+    if config.get("_class_name") == "TimeTunerScheduler":
+        config = config["base_scheduler"]
+    name = config.get("_class_name", "DDPMScheduler")
+    noise_schedule = read_scheduler_config(config).noise_schedule
+    if config.get("use_dynamic_shifting"):
+        return None
+    try:
+        scheduler = _class_of(GRID_STAND_INS.get(name, name)).from_config(dict(config))
+        scheduler.set_timesteps(num_steps)
+    except (ValueError, TypeError, ImportError, IndexError):
+        return None
+    sigmas: Tensor | None = getattr(scheduler, "sigmas", None)
+    if sigmas is None or isinstance(noise_schedule, NoiseScheduleVP):
+        times = noise_schedule.time_of_model_input(scheduler.timesteps.double())
+    elif isinstance(noise_schedule, NoiseScheduleFlow):
+        times = noise_schedule.time_of_model_input(noise_schedule.num_train_timesteps * sigmas[:-1].double())
+    else:
+        times = sigmas[:-1].double()
+    times = times.clamp(max=noise_schedule.T).unique().flip(0)  # type: ignore[no-untyped-call]
+    ends_clean = scheduler.config.get("set_alpha_to_one", True) if sigmas is None else float(sigmas[-1]) == 0
+    end = 0.0 if ends_clean or times[-1] <= noise_schedule.t_min else noise_schedule.t_min
+    grid = torch.cat([times, times.new_tensor([end])])
+    return grid if len(grid) == num_steps + 1 and bool((grid[1:] < grid[:-1]).all()) else None
 
 
 def read_scheduler(path: Path) -> SchedulerSpec:
