@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 
 from service.http.errors import InvalidError, TooManyRequestsError
 from service.registry.jobs import count_queued
+from service.registry.models import why_not_ready
 from service.registry.tables import Job, Model
 from service.shared.addresses import is_allowed
 from service.shared.job_requests import ALWAYS, SamplingSetting, Timesteps
@@ -20,6 +21,8 @@ def get_requested_model(session: Session, model_id: str, where: str = "body") ->
     """The model that a request's body or query names. Raises: InvalidError, naming the field."""
     model = session.get(Model, model_id)
     if model is None:
+        if reason := why_not_ready(session, model_id):
+            raise InvalidError(reason, (where, "model"), model_id)
         accepted = "the id of a registered model, as GET /v1/models lists them"
         raise InvalidError(f"no model {model_id!r}; accepted: {accepted}", (where, "model"), model_id)
     return model

@@ -113,7 +113,7 @@ def test_a_guided_model_that_fails_with_its_labels_only_is_refused(tmp_path: Pat
             raise IndexError("index out of range in self")
         return model.network(x, t_input)
 
-    with pytest.raises(ModelFormatError, match="'classifier-free', fails .index out of range in self"):
+    with pytest.raises(ModelFormatError, match=r"'classifier-free', fails \(index out of range in self\)"):
         try_calls(dataclasses.replace(model, network=network), tmp_path)
 
 
