@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
@@ -15,8 +16,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 from sqlalchemy import update
 from starlette.testclient import TestClient
+from typer.testing import CliRunner
 
 from service.app import create_app
+from service.cli.models import models as commands
+from service.client import InvalidError, NotReadyError, TimeTuner
 from service.registry.database import Registry
 from service.registry.jobs import claim
 from service.registry.models import next_registration
@@ -262,6 +266,63 @@ def test_files_that_nothing_reads_are_named_with_the_model(api: TestClient, runt
     # The answer to another archive of the same content is about that archive.
     assert upload(api, "another key").json()["ignored_files"] == ["README.md"]
     assert api.post("/v1/models", json={"builtin": "mixture-ring"}).json()["ignored_files"] == []
+
+
+def test_pages_follow_a_model_until_it_is_ready_and_say_why_it_was_refused(api: TestClient, runtime: Runtime) -> None:
+    for content, shown in ((archive(), "Start tuning"), (unusable(), "gives values that are not finite")):
+        model = upload(api, content=content, key=shown).json()["id"]
+        page = api.get(f"/models/{model}")
+        assert page.status_code == 200
+        assert f'hx-get="/models/{model}" hx-trigger="every 2s"' in page.text
+        assert ">queued<" in page.text
+        assert f'href="/models/{model}">' in api.get("/models").text
+        described(runtime)
+        over = api.get(f"/models/{model}").text
+        assert shown in over
+        assert "<code>README.md</code>" in over
+        assert "every 2s" not in over
+    listed = api.get("/models").text
+    assert listed.count(">refused<") == 1
+    assert "gives values that are not finite" in listed
+
+
+def client_of(api: TestClient) -> TimeTuner:
+    """The Python client on the application in this process."""
+    client = TimeTuner(HERE)
+    client._http = api
+    return client
+
+
+@pytest.mark.filterwarnings("ignore:You should not use the 'timeout' argument")
+def test_the_client_waits_for_the_model_or_the_refusal(
+    api: TestClient, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = client_of(api)
+    monkeypatch.setattr("time.sleep", lambda _seconds: described(runtime))  # A worker is faster than the client.
+    model = client.models.create(archive=BUILTIN_FOLDERS["digits8"], name="mine")
+    assert (model.name, model.state, model.spec.num_classes) == ("mine", "ready", 10)
+    assert "README.md" in model.ignored_files[0]
+    assert client.models.get(model.id) == model
+    (tmp_path / "unusable.tar.gz").write_bytes(unusable())
+    registration = client.models.submit(archive=tmp_path / "unusable.tar.gz")
+    assert (registration.state, registration.problem) == ("queued", None)
+    with pytest.raises(NotReadyError, match=f"model {registration.id} is queued"):
+        client.models.get(registration.id)
+    with pytest.raises(InvalidError, match="gives values that are not finite") as caught:
+        registration.wait()
+    assert caught.value.errors[0].loc[-1] == WEIGHTS
+    assert [each.id for each in client.models.registrations(state="refused")] == [registration.id]
+    assert [each.id for each in client.models.list()] == [model.id]
+    monkeypatch.setattr("service.cli.models.connected", lambda _url: nullcontext(client))
+    listed = CliRunner().invoke(commands, ["list", "--state", "refused"])
+    assert [line.split()[:3] for line in listed.stdout.splitlines()[1:]] == [
+        [registration.id, "unusable.tar.gz", "refused"]
+    ]
+    shown = CliRunner().invoke(commands, ["show", registration.id])
+    assert f"{WEIGHTS}: the network" in shown.stdout
+    assert "README.md" in CliRunner().invoke(commands, ["show", model.id]).stdout
+    client.models.delete(registration.id)
+    assert list(client.models.registrations(state="refused")) == []
 
 
 def test_what_cannot_be_described_says_so_and_its_files_go(
