@@ -7,6 +7,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
@@ -19,7 +20,6 @@ from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from service.app import create_app
-from service.cli.models import models as commands
 from service.client import InvalidError, NotReadyError, TimeTuner
 from service.registry.database import Registry
 from service.registry.jobs import claim
@@ -313,14 +313,12 @@ def test_the_client_waits_for_the_model_or_the_refusal(
     assert caught.value.errors[0].loc[-1] == WEIGHTS
     assert [each.id for each in client.models.registrations(state="refused")] == [registration.id]
     assert [each.id for each in client.models.list()] == [model.id]
-    monkeypatch.setattr("service.cli.models.connected", lambda _url: nullcontext(client))
-    listed = CliRunner().invoke(commands, ["list", "--state", "refused"])
-    assert [line.split()[:3] for line in listed.stdout.splitlines()[1:]] == [
-        [registration.id, "unusable.tar.gz", "refused"]
-    ]
-    shown = CliRunner().invoke(commands, ["show", registration.id])
-    assert f"{WEIGHTS}: the network" in shown.stdout
-    assert "README.md" in CliRunner().invoke(commands, ["show", model.id]).stdout
+    commands = import_module("service.cli.models")
+    monkeypatch.setattr(commands, "connected", lambda _url: nullcontext(client))
+    [line] = CliRunner().invoke(commands.models, ["list", "--state", "refused"]).stdout.splitlines()[1:]
+    assert line.split()[:3] == [registration.id, "unusable.tar.gz", "refused"]
+    assert f"{WEIGHTS}: the network" in CliRunner().invoke(commands.models, ["show", registration.id]).stdout
+    assert "README.md" in CliRunner().invoke(commands.models, ["show", model.id]).stdout
     client.models.delete(registration.id)
     assert list(client.models.registrations(state="refused")) == []
 
