@@ -40,6 +40,7 @@ class ModelSpec(BaseModel):
     has_uncond_condition: bool
     has_conditions: bool
     has_data: bool
+    clipping: str | None = None
 
 
 class Model(BaseModel):
@@ -124,6 +125,7 @@ class Schedule(BaseModel):
     model: str
     sampler: str
     num_steps: int
+    clipping: str | None = None
     guidance_type: GuidanceType
     guidance_scale: float
     guidance_rescale: float

@@ -43,6 +43,11 @@ class ModelSpec(BaseModel):
     )
     model_type: ModelType = Field(description="The quantity that the network predicts.")
     T: float = Field(examples=[1.0], description="The time at which sampling starts. Times of schedules are in [0, T].")
+    clipping: str | None = Field(
+        None,
+        examples=["none"],
+        description="How the model's own scheduler clips x0, as requests say it; null: an older version registered it.",
+    )
     num_train_timesteps: int | None = Field(
         examples=[1000], description="N, the most steps a sampler can take; null: no limit."
     )

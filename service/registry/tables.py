@@ -194,6 +194,7 @@ class OfSetting:
         "guidance_start",
         "guidance_end",
         "eta",
+        "clipping",
     )
 
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"))
@@ -207,6 +208,7 @@ class OfSetting:
     )  # Guidance applies at times from here to `guidance_end`.
     guidance_end: Mapped[Decimal] = mapped_column(default=Decimal(1000))
     eta: Mapped[Decimal]
+    clipping: Mapped[str] = mapped_column(default="own", server_default="own")  # "own": as the model's scheduler does.
 
 
 class Schedule(OfSetting, Base):

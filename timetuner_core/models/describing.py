@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from timetuner_core.clipping import clipping_text
 from timetuner_core.models.diffusion_model import DiffusionModel
 
 
@@ -13,6 +14,7 @@ def describe(model: DiffusionModel) -> dict[str, Any]:
         "model_type": model.model_type,
         "T": model.noise_schedule.T,
         "t_min": model.noise_schedule.t_min,
+        "clipping": clipping_text(model.clipping),
         "num_train_timesteps": model.noise_schedule.max_num_steps,
         "num_classes": model.num_classes,
         "null_class_label": model.null_class_label,
