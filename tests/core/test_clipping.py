@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.core.conftest import normals, save_model, tiny_unet
 from timetuner_core import model_wrapper
 from timetuner_core.clipping import CLIP_RULES, Clipping, clipping_text
+from timetuner_core.integrations.diffusers import TimeTunerScheduler
 from timetuner_core.models.describing import describe
 from timetuner_core.models.folder_files import ModelFormatError
 from timetuner_core.models.loading import load_folder
@@ -171,3 +172,17 @@ def test_a_model_is_clipped_as_asked_for_and_not_as_its_configuration_says(tmp_p
 def test_a_sampler_says_what_of_a_clipping_it_ignores(sampler: str, ignored: list[str]) -> None:
     assert CLIP_RULES[sampler].ignores(Clipping(1.0, 0.9)) == ignored
     assert CLIP_RULES[sampler].ignores(None) == []
+
+
+def test_a_tuned_pipeline_keeps_the_clipping_of_its_schedule(tmp_path: Path) -> None:
+    base = diffusers.DDIMScheduler(clip_sample=False)
+    schedule = {"timesteps": [1.0, 0.5, 0.001], "t_ratios": [1.0, 1.0], "clipping": "clip_sample_range=0.2"}
+    TimeTunerScheduler.from_schedule(base, schedule).save_pretrained(tmp_path)
+    for scheduler, largest in (
+        (TimeTunerScheduler.from_pretrained(tmp_path), 0.2),
+        (TimeTunerScheduler.from_schedule(base, {**schedule, "clipping": None}), None),
+    ):
+        scheduler.set_timesteps(2)
+        x = 3 * normals(2, 1, 4, 4).float()
+        x0 = scheduler.step(torch.zeros_like(x), scheduler.timesteps[0], x).pred_original_sample
+        assert (float(x0.abs().max()) == pytest.approx(largest)) if largest else float(x0.abs().max()) > 1
