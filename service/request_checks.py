@@ -9,17 +9,21 @@ from sqlalchemy.orm import Session
 
 from service.http.errors import InvalidError, TooManyRequestsError
 from service.registry.jobs import count_queued
+from service.registry.models import why_not_ready
 from service.registry.tables import Job, Model
 from service.shared.addresses import is_allowed
 from service.shared.job_requests import ALWAYS, SamplingSetting, Timesteps
 from service.shared.sampler_facts import sampler_facts
 from service.shared.settings import Settings
+from timetuner_core.clipping import CLIP_RULES, Clipping
 
 
 def get_requested_model(session: Session, model_id: str, where: str = "body") -> Model:
     """The model that a request's body or query names. Raises: InvalidError, naming the field."""
     model = session.get(Model, model_id)
     if model is None:
+        if reason := why_not_ready(session, model_id):
+            raise InvalidError(reason, (where, "model"), model_id)
         accepted = "the id of a registered model, as GET /v1/models lists them"
         raise InvalidError(f"no model {model_id!r}; accepted: {accepted}", (where, "model"), model_id)
     return model
@@ -46,6 +50,12 @@ def check_setting(spec: dict[str, Any], setting: SamplingSetting, where: str = "
         refuse("guidance_rescale", "0 unless guidance_type is 'classifier-free'")
     if setting.guidance_start >= setting.guidance_end:
         refuse("guidance_start", f"below guidance_end, which is {setting.guidance_end:f}")
+    if setting.clipping is not None:
+        rule = CLIP_RULES.get(setting.sampler)
+        if rule is None:
+            refuse("clipping", f"null for the sampler {setting.sampler!r}, which does not clip")
+        elif ignored := rule.ignores(Clipping.parse(setting.clipping)):
+            refuse("clipping", f"without {' and '.join(ignored)}, which the sampler {setting.sampler!r} ignores")
     if setting.eta != 0 and not sampler_facts(setting.sampler).takes_eta:
         refuse("eta", f"0 for the sampler {setting.sampler!r}")
 

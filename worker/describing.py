@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from celery import Celery
 
 from service.registry.database import Registry
+from service.registry.jobs import take_back_expired
 from service.registry.models import next_registration
 from service.registry.tables import FINAL_STATES, ModelRegistration
 from service.shared.artifacts import ArtifactStore
@@ -31,6 +32,7 @@ class Describer:
     ) -> None:
         """`runtime` is called when the first model is to be described."""
         self._registry = Registry(settings.database_url)
+        self._max_attempts = settings.max_attempts
         self._artifacts = ArtifactStore(settings.artifacts_url)
         self._bus = Bus(celery, settings.broker_url)
         self._stopping = stopping
@@ -57,8 +59,7 @@ class Describer:
 
     def _describe_waiting(self) -> None:
         while not self._stopping.is_set():
-            with self._registry.read() as session:
-                waiting = next_registration(session)
+            waiting = self.next()
             if waiting is None:
                 return
             from worker.registering import register
@@ -67,9 +68,25 @@ class Describer:
                 return
             self._remove_unused_files(waiting)
 
+    def next(self) -> str | None:
+        """The registration to take next.
+
+        A lost worker may have been killed by the model itself, so an expired lease counts as a loss before anybody
+        claims the registration again. One that has lost `max_attempts` workers is refused.
+        """
+        with self._registry.read() as session:
+            waiting = next_registration(session)
+        if waiting is None:
+            return None
+        with self._registry.write() as session:
+            take_back_expired(session, ModelRegistration, self._max_attempts)
+            return next_registration(session)
+
     def _remove_unused_files(self, registration_id: str) -> None:
         """Delete the files of a model that was refused, or whose content is already registered."""
         with self._registry.read() as session:
-            registration = session.get_one(ModelRegistration, registration_id)
+            registration = session.get(ModelRegistration, registration_id)
+        if registration is None:
+            return  # Somebody deleted it, and its files with it.
         if registration.state in FINAL_STATES and registration.model_id != registration.id:
             self._artifacts.remove(registration.artifact)

@@ -1,4 +1,6 @@
-"""The job of registering a model that was handed in: loading it checks it, and then it is kept or refused."""
+"""The job of registering a model that was handed in: it is loaded and tried, and then kept or refused."""
+
+from pathlib import Path
 
 from sqlalchemy.exc import IntegrityError
 
@@ -7,13 +9,14 @@ from service.registry.models import keep_described
 from service.registry.tables import JobState, ModelRegistration
 from timetuner_core.models.describing import describe
 from timetuner_core.models.loading import ModelFormatError, load_folder
+from timetuner_core.models.trial_call import try_calls
 from timetuner_core.sampling.starting_time import find_starting_time
 from worker.lease import JobRefusedError, Lease
 from worker.runtime import Runtime
 
 
 def register(runtime: Runtime, lease: Lease) -> None:
-    """Load and describe a model that was handed in, and make it a registered model.
+    """Load, try and describe a model that was handed in, and make it a registered model.
 
     Raises:
         JobRefusedError: the model cannot be used; its registration says which field is at fault.
@@ -21,9 +24,7 @@ def register(runtime: Runtime, lease: Lease) -> None:
     with runtime.registry.read() as session:
         artifact = session.get_one(ModelRegistration, lease.claim.job_id).artifact
     try:
-        model = load_folder(runtime.artifacts.local_folder(artifact))
-        start = find_starting_time(model)
-        spec = describe(model.starting_at(start.t), start.x0_error)
+        spec = find_out(runtime.artifacts.local_folder(artifact))
     except ModelFormatError as error:
         field = error.field
         lease.persist(lambda: _note_refusal(lease, field))
@@ -35,6 +36,21 @@ def register(runtime: Runtime, lease: Lease) -> None:
         except IntegrityError:  # The same content was registered at the same time, and is found now.
             if not again:
                 raise
+
+
+def find_out(folder: Path) -> dict[str, object]:
+    """All that a worker finds out about a model, as JSON. It is stored as the model's `spec`: more goes in here.
+
+    The model is loaded in float32 on the CPU, whatever the worker samples with, so that every worker finds the same.
+
+    Raises:
+        ModelFormatError: the model cannot be used.
+        MemoryError: this machine is too small for it.
+    """
+    model = load_folder(folder)
+    try_calls(model, folder)
+    start = find_starting_time(model)
+    return describe(model.starting_at(start.t), start.x0_error)
 
 
 def _note_refusal(lease: Lease, field: str) -> None:

@@ -192,13 +192,13 @@ class SampleServer:
     def _join(self, claim: SampleClaim, schedule: Schedule | None) -> None:
         """Put a job's rows into a batch that they fit into, or into a new one."""
         request = SampleRequest.stored(claim.job.request)
-        model = self._runtime.load_model(claim.job.model_id)
+        model = self._runtime.load_model(claim.job.model_id).clipped_as(request.clipping)
         rows = rows_of(claim.job, request, model, schedule)
         guidance = guidance_of(request)
         shapes = [None if c is None else tuple(c.shape) for c in (rows[0].condition, rows[0].uncond_condition)]
         eta = float(request.eta)
         key: list[Any] = [claim.job.model_id, request.sampler, eta, guidance.type, guidance.guides]
-        key += [guidance.rescale, guidance.interval, *shapes]
+        key += [guidance.rescale, guidance.interval, request.clipping, *shapes]
         batch = RollingBatch(
             model,
             request.sampler,

@@ -38,7 +38,7 @@ class TunedSampler:
             self.network_calls += num_samples
 
         self.experiment = Experiment(
-            runtime.load_model(job.model_id).watched(before_call),
+            runtime.load_model(job.model_id).clipped_as(request.clipping).watched(before_call),
             guidance_of(request),
             get_sampler(request.sampler),
             float(request.eta),

@@ -9,9 +9,10 @@ import typer
 from service.cli.connection import Url, connected
 from service.cli.options import ModelName, find_model
 from service.cli.output import AsJson, Limit, print_facts, print_json, print_table
+from service.client.choices import ModelState
 
 if TYPE_CHECKING:
-    from service.client import Model
+    from service.client import Model, ModelRegistration
 
 models = typer.Typer(no_args_is_help=True, help="Register and list models.")
 
@@ -24,22 +25,35 @@ Source = Annotated[
 def import_(
     source: Source,
     name: Annotated[str | None, typer.Option(help="[the built-in's or the file's]")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not wait for a worker: print the model's id.")] = False,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Register a model."""
-    with connected(url) as client:
-        if Path(source).exists():
-            model = client.models.create(archive=source, name=name)
-        else:
+    """Register a model, and wait until a worker has tried it."""
+    with connected(url, outlives=detach) as client:
+        if not Path(source).exists():
             model = client.models.create(builtin=source, name=name)
+        elif detach:
+            registration = client.models.submit(archive=source, name=name)
+            print_json(registration) if as_json else typer.echo(registration.id)
+            return
+        else:
+            model = client.models.create(archive=source, name=name)
     _show(model, as_json)
 
 
 @models.command(name="list")
-def list_(limit: Limit = None, url: Url = None, as_json: AsJson = False) -> None:
-    """List the registered models, newest first."""
+def list_(
+    state: Annotated[ModelState, typer.Option(help="Models that are not ready wait, or were refused.")] = "ready",
+    limit: Limit = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the registered models, newest first; or those that are not ready."""
     with connected(url) as client:
+        if state != "ready":
+            _list_registrations(list(islice(client.models.registrations(state=state), limit)), as_json)
+            return
         found = list(islice(client.models.list(), limit))
     if as_json:
         print_json(found)
@@ -53,15 +67,21 @@ def list_(limit: Limit = None, url: Url = None, as_json: AsJson = False) -> None
 
 @models.command()
 def show(model: ModelName, url: Url = None, as_json: AsJson = False) -> None:
-    """Show one model."""
+    """Show one model, or why it is not ready."""
     with connected(url) as client:
-        found = client.models.get(find_model(client, model))
-    _show(found, as_json)
+        found = client.models.registration(find_model(client, model))
+    if found.state == "ready":
+        _show(found.model(), as_json)
+    elif as_json:
+        print_json(found)
+    else:
+        problem = found.problem.detail if found.problem else None
+        print_facts({**found.model_dump(exclude={"spec", "problem"}), "problem": problem})
 
 
 @models.command()
 def rm(model: ModelName, url: Url = None, as_json: AsJson = False) -> None:
-    """Delete a model that no schedule and no job refers to."""
+    """Delete a model that no schedule and no job refers to, or one that was refused."""
     with connected(url) as client:
         model_id = find_model(client, model)
         client.models.delete(model_id)
@@ -69,6 +89,14 @@ def rm(model: ModelName, url: Url = None, as_json: AsJson = False) -> None:
         print_json({"deleted": model_id})
     else:
         typer.echo(model_id)
+
+
+def _list_registrations(found: "list[ModelRegistration]", as_json: bool) -> None:
+    if as_json:
+        print_json(found)
+        return
+    columns = ("id", "name", "state", "created", "problem")
+    print_table(columns, ((m.id, m.name, m.state, m.created_at, m.problem and m.problem.detail) for m in found))
 
 
 def _show(model: "Model", as_json: bool) -> None:

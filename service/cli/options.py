@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model's id or name.")]
 NumSteps = Annotated[int, typer.Option(min=1, help="Steps of sampling.")]
 SamplerName = Annotated[str | None, typer.Option(help="Such as ddim or dpmpp_2m. [ddim]")]
+Clipping = Annotated[
+    str | None, typer.Option(help="none, or such as clip_sample_range=1, for samplers that clip. [the model's own]")
+]
 GuidanceType = Annotated[AnyGuidanceType | None, typer.Option(help="[uncond]")]
 GuidanceScale = Annotated[float | None, typer.Option(help="[1]")]
 GuidanceRescale = Annotated[float | None, typer.Option(help="[0]")]

@@ -7,6 +7,7 @@ import typer
 
 from service.cli.connection import Url, connected
 from service.cli.options import (
+    Clipping,
     Eta,
     GuidanceEnd,
     GuidanceRescale,
@@ -35,6 +36,7 @@ def sample(
     seed: Annotated[int | None, typer.Option(help="Image k is drawn from seed + k. [0]")] = None,
     schedule: Annotated[str | None, typer.Option(help="auto, none, a schedule's id or alias. [auto]")] = None,
     sampler: SamplerName = None,
+    clipping: Clipping = None,
     guidance_type: GuidanceType = None,
     guidance_scale: GuidanceScale = None,
     guidance_rescale: GuidanceRescale = None,
@@ -64,6 +66,7 @@ def sample(
         seed=seed,
         schedule=schedule,
         sampler=sampler,
+        clipping=clipping,
         guidance_type=guidance_type,
         guidance_scale=guidance_scale,
         guidance_rescale=guidance_rescale,

@@ -9,6 +9,7 @@ import typer
 
 from service.cli.connection import Url, connected
 from service.cli.options import (
+    Clipping,
     Eta,
     GuidanceEnd,
     GuidanceRescale,
@@ -37,6 +38,7 @@ def list_(
     model: Annotated[str | None, typer.Option(help="A model's id or name.")] = None,
     num_steps: Annotated[int | None, typer.Option(min=1)] = None,
     sampler: Annotated[str | None, typer.Option()] = None,
+    clipping: Clipping = None,
     guidance_type: Annotated[str | None, typer.Option()] = None,
     guidance_scale: Annotated[float | None, typer.Option()] = None,
     status: Annotated[ScheduleStatus | None, typer.Option()] = None,
@@ -48,6 +50,7 @@ def list_(
     filters = given(
         num_steps=num_steps,
         sampler=sampler,
+        clipping=clipping,
         guidance_type=guidance_type,
         guidance_scale=guidance_scale,
         status=status,
@@ -82,6 +85,7 @@ def resolve(
     model: ModelName,
     num_steps: NumSteps,
     sampler: SamplerName = None,
+    clipping: Clipping = None,
     guidance_type: GuidanceType = None,
     guidance_scale: GuidanceScale = None,
     guidance_rescale: GuidanceRescale = None,
@@ -95,6 +99,7 @@ def resolve(
     setting = given(
         num_steps=num_steps,
         sampler=sampler,
+        clipping=clipping,
         guidance_type=guidance_type,
         guidance_scale=guidance_scale,
         guidance_rescale=guidance_rescale,
@@ -180,7 +185,9 @@ def alias(
 def show_schedule(schedule: "Schedule") -> None:
     """Print a schedule without its provenance."""
     print_facts(
-        schedule.model_dump(include={"id", "job", "model", "sampler", "num_steps", "eta", "version", "status", "score"})
+        schedule.model_dump(
+            include={"id", "job", "model", "sampler", "clipping", "num_steps", "eta", "version", "status", "score"}
+        )
         | {"guidance": _guidance(schedule), "timesteps": schedule.timesteps, "t_ratios": schedule.t_ratios}
     )
     if schedule.evaluation is not None:

@@ -8,6 +8,7 @@ import typer
 
 from service.cli.connection import Url, connected
 from service.cli.options import (
+    Clipping,
     Eta,
     GuidanceEnd,
     GuidanceRescale,
@@ -35,6 +36,7 @@ def tune(
     model: ModelName,
     num_steps: NumSteps,
     sampler: SamplerName = None,
+    clipping: Clipping = None,
     guidance_type: GuidanceType = None,
     guidance_scale: GuidanceScale = None,
     guidance_rescale: GuidanceRescale = None,
@@ -63,6 +65,7 @@ def tune(
     request = given(
         num_steps=num_steps,
         sampler=sampler,
+        clipping=clipping,
         guidance_type=guidance_type,
         guidance_scale=guidance_scale,
         guidance_rescale=guidance_rescale,

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from service.client.asynchronous import AsyncSampleJob, AsyncTimeTuner, AsyncTuningJob
+    from service.client.asynchronous import AsyncModelRegistration, AsyncSampleJob, AsyncTimeTuner, AsyncTuningJob
     from service.client.errors import (
         ApiError,
         ConflictError,
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         JobFailedError,
         NoScheduleError,
         NotFoundError,
+        NotReadyError,
         ServerError,
         TimeTunerError,
         TooManyRequestsError,
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
         WaitTimeoutError,
     )
     from service.client.results import Evaluation, Model, Resolution, Samples, Schedule
-    from service.client.synchronous import SampleJob, TimeTuner, TuningJob
+    from service.client.synchronous import ModelRegistration, SampleJob, TimeTuner, TuningJob
 
 __all__ = [
     "ApiError",
+    "AsyncModelRegistration",
     "AsyncSampleJob",
     "AsyncTimeTuner",
     "AsyncTuningJob",
@@ -35,8 +37,10 @@ __all__ = [
     "InvalidError",
     "JobFailedError",
     "Model",
+    "ModelRegistration",
     "NoScheduleError",
     "NotFoundError",
+    "NotReadyError",
     "Resolution",
     "SampleJob",
     "Samples",

@@ -18,6 +18,7 @@ from httpx_sse import ServerSentEvent
 from numpy.typing import NDArray
 from pydantic import BaseModel, TypeAdapter
 
+from service.client.choices import UnreadyState
 from service.client.errors import UnexpectedAnswerError
 from service.client.problems import raise_for
 from service.client.requests import SampleRequest, ScheduleFilters, ScheduleImport, Setting, TuningJobRequest
@@ -27,6 +28,7 @@ from service.client.results import (
     Event,
     Health,
     Model,
+    ModelRegistrationFields,
     Page,
     Readiness,
     Resolution,
@@ -92,23 +94,40 @@ class Call(Generic[T]):
         return replace(self, params={**self.params, "cursor": cursor})
 
 
-def register_model(builtin: str | None, archive: Path | str | None, name: str | None) -> Call[Model]:
+def register_model(
+    builtin: str | None, archive: Path | str | None, name: str | None
+) -> Call[Model | ModelRegistrationFields]:
+    """The model, or its registration if the service does not wait any longer."""
     if (builtin is None) == (archive is None):
         raise TypeError("accepted: either builtin or archive")
     fields = {"builtin": builtin, "name": name}
     given = {key: value for key, value in fields.items() if value is not None}
     path = None if archive is None else Path(archive)
     slowness = 1 if path is None else UPLOAD_SLOWNESS  # The service reads all weights before it answers.
-    call = Call("register_model", "POST", "/v1/models", _reader(Model), json=given, archive=path, slowness=slowness)
+    read = _model_or_registration
+    call = Call("register_model", "POST", "/v1/models", read, json=given, archive=path, slowness=slowness)
     return _made_once(call)
+
+
+def submit_model(archive: Path | str, name: str | None) -> Call[ModelRegistrationFields]:
+    given = {} if name is None else {"name": name}
+    read, headers = _reader(ModelRegistrationFields), {"Prefer": "respond-async"}
+    call = Call("register_model", "POST", "/v1/models", read, json=given, archive=Path(archive), headers=headers)
+    return _made_once(replace(call, slowness=UPLOAD_SLOWNESS))
 
 
 def list_models(limit: int) -> Call[Page[Model]]:
     return Call("list_models", "GET", "/v1/models", _reader(Page[Model]), params={"limit": limit})
 
 
-def get_model(model: str) -> Call[Model]:
-    return Call("get_model", "GET", _path("/v1/models", model), _reader(Model))
+def list_model_registrations(state: UnreadyState, limit: int) -> Call[Page[ModelRegistrationFields]]:
+    reader, params = _reader(Page[ModelRegistrationFields]), {"state": state, "limit": limit}
+    return Call("list_models", "GET", "/v1/models", reader, params=params)
+
+
+def get_model(model: str) -> Call[ModelRegistrationFields]:
+    """The registration of a model, which has the model's fields once it is ready."""
+    return Call("get_model", "GET", _path("/v1/models", model), _reader(ModelRegistrationFields))
 
 
 def delete_model(model: str) -> Call[None]:
@@ -234,6 +253,11 @@ def _reader(kind: type[B]) -> Callable[[httpx.Response], B]:
 
 def _nothing(_response: httpx.Response) -> None:
     pass
+
+
+def _model_or_registration(response: httpx.Response) -> Model | ModelRegistrationFields:
+    kind: type[Model | ModelRegistrationFields] = ModelRegistrationFields if response.status_code == 202 else Model
+    return kind.model_validate_json(response.content)
 
 
 def _samples(response: httpx.Response) -> Samples:

@@ -4,4 +4,6 @@ from typing import Literal, TypeAlias
 
 GuidanceType: TypeAlias = Literal["uncond", "classifier", "classifier-free"]
 ScheduleStatus: TypeAlias = Literal["accepted", "rejected", "imported"]
+ModelState: TypeAlias = Literal["ready", "queued", "running", "refused"]
+UnreadyState: TypeAlias = Literal["queued", "running", "refused"]
 JobState: TypeAlias = Literal["queued", "running", "succeeded", "failed", "cancelled"]

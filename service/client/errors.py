@@ -29,6 +29,10 @@ class JobFailedError(TimeTunerError):
     """A job that failed or was cancelled."""
 
 
+class NotReadyError(TimeTunerError):
+    """A model that was handed in and that no worker has described yet."""
+
+
 class NoScheduleError(TimeTunerError):
     """There is no accepted schedule for a setting, so that it is sampled untuned."""
 

@@ -57,11 +57,20 @@ def raise_for(response: "httpx.Response") -> None:
     """Raises: ApiError, if a response that was read is a refusal."""
     if response.is_success:
         return
-    kind = KINDS.get(response.status_code, ServerError if response.is_server_error else ApiError)
     try:
         problem = Problem.model_validate_json(response.content)
     except ValidationError:  # A proxy may have answered.
         said = " ".join(response.text.split())[:MAX_SHOWN_CHARACTERS] or response.reason_phrase
         problem = Problem(title=response.reason_phrase, status=response.status_code, detail=said)
     retry_after = response.headers.get("Retry-After", "")
+    kind = _kind_of(response.status_code)
     raise kind(problem, float(retry_after) if retry_after.isdecimal() else None)
+
+
+def error_of(problem: Problem) -> ApiError:
+    """The error that an answer with this problem raises."""
+    return _kind_of(problem.status)(problem)
+
+
+def _kind_of(status: int) -> type[ApiError]:
+    return KINDS.get(status, ServerError if status >= 500 else ApiError)

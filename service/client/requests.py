@@ -17,6 +17,7 @@ class SettingOptions(TypedDict, total=False):
     """The optional fields of a setting."""
 
     sampler: str
+    clipping: str | None
     guidance_type: GuidanceType
     guidance_scale: float
     guidance_rescale: float

@@ -12,8 +12,9 @@ from PIL import Image
 from pydantic import BaseModel, Field, field_validator
 
 from service.client import display
-from service.client.choices import GuidanceType, JobState, ScheduleStatus
-from service.client.errors import JobFailedError, NoScheduleError
+from service.client.choices import GuidanceType, JobState, ModelState, ScheduleStatus
+from service.client.errors import JobFailedError, NoScheduleError, NotReadyError
+from service.client.problems import Problem, error_of
 from service.client.requests import ScheduleImport
 from service.shared.image_formats import to_images, to_png_grid
 
@@ -39,14 +40,47 @@ class ModelSpec(BaseModel):
     has_uncond_condition: bool
     has_conditions: bool
     has_data: bool
+    clipping: str | None = None
 
 
 class Model(BaseModel):
     id: str
     name: str
     content_hash: str
+    state: Literal["ready"] = "ready"
+    ignored_files: list[str] = Field(default_factory=list)
     spec: ModelSpec
     created_at: datetime
+
+
+class ModelRegistrationFields(BaseModel):
+    """A model that was handed in. It has a `spec` once it is ready, and a `problem` if it was refused."""
+
+    id: str
+    name: str
+    content_hash: str
+    state: ModelState
+    ignored_files: list[str]
+    problem: Problem | None = None
+    spec: ModelSpec | None = None
+    created_at: datetime
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in ("ready", "refused")
+
+    def model(self) -> Model:
+        """The model, if it is ready.
+
+        Raises:
+            ApiError: it was refused; the error is that of a request which waits for its model.
+            NotReadyError: no worker has described it yet.
+        """
+        if self.problem is not None:
+            raise error_of(self.problem)
+        if self.spec is None:
+            raise NotReadyError(f"model {self.id} is {self.state}: no worker has described it yet")
+        return Model.model_validate(self.model_dump(include=set(Model.model_fields)))
 
 
 class Metric(BaseModel):
@@ -95,6 +129,7 @@ class Schedule(BaseModel):
     model: str
     sampler: str
     num_steps: int
+    clipping: str | None = None
     guidance_type: GuidanceType
     guidance_scale: float
     guidance_rescale: float

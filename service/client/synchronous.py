@@ -12,7 +12,7 @@ from tenacity import Retrying
 
 from service.client import calls
 from service.client.calls import Call
-from service.client.choices import JobState
+from service.client.choices import JobState, UnreadyState
 from service.client.problems import raise_for
 from service.client.requests import SampleRequest, ScheduleFilters, ScheduleImport, Setting, TuningJobRequest
 from service.client.results import (
@@ -21,6 +21,7 @@ from service.client.results import (
     Event,
     Health,
     Model,
+    ModelRegistrationFields,
     Page,
     Readiness,
     Resolution,
@@ -132,19 +133,64 @@ class Models:
     def create(
         self, *, builtin: str | None = None, archive: Path | str | None = None, name: str | None = None
     ) -> Model:
-        """Register a model: a built-in one, or a diffusers-format folder, or an archive (zip, tar, tar.gz) of one."""
-        return self._client.send(calls.register_model(builtin, archive, name))
+        """Register a model: a built-in one, or a diffusers-format folder, or an archive (zip, tar, tar.gz) of one.
+
+        It waits until a worker has described the model. Raises: ApiError, if the model is refused.
+        """
+        made = self._client.send(calls.register_model(builtin, archive, name))
+        return made if isinstance(made, Model) else self._bound(made).wait()
+
+    def submit(self, *, archive: Path | str, name: str | None = None) -> "ModelRegistration":
+        """Hand in a folder or an archive; `wait()` for the model."""
+        return self._bound(self._client.send(calls.submit_model(archive, name)))
 
     def list(self, *, limit: int = 50) -> Iterator[Model]:
-        """All models, newest first; `limit` is a page's."""
+        """All models that are ready, newest first; `limit` is a page's."""
         return self._client.pages(calls.list_models(limit))
 
+    def registrations(self, *, state: UnreadyState, limit: int = 50) -> "Iterator[ModelRegistration]":
+        """The models that were handed in and are in this state, newest first; `limit` is a page's."""
+        for fields in self._client.pages(calls.list_model_registrations(state, limit)):
+            yield self._bound(fields)
+
     def get(self, model: str) -> Model:
-        return self._client.send(calls.get_model(model))
+        """A model. Raises: ApiError, if it was refused; NotReadyError, if no worker has described it yet."""
+        return (self.registration(model)).model()
+
+    def registration(self, model: str) -> "ModelRegistration":
+        """A model that was handed in, ready or not."""
+        return self._bound(self._client.send(calls.get_model(model)))
 
     def delete(self, model: str) -> None:
-        """Delete a model that no schedule and no job refers to."""
+        """Delete a model that no schedule and no job refers to, or one that was refused."""
         self._client.send(calls.delete_model(model))
+
+    def _bound(self, fields: ModelRegistrationFields) -> "ModelRegistration":
+        registration = ModelRegistration.model_construct(**dict(fields))
+        registration._models = self
+        return registration
+
+
+class ModelRegistration(ModelRegistrationFields):
+    """A model that was handed in, as it was when it was asked for."""
+
+    _models: Models = PrivateAttr()
+
+    def refresh(self) -> "ModelRegistration":
+        """The registration as it is now."""
+        return self._models.registration(self.id)
+
+    def wait(self, *, timeout: float | None = None) -> Model:
+        """The model once it is ready.
+
+        Raises:
+            ApiError: it was refused. WaitTimeoutError: neither ready nor refused after `timeout` seconds.
+        """
+        patience, registration = Patience(timeout), self
+        while not registration.is_over:
+            time.sleep(patience.next_pause(registration))
+            registration = registration.refresh()
+        return registration.model()
 
 
 class Schedules:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
 from service.client.errors import WaitTimeoutError
-from service.client.results import Job
+from service.client.results import Job, ModelRegistrationFields
 
 J = TypeVar("J", bound=Job)
 Refresh: TypeAlias = Callable[[], J]
@@ -24,7 +24,7 @@ class Patience:
     started: float = field(default_factory=time.monotonic)
     pause: float = MIN_POLL_SECONDS / 1.5
 
-    def next_pause(self, job: Job) -> float:
+    def next_pause(self, job: Job | ModelRegistrationFields) -> float:
         """Seconds until the next look. Raises: WaitTimeoutError."""
         self.pause = min(MAX_POLL_SECONDS, self.pause * 1.5)
         if self.timeout is None:

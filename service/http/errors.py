@@ -54,6 +54,11 @@ class ServiceError(Exception):
         self.detail = detail
         self.errors = [] if loc is None else [ErrorItem(loc=list(loc), msg=detail, input=input)]
 
+    def problem(self, request_id: str | None) -> Problem:
+        """The problem document that this error is answered with."""
+        title = self.status.phrase
+        return Problem(title=title, status=self.status, detail=self.detail, errors=self.errors, request_id=request_id)
+
 
 class UnauthenticatedError(ServiceError):
     """A request without a valid API key, where one is needed; `why` does not repeat what was given."""
@@ -122,14 +127,6 @@ class JobFailedError(ServiceError):
 
     status = HTTPStatus.INTERNAL_SERVER_ERROR
     example = "sampling job 'smp_01JD3K5V8Q2M4N6P7R9S0T1V2W' has failed: its images are not finite"
-
-
-class UnavailableError(ServiceError):
-    """A request that nobody could serve in time, and that may be made again."""
-
-    status = HTTPStatus.SERVICE_UNAVAILABLE
-    example = "no worker described the model within 120 s; accepted: the same request again, once a worker runs"
-    headers = {"Retry-After": "10"}  # noqa: RUF012
 
 
 class DeadlineError(ServiceError):

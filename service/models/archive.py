@@ -30,6 +30,7 @@ MAX_NAME = 1000
 MAX_ZIP_DIRECTORY_BYTES = 2**20
 MAX_TAR_HEADER_BYTES = 2**18  # Each member of a tar has this limit.
 MAX_PAX_HEADERS = 100
+MAX_NAMED = 100  # Of the files that are left out, no more are named.
 GZIP_MAGIC = b"\x1f\x8b"
 ENCRYPTED = 0x1
 LOC = ("body", "archive")
@@ -39,7 +40,7 @@ def unpack(file: IO[bytes], destination: Path, max_bytes: int) -> list[str]:
     """Extract the `model_files` of a zip or tar archive, whether at its root or in one folder.
 
     Returns:
-        The names of the pickles that were left out: no part of the model is in their folders.
+        The names of the files that nothing reads and that were left out, the first `MAX_NAMED` of them.
 
     Raises:
         InvalidError: not an archive, unsafe names, links, pickles beside weights, or no model inside.
@@ -137,7 +138,7 @@ def _tar_members(archive: tarfile.TarFile, metered: _Metered, max_bytes: int) ->
 
 
 def _extract(members: list[Member], destination: Path, max_bytes: int) -> list[str]:
-    """Write what the model consists of, and give the names of the pickles that are left out."""
+    """Write what the model consists of, and give the names of the files that are left out."""
     if len(members) > MAX_FILES:
         raise TooLargeError(f"the archive has {len(members)} files; accepted: up to {MAX_FILES}", LOC)
     paths = [_safe_path(name) for name, _, _ in members]
@@ -148,8 +149,7 @@ def _extract(members: list[Member], destination: Path, max_bytes: int) -> list[s
         for path, member in zip(paths, members, strict=True)
         if path.is_relative_to(root)
     }
-    pickles = [path for path in paths if path.suffix.lower() in PICKLE_SUFFIXES]
-    _check_pickles(pickles, root)
+    _check_pickles([path for path in paths if path.suffix.lower() in PICKLE_SUFFIXES], root)
     try:
         chosen = model_files(inside)
     except ModelFormatError as error:
@@ -165,7 +165,7 @@ def _extract(members: list[Member], destination: Path, max_bytes: int) -> list[s
             shutil.copyfileobj(source, out)
         if target.stat().st_size != size:
             raise InvalidError(f"{name!r} is truncated", LOC)
-    return sorted(path.as_posix() for path in pickles)
+    return sorted({path.as_posix() for path in paths} - {(root / name).as_posix() for name in wanted})[:MAX_NAMED]
 
 
 def _check_pickles(pickles: list[PurePosixPath], root: PurePosixPath) -> None:

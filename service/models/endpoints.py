@@ -1,11 +1,12 @@
 """/v1/models"""
 
 import re
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any
 
 from anyio import CapacityLimiter, to_thread
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
@@ -17,15 +18,25 @@ from service.access.idempotency import GivenKey
 from service.http.errors import (
     ConflictError,
     InvalidError,
+    JobFailedError,
     NotFoundError,
     TooLargeError,
-    UnavailableError,
     UnsupportedMediaTypeError,
     error_responses,
 )
 from service.http.fields import JSON_TYPE, PageParams, PathId, check_fields, newest_first
+from service.http.preferences import Prefer, read_preference
 from service.models import logic
-from service.models.schemas import BuiltinModelRequest, ModelOut, ModelPage
+from service.models.registrations import newest_registrations
+from service.models.schemas import (
+    STATES,
+    BuiltinModelRequest,
+    ModelOut,
+    ModelPage,
+    ModelRegistrationOut,
+    ModelRegistrationPage,
+    ModelState,
+)
 from service.registry.tables import Model, ModelRegistration
 from service.shared.fields import PRINTABLE
 from service.state import AppState, State
@@ -99,7 +110,10 @@ async def _parse(request: Request) -> tuple[BuiltinModelRequest | None, UploadFi
     openapi_extra=REQUEST_BODY,
     responses={
         200: {"model": ModelOut, "description": "The same content was registered before."},
-        **error_responses(UnsupportedMediaTypeError, TooLargeError, InvalidError, ConflictError, UnavailableError),
+        202: {"model": ModelRegistrationOut, "description": "Accepted; follow its `Location`."},
+        **error_responses(
+            UnsupportedMediaTypeError, TooLargeError, InvalidError, NotFoundError, ConflictError, JobFailedError
+        ),
     },
 )
 async def register_model(
@@ -107,50 +121,83 @@ async def register_model(
     parsed: Annotated[tuple[BuiltinModelRequest | None, UploadFile | None, str | None], Depends(_parse)],
     state: State,
     response: Response,
+    prefer: Prefer = None,
     idempotency_key: GivenKey = None,
-) -> ModelOut:
-    """Register a model: a built-in one by name, or an uploaded archive of a diffusers-format folder."""
+) -> ModelOut | ModelRegistrationOut:
+    """Register a model: a built-in one by name, or an uploaded archive of a diffusers-format folder.
+
+    A worker loads and tries an uploaded model, which the request waits for. With `Prefer: respond-async`, or if that
+    takes long, the answer is 202 with the registration's state; its `Location` gives the model once it is `ready`, or
+    the problem if it is `refused`.
+    """
     builtin, archive, name = parsed
     if builtin is not None:
         model, created = await run_in_threadpool(
             logic.register_builtin, state.registry, caller, builtin.builtin, builtin.name, idempotency_key
         )
-    else:
-        assert archive is not None and name is not None
-        hand_in = partial(
-            logic.hand_in_archive, state.registry, caller, state.artifacts, archive.file, name, state.settings
-        )
-        handed_in = await to_thread.run_sync(hand_in, idempotency_key, limiter=UPLOADS)
-        model = await _described(state, handed_in.found)
-        created = handed_in.is_new and model.id == handed_in.found.id
-        if handed_in.once is not None:
-            await run_in_threadpool(logic.remember, state.registry, handed_in.once, model)
+        return _registered(response, model, created)
+    assert archive is not None and name is not None
+    hand_in = partial(
+        logic.hand_in_archive, state.registry, caller, state.artifacts, archive.file, name, state.settings
+    )
+    handed_in = await to_thread.run_sync(hand_in, idempotency_key, limiter=UPLOADS)
+    respond_async, seconds = read_preference(prefer, state.settings.max_wait_seconds)
+    found = await _described(state, handed_in.found, 0 if respond_async else seconds)
+    if handed_in.once is not None:
+        await run_in_threadpool(logic.remember, state.registry, handed_in.once, found)
+    if isinstance(found, Model):
+        created = handed_in.is_new and found.id == handed_in.found.id
+        return _registered(response, found, created, handed_in.ignored_files)
+    response.status_code = 202
+    response.headers["Location"] = f"/v1/models/{found.id}"
+    if respond_async:
+        response.headers["Preference-Applied"] = "respond-async"
+    return ModelRegistrationOut.of(found).model_copy(update={"ignored_files": handed_in.ignored_files})
+
+
+def _registered(
+    response: Response, model: Model, created: bool, ignored_files: Sequence[str] | None = None
+) -> ModelOut:
+    """The answer with a model. It names the files that nothing reads of the archive which came with this request."""
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/v1/models/{model.id}"
-    return ModelOut.model_validate(model)
+    answer = ModelOut.model_validate(model)
+    return answer if ignored_files is None else answer.model_copy(update={"ignored_files": ignored_files})
 
 
-async def _described(state: AppState, found: Model | ModelRegistration) -> Model:
-    """The model that a worker makes of a registration."""
+async def _described(state: AppState, found: Model | ModelRegistration, seconds: float) -> Model | ModelRegistration:
+    """The model that a worker makes of a registration, or the registration after `seconds`."""
     if isinstance(found, Model):
         return found
     await run_in_threadpool(state.bus.announce_models)
-    return await logic.wait_for_model(state, found.id)
+    return await logic.wait_for_model(state, found.id, seconds)
 
 
 @router.get("", operation_id="list_models", dependencies=[needs()], responses=error_responses(InvalidError))
-def list_models(state: State, page: PageParams) -> ModelPage:
-    """The registered models, newest first."""
+def list_models(
+    state: State,
+    page: PageParams,
+    model_state: Annotated[
+        ModelState,
+        Query(alias="state", description="`ready` lists models; another state lists models that are not ready."),
+    ] = "ready",
+) -> ModelPage | ModelRegistrationPage:
+    """The registered models, newest first; or the models that were handed in and wait, or were refused."""
     with state.registry.read() as session:
-        rows, cursor = newest_first(session, select(Model), Model.id, page)
-        return ModelPage(items=[ModelOut.model_validate(row) for row in rows], next_cursor=cursor)
+        if model_state == "ready":
+            models, cursor = newest_first(session, select(Model), Model.id, page)
+            return ModelPage(items=[ModelOut.model_validate(row) for row in models], next_cursor=cursor)
+        states = [job_state for job_state, shown in STATES.items() if shown == model_state]
+        rows, cursor = newest_registrations(session, states, page)
+        return ModelRegistrationPage(items=[ModelRegistrationOut.of(row) for row in rows], next_cursor=cursor)
 
 
 @router.get("/{model_id}", operation_id="get_model", dependencies=[needs()], responses=error_responses(NotFoundError))
-def get_model(model_id: PathId, state: State) -> ModelOut:
-    """One model."""
+def get_model(model_id: PathId, state: State) -> ModelOut | ModelRegistrationOut:
+    """One model; or what became so far of one that was handed in: its `state`, and its `problem` if it was refused."""
     with state.registry.read() as session:
-        return ModelOut.model_validate(logic.get_model(session, model_id))
+        found = logic.get_handed_in(session, model_id)
+        return ModelOut.model_validate(found) if isinstance(found, Model) else ModelRegistrationOut.of(found)
 
 
 @router.delete(
@@ -160,5 +207,5 @@ def get_model(model_id: PathId, state: State) -> ModelOut:
     responses=error_responses(NotFoundError, ConflictError),
 )
 def delete_model(caller: MayWriteModels, model_id: PathId, state: State) -> None:
-    """Delete a model that no schedule and no job refers to."""
+    """Delete a model that no schedule and no job refers to, or one that was refused."""
     logic.delete_model(state.registry, caller, state.artifacts, model_id)

@@ -15,19 +15,13 @@ from ulid import ULID
 
 from service.access.callers import Caller
 from service.access.idempotency import Once, make_once
-from service.http.errors import (
-    ConflictError,
-    InvalidError,
-    JobFailedError,
-    NotFoundError,
-    TooManyRequestsError,
-    UnavailableError,
-)
+from service.http.errors import ConflictError, InvalidError, NotFoundError, TooManyRequestsError
 from service.models.archive import LOC, unpack
+from service.models.registrations import find_handed_in, refusal_of
 from service.registry.database import Registry
 from service.registry.jobs import count_queued
-from service.registry.models import find_model, open_registration
-from service.registry.tables import FINAL_STATES, JobState, Model, ModelRegistration, SampleJob, Schedule, TuningJob
+from service.registry.models import find_model, open_registration, why_not_ready
+from service.registry.tables import Model, ModelRegistration, SampleJob, Schedule, TuningJob
 from service.registry.types import new_id
 from service.shared.artifacts import ArtifactStore
 from service.shared.settings import Settings
@@ -44,12 +38,14 @@ class HandedIn(NamedTuple):
     Attributes:
         found: the model or the open registration of the same content, or else a new registration.
         is_new: whether this request made the registration.
-        once: the request's idempotency key, to be remembered once there is a model.
+        once: the request's idempotency key, to be remembered with what the request is answered with.
+        ignored_files: the files of this archive that nothing reads.
     """
 
     found: Model | ModelRegistration
     is_new: bool
     once: Once | None
+    ignored_files: list[str]
 
 
 def register_builtin(
@@ -76,10 +72,11 @@ def hand_in_archive(
 
     Raises:
         InvalidError, TooLargeError, TooManyRequestsError, ConflictError: nothing was kept.
+        NotFoundError: what the same request made before has been deleted.
     """
     staging = Path(tempfile.mkdtemp(prefix="timetuner-upload-"))
     try:
-        unpack(file, staging, 2 * settings.max_body_bytes)
+        ignored_files = unpack(file, staging, 2 * settings.max_body_bytes)
         try:
             check_files(staging)
         except ModelFormatError as error:
@@ -87,10 +84,9 @@ def hand_in_archive(
         content_hash = folder_hash(staging)
         once = Once.of(caller, "register_model", idempotency_key, content_hash)
         with registry.read() as session:
-            if once is not None:
-                once.found(session)  # Raises ConflictError if the key was used with another model.
-            if found := find_model(session, content_hash) or open_registration(session, content_hash):
-                return HandedIn(found, False, once)
+            found = _made_before(session, once) or find_model(session, content_hash)
+            if found := found or open_registration(session, content_hash):
+                return HandedIn(found, False, once, ignored_files)
             _check_room(session, settings.max_queued_jobs)
         key = f"models/{ULID()}"  # The key is new, because the same content may be deleted at this moment.
         artifacts.put_folder(key, staging)
@@ -102,7 +98,7 @@ def hand_in_archive(
         name=name,
         content_hash=content_hash,
         artifact=key,
-        request={},
+        request={"ignored_files": ignored_files},
         request_id=caller.request_id,
     )
     try:
@@ -111,46 +107,51 @@ def hand_in_archive(
     except BaseException:
         artifacts.remove(key)
         raise
-    return HandedIn(registration, True, once)
+    return HandedIn(registration, True, once, ignored_files)
 
 
-async def wait_for_model(state: AppState, registration_id: str) -> Model:
-    """The model of a registration, once a worker has described it.
+async def wait_for_model(state: AppState, registration_id: str, seconds: float) -> Model | ModelRegistration:
+    """The model of a registration, once a worker has described it; the registration, if none has within `seconds`.
 
     Raises:
         InvalidError: the worker refused it.
-        JobFailedError: the worker could not describe it.
-        UnavailableError: none did within `max_wait_seconds`. The registration stays, and the same request finds it.
+        JobFailedError: no worker could describe it.
+        NotFoundError: it was deleted meanwhile.
     """
-    seconds = state.settings.max_wait_seconds
     deadline = time.monotonic() + seconds
     while True:
-        model = await run_in_threadpool(_outcome, state.registry, registration_id)
-        if model is not None:
-            return model
-        if time.monotonic() > deadline:
-            accepted = "the same request again, once a worker runs (GET /readyz tells)"
-            raise UnavailableError(f"no worker described the model within {seconds:g} s; accepted: {accepted}")
+        found = await run_in_threadpool(_outcome, state.registry, registration_id)
+        if isinstance(found, Model) or time.monotonic() >= deadline:
+            return found
         await asyncio.sleep(LOOK_INTERVAL_SECONDS)
 
 
-def remember(registry: Registry, once: Once, model: Model) -> None:
-    """Have the request's key stand for this model. Raises: ConflictError, if it was used with another."""
-    make_once(registry, once, get_model, lambda _session: model)
+def remember(registry: Registry, once: Once, answered: Model | ModelRegistration) -> None:
+    """Have the request's key stand for what it made. Raises: ConflictError, if the key was used with another."""
+    make_once(registry, once, get_handed_in, lambda _session: answered)
 
 
-def _outcome(registry: Registry, registration_id: str) -> Model | None:
-    """The registration's model; None if it is not over."""
+def get_handed_in(session: Session, model_id: str) -> Model | ModelRegistration:
+    """The model of an id, or what became of its registration so far. Raises: NotFoundError."""
+    found = find_handed_in(session, model_id)
+    if found is None:
+        raise NotFoundError(f"no model {model_id!r}")
+    return found
+
+
+def _made_before(session: Session, once: Once | None) -> Model | ModelRegistration | None:
+    """What the same request made. Raises: ConflictError, if its key was used with another; NotFoundError."""
+    made = None if once is None else once.found(session)
+    return None if made is None else get_handed_in(session, made)
+
+
+def _outcome(registry: Registry, registration_id: str) -> Model | ModelRegistration:
+    """The registration's model, or the registration if it is not over. Raises: the error of a refused one."""
     with registry.read() as session:
-        registration = session.get_one(ModelRegistration, registration_id)
-        if registration.state not in FINAL_STATES:
-            return None
-        error = registration.error or ""
-        if registration.refused_field is not None:
-            raise InvalidError(error, (*LOC, registration.refused_field))
-        if registration.state != JobState.SUCCEEDED or registration.model_id is None:
-            raise JobFailedError(f"the model could not be described: {error}")
-        return get_model(session, registration.model_id)
+        found = get_handed_in(session, registration_id)
+        if isinstance(found, ModelRegistration) and (refusal := refusal_of(found)):
+            raise refusal
+        return found
 
 
 def _check_room(session: Session, max_queued_jobs: int) -> None:
@@ -160,27 +161,36 @@ def _check_room(session: Session, max_queued_jobs: int) -> None:
 
 
 def get_model(session: Session, model_id: str) -> Model:
-    """The model of an id. Raises: NotFoundError."""
+    """The model of an id. Raises: NotFoundError; ConflictError, if it was handed in and is not ready."""
     model = session.get(Model, model_id)
     if model is None:
+        if reason := why_not_ready(session, model_id):
+            raise ConflictError(reason)
         raise NotFoundError(f"no model {model_id!r}")
     return model
 
 
 def delete_model(registry: Registry, caller: Caller, artifacts: ArtifactStore, model_id: str) -> None:
-    """Delete a model nothing refers to, its files included.
+    """Delete a model nothing refers to, or the registration of one that was refused; its files included.
 
     Raises:
         NotFoundError, ConflictError.
     """
     with registry.write() as session:
-        model = get_model(session, model_id)
-        for referrer in (Schedule, TuningJob, SampleJob):
-            if session.scalar(select(exists().where(referrer.model_id == model_id))):
-                raise ConflictError(f"model {model_id!r} has {referrer.__tablename__}; accepted: a model without any")
-        session.delete(model)
+        refused = session.get(ModelRegistration, model_id, with_for_update=True)
+        if refused is not None and refusal_of(refused) is not None:
+            session.delete(refused)
+            artifact: str | None = refused.artifact
+        else:
+            model = get_model(session, model_id)
+            for referrer in (Schedule, TuningJob, SampleJob):
+                if session.scalar(select(exists().where(referrer.model_id == model_id))):
+                    name = referrer.__tablename__
+                    raise ConflictError(f"model {model_id!r} has {name}; accepted: a model without any")
+            session.delete(model)
+            artifact = model.source.get("artifact")
         caller.record(session, "delete_model", model_id)
-    if artifact := model.source.get("artifact"):
+    if artifact:
         artifacts.remove(artifact)
 
 

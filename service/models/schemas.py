@@ -1,12 +1,24 @@
 """Requests and responses of the models endpoints."""
 
-from typing import Literal
+from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.http.errors import Problem
 from service.http.fields import ModelId, NextCursor, Time
+from service.models.registrations import refusal_of
+from service.registry.tables import JobState, ModelRegistration
 from service.shared.fields import PRINTABLE
 from timetuner_core.catalog import BUILTINS, GuidanceType, ModelType
+
+RegistrationState: TypeAlias = Literal["queued", "running", "refused"]
+ModelState: TypeAlias = Literal["ready", "queued", "running", "refused"]
+STATES: dict[JobState, RegistrationState] = {
+    JobState.QUEUED: "queued",
+    JobState.RUNNING: "running",
+    JobState.FAILED: "refused",
+    JobState.CANCELLED: "refused",
+}
 
 
 class BuiltinModelRequest(BaseModel):
@@ -43,6 +55,11 @@ class ModelSpec(BaseModel):
         description="The root mean square error of x0 at t_start, in standard deviations of the data; 1 for a network "
         "that only knows the data's mean. null: not measured.",
     )
+    clipping: str | None = Field(
+        None,
+        examples=["none"],
+        description="How the model's own scheduler clips x0, as requests say it; null: an older version registered it.",
+    )
     num_train_timesteps: int | None = Field(
         examples=[1000], description="N, the most steps a sampler can take; null: no limit."
     )
@@ -62,16 +79,55 @@ class ModelSpec(BaseModel):
     )
 
 
+IgnoredFiles = Annotated[
+    list[Annotated[str, Field(examples=["safety_checker/pytorch_model.bin"])]],
+    Field(description="The files of the archive that nothing reads, the first 100 of them."),
+]
+
+
 class ModelOut(BaseModel):
+    """A model that can be tuned and sampled."""
+
     model_config = ConfigDict(from_attributes=True)
 
     id: ModelId
     name: str = Field(examples=["digits8"])
     content_hash: str = Field(examples=["sha256:9f86d081884c7d65"])
+    state: Literal["ready"] = "ready"
+    ignored_files: IgnoredFiles
     spec: ModelSpec
     created_at: Time
 
 
 class ModelPage(BaseModel):
     items: list[ModelOut]
+    next_cursor: NextCursor
+
+
+class ModelRegistrationOut(BaseModel):
+    """A model that was handed in and is not ready: it waits for a worker, or was refused."""
+
+    id: ModelId = Field(description="The id that the model has once it is ready.")
+    name: str = Field(examples=["my-model"])
+    content_hash: str = Field(examples=["sha256:9f86d081884c7d65"])
+    state: RegistrationState
+    problem: Problem | None = Field(
+        examples=[None], description="Why it was refused, as the answer to a request that waits says it."
+    )
+    ignored_files: IgnoredFiles
+    created_at: Time
+
+    @classmethod
+    def of(cls, registration: ModelRegistration) -> Self:
+        names = ("id", "name", "content_hash", "ignored_files", "created_at")
+        refusal = refusal_of(registration)
+        return cls(
+            **{name: getattr(registration, name) for name in names},
+            state=STATES[registration.state],
+            problem=None if refusal is None else refusal.problem(registration.request_id),
+        )
+
+
+class ModelRegistrationPage(BaseModel):
+    items: list[ModelRegistrationOut]
     next_cursor: NextCursor

@@ -7,7 +7,7 @@ from sqlalchemy import exists, select
 from sqlalchemy.orm import Session
 
 from service.registry.jobs import is_free
-from service.registry.tables import FINAL_STATES, AuditEntry, Model, ModelRegistration
+from service.registry.tables import FINAL_STATES, AuditEntry, JobState, Model, ModelRegistration
 
 
 def find_model(session: Session, content_hash: str) -> Model | None:
@@ -36,7 +36,7 @@ def keep_described(session: Session, registration: ModelRegistration, spec: dict
     """
     model = find_model(session, registration.content_hash)
     if model is None:
-        source = {"artifact": registration.artifact}
+        source = {"artifact": registration.artifact, **registration.request}
         content_hash = registration.content_hash
         model = Model(id=registration.id, name=registration.name, content_hash=content_hash, source=source, spec=spec)
         session.add(model)
@@ -46,6 +46,22 @@ def keep_described(session: Session, registration: ModelRegistration, spec: dict
             session.add(AuditEntry(actor=registration.owner, action="register_model", **about))
     registration.model_id = model.id
     return model
+
+
+def why_not_ready(session: Session, model_id: str) -> str | None:
+    """Why there is no model of an id that a registration has, and what is accepted; None if no registration has it."""
+    registration = session.get(ModelRegistration, model_id)
+    if registration is None:
+        return None
+    accepted = "a model that is ready"
+    if registration.state not in FINAL_STATES:
+        return f"model {model_id!r} is {registration.state}: no worker has described it yet; accepted: {accepted}"
+    if registration.state != JobState.SUCCEEDED:
+        return f"model {model_id!r} was refused ({registration.error}); accepted: {accepted}"
+    same_content = find_model(session, registration.content_hash)
+    if same_content is not None:
+        return f"model {model_id!r} has the content of another; accepted: {same_content.id!r}"
+    return None  # It was ready, and has been deleted.
 
 
 def old_registrations(session: Session, before: datetime, limit: int) -> list[tuple[ModelRegistration, bool]]:

@@ -60,9 +60,15 @@ class Model(Base):
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("mdl"))
     name: Mapped[str]
     content_hash: Mapped[str] = mapped_column(unique=True)
-    source: Mapped[dict[str, Any]]  # {"builtin": name} or {"artifact": folder}
+    source: Mapped[dict[str, Any]]  # {"builtin": name} or {"artifact": folder, "ignored_files": names}
     spec: Mapped[dict[str, Any]]
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
+
+    @property
+    def ignored_files(self) -> list[str]:
+        """The files of its archive that nothing reads."""
+        names: list[str] = self.source.get("ignored_files", [])
+        return names
 
 
 class Job(Base):
@@ -188,6 +194,7 @@ class OfSetting:
         "guidance_start",
         "guidance_end",
         "eta",
+        "clipping",
     )
 
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"))
@@ -201,6 +208,7 @@ class OfSetting:
     )  # Guidance applies at times from here to `guidance_end`.
     guidance_end: Mapped[Decimal] = mapped_column(default=Decimal(1000))
     eta: Mapped[Decimal]
+    clipping: Mapped[str] = mapped_column(default="own", server_default="own")  # "own": as the model's scheduler does.
 
 
 class Schedule(OfSetting, Base):
@@ -322,8 +330,9 @@ class SampleJob(Job):
 class ModelRegistration(Job):
     """A model that was handed in, until a worker has loaded and described it.
 
-    The model gets this row's id, unless its content is that of a registered model. `request` is empty, and
-    `published_at` stays null: a bell tells workers that there is something to do, not what.
+    The model gets this row's id, unless its content is that of a registered model. `request` is
+    {"ignored_files": names}, and `published_at` stays null: a bell tells workers that there is something to do, not
+    what.
     """
 
     __tablename__ = "model_registrations"
@@ -336,6 +345,12 @@ class ModelRegistration(Job):
     artifact: Mapped[str]  # the folder of its files
     model_id: Mapped[str | None]  # the model it became, or that has the same content; not a foreign key: it may go
     refused_field: Mapped[str | None]  # what `error` is about, if the model cannot be used; null of other errors
+
+    @property
+    def ignored_files(self) -> list[str]:
+        """The files of its archive that nothing reads."""
+        names: list[str] = self.request.get("ignored_files", [])
+        return names
 
 
 class Webhook(Base):

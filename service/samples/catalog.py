@@ -7,7 +7,7 @@ from service.registry.samples import changes
 from service.registry.tables import Model, Schedule
 from service.request_checks import get_requested_model
 from service.schedules.logic import find_for_sampling, resolve
-from service.shared.job_requests import SampleRequest
+from service.shared.job_requests import OWN_CLIPPING, SampleRequest
 
 MAX_CACHED_SCHEDULES = 10_000  # The cache of resolved schedules is emptied when it reaches this size.
 
@@ -64,4 +64,8 @@ def _schedule(session: Session, request: SampleRequest) -> Schedule | None:
     if (schedule.sampler, schedule.num_steps) != (request.sampler, request.num_steps):
         message = f"schedule {schedule.id!r} is for {schedule.num_steps} steps of {schedule.sampler}"
         raise InvalidError(f"{message}; accepted: num_steps of {schedule.num_steps}", ("body", "num_steps"))
+    clipping = None if schedule.clipping == OWN_CLIPPING else schedule.clipping
+    if clipping != request.clipping:
+        message = f"clipping is {request.clipping!r}, and schedule {schedule.id!r} is for another"
+        raise InvalidError(f"{message}; accepted: {clipping or 'null'}", ("body", "clipping"), request.clipping)
     return schedule

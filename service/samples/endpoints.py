@@ -22,6 +22,7 @@ from service.http.errors import (
     error_responses,
 )
 from service.http.fields import JSON_TYPE, PathId, require_json
+from service.http.preferences import Prefer, read_preference
 from service.models.logic import get_model
 from service.registry.samples import LATE, Ended
 from service.registry.tables import FINAL_STATES, JobState, SampleJob
@@ -31,7 +32,7 @@ from service.samples.reading import cancel_job, end_of, read_job
 from service.samples.schemas import SampleJobOut
 from service.samples.state import Samples, SamplesState
 from service.samples.submitting import Submission
-from service.samples.waiting import read_preference, stream_events, wait_for_end
+from service.samples.waiting import stream_events, wait_for_end
 from service.shared import telemetry
 from service.shared.image_formats import FORMATS
 from service.shared.job_requests import SampleRequest
@@ -39,10 +40,6 @@ from service.state import AppState, State
 
 router = APIRouter(prefix="/v1/samples", tags=["samples"])
 Accept = Annotated[str, Header(include_in_schema=False)]
-
-Prefer = Annotated[
-    str | None, Header(description="`respond-async`: answer 202 at once; `wait=N`: wait up to N seconds.")
-]
 
 IfNoneMatch = Annotated[str | None, Header(description="ETags of the content that the client has.")]
 AS_JSON = {"type": "object", "examples": [{"images": ["iVBORw0KGgo="]}]}

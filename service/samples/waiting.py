@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import re
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -81,10 +80,3 @@ async def stream_events(
             else:
                 job = await run_in_threadpool(read_job, state, caller, job_id)
         yield ServerSentEvent(SampleJobOut.model_validate(job).model_dump_json(), event="end")
-
-
-def read_preference(prefer: str | None, longest: float) -> tuple[bool, float]:
-    """Whether to answer at once, and else how long to wait (RFC 7240)."""
-    prefer = prefer or ""
-    wait = re.search(r"\bwait\s*=\s*(\d{1,6})\b", prefer)
-    return "respond-async" in prefer and wait is None, min(float(wait[1]), longest) if wait else longest

@@ -105,7 +105,7 @@ def delete_schedule(caller: MayWriteModels, schedule_id: PathId, state: State) -
     "/v1/models/{model_id}/aliases",
     operation_id="list_aliases",
     dependencies=READS,
-    responses=error_responses(NotFoundError),
+    responses=error_responses(NotFoundError, ConflictError),
 )
 def list_aliases(model_id: PathId, state: State) -> AliasList:
     """The names given to a model's schedules."""
@@ -117,7 +117,7 @@ def list_aliases(model_id: PathId, state: State) -> AliasList:
     "/v1/models/{model_id}/aliases/{name}",
     operation_id="set_alias",
     dependencies=[Depends(require_json)],
-    responses=error_responses(NotFoundError, InvalidError, UnsupportedMediaTypeError),
+    responses=error_responses(NotFoundError, ConflictError, InvalidError, UnsupportedMediaTypeError),
 )
 def set_alias(caller: MayWriteModels, model_id: PathId, name: AliasName, body: AliasRequest, state: State) -> AliasOut:
     """Give one of a model's schedules a name, or move the name to another one."""

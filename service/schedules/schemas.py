@@ -1,15 +1,15 @@
 """Requests and responses of the schedules endpoints."""
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import Query
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
 
 from service.http.fields import ModelId, PageQuery, ScheduleId, Time, TuningJobId
 from service.registry.tables import ScheduleStatus
 from service.shared.fields import Eta, ExactNumber, GuidanceScale, Identifier, NumSteps
-from service.shared.job_requests import GuidanceTime, SamplerName, SamplingSetting
+from service.shared.job_requests import OWN_CLIPPING, ClippingText, GuidanceTime, SamplerName, SamplingSetting
 from timetuner_core.catalog import GuidanceType
 
 MAX_DEPTH = 20
@@ -87,6 +87,9 @@ class ScheduleOut(BaseModel):
     model: ModelId = Field(validation_alias="model_id")
     sampler: str = Field(examples=["ddim"])
     num_steps: int = Field(examples=[2])
+    clipping: Annotated[str | None, BeforeValidator(lambda text: None if text == OWN_CLIPPING else text)] = Field(
+        examples=[None], description="How x0 is clipped; null: as the model's own scheduler does."
+    )
     guidance_type: GuidanceType
     guidance_scale: ExactNumber = Field(examples=[1.0])
     guidance_rescale: ExactNumber
@@ -142,6 +145,9 @@ class ScheduleQuery(PageQuery):
 
     model: Identifier | None = None
     sampler: SamplerName | None = None
+    clipping: ClippingText | Literal["own"] | None = Field(
+        None, description="`own`: schedules for the clipping of the model's own scheduler."
+    )
     num_steps: NumSteps | None = None
     guidance_type: GuidanceType | None = None
     guidance_scale: GuidanceScale | None = None

@@ -19,6 +19,7 @@ from service.shared.fields import Eta, ExactNumber, GuidanceScale, Identifier, N
 from service.shared.sampler_facts import sampler_facts
 from service.shared.webhook_url import WEBHOOK_URL, WebhookUrl
 from timetuner_core.catalog import GridName, GuidanceType, sampler_names
+from timetuner_core.clipping import Clipping, clipping_text
 from timetuner_core.tuners import TUNERS, EndToEndTuner
 
 
@@ -31,6 +32,15 @@ def _known_sampler(name: str) -> str:
 SamplerName = Annotated[
     str, AfterValidator(_known_sampler), WithJsonSchema({"type": "string", "enum": sampler_names()})
 ]
+
+
+def _canonical(text: str) -> str:
+    """Raises: ValueError, saying what is accepted."""
+    return clipping_text(Clipping.parse(text))
+
+
+ClippingText = Annotated[str, Field(max_length=200), AfterValidator(_canonical)]
+OWN_CLIPPING = "own"  # The registry's word for the clipping of the model's own scheduler, which requests leave null.
 GuidanceTime = Annotated[ExactNumber, Field(ge=0, le=1000)]
 ALWAYS = {"guidance_scale": 1, "guidance_rescale": 0, "guidance_start": 0, "guidance_end": 1000}
 Timesteps = GridName | Annotated[list[FiniteFloat], Field(min_length=2, max_length=100_001)]
@@ -44,6 +54,13 @@ class SamplingSetting(BaseModel):
     model: Identifier = Field(examples=["mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W"])
     num_steps: NumSteps = Field(examples=[2])
     sampler: SamplerName = "ddim"
+    clipping: ClippingText | None = Field(
+        None,
+        examples=[None],
+        description="How the predicted x0 is clipped, for samplers that do so: `none`, `clip_sample_range=1`, or "
+        "`dynamic_thresholding_ratio=0.995,sample_max_value=1.5`, say. Null: as the model's own scheduler does, which "
+        "the model's `spec` shows.",
+    )
     guidance_type: GuidanceType = "uncond"
     guidance_scale: GuidanceScale = Field(1, validate_default=True)
     guidance_rescale: Annotated[ExactNumber, Field(ge=0, le=1)] = Field(
@@ -66,7 +83,8 @@ class SamplingSetting(BaseModel):
         """The columns of `Schedule.KEY`. Unguided sampling has the values of `ALWAYS`."""
         guidance = ALWAYS if self.guidance_type == "uncond" else {name: getattr(self, name) for name in ALWAYS}
         names = ("sampler", "num_steps", "guidance_type", "eta")
-        return {"model_id": self.model, **{name: getattr(self, name) for name in names}, **guidance}
+        clipping = {"clipping": self.clipping or OWN_CLIPPING}
+        return {"model_id": self.model, **{name: getattr(self, name) for name in names}, **clipping, **guidance}
 
 
 def _objective(value: Any) -> str:

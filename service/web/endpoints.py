@@ -14,7 +14,9 @@ from sqlalchemy.orm import Session
 from service.access.callers import AnyCaller
 from service.http.errors import InvalidError
 from service.http.fields import PageQuery, PathId, newest_first
-from service.models.logic import get_model
+from service.models.logic import get_handed_in
+from service.models.registrations import newest_registrations
+from service.models.schemas import STATES, ModelRegistrationOut
 from service.registry.tables import JobState, Model, ScheduleStatus
 from service.request_checks import get_requested_model
 from service.schedules import logic as schedules_logic
@@ -30,6 +32,7 @@ router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
 STATIC = Path(__file__).parent / "static"
 ROWS_ON_OVERVIEW = 8
 MODELS_IN_FORM = 100
+UNREADY_MODELS = 20
 COMPARED_SCHEDULES = 200
 
 Query = TypeVar("Query", bound=BaseModel)
@@ -72,13 +75,18 @@ def models(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
     with state.registry.read() as session:
         rows, cursor = newest_first(session, select(Model), Model.id, read_query(request, PageQuery))
         counts = {model.id: views.count_schedules(session, model.id) for model in rows}
-    return render(request, "models.html", caller, models=rows, counts=counts, cursor=cursor, builtins=BUILTINS)
+        unready, _ = newest_registrations(session, list(STATES), PageQuery(limit=UNREADY_MODELS))
+        registrations = [ModelRegistrationOut.of(row) for row in unready]
+    context = {"models": rows, "counts": counts, "cursor": cursor, "registrations": registrations}
+    return render(request, "models.html", caller, builtins=BUILTINS, **context)
 
 
 @router.get("/models/{model_id}")
 def model(model_id: PathId, request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
     with state.registry.read() as session:
-        row = get_model(session, model_id)
+        row = get_handed_in(session, model_id)
+        if not isinstance(row, Model):
+            return render(request, "registration.html", caller, registration=ModelRegistrationOut.of(row))
         schedules, _ = schedules_logic.newest(session, ScheduleQuery(model=model_id, limit=ROWS_ON_OVERVIEW))
         context = {
             "model": row,

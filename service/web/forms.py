@@ -4,6 +4,7 @@ import re
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Form, Request, Response
+from pydantic import BeforeValidator
 
 from service.access.callers import MayTune, MayWriteModels
 from service.access.cookies import COOKIE, check_same_origin
@@ -16,7 +17,7 @@ from service.registry.tables import TuningJob
 from service.schedules import logic as schedules_logic
 from service.schedules.schemas import ALIAS
 from service.shared.fields import Identifier
-from service.shared.job_requests import SamplingSetting, TuningJobRequest
+from service.shared.job_requests import ClippingText, SamplingSetting, TuningJobRequest
 from service.shared.queue import publish
 from service.state import State
 from service.tuning_jobs import logic as jobs_logic
@@ -38,6 +39,7 @@ router = APIRouter(include_in_schema=False, dependencies=[Depends(_same_origin)]
 class TuningForm(SamplingSetting):
     """A tuning job of a few fields. All others have their defaults."""
 
+    clipping: Annotated[ClippingText | None, BeforeValidator(lambda text: text or None)] = None
     objective: Literal[tuple(OBJECTIVES)] = "end_to_end"  # type: ignore[valid-type]
 
 

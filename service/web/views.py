@@ -8,7 +8,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from service.registry.tables import Model, Schedule, ScheduleAlias, TuningJob
-from service.shared.job_requests import ALWAYS
+from service.shared.job_requests import ALWAYS, OWN_CLIPPING
 from service.shared.sampler_facts import sampler_facts
 from service.tuning_jobs.logic import events_after
 from service.web.charts import Chart, Series, make_chart
@@ -42,6 +42,7 @@ class ComparisonGroup:
 
 def group_of(schedule: Schedule) -> ComparisonGroup:
     sampler = schedule.sampler + ("" if schedule.eta == 0 else f" η={schedule.eta:g}")
+    sampler += "" if schedule.clipping == OWN_CLIPPING else f" {schedule.clipping}"
     return ComparisonGroup(sampler, guidance_of(schedule))
 
 
@@ -104,6 +105,7 @@ def sample_request(schedule: Schedule, model: Model) -> dict[str, Any]:
         "model": model.id,
         "sampler": schedule.sampler,
         "num_steps": schedule.num_steps,
+        "clipping": None if schedule.clipping == OWN_CLIPPING else schedule.clipping,
         "guidance_type": schedule.guidance_type,
         **{name: float(getattr(schedule, name)) for name in ("eta", *ALWAYS)},
         "class_labels": [labels[k % len(labels)] for k in range(count)] if guided and labels else None,

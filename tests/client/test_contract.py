@@ -20,7 +20,9 @@ from timetuner_core.samplers import sampler_names
 SETTING: requests.Setting = {"model": "m", "num_steps": 1}
 CALLS: list[Call[Any]] = [
     calls.register_model("digits8", None, "n"),
+    calls.submit_model("a.zip", "n"),
     calls.list_models(1),
+    calls.list_model_registrations("refused", 1),
     calls.get_model("i"),
     calls.delete_model("i"),
     calls.submit_tuning_job({**SETTING}),
@@ -50,6 +52,8 @@ CALLS: list[Call[Any]] = [
 RESPONSES: dict[str, type[BaseModel]] = {
     "ModelOut": results.Model,
     "ModelPage": results.Page[results.Model],
+    "ModelRegistrationOut": results.ModelRegistrationFields,
+    "ModelRegistrationPage": results.Page[results.ModelRegistrationFields],
     "TuningJobOut": results.TuningJobFields,
     "TuningJobDetail": results.TuningJobFields,
     "TuningJobPage": results.Page[results.TuningJobFields],

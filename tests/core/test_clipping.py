@@ -1,6 +1,7 @@
 """x0 is clipped as each sampler's diffusers class clips it, step by step, and not where that class does not."""
 
 import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
@@ -8,9 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.core.conftest import normals
+from tests.core.conftest import normals, save_model, tiny_unet
 from timetuner_core import model_wrapper
+from timetuner_core.clipping import CLIP_RULES, Clipping, clipping_text
+from timetuner_core.integrations.diffusers import TimeTunerScheduler
+from timetuner_core.models.describing import describe
 from timetuner_core.models.folder_files import ModelFormatError
+from timetuner_core.models.loading import load_folder
 from timetuner_core.models.schedulers import read_scheduler_config
 from timetuner_core.samplers import SAMPLERS, sample_steps
 
@@ -104,3 +109,80 @@ def test_a_model_that_clips_has_other_samples_than_one_that_does_not(clipping: d
 def test_clipping_that_makes_no_sense_is_refused_by_name(field: dict[str, Any]) -> None:
     with pytest.raises(ModelFormatError, match=next(iter(field))):
         read_scheduler_config({"_class_name": "DDIMScheduler", "thresholding": True, **field})
+
+
+@pytest.mark.parametrize(
+    ("clipping", "text"),
+    [
+        (None, "none"),
+        (Clipping(1.0), "clip_sample_range=1"),
+        (Clipping(None, 0.995, 1.5), "dynamic_thresholding_ratio=0.995,sample_max_value=1.5"),
+        (Clipping(0.7, 0.9), "clip_sample_range=0.7,dynamic_thresholding_ratio=0.9"),
+    ],
+)
+def test_a_clipping_is_written_and_read_by_the_names_of_a_scheduler_s_configuration(
+    clipping: Clipping | None, text: str
+) -> None:
+    assert clipping_text(clipping) == text
+    assert Clipping.parse(text) == clipping
+    assert clipping_text(Clipping.parse(",".join(reversed(text.split(","))))) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "clip_sample",
+        "clip_sample_range=",
+        "clip_sample_range=0",
+        "clip_sample_range=nan",
+        "clip_sample_range=inf",
+        "clip_sample_range=1,clip_sample_range=2",
+        "clip_sample=1",
+        "dynamic_thresholding_ratio=1.1",
+        "sample_max_value=2",
+        "none,clip_sample_range=1",
+    ],
+)
+def test_a_text_that_is_no_clipping_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="accepted: "):
+        Clipping.parse(text)
+
+
+def test_a_model_is_clipped_as_asked_for_and_not_as_its_configuration_says(tmp_path: Path) -> None:
+    save_model(tmp_path, tiny_unet(), clip_sample=True, clip_sample_range=0.7)
+    model = load_folder(tmp_path)
+    assert describe(model)["clipping"] == "clip_sample_range=0.7"
+    noise, timesteps = 3 * normals(2, 1, 4, 4).float(), torch.tensor([0.9, 0.5, 0.001], dtype=torch.float64)
+
+    def predicted(clipping: str | None) -> Tensor:
+        model_fn = model.clipped_as(clipping).model_fn("uncond", 1.0)
+        return model_fn.predict_for("ddim", noise, timesteps[0]).x0
+
+    assert float(predicted(None).abs().max()) == pytest.approx(0.7)
+    assert torch.equal(predicted(None), predicted("clip_sample_range=0.7"))
+    assert float(predicted("clip_sample_range=0.2").abs().max()) == pytest.approx(0.2)
+    assert float(predicted("none").abs().max()) > 1
+
+
+@pytest.mark.parametrize(
+    ("sampler", "ignored"),
+    [("ddim", []), ("heun", ["dynamic_thresholding_ratio"]), ("dpmpp_2m", ["clip_sample_range"])],
+)
+def test_a_sampler_says_what_of_a_clipping_it_ignores(sampler: str, ignored: list[str]) -> None:
+    assert CLIP_RULES[sampler].ignores(Clipping(1.0, 0.9)) == ignored
+    assert CLIP_RULES[sampler].ignores(None) == []
+
+
+def test_a_tuned_pipeline_keeps_the_clipping_of_its_schedule(tmp_path: Path) -> None:
+    base = diffusers.DDIMScheduler(clip_sample=False)
+    schedule = {"timesteps": [1.0, 0.5, 0.001], "t_ratios": [1.0, 1.0], "clipping": "clip_sample_range=0.2"}
+    TimeTunerScheduler.from_schedule(base, schedule).save_pretrained(tmp_path)
+    for scheduler, largest in (
+        (TimeTunerScheduler.from_pretrained(tmp_path), 0.2),
+        (TimeTunerScheduler.from_schedule(base, {**schedule, "clipping": None}), None),
+    ):
+        scheduler.set_timesteps(2)
+        x = 3 * normals(2, 1, 4, 4).float()
+        x0 = scheduler.step(torch.zeros_like(x), scheduler.timesteps[0], x).pred_original_sample
+        assert (float(x0.abs().max()) == pytest.approx(largest)) if largest else float(x0.abs().max()) > 1

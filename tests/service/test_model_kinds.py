@@ -92,6 +92,56 @@ def test_schedules_are_resolved_by_guidance_interval_and_rescale(stack: Stack) -
         assert not np.array_equal(sample(stack, model, **body | change), plain)
 
 
+def test_each_request_is_clipped_as_it_says_though_they_share_a_worker(stack: Stack) -> None:
+    model = stack.register("digits8")
+    assert stack.client.get(f"/v1/models/{model}").json()["spec"]["clipping"] == "none"
+    bodies = [{"seed": 3, "num_images": 2, "clipping": clipping} for clipping in (None, "clip_sample_range=0.25")]
+    # Both wait at once, so that the worker finds them together.
+    request = {"model": model, "num_steps": 4}
+    headers = {"Prefer": "respond-async"}
+    jobs = [stack.client.post("/v1/samples", json=request | body, headers=headers).json() for body in bodies]
+    contents = [stack.finished(job, "samples")["content"] for job in jobs]
+    plain, clipped = (np.load(io.BytesIO(stack.client.get(c, headers=NPY).content)) for c in contents)
+    # The last step ends at t_min, where x is x0 and a hundredth of eps, whose values are below 5.
+    assert np.abs(clipped).max() <= 0.25 + 0.01 * 5
+    assert np.abs(plain).max() > 0.5
+    assert np.array_equal(sample(stack, model, **bodies[0] | {"clipping": "none"}), plain)
+
+
+def test_a_schedule_is_for_the_clipping_that_it_was_tuned_with(stack: Stack) -> None:
+    model, clipping = stack.register("digits8"), {"clipping": "clip_sample_range=0.9"}
+    schedule = stack.tune(model, num_steps=4, **QUICK, clipping="clip_sample_range=0.90")
+    assert schedule["clipping"] == clipping["clipping"]
+    stored = {name: schedule[name] for name in ("num_steps", "timesteps", "t_ratios")}
+    imported = [
+        stack.client.post("/v1/schedules", json={"model": model, **stored, **how}).json()
+        for how in (clipping, {"clipping": None}, {"clipping": "none"})
+    ]
+    assert [each["clipping"] for each in imported] == ["clip_sample_range=0.9", None, "none"]
+    assert imported[0]["version"] == schedule["version"] + 1
+    for query, expected in (({"clipping": "own"}, imported[1]), (clipping, imported[0])):
+        filters = {"model": model, "num_steps": 4, "status": "imported", "limit": 1, **query}
+        assert stack.client.get("/v1/schedules", params=filters).json()["items"] == [expected]
+    named = {"model": model, "num_steps": 4, "schedule": schedule["id"]}
+    assert_problem(stack.client.post("/v1/samples", json=named), 422, "clipping", "accepted: clip_sample_range=0.9")
+    assert stack.client.post("/v1/samples", json=named | clipping).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("change", "accepted"),
+    [
+        ({"clipping": "clip_sample"}, "accepted: a number above 0"),
+        ({"clipping": "clip_sample_range=1", "sampler": "euler"}, "accepted: null for the sampler 'euler'"),
+        ({"clipping": "none", "sampler": "ipndm"}, "accepted: null for the sampler 'ipndm'"),
+        ({"clipping": "clip_sample_range=1", "sampler": "dpmpp_2m"}, "accepted: without clip_sample_range"),
+    ],
+)
+def test_a_clipping_that_the_sampler_does_not_do_is_refused(stack: Stack, change: Json, accepted: str) -> None:
+    body = {"model": stack.register("digits8"), "num_steps": 4, **change}
+    for path in ("/v1/samples", "/v1/tuning-jobs"):
+        assert_problem(stack.client.post(path, json=body), 422, "clipping", accepted)
+
+
 def test_the_latent_model_is_tuned_in_latent_space_and_sampled_decoded(stack: Stack) -> None:
     model = stack.register("digits32-ldm")
     spec = stack.client.get(f"/v1/models/{model}").json()["spec"]

@@ -247,13 +247,14 @@ def unpacked(folder: Path, destination: Path, archive: Callable[[Path], bytes]) 
 
 
 @pytest.mark.parametrize(("archive", "prefix"), [(zipped, ""), (tarred, "my-model/")])
-def test_pickles_that_nothing_reads_are_ignored_and_named(
+def test_files_that_nothing_reads_are_ignored_and_named(
     archive: Callable[[Path], bytes], prefix: str, model_folder: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
     add_files(folder, "safety_checker/pytorch_model.bin", "text_encoder/model.pt", "README.md", "model_index.json")
     ignored, written = unpacked(folder, tmp_path / "out", archive)
-    assert ignored == [f"{prefix}safety_checker/pytorch_model.bin", f"{prefix}text_encoder/model.pt"]
+    names = ("README.md", "safety_checker/pytorch_model.bin", "text_encoder/model.pt")
+    assert ignored == [f"{prefix}{name}" for name in names]
     assert written == {"unet/config.json", WEIGHTS, "scheduler/scheduler_config.json", "model_index.json"}
 
 

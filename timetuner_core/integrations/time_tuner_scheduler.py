@@ -16,6 +16,7 @@ from diffusers.utils.import_utils import DummyObject
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
+from timetuner_core.clipping import Clipping
 from timetuner_core.coefficients import Coefficient, NoiseLevel
 from timetuner_core.grids import check_t_ratios, check_timesteps
 from timetuner_core.guided_model import GuidedModel
@@ -59,6 +60,7 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         base_scheduler: the configuration of the scheduler that the pipeline came with.
         sampler: one that calls the network once per step. eta: for DDIM.
         timesteps: `num_steps + 1` falling times in `[0, T]`. t_ratios: one per step; None is untuned.
+        clipping: how x0 is clipped, as `clipping_text` writes it; None is as `base_scheduler` says.
 
     Attributes:
         timesteps: what the network is told at each step, `(num_steps,)`, float32.
@@ -83,12 +85,15 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         t_ratios: list[float] | None = None,
         sampler: str = "ddim",
         eta: float = 0.0,
+        clipping: str | None = None,
     ) -> None:
         repeated = {k: v for k, v in base_scheduler.items() if k not in self.config and not k.startswith("_")}
         # diffusers lists arguments that it takes to be left at their defaults, those given by position among them, and
         # from_config drops what is listed: list none.
         self.register_to_config(**repeated, _use_default_values=[])  # type: ignore[no-untyped-call]
         self._spec = read_scheduler_config(base_scheduler)
+        if clipping is not None:
+            self._spec = self._spec._replace(clipping=Clipping.parse(clipping))
         self.noise_schedule = self._spec.noise_schedule
         self._sampler, self._eta = get_sampler(sampler), eta
         if self._sampler.calls_per_step != 1:
@@ -108,7 +113,7 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     @classmethod
     def from_schedule(cls, base_scheduler: Any, schedule: Mapping[str, Any]) -> "TimeTunerScheduler":
         """The scheduler for a pipeline, from the scheduler it has and a schedule as the service's API gives it."""
-        names = ("timesteps", "t_ratios", "sampler", "eta")
+        names = ("timesteps", "t_ratios", "sampler", "eta", "clipping")
         # The configuration as it would be saved: `config` itself marks fields that its class has left at its own
         # defaults, and other classes would then take their own.
         config = json.loads(base_scheduler.to_json_string())

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from timetuner_core.clipping import clipping_text
 from timetuner_core.models.diffusion_model import DiffusionModel
 
 
@@ -19,6 +20,7 @@ def describe(model: DiffusionModel, x0_error: float | None = None) -> dict[str, 
         "t_start": model.noise_schedule.t_start,
         "x0_error_at_start": x0_error,
         "t_min": model.noise_schedule.t_min,
+        "clipping": clipping_text(model.clipping),
         "num_train_timesteps": model.noise_schedule.max_num_steps,
         "num_classes": model.num_classes,
         "null_class_label": model.null_class_label,

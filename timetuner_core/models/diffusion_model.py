@@ -118,6 +118,10 @@ class DiffusionModel:
         """The same model, whose named grids and teachers start at `t_start`. Raises: ValueError, outside its times."""
         return dataclasses.replace(self, noise_schedule=self.noise_schedule.starting_at(t_start))
 
+    def clipped_as(self, clipping: str | None) -> Self:
+        """The same model, with x0 clipped as `clipping_text` says; None leaves its own. Raises: ValueError."""
+        return self if clipping is None else dataclasses.replace(self, clipping=Clipping.parse(clipping))
+
     def watched(self, before_call: Callable[[int], None]) -> Self:
         """The same model, which calls `before_call(num_samples)` before each network call; that may raise to stop."""
 

@@ -1,0 +1,45 @@
+"""Models that were handed in: how a registration ends, and lists of those that are no models."""
+
+from collections.abc import Sequence
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from service.http.errors import InvalidError, JobFailedError, ServiceError
+from service.http.fields import PageQuery, newest_first
+from service.models.archive import LOC
+from service.registry.tables import FINAL_STATES, JobState, Model, ModelRegistration
+
+
+def refusal_of(registration: ModelRegistration) -> ServiceError | None:
+    """Why a registration did not become a model; None if it did, or is not over.
+
+    A model at fault gives an InvalidError that names the field. All else, such as workers that were lost, gives a
+    JobFailedError.
+    """
+    if registration.state not in FINAL_STATES or registration.state == JobState.SUCCEEDED:
+        return None
+    error = registration.error or ""
+    if registration.refused_field is not None:
+        return InvalidError(error, (*LOC, registration.refused_field))
+    return JobFailedError(f"the model could not be described: {error}")
+
+
+def find_handed_in(session: Session, model_id: str) -> Model | ModelRegistration | None:
+    """The model of an id, or the registration that is not over or was refused; of the same content, the other's model.
+
+    None if there is neither, or if the model has been deleted.
+    """
+    registration = session.get(ModelRegistration, model_id)
+    if registration is None or registration.state == JobState.SUCCEEDED:
+        own_id = model_id if registration is None else registration.model_id
+        return session.get(Model, own_id)
+    return registration
+
+
+def newest_registrations(
+    session: Session, states: Sequence[JobState], page: PageQuery
+) -> tuple[Sequence[ModelRegistration], str | None]:
+    """One page of the registrations in some states, newest first, and the cursor of the next."""
+    query = select(ModelRegistration).where(ModelRegistration.state.in_(states))
+    return newest_first(session, query, ModelRegistration.id, page)
