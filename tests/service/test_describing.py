@@ -150,6 +150,11 @@ def test_an_upload_is_followed_to_a_model_that_can_be_sampled(api: TestClient, r
     assert [model["id"] for model in api.get("/v1/models").json()["items"]] == [ready["id"]]
     sampled = {"model": ready["id"], "num_steps": 2}
     assert api.post("/v1/samples", json=sampled, headers={"Prefer": "respond-async"}).status_code == 202
+    # What the worker measured is where workers start: this network's eps is wrong by a hundredth.
+    t_start, error = ready["spec"]["t_start"], ready["spec"]["x0_error_at_start"]
+    assert 0.8 < t_start < 0.9
+    assert 1 < error < 1.2
+    assert runtime.load_model(ready["id"]).noise_schedule.t_start == t_start
 
 
 def test_a_request_that_waited_long_enough_is_answered_with_its_registration(api: TestClient, runtime: Runtime) -> None:
