@@ -25,7 +25,7 @@ from timetuner_core.models.loading import load_builtin
 from timetuner_core.samplers import get_sampler
 from timetuner_core.tuning_setup import Experiment
 
-SEEDS = 3_000_000_000  # from here: beside those of experiments, which start at 2**31 and at 2**31 + 2**30
+SEEDS = 3_000_000_000  # Seeds start here, beside those of experiments, which start at 2**31 and at 2**31 + 2**30.
 Row = dict[str, str]
 
 
@@ -40,7 +40,7 @@ class Change:
 
 
 def measure(row: Row, num_samples: int) -> Change:
-    """In a process of one thread."""
+    """Measure one row, in a process of one thread."""
     model = load_builtin(row["model"])
     experiment = Experiment(model, parse_guidance(row["guidance"]), get_sampler(row["sampler"]), rows_at_once=250)
     seeds = list(range(SEEDS, SEEDS + num_samples))

@@ -1,4 +1,4 @@
-"""What Gauss-Newton saves over the published procedure: time, memory, and cost in the number of steps.
+"""The savings of Gauss-Newton over the published procedure: time, memory, and cost in the number of steps.
 
     python benchmarks/gauss_newton.py time --model digits8        # 5 paired runs; about 20 minutes
     python benchmarks/gauss_newton.py memory

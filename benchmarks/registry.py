@@ -40,7 +40,8 @@ NUM_MODELS = 20
 MODELS = [f"mdl_{k:026}" for k in range(NUM_MODELS)]
 POPULAR = SamplingSetting(model=MODELS[0], num_steps=10, guidance_type="classifier-free", guidance_scale=Decimal("7.5"))
 POPULAR_VERSIONS = 10_000
-REJECTED = SamplingSetting(model=MODELS[0], num_steps=10, sampler="ddim", eta=Decimal("0.5"))  # as many, none accepted
+# There are as many schedules of this setting, and none is accepted.
+REJECTED = SamplingSetting(model=MODELS[0], num_steps=10, sampler="ddim", eta=Decimal("0.5"))
 FILTERS: dict[str, dict[str, Any]] = {
     "none": {},
     "model": {"model": MODELS[1]},
@@ -58,7 +59,7 @@ FILTERS: dict[str, dict[str, Any]] = {
 
 
 def settings(rng: random.Random, rows: int) -> Iterator[SamplingSetting]:
-    """Of a million, 10,000 each are of the two settings that many tune; models are used the less the later."""
+    """A million schedules: 10,000 each are of the two settings that many tune; models are used the less the later."""
     popular = POPULAR_VERSIONS / rows
     weights = [1 / (1 + k) for k in range(NUM_MODELS)]
     while True:
@@ -142,7 +143,7 @@ def fill(registry: Registry, rows: int, seed: int = 0) -> None:
             connection.execute(insert(EvaluationRow), evaluations)
         connection.commit()
         connection.invalidate()
-    if not registry.is_sqlite:  # its autovacuum would have done it by now; SQLite knows as much of its tables as ever
+    if not registry.is_sqlite:  # Autovacuum would have done it by now; SQLite needs none.
         with registry.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.execute(text("VACUUM ANALYZE"))
             connection.execute(text("CHECKPOINT"))

@@ -153,7 +153,7 @@ def overhead(args: argparse.Namespace) -> None:
 
 
 SIZING_CLIENTS = (1, 4, 8, 16, 32, 64)
-SIZING_SHARES = (0.3, 0.6, 0.8)  # of what the model says the service can do
+SIZING_SHARES = (0.3, 0.6, 0.8)  # Shares of the rate that the model says the service can serve.
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class Sizing:
         return 1000 * full / (self.num_steps * self.step_ms[full])
 
     def sampling_ms(self, rows: float) -> float:
-        """Of one request, with so many rows in flight."""
+        """The milliseconds of one request, with so many rows in flight."""
         sizes = sorted(self.step_ms)
         return self.num_steps * self.step_ms[next((size for size in sizes if size >= rows), sizes[-1])]
 
@@ -187,7 +187,7 @@ class Sizing:
         return rate, 1000 * count / rate
 
     def arrivals(self, rate: float) -> tuple[float, float]:
-        """Likewise of requests that arrive at a rate below the capacity: Little's law says how many are in flight."""
+        """The same of requests that arrive at a rate below the capacity. Little's law says how many are in flight."""
         rows = 1.0
         for _ in range(20):
             rows = max(1.0, rate * self.sampling_ms(rows) / 1000)
@@ -280,7 +280,7 @@ def overloaded(args: argparse.Namespace) -> None:
 async def watched(
     running: Any, processes: Processes, every: float = 0.5
 ) -> tuple[Overload, list[tuple[float, dict[str, float]]]]:
-    """What the coroutine returns, and the memory of the processes meanwhile."""
+    """The result of the coroutine, and the memory of the processes meanwhile."""
     memory = []
     task = asyncio.ensure_future(running)
     while not task.done():
@@ -350,7 +350,7 @@ def print_memory(memory: list[tuple[float, dict[str, float]]], ends: float, seco
 
 
 def stop(*_: object) -> None:
-    """By way of all that stops what was started."""
+    """Leave through all that stops what was started."""
     raise SystemExit(1)
 
 

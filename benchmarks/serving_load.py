@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-LONGEST_SECONDS = 180.0  # for one answer
+LONGEST_SECONDS = 180.0  # One answer may take so long.
 ONE_RETRIED_OF = 100  # rejected requests: it is sent again, once, after its Retry-After
 RETRIED_AFTER_LOAD = 10  # the last rejected requests, sent again after their Retry-After, when the load is over
 PROBES, PROBE_SECONDS = 20, 0.5  # single requests from the load's end, and the time between them
@@ -21,7 +21,7 @@ PROBES, PROBE_SECONDS = 20, 0.5  # single requests from the load's end, and the 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back; `status` is 0 if nothing did. `due` is when it ought to have been sent, of `time.monotonic()`;
+    """An answer; `status` is 0 if nothing did. `due` is when it ought to have been sent, of `time.monotonic()`;
     `seconds` count from then, so that a sender who is late (by `late` seconds) flatters nobody."""
 
     due: float
@@ -46,8 +46,11 @@ class Answer:
 
 @dataclass
 class Target:
-    """Where to send what. In the JSON of `body`, "$seed" is replaced by a number that no other request has, "$label" by
-    a digit: a request sent before would be answered from a cache."""
+    """A request and its address.
+
+    In the JSON of `body`, "$seed" is replaced by a number that no other request has, and "$label" by a digit, since a
+    request that was sent before would be answered from a cache.
+    """
 
     port: int
     path: str
@@ -129,7 +132,7 @@ class Connection:
 
 @dataclass(frozen=True)
 class Load:
-    """What came back within `seconds`, and what sending cost."""
+    """The answers within `seconds`, and what sending cost."""
 
     answers: list[Answer]
     seconds: float
@@ -137,7 +140,7 @@ class Load:
 
     @property
     def latencies(self) -> list[float]:
-        """Of accepted requests, in milliseconds."""
+        """Latencies of accepted requests, in milliseconds."""
         return [1000 * answer.seconds for answer in self.answers if answer.is_accepted]
 
     @property
@@ -170,7 +173,7 @@ async def closed_loop(target: Target, clients: int, seconds: float, warm_up: flo
 
 
 async def one_by_one(target: Target, requests: int, between: Callable[[], object] = lambda: None) -> Load:
-    """So many requests, each after the last one's answer, with `between` called after each."""
+    """Send so many requests, each after the last one's answer, with `between` called after each."""
     begins = time.monotonic()
     answers = []
     for _ in range(requests):
@@ -182,7 +185,7 @@ async def one_by_one(target: Target, requests: int, between: Callable[[], object
 
 @dataclass(frozen=True)
 class Overload:
-    """What became of the requests sent at a rate, of some of those rejected when they came again, of the last ones
+    """Tell what became of the requests sent at a rate, of some of those rejected when they came again, of the last ones
     rejected when they came again after the load, and of single requests from the load's end."""
 
     load: Load

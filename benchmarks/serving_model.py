@@ -26,7 +26,7 @@ from worker.runtime import pick_device
 
 MODEL = "digits8"
 NUM_STEPS = 10
-Image = dict[str, int]  # what a rival is asked for: "seed" and "class_labels"
+Image = dict[str, int]  # Rivals are asked for these: "seed" and "class_labels".
 GUIDANCES = {"uncond": Guidance("uncond", 1.0), "cfg": Guidance("classifier-free", 2.0)}
 
 
@@ -52,7 +52,7 @@ class Sampler:
         return generate(*given, batch_sizes=sizes, device=self.device).cpu()
 
     def npy(self, images: list[Image]) -> list[bytes]:
-        """In one batch, each as the service answers: a `.npy` file of `(1, C, H, W)`."""
+        """Sample in one batch, each as the service answers: a `.npy` file of `(1, C, H, W)`."""
         samples = self([image["seed"] for image in images], [image["class_labels"] for image in images])
         return [_npy(sample[None]) for sample in samples.numpy()]
 

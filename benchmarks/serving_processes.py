@@ -23,7 +23,7 @@ from service.registry.database import Registry
 from service.up.supervisor import valkey_command
 
 HERE = Path(__file__).parent
-MODEL, NUM_STEPS = "digits8", 10  # as in serving_model, which loads PyTorch
+MODEL, NUM_STEPS = "digits8", 10  # The same is in serving_model, which loads PyTorch.
 UPLOAD_SECONDS = 600.0
 GUIDED = {"guidance_type": "classifier-free", "guidance_scale": 2, "class_labels": "$label"}
 START_SECONDS = 60.0
@@ -105,7 +105,7 @@ class Service:
         return {sample.labels["phase"]: sample.value for sample in samples if sample.name == PHASES}
 
     def step_seconds(self) -> float:
-        """Of that the sampling steps: nothing else is the model's own time."""
+        """How long sampling steps have taken. Nothing else is the model's own time."""
         return self.phase_seconds()["step"]
 
 
@@ -168,7 +168,7 @@ class Bare:
         self._process = processes.start(f"bare {guidance}", *command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """What the Sampler's method returns."""
+        """The result of the Sampler's method."""
         assert self._process.stdin and self._process.stdout
         print(json.dumps([method, *arguments]), file=self._process.stdin, flush=True)
         return json.loads(self._process.stdout.readline())

@@ -26,7 +26,7 @@ def application(guidance: str, batch_size: int, wait: float) -> Any:
 
         @serve.batch(max_batch_size=batch_size, batch_wait_timeout_s=wait)
         async def npy(self, images: list[Image]) -> list[bytes]:
-            # In a thread, so that the next batch's requests are received meanwhile.
+            # A thread samples, so that the next batch's requests are received meanwhile.
             return await asyncio.to_thread(self.sampler.npy, images)
 
         async def __call__(self, request: Request) -> Response:

@@ -69,7 +69,7 @@ def running_service(home: str) -> Iterator[httpx.Client]:
         try:
             process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            process.kill()  # its children die with it
+            process.kill()  # Child processes die with it.
             process.wait()
 
 
@@ -133,7 +133,7 @@ def sample(client: httpx.Client, model: str, request: Json, num_steps: int, sche
 
 
 def print_table(schedules: list[Json]) -> None:
-    """What tuning brought, in 80 columns."""
+    """The gains of tuning, in 80 columns."""
     first = schedules[0]["evaluation"]
     title = f"DDIM on {first['num_samples']} held-out noises, untuned → tuned"
     table = Table(title=title, box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
@@ -206,7 +206,7 @@ def main() -> None:
 def picture_block(client: httpx.Client, model: str, schedule: Json) -> tuple[str, list[tuple[str, np.ndarray]]]:
     """A heading, and the teacher's, the untuned and the tuned row."""
     num_steps = schedule["num_steps"]
-    # What `auto` gives: the tuned schedule, or, if that was rejected, the untuned one.
+    # `auto` gives the tuned schedule, or, if that was rejected, the untuned one.
     tuned = "tuned" if schedule["status"] == "accepted" else "auto: untuned"
     rows = [
         (f"{TEACHER_NUM_STEPS} steps", sample(client, model, schedule, TEACHER_NUM_STEPS, "none")),

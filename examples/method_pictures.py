@@ -42,7 +42,7 @@ def draw_errors(path: Path, x_T: Tensor) -> None:
 
 
 def draw_trajectories(path: Path, x_T: Tensor, t_ratios: Tensor) -> None:
-    """Where few steps lead, untuned and tuned, beside where many do."""
+    """The ends of few steps, untuned and tuned, beside those of many."""
     data, _ = MIXTURE.sample(1500, torch.Generator().manual_seed(1))
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.4), sharex=True, sharey=True, layout="constrained")
     _, many = TUNER.ddim_sample(x_T, num_steps=TEACHER_NUM_STEPS, return_intermediates=True)

@@ -37,7 +37,7 @@ TUNING = {"num_steps": 4, "tuner": {"total_iters": 20, "population_size": 32}, "
 class Submitted:
     """A job that was accepted."""
 
-    kind: str  # as in its path
+    kind: str  # The kind is also a part of its path.
     id: str
 
 
@@ -71,7 +71,7 @@ def kill_at_random(stack: Stack, draws: random.Random, args: argparse.Namespace)
 
 
 def check(stack: Stack, jobs: list[Submitted]) -> dict[str, Any]:
-    """What became of the jobs."""
+    """Tell what became of the jobs."""
     tuning = [job.id for job in jobs if job.kind == "tuning-jobs"]
     samples = [job.id for job in jobs if job.kind == "samples"]
     with stack.registry.read() as session:

@@ -63,7 +63,7 @@ class Forked:
 
 @dataclass(frozen=True)
 class Order:
-    """What a fork is to become."""
+    """The command that a fork is to become."""
 
     program: str  # a module of MODULES, or a script's path
     arguments: list[str]
@@ -119,7 +119,7 @@ def _ensure_running() -> None:
 
 
 def _become(order: Order) -> None:
-    """In the fork, do what a new interpreter would do; it ends when the process that it was forked from ends."""
+    """Do in the fork what a new interpreter would do; it ends when the process that it was forked from ends."""
     die_with_parent()
     os.environ.clear()
     os.environ.update(order.environment)

@@ -34,7 +34,7 @@ def fuzz(stack: Stack, max_examples: int, seed: int) -> bool:
         _, key = create_key(session, "fuzz", [Scope.ADMIN])
     authorization = f"Bearer {key}"
     stack.client.headers["Authorization"] = authorization
-    for builtin in ("mixture-ring", "digits8"):  # for requests to find
+    for builtin in ("mixture-ring", "digits8"):  # Requests find these.
         stack.register(builtin)
     command = [Path(sys.executable).with_name("st"), "--config-file", CONFIGURATION, "run"]
     options: dict[str, object] = {"checks": "all", "max-examples": max_examples, "seed": seed}

@@ -27,7 +27,7 @@ NewUser: TypeAlias = Callable[..., User]
 
 
 def keys(registry: Registry, *arguments: str) -> str:
-    """What `timetuner keys` prints on this database."""
+    """The output of `timetuner keys` on this database."""
     environment = {"DATABASE_URL": registry.url.render_as_string(hide_password=False)}
     result = CliRunner().invoke(app, ["keys", *arguments], env=environment)
     assert result.exit_code == 0, result.output

@@ -44,4 +44,4 @@ for _name in (*_modules(), *LATE):
 _threads = os.listdir("/proc/self/task")
 if len(_threads) > 1:
     raise RuntimeError(f"importing our modules started {len(_threads) - 1} threads; accepted: none")
-gc.freeze()  # so that collections in the forks copy no page of what is shared
+gc.freeze()  # Collections in the forks then copy no page of what is shared.

@@ -25,7 +25,7 @@ from service.shared.signals import redis_url
 from tests.stack import Stack, deployment
 
 CLIENTS = 8
-LOOKS = 40  # at memory and connections, evenly over the jobs
+LOOKS = 40  # Memory and connections are looked at so often, evenly over the jobs.
 MOST_GROWTH = 0.05
 TUNER = {"start": "given", "total_iters": 2, "batch_size": 4, "population_size": 4, "teacher_num_steps": 4}
 EVALUATION = {"num_samples": 16, "teacher_num_steps": 4}
@@ -57,7 +57,7 @@ def resident(pid: int) -> float:
 
 
 def run_job(stack: Stack, models: list[str], number: int) -> None:
-    """To its end."""
+    """Follow a job to its end."""
     model = models[number % len(models)]
     if number % 20:
         body = {"model": model, "num_steps": 1 + number % 2, "num_images": 1 + number % 4, "seed": number}

@@ -29,7 +29,7 @@ Json = dict[str, Any]
 Process = Forked | subprocess.Popen[bytes]
 START_SECONDS = 120.0
 LEASE_SECONDS = 3.0
-SCRIPT_SECONDS = 600.0  # for an answer that a script waits for, however busy the machine is
+SCRIPT_SECONDS = 600.0  # A script waits so long for an answer, however busy the machine is.
 
 
 def free_port() -> int:
@@ -55,7 +55,7 @@ class Stack:
     def __init__(self, home: Path, database_url: str) -> None:
         self.home = home
         self.processes: dict[str, Process] = {}
-        self.logs: Path | None = None  # where processes log to; default: where we do
+        self.logs: Path | None = None  # Processes log here; by default to this process's own output.
         self.forks = True  # False: each process is a new interpreter
         command, broker_socket = valkey_command(home)
         environment = {
@@ -113,7 +113,7 @@ class Stack:
         wait_until(self.is_ready, "readiness")
 
     def wait_for_workers(self, count: int) -> None:
-        """Until so many listen to a queue."""
+        """Wait until so many listen to a queue."""
 
         def answer() -> bool:
             with self.celery.connection_for_write() as connection:  # new, as the broker may have been restarted
@@ -143,7 +143,7 @@ class Stack:
             process.wait(START_SECONDS)
 
     def put_right(self) -> None:
-        """As it was at first: every process at work, and no job."""
+        """Bring it back to how it was at first: every process at work, and no job."""
         self.end(*(name for name in self.processes if name not in self._started_at_first))
         self.start(*(name for name in self._started_at_first if name not in self.processes))
         self.wait_until_ready()

@@ -52,7 +52,7 @@ def test_only_the_api_is_published_and_on_loopback_alone() -> None:
 
 def test_no_secret_is_written_down() -> None:
     text = (ROOT / "docker-compose.yml").read_text() + (ROOT / "Dockerfile").read_text()
-    written = re.sub(r"\$\{[^}]*\}", "", text)  # without what comes from whoever runs it
+    written = re.sub(r"\$\{[^}]*\}", "", text)  # The rest comes from the environment.
     assert not re.search(r"(?i)(password|secret|token)\w*[:=] *[^\s.]", written)
     assert not re.search(r"://[^\s/]+:[^\s/]+@", written)
 
@@ -93,7 +93,7 @@ class Deployment:
             self.processes[name] = forked.start(self._here(SERVICES[name]["command"], name), self._environment(name))
 
     def is_healthy(self, name: str) -> bool:
-        """What the service's health check says."""
+        """The answer of the service's health check."""
         assert self.processes[name].poll() is None, f"{name} ended"
         kind, *check = SERVICES[name]["healthcheck"]["test"]
         assert kind == "CMD"

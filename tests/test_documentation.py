@@ -1,4 +1,4 @@
-"""What the documentation shows is run: each page's Python in one process, its shell lines in one shell.
+"""All code that the documentation shows is run: each page's Python in one process, its shell lines in one shell.
 
 A block after the comment `<!-- not run: why -->` is only looked at: its syntax, and the names in it.
 """
@@ -34,7 +34,7 @@ PARSERS: dict[str, Callable[[str], Any]] = {
 }
 RUN = ("python", "sh")
 SHOWN = ("text", "bib", *PARSERS)
-OPTIONS = re.compile(r"^::: .*\n(?: {4}.*\n)*", re.M)  # of mkdocstrings, by what is described
+OPTIONS = re.compile(r"^::: .*\n(?: {4}.*\n)*", re.M)  # These lines are options of mkdocstrings.
 SHOWN_URL = "http://127.0.0.1:8000"
 GROUPS = ("db", "jobs", "keys", "models", "schedules")  # commands that have commands
 PAGE_SECONDS = 800  # a minute or less, unless the machine does much else
@@ -79,7 +79,7 @@ def pages_with(language: str) -> list[Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where a reader would be, the checkout's top, but for what is written there."""
+    """The folder of a reader: the checkout's top, but for what is written there."""
     for name in ("benchmarks", "docs", "examples", "timetuner_core", "Makefile"):
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path

@@ -1,4 +1,4 @@
-"""What says where things are is true: the lists of imports, and CONTRIBUTING.md."""
+"""Documents that say where things are are true: the lists of imports, and CONTRIBUTING.md."""
 
 import re
 import tomllib

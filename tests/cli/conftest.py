@@ -44,7 +44,7 @@ def timetuner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
 @pytest.fixture
 def environment(stack: Stack, tmp_path: Path) -> dict[str, str]:
-    """Of a command that is to use the deployment."""
+    """The environment of a command that is to use the deployment."""
     return os.environ | {"TIMETUNER_URL": str(stack.client.base_url), "TIMETUNER_HOME": str(tmp_path), "COLUMNS": "200"}
 
 

@@ -1,4 +1,4 @@
-"""What commands do with a service."""
+"""Commands, and a service that they use."""
 
 import io
 import json
@@ -96,7 +96,7 @@ def test_ctrl_c_cancels_the_job_that_is_waited_for(
 ) -> None:
     before = {job.id for job in service.tuning_jobs.list()}
     command = [*COMMAND, "tune", gratings, "--num-steps", "3", "--tuner", "total_iters=10000", *watch]
-    # Where the tests run in the background, Ctrl-C may have been turned off for them.
+    # Ctrl-C may have been turned off for tests that run in the background.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(
         command,

@@ -1,4 +1,4 @@
-"""What commands do before they do anything: start quickly, complete words, and refuse what makes no sense."""
+"""The start of commands: they start quickly, complete words, and refuse what makes no sense."""
 
 import os
 import subprocess

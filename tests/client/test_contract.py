@@ -165,7 +165,7 @@ def test_every_field_of_a_model_registration_can_be_given() -> None:
 
 
 def json_schema(kind: Any) -> Json:
-    """Of a request's TypedDict."""
+    """The JSON schema of a request's TypedDict."""
     hints = get_type_hints(kind) | {name: str | None for name in ENCODED if name in kind.__annotations__}
     hints["sampler"] = Literal[tuple(sampler_names())]  # the service's depend on what is installed there
     fields = {name: (hint, ... if name in kind.__required_keys__ else None) for name, hint in hints.items()}
@@ -173,7 +173,7 @@ def json_schema(kind: Any) -> Json:
 
 
 def values(schema: Json, root: Json) -> list[Json]:
-    """What a JSON schema allows, as alternatives without references, bounds and words."""
+    """All that a JSON schema allows, as alternatives without references, bounds and words."""
     if "$ref" in schema:
         return values(_follow(schema["$ref"], root), root)
     for union in ("anyOf", "oneOf"):
@@ -229,7 +229,7 @@ def _fits(wide: Json, narrow: Json, where: str) -> bool:
 
 
 def _given(fields: dict[str, list[Json]]) -> dict[str, list[Json]]:
-    """Without null, which is what a query has that does not give a parameter."""
+    """The alternatives without null: a query leaves a parameter out instead."""
     return {name: [value for value in each if value != {"type": "null"}] for name, each in fields.items()}
 
 

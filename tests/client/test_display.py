@@ -1,4 +1,4 @@
-"""What notebooks show of schedules and evaluations."""
+"""Schedules and evaluations as notebooks show them."""
 
 import io
 from datetime import UTC, datetime

@@ -1,4 +1,4 @@
-"""What the client does when answers fail to come, with a real server that fails as it is told to."""
+"""The client when answers fail to come, with a real server that fails as it is told to."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""That a sample's bits do not depend on what else is in its batch."""
+"""A sample's bits do not depend on what else is in its batch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -143,7 +143,7 @@ def company(x: Tensor) -> Tensor:
 def test_sizes_are_those_that_agree_with_the_largest_at_every_position(
     change: Change, max_size: int, sizes: tuple[int, ...], guided: bool | None
 ) -> None:
-    # Without guidance, so that the network's batch is the sampler's.
+    # There is no guidance, so that the network's batch is the sampler's.
     assert steady_sizes(with_network(change), "uncond", max_size, guided=guided) == sizes
 
 

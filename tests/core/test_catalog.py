@@ -1,4 +1,4 @@
-"""What the catalog says, against the code that it describes."""
+"""The catalog, against the code that it describes."""
 
 import sys
 from pathlib import Path

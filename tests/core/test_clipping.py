@@ -60,7 +60,7 @@ def network(x: Tensor, t_input: Tensor) -> Tensor:
 def theirs(case: Case, clipping: dict[str, Any], x: Tensor) -> tuple[Any, list[Tensor]]:
     """The scheduler of a configuration that may have fields of another class, and x_t after each of its calls."""
     scheduler_class = getattr(diffusers, case.scheduler)
-    config = json.loads(scheduler_class(**case.options).to_json_string())  # as in a file
+    config = json.loads(scheduler_class(**case.options).to_json_string())  # Files have this form.
     scheduler = scheduler_class.from_config({**config, **clipping})
     scheduler.set_timesteps(NUM_STEPS)
     divides_by_alpha = case.sampler in ("heun", "euler")
@@ -90,7 +90,7 @@ def test_every_step_is_that_of_diffusers(case: Case, clipping: dict[str, Any]) -
     step_fn = SAMPLERS[case.sampler].step_fn(model_fn, schedule)
     generator = torch.Generator().manual_seed(1)
     actual = [x for x, _ in sample_steps(step_fn, x_T, grid, torch.ones(NUM_STEPS), generator=generator)]
-    if case.sampler == "heun":  # its first call of a step is no step yet
+    if case.sampler == "heun":  # The first call of its step is no step yet.
         actual, expected = actual[-1:], expected[-1:]
     for ours, their_x in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, their_x, rtol=1e-5, atol=1e-5)

@@ -64,12 +64,12 @@ def content(written: dict[str, bytes]) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def without_pictures() -> Comparison:
-    """Of a setting that no one can do."""
+    """A comparison of a setting that no entrant can do."""
     return run(Plan(("digits8",), (5,), ("classifier:1",), ("ddim",), ("log_snr",)))
 
 
 def outcome_of(comparison: Comparison, entrant: str, num_steps: int = 4, guidance: str = "uncond") -> Outcome:
-    """With DDIM."""
+    """The outcome with DDIM."""
     return next(
         o
         for o in comparison.outcomes

@@ -26,7 +26,7 @@ SCHEDULES: dict[str, NoiseSchedule] = {
     "flow": NoiseScheduleFlow(shift=3.0),
     "edm": NoiseScheduleEDM(),
 }
-# Between these the mixture's components part: where errors arise.
+# The mixture's components part between these, and that is where errors arise.
 LAMBDA_START, LAMBDA_END = -1.5, 1.5
 # Steps for which the error is proportional to its leading term, and still far above float64's rounding.
 STEPS = {1: (20, 40, 80), 2: (20, 40, 80), 3: (50, 100, 200), 4: (80, 140, 240)}
@@ -76,7 +76,7 @@ def exact_trajectory(kind: str) -> Callable[[Tensor], Tensor]:
 
 
 def end_of(step_fn: SamplerStep, kind: str, grid: Tensor, warm: bool) -> Tensor:
-    """Where a sampler ends; with a warm start, its first steps, whose history is not full, are exact."""
+    """The end of a sampler's path; with a warm start, its first steps, whose history is not full, are exact."""
     exact = exact_trajectory(kind)
     history: tuple[Past, ...] = ()
     skipped = step_fn.history_length if warm else 0
@@ -138,7 +138,7 @@ def answering(mixture: GaussianMixture, model_type: str) -> Network:
 
 
 def guided(mixture: GaussianMixture, model_type: str, guidance_type: str) -> GuidedModel:
-    """With classifier-free guidance in the middle of the grid only."""
+    """Guidance is classifier-free, and in the middle of the grid only."""
     schedule = mixture.noise_schedule
     low, high = schedule.inverse_lambda(torch.tensor([0.8, -0.8], dtype=torch.float64)).tolist()
     arguments: dict[str, dict[str, Any]] = {

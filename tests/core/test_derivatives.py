@@ -85,7 +85,7 @@ def step_in_ratio(sampler: Sampler, model: GuidedModel, x: Tensor) -> Callable[[
 
 
 def assert_derivatives_agree(x_s: Callable[[Tensor], Tensor], delta: float = 1e-5) -> None:
-    """To 1e-4 of the derivative's size; the finite differences, of step `delta`, are of fourth order."""
+    """They agree to 1e-4 of the derivative's size; the finite differences, of step `delta`, are of fourth order."""
     autograd = torch.autograd.functional.jacobian(x_s, T_RATIO)
     value, forward = torch.func.jvp(x_s, (T_RATIO,), (torch.ones_like(T_RATIO),))
     near, far = (x_s(T_RATIO + k * delta) - x_s(T_RATIO - k * delta) for k in (1, 2))
@@ -119,7 +119,7 @@ def test_derivatives_agree_through_a_diffusers_network(sampler: Sampler, config:
 
 @every_sampler
 def test_each_sample_may_have_its_own_ratio(sampler: Sampler) -> None:
-    """As parallel tuning wants it: a batch of ratios gives the derivatives of one for all."""
+    """Parallel tuning needs this: a batch of ratios gives the derivatives of one for all."""
     x_s = step_in_ratio(sampler, mixture_model(LINEAR), normals(3, 2))
     batched, single = (torch.func.jvp(x_s, (r,), (torch.ones_like(r),)) for r in (T_RATIO.repeat(3), T_RATIO))
     torch.testing.assert_close(batched, single, atol=1e-12, rtol=0)

@@ -1,4 +1,4 @@
-"""What diffusers asks of every scheduler, on each kind of noise schedule: its own checks of schedulers, for ours."""
+"""The checks that diffusers makes of every scheduler, on each kind of noise schedule, for `TimeTunerScheduler`."""
 
 import inspect
 from pathlib import Path
@@ -85,7 +85,7 @@ def test_compatible_classes_take_the_configuration_and_give_it_back(name: str, s
 
 
 def test_going_back_to_a_class_of_diffusers_keeps_the_betas() -> None:
-    base = diffusers.HeunDiscreteScheduler()  # its default betas are not those of other classes
+    base = diffusers.HeunDiscreteScheduler()  # This class has other default betas than the rest.
     scheduler = TimeTunerScheduler.from_schedule(base, {"timesteps": [1.0, 0.0]})
     for class_ in (diffusers.DDIMScheduler, diffusers.EulerDiscreteScheduler, diffusers.HeunDiscreteScheduler):
         assert torch.equal(class_.from_config(scheduler.config).betas, base.betas)

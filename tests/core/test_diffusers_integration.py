@@ -221,7 +221,7 @@ def test_steps_that_a_user_places_are_refused() -> None:
 
 
 def test_flow_pipelines_place_no_steps() -> None:
-    """Their `sigmas` and `mu` are those of an untuned schedule."""
+    """They pass `sigmas` and `mu`, which are those of an untuned schedule."""
     base = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     scheduler = TimeTunerScheduler.from_schedule(base, {**SCHEDULE, "t_ratios": [1.0] * 5})
     scheduler.set_timesteps(sigmas=[1.0, 0.8, 0.6, 0.4, 0.2], mu=0.7)
@@ -248,7 +248,8 @@ def test_a_loader_beside_the_configuration_stands_for_the_import(
     pipeline.scheduler = TimeTunerScheduler.from_schedule(pipeline.scheduler, SCHEDULE)
     pipeline.save_pretrained(tmp_path)
     pipeline.scheduler.save_pretrained(tmp_path / "scheduler", with_loader=True)
-    monkeypatch.delitem(sys.modules, "timetuner_core.integrations.diffusers")  # as where it was not imported
+    # A process that did not import the module has no such entry.
+    monkeypatch.delitem(sys.modules, "timetuner_core.integrations.diffusers")
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         DiffusionPipeline.from_pretrained(tmp_path)
     loaded = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)

@@ -199,7 +199,7 @@ def test_half_of_the_second_derivative_term_leaves_second_order() -> None:
 
 @pytest.mark.parametrize("end", [0.0, VP.t_min], ids=["to zero", "to t_min"])
 def test_ipndm_is_that_of_diffusers_on_our_noise_levels(end: float) -> None:
-    """Its scheduler keeps alpha and sigma of its own as `alphas` and `betas`, and takes v."""
+    """The scheduler keeps alpha and sigma as `alphas` and `betas`, and takes v."""
     network, x_T = predicting(DIGITS.network, VP, "v"), initial_x()
     grid = torch.linspace(1.0, end, NUM_STEPS + 1, dtype=torch.float64)
     scheduler = diffusers.IPNDMScheduler()
@@ -247,7 +247,7 @@ def test_flow_matching_pipelines_are_a_uniform_grid_with_our_shift(name: str, sh
 
 
 def test_a_flow_matching_scheduler_left_to_itself_shifts_its_last_sigma_twice() -> None:
-    """Its grid ends at the shifted 1 / N, and is shifted once more."""
+    """The grid ends at the shifted 1 / N, and is shifted once more."""
     schedule, x_T = NoiseScheduleFlow(3.0), initial_x()
     network = at_other_levels(schedule, "flow")
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)

@@ -65,7 +65,7 @@ def test_frechet_distance_of_gaussians_is_the_closed_form() -> None:
     a, b = standardised(50, 3, seed=0), standardised(70, 3, seed=1)
     stds = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
     shift = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)
-    # Between N(0, I) and N(shift, diag(stds^2)): |shift|^2 + sum (1 - std)^2.
+    # The distance of N(0, I) and N(shift, diag(stds^2)) is |shift|^2 + sum (1 - std)^2.
     assert frechet_distance(a, b * stds + shift) == pytest.approx(5.0 + 1.0 + 0.25, abs=1e-9)
 
 
@@ -300,7 +300,7 @@ def gaussian(std: float, *mean: float) -> GaussianMixture:
 
 
 def check_kl(run: Callable[[Tensor], Tensor], mixture: GaussianMixture, std: float = 1.0) -> None:
-    """That of an affine map of normal noise, against the closed form of two Gaussians."""
+    """The KL divergence of an affine map of normal noise, against the closed form of two Gaussians."""
     x_T = std * normals(4000, 2)
     shift, *columns = run(torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64))
     matrix = torch.stack([column - shift for column in columns], dim=1)

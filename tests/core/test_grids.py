@@ -27,7 +27,7 @@ every_grid = pytest.mark.parametrize("grid", get_args(GridName))
 
 
 def spaced_evenly(schedule: NoiseSchedule, timesteps: Tensor, grid: str) -> Tensor:
-    """What a grid spaces evenly, by its definition."""
+    """The quantity that a grid spaces evenly, by its definition."""
     if grid == "default":
         grid = "edm" if isinstance(schedule, NoiseScheduleEDM) else "uniform"
     if grid == "log_snr":

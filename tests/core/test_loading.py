@@ -42,7 +42,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
     return shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
 
 
-# What loads
+# Folders that load
 
 
 def test_the_bundled_model_is_a_class_conditional_eps_model_of_the_digits() -> None:
@@ -163,7 +163,7 @@ def test_the_plain_weights_come_before_a_variant(folder: Path) -> None:
     torch.testing.assert_close(load_folder(folder).network(x, t_input, LABELS), expected, atol=1e-6, rtol=0)
 
 
-# What is refused
+# Folders that are refused
 
 
 def edit_json(name: str, **changes: Any) -> Callable[[Path], None]:

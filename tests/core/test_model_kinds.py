@@ -429,7 +429,7 @@ def test_edm_is_preconditioned_as_diffusers_does(class_name: str, prediction_typ
     torch.testing.assert_close(x0, scheduler.precondition_outputs(x, output, sigma), rtol=1e-5, atol=1e-5)
 
 
-# What is wrong, with which file, and a word that its message must have.
+# Each has a name, the file that is wrong, how, and a word that the message must have.
 BAD_CONFIGS: list[tuple[str, str, dict[str, Any], str]] = [
     ("unet", "unet/config.json", {"_class_name": "UNet1DModel"}, "UNet2DConditionModel"),
     ("unet", "unet/config.json", {"time_embedding_type": "fourier"}, "positional"),
@@ -616,7 +616,7 @@ def test_a_flow_network_of_one_training_step_is_fed_sigma_itself(tmp_path: Path)
     schedule = load_folder(scheduler_folder(tmp_path, "FlowMatchEulerDiscreteScheduler", **config)).noise_schedule
     timesteps = make_timesteps(schedule, 5)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config)
-    scheduler.set_timesteps(sigmas=schedule.marginal_std(timesteps)[:-1].tolist())  # as the pipelines pass them
+    scheduler.set_timesteps(sigmas=schedule.marginal_std(timesteps)[:-1].tolist())  # The pipelines pass them so.
     torch.testing.assert_close(schedule.model_input_time(timesteps[:-1]), scheduler.timesteps.double())
     assert timesteps.tolist() == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0], abs=0.001)
 

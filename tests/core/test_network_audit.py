@@ -328,7 +328,7 @@ def assert_latents_are_those_of_diffusers_pipelines(module: Any, model: Any) -> 
 
 
 def audit(name: str, argument: str, value: Any, config: dict[str, Any]) -> str:
-    """What became of one configuration; raises AssertionError if it is neither right nor refused by name."""
+    """Tell what became of one configuration; raises AssertionError if it is neither right nor refused by name."""
     try:
         module = randomised(getattr(diffusers, name)(**config))
     except Exception as error:  # diffusers' constructors raise anything

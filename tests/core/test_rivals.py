@@ -322,7 +322,7 @@ def test_a_sample_is_the_weighted_sum_of_what_the_network_said(sampler: str, sch
     grid = make_timesteps(schedule, 6, "edm")
     x_T = noise_of(mixture, 4)
     if schedule_name == "flow":
-        grid[0] = 0.95  # from no signal at all, rounding is magnified a million times
+        grid[0] = 0.95  # A start without any signal magnifies rounding a million times.
     result = sample(step_fn, x_T, grid, torch.ones(6, dtype=torch.float64))
     weights, times, weight_of_noise = x0_weights(step_fn, grid)
     weighted = weight_of_noise * x_T + torch.einsum("c,c...->...", weights.sum(dim=0), torch.stack(said))
@@ -359,7 +359,7 @@ def test_dmns_grid_has_a_lower_bound_than_every_named_one(sampler: str, power: f
     bound = float(dmn_bound(problem, dmn_timesteps(problem, power), power))
     named = {name: float(dmn_bound(problem, make_timesteps(LINEAR, 5, name), power)) for name in NAMED}
     assert bound <= min(named.values())
-    if power != 1:  # where log_snr is the optimum for some samplers
+    if power != 1:  # log_snr is the optimum for some samplers otherwise.
         assert bound < 0.999 * min(named.values())
 
 

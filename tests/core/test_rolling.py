@@ -1,4 +1,4 @@
-"""That requests sampled together, each at its own step, get what each would get alone."""
+"""Requests sampled together, each at its own step, get what each would get alone."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
@@ -218,7 +218,7 @@ def test_each_step_tells_where_each_row_is_and_what_is_predicted_of_it() -> None
 
 
 def tensor_conditioned() -> DiffusionModel:
-    """What it predicts is the mean of its condition; nothing stands for none by itself."""
+    """The network predicts the mean of its condition; nothing stands for none by itself."""
 
     def network(x: Tensor, _t: Tensor, condition: Tensor) -> Tensor:
         return condition.mean((1, 2))[:, None].expand_as(x)

@@ -26,7 +26,7 @@ SCHEDULES: dict[str, NoiseSchedule] = {
     "flow": NoiseScheduleFlow(),
     "edm": NoiseScheduleEDM(),
 }
-# What a step adds to its error falls with the step, so that enough steps leave only the Monte-Carlo error.
+# Smaller steps add less error, so that enough steps leave only the Monte-Carlo error.
 ADDING_NOISE = {"ddpm": (0.0, 500), "ddim": (1.0, 500), "dpmpp_2m_sde": (0.0, 120)}
 
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
@@ -100,7 +100,7 @@ def test_any_falling_times_are_a_grid_and_ratios_move_the_samples(sampler: Sampl
 
 @pytest.mark.parametrize("name", [name for name, each in SAMPLERS.items() if not each.stochastic and each.order > 1])
 def test_higher_order_beats_ddim_on_an_irregular_grid(name: str) -> None:
-    """At as many steps, whose lengths differ by a factor of up to six."""
+    """A grid of as many steps, whose lengths differ by a factor of up to six."""
     schedule = NoiseScheduleVP("linear")
     lengths = torch.tensor([1.0, 3.0, 0.5] * 20, dtype=torch.float64)
     lambdas = -1.5 + 3.0 * torch.cat([torch.zeros(1), lengths.cumsum(0)]) / lengths.sum()
@@ -138,7 +138,7 @@ def test_an_unknown_sampler_is_refused_naming_all_that_are_known() -> None:
 
 
 def test_an_installed_package_adds_a_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own midpoint rule: DPM-Solver-2 by another name."""
+    """A midpoint rule of its own: DPM-Solver-2 by another name."""
     install(tmp_path, "own_midpoint", MIDPOINT)
     monkeypatch.syspath_prepend(tmp_path)
     tuner, x_T = tuner_of(small_mixture(), NoiseScheduleVP("linear")), normals(3, 2)
@@ -182,7 +182,7 @@ def test_every_test_that_the_docs_name_exists() -> None:
 
 @every_sampler
 def test_the_docs_say_what_covers_each_sampler(sampler: Sampler) -> None:
-    """By letters, each of which stands for a test."""
+    """Samplers by letters, each of which stands for a test."""
     letters = set(re.findall(r"^- \*\*([A-Z])\*\* `test_", DOCS.read_text(), re.MULTILINE))
     coverage = docs_rows()[sampler.name][-4:]
     assert all(coverage)

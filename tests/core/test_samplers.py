@@ -86,7 +86,7 @@ def test_a_ratio_moves_what_the_network_sees_and_nothing_else() -> None:
 
 
 def exact_solution(mixture: GaussianMixture, x_T: Tensor) -> Tensor:
-    """Where the probability-flow ODE takes x_T by `t_min`: `d(x / alpha) / d(sigma / alpha) = eps`."""
+    """The place to which the probability-flow ODE takes x_T by `t_min`: `d(x / alpha) / d(sigma / alpha) = eps`."""
     schedule = mixture.noise_schedule
     ends = torch.tensor([schedule.T, schedule.t_min], dtype=torch.float64)
     kappa = schedule.marginal_std(ends) / schedule.marginal_alpha(ends)

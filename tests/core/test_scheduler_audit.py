@@ -156,7 +156,7 @@ def other_configs(name: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def refused_word(name: str, config: dict[str, Any]) -> str | None:
-    """What a refusal of this configuration must name, if it is one to refuse."""
+    """The word that a refusal of this configuration must name, if it is one to refuse."""
     prediction = config.get("prediction_type", "epsilon")
     beside = [key for key in config if key in schedulers.SIGMAS_BESIDE_FLOW]
     by_flow = bool(config.get("use_flow_sigmas"))
@@ -205,7 +205,7 @@ def divides_by_alpha(scheduler: Any) -> bool:
 
 def noise_levels(scheduler: Any) -> tuple[Tensor, Tensor]:
     """A grid's times as the network is fed them, and sigma / alpha there; float64."""
-    every = 2 if type(scheduler).__name__.startswith("KDPM2") else 1  # between are times of its midpoints
+    every = 2 if type(scheduler).__name__.startswith("KDPM2") else 1  # The times between are those of its midpoints.
     times = scheduler.timesteps[::every].double()
     if not hasattr(scheduler, "sigmas") or len(scheduler.sigmas) < len(times):
         alphas_cumprod = scheduler.alphas_cumprod.double()[times.long()]
@@ -215,7 +215,7 @@ def noise_levels(scheduler: Any) -> tuple[Tensor, Tensor]:
 
 
 def assert_the_network_is_fed_the_same(scheduler: Any, spec: SchedulerSpec) -> None:
-    """At each noise level of the scheduler's grid, up to the rounding of its times."""
+    """Compare the times at each noise level of the scheduler's grid, up to the rounding of its times."""
     schedule = spec.noise_schedule
     times, noise_to_signal = noise_levels(scheduler)
     inside = torch.isfinite(noise_to_signal) & (noise_to_signal > 0) & (noise_to_signal < 4000)
@@ -230,14 +230,14 @@ def assert_the_same_alphas(scheduler: Any, spec: SchedulerSpec) -> None:
     alphas_cumprod = scheduler.alphas_cumprod.double()
     n = len(alphas_cumprod)
     t = torch.arange(1, n + 1, dtype=torch.float64) / n
-    # After rescaling, each class clips the last alpha in its own way; what networks were trained on is 0.
+    # Each class clips the last rescaled alpha in its own way; what networks were trained on is 0.
     atol = 2.5e-4 if scheduler.config.get("rescale_betas_zero_snr") else 1e-6
     torch.testing.assert_close(spec.noise_schedule.marginal_alpha(t), alphas_cumprod.sqrt(), rtol=1e-5, atol=atol)
     torch.testing.assert_close(spec.noise_schedule.model_input_time(t), torch.arange(n, dtype=torch.float64))
 
 
 def assert_the_same_meaning(scheduler: Any, spec: SchedulerSpec) -> None:
-    """In the middle of its grid, what the scheduler takes x0 (or eps, or a later x) to be is what we do."""
+    """Compare one step in the middle of the grid: x0 (or eps, or a later x) is what the scheduler takes it to be."""
     schedule = spec.noise_schedule
     k = min(2, len(scheduler.timesteps) - 2)
     _, noise_to_signal = noise_levels(scheduler)
@@ -273,7 +273,7 @@ def schedule_step(schedule: Any, x0: Tensor, eps: Tensor, s: Tensor, flow: bool)
 def theirs(scheduler: Any, x: Tensor, output: Tensor, k: int) -> dict[str, Any]:
     """x0 or eps as the scheduler takes them, or a later x with the sigma (flow) or alphas_cumprod it is at."""
     name, time = type(scheduler).__name__, scheduler.timesteps[k]
-    if name == "LCMScheduler":  # its boundary condition matters at the last few times only, so ours has none
+    if name == "LCMScheduler":  # The boundary condition matters at the last few times only, so our reading has none.
         c_skip, c_out = scheduler.get_scalings_for_boundary_condition_discrete(time)
         return {"x0": (scheduler.step(output, time, x).denoised - c_skip * x) / c_out}
     if name == "PNDMScheduler":
@@ -300,7 +300,7 @@ def theirs(scheduler: Any, x: Tensor, output: Tensor, k: int) -> dict[str, Any]:
 
 
 def audit(name: str, argument: str, config: dict[str, Any]) -> str:
-    """What became of one configuration; raises AssertionError if it is neither right nor refused by name."""
+    """Tell what became of one configuration; raises AssertionError if it is neither right nor refused by name."""
     try:
         scheduler = scheduler_class(name)(**config)
     except Exception as error:  # diffusers' constructors raise anything

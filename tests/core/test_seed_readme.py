@@ -15,7 +15,7 @@ from tests.core.conftest import Network, Recorded, crossed, linear_betas, normal
 
 @dataclass(frozen=True)
 class Setting:
-    """What the examples leave to the reader: `model(x, t, labels=None, gain=1)`, its classifier and data."""
+    """The names that the examples leave to the reader: `model(x, t, labels=None, gain=1)`, its classifier and data."""
 
     model: Recorded
     classifier: Network

@@ -1,4 +1,4 @@
-"""Where sampling starts: a network whose eps is a little wrong must not be asked where alpha_t is nearly 0."""
+"""The start of sampling: a network whose eps is a little wrong must not be asked where alpha_t is nearly 0."""
 
 import math
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def imprecise(
     direction = torch.randn(mixture.sample_shape, generator=torch.Generator().manual_seed(1))
 
     def network(x: Tensor, t_input: Tensor, condition: Tensor | None = None) -> Tensor:
-        # What a network cannot tell apart from noise it gets wrong in the same way for all x, and a little by x.
+        # The error is the same for all x in the main, and depends on x a little.
         return mixture(x, t_input, condition) + error * (direction + torch.sin(3 * x.flip(-1))) / 1.2
 
     model = replace(
@@ -143,7 +143,7 @@ def test_no_stock_grid_where_diffusers_needs_to_know_more() -> None:
 
 
 def test_the_energy_distance_of_two_gaussians() -> None:
-    """In one dimension, of N(0, 1) and N(1, 2**2), by the mean of a folded normal."""
+    """The closed form in one dimension, of N(0, 1) and N(1, 2**2), by the mean of a folded normal."""
 
     def mean_distance(mean: float, variance: float) -> float:
         std = math.sqrt(variance)

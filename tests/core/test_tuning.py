@@ -96,7 +96,7 @@ def run(tuned: Iterator[TuningState]) -> TuningState:
 
 @cache
 def finished(tune: Tune) -> TuningState:
-    """Where a tuner's run on the small problem ends; not to be changed."""
+    """The end of a tuner's run on the small problem; not to be changed."""
     return run(tune(small_problem(), small_start()))
 
 
@@ -107,7 +107,7 @@ def loader(images: Tensor, batch_size: int = 8, labels: Tensor | None = None) ->
     return [{"image": images[i : i + batch_size], "label": labels[i : i + batch_size]} for i in rows]
 
 
-# Where the work is done
+# The place of the work
 
 
 @every_tuner
@@ -241,7 +241,7 @@ def test_tuning_lowers_the_objective_on_fresh_data(tune_type: Any) -> None:
         untuned, _ = tuner.ddim_step_fn(x_t, t, s)
         eps = tuner.model_fn(x_t, t)
         after, before = ((eps - tuner.model_fn(x_s, s)).square().sum(dim=1).mean() for x_s in (tuned, untuned))
-        assert after < 1.01 * before  # where nothing is to be gained, Adam's noise remains
+        assert after < 1.01 * before  # Adam's noise remains where nothing is to be gained.
         total += torch.stack([after, before])
         x_t = tuned
     assert total[0] < 0.9 * total[1]
@@ -370,7 +370,7 @@ def test_a_step_tuned_to_its_teacher_comes_closer_to_it(tune_type: Any) -> None:
         after, before = (
             teacher_l2(tuner.ddim_step_fn(x_t, t, s, t_ratio=r)[0], teacher).square().mean() for r in (ratio, 1.0)
         )
-        assert after < 1.01 * before or tune_type == "sequential"  # which sees another population
+        assert after < 1.01 * before or tune_type == "sequential"  # Sequential tuning sees another population.
         total += torch.stack([after, before])
     assert total[0] < 0.8 * total[1]
 
@@ -483,7 +483,7 @@ def test_end_to_end_tuning_needs_a_deterministic_sampler() -> None:
         run(end_to_end(small_problem(eta=1.0), small_start()))
 
 
-# What holds for every tuner
+# Every tuner
 
 
 @every_tuner
@@ -536,7 +536,7 @@ def test_ratios_keep_conditioning_within_the_schedule(tune: Tune, sign: float) -
         assert not torch.equal(conditioning, conditioning.clamp(LINEAR.t_min + 1e-9, LINEAR.T - 1e-9))
 
 
-# What a user hands in
+# Input of users
 
 
 def tuned_on(batches: Any, network: Network | None = None, step_fn: Any = None, **options: Any) -> Tensor:

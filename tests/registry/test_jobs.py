@@ -180,13 +180,13 @@ def test_a_job_that_gets_on_in_between_may_lose_any_number_of_workers(registry: 
         taken(registry, job_id, EXPIRED)
         take_back(registry)
         with registry.write() as session:
-            session.get_one(TuningJob, job_id).losses = 0  # as saving does
+            session.get_one(TuningJob, job_id).losses = 0  # Saving does so, too.
     assert read(registry, job_id).state == JobState.QUEUED
 
 
 def test_workers_that_were_lost_count_whoever_takes_the_job_from_them(registry: Registry, job_id: str) -> None:
     for _ in range(MAX_ATTEMPTS):
-        taken(registry, job_id, EXPIRED)  # from the one before, with no dispatcher in between
+        taken(registry, job_id, EXPIRED)  # Each takes it from the one before, with no dispatcher in between.
     take_back(registry)
     assert read(registry, job_id).state == JobState.FAILED
 
@@ -279,7 +279,7 @@ def test_no_task_is_left_to_run_once_its_job_is_over(registry: Registry, job_id:
     end(registry, claimed, state)
     assert task_states(registry, [queued, running, done]) == [
         (JobState.CANCELLED, False),
-        (JobState.RUNNING, True),  # its worker will see
+        (JobState.RUNNING, True),  # A worker will see it.
         (JobState.SUCCEEDED, False),
     ]
     with registry.write() as session:

@@ -237,7 +237,7 @@ def test_of_many_claimers_at_once_none_gets_anothers_job(registry: Registry, add
 
     with ThreadPoolExecutor(THREADS) as threads:
         owners = [pair for pairs in threads.map(take_all, range(THREADS)) for pair in pairs]
-    # On PostgreSQL a claimer passes over what another has just locked, and may find nothing else.
+    # A claimer on PostgreSQL passes over what another has just locked, and may find nothing else.
     owners += [(job_id, "w") for job_id in taken(registry)]
     assert len(owners) == len(job_ids)
     assert {job_id for job_id, _ in owners} == job_ids
@@ -324,7 +324,7 @@ def set_states(registry: Registry, whole: str, *part_states: JobState) -> None:
 
 
 def join(registry: Registry, whole: str) -> tuple[Ended | None, list[list[tuple[str, int, int]]]]:
-    """What is told of the whole, and what was asked to be joined."""
+    """The end of the whole, if it ended, and the parts that were asked to be joined."""
     asked: list[list[tuple[str, int, int]]] = []
 
     def joined(places: list[tuple[str, int, int]]) -> str:
@@ -568,7 +568,7 @@ def test_what_is_remembered_of_the_registry_is_forgotten_when_it_changes(
 def test_a_transaction_that_fails_does_not_spoil_what_is_remembered(
     registry: Registry, add: Callable[..., str], submit: Callable[..., Any]
 ) -> None:
-    add(id="smp_001")  # which the first request will have, too
+    add(id="smp_001")  # The first request will have this id, too.
     with pytest.raises(Exception, match=r"(?i)unique"):
         submit()
     assert submit().state == JobState.QUEUED

@@ -103,7 +103,7 @@ def filled(
 
 @contextmanager
 def statements_of(registry: Registry) -> Iterator[list[tuple[str, Any]]]:
-    """What is sent to the database in the block, with its parameters."""
+    """The statements sent to the database in the block, with its parameters."""
     sent: list[tuple[str, Any]] = []
 
     def keep(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
@@ -206,7 +206,7 @@ def test_a_page_is_read_in_the_order_of_an_index_of_its_filters(
     plans = plans_of(filled, lambda session: logic.newest(session, ScheduleQuery(**filters, cursor=cursor)))
     first = tuple(name for name in ("model", "num_steps") if name in filters) if "model" in filters else ()
     expected = (*(name.replace("model", "model_id") for name in first), "id")
-    scan, _, *position = plans  # between them the rows of the page by their ids
+    scan, _, *position = plans  # The plans between them find the rows of the page by their ids.
     for plan in (scan, *position):
         assert [index[: len(expected)] for index in plan.indexes] == [expected]
         assert not plan.sorts  # it stops when the page is full

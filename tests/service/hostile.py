@@ -24,7 +24,7 @@ SCHEDULER, METADATA, DATA = "scheduler/scheduler_config.json", "timetuner.json",
 TRANSFORMER, TRANSFORMER_WEIGHTS = "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"
 VAE, VAE_WEIGHTS = "vae/config.json", "vae/diffusion_pytorch_model.safetensors"
 BOUNDARY = "boundary"
-MODEL = "MODEL-ID"  # in what is sent, the id of a registered model
+MODEL = "MODEL-ID"  # The id of a registered model takes its place.
 MIB = 2**20
 
 Files = dict[str, bytes]
@@ -247,7 +247,7 @@ TARS: dict[str, Callable[[], bytes]] = {
     "too many files": lambda: tarred([(tarfile.TarInfo(f"x/{k}"), b"") for k in range(1001)]),
     "a tar with a pickle": lambda: tar_with("unet/model.bin"),
 }
-TOO_LARGE = (413, 422)  # what is too large may be found to be so before or after it is found to be wrong
+TOO_LARGE = (413, 422)  # A large request may be found too large before or after it is found wrong.
 
 
 def archives() -> Iterator[tuple[str, Hostile]]:
@@ -708,7 +708,7 @@ def corpus() -> dict[str, Hostile]:
     return found
 
 
-# What is no HTTP at all, or that of nobody's; with the status of the answer, or None where hanging up is enough.
+# Bytes that are no HTTP, or an unusual one; with the status of the answer, or None where hanging up is enough.
 HEAD = b"POST /v1/models HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 RAW: dict[str, bytes] = {
     "nonsense": b"\x00\x01\x02\x03" * 100 + b"\r\n\r\n",

@@ -1,4 +1,4 @@
-"""What every refusal must look like."""
+"""The form that every refusal must have."""
 
 from typing import Any
 

@@ -63,7 +63,7 @@ def test_jobs_on_their_way_into_the_registry_take_room_though_it_cannot_count_th
 ) -> None:
     admission = Admission(registry, 2, 1000, clock)
     with admission.admit(1), admission.admit(1):
-        clock.now += 2 * MAX_COUNT_AGE_SECONDS  # so that the registry is asked
+        clock.now += 2 * MAX_COUNT_AGE_SECONDS  # The registry is asked again then.
         assert asyncio.run(admission.refusal()) is not None
     clock.now += 2 * MAX_COUNT_AGE_SECONDS
     assert asyncio.run(admission.refusal()) is None  # they are not in the registry: nobody waits
@@ -76,7 +76,7 @@ def test_a_request_that_would_wait_too_long_is_told_when_it_would_not(registry: 
     for _ in range(6):
         with admission.admit(1):
             pass
-    clock.now -= 2.0  # as if that had been just now, so that it is not looked again
+    clock.now -= 2.0  # The last look was just now, so there is no other.
     assert asyncio.run(admission.refusal()) == pytest.approx((7 - 0.5 * 2) / 2)
 
 

@@ -335,7 +335,7 @@ def test_on_this_machine_a_key_is_needed_as_soon_as_there_is_one(stack: Stack, o
         for line in keys(own_registry, "list").splitlines()[1:]:
             keys(own_registry, "revoke", line.split()[0])
         wait_until(lambda: client.get("/v1/models", headers=admin).status_code == 401, "refusal")
-        assert client.get("/v1/models").status_code == 401  # that all are worthless opens nothing
+        assert client.get("/v1/models").status_code == 401  # Keys that are all worthless open nothing.
 
 
 def test_beyond_this_machine_a_key_is_needed_from_the_start(stack: Stack, own_registry: Registry) -> None:

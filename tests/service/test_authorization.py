@@ -260,7 +260,7 @@ def test_a_key_may_do_what_its_scopes_say_with_what_is_its_own(
 def check_entry(
     stack: Stack, before: AuditEntry | None, user: User, operation: Operation, answer: httpx.Response
 ) -> None:
-    """That the audit log has the request; a refusal comes into it after the answer."""
+    """Wait until the audit log has the request; a refusal comes into it after the answer."""
 
     def newer() -> AuditEntry | None:
         entry = last_entry(stack)

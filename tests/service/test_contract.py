@@ -1,4 +1,4 @@
-"""What holds for the whole API: every error is a problem document, and the OpenAPI document tells the truth."""
+"""The whole API: every error is a problem document, and the OpenAPI document tells the truth."""
 
 import re
 from collections.abc import Iterator

@@ -150,7 +150,7 @@ def test_an_upload_is_followed_to_a_model_that_can_be_sampled(api: TestClient, r
     assert [model["id"] for model in api.get("/v1/models").json()["items"]] == [ready["id"]]
     sampled = {"model": ready["id"], "num_steps": 2}
     assert api.post("/v1/samples", json=sampled, headers={"Prefer": "respond-async"}).status_code == 202
-    # What the worker measured is where workers start: this network's eps is wrong by a hundredth.
+    # Workers start where this one measured: the network's eps is wrong by a hundredth.
     t_start, error = ready["spec"]["t_start"], ready["spec"]["x0_error_at_start"]
     assert 0.8 < t_start < 0.9
     assert 1 < error < 1.2
@@ -195,7 +195,7 @@ def test_a_model_that_kills_its_workers_is_refused_in_the_end(
 ) -> None:
     place = upload(api, prefer="respond-async").headers["Location"]
     celery, stopping = celery_app(settings.broker_url), Event()
-    stopping.set()  # Its thread is not wanted here.
+    stopping.set()  # This test does without the thread.
     describer = Describer(settings, celery, stopping, lambda: runtime)
     for _ in range(settings.max_attempts):
         waiting = describer.next()

@@ -17,7 +17,7 @@ from tests.service.hostile import AUTHORIZATIONS, JSON, MODEL, RAW, Hostile, cor
 from tests.service.problems import assert_problem
 from tests.stack import Stack, wait_until
 
-SECONDS = 10.0  # of which a machine that has nothing else to do takes less than one; see docs/security.md
+SECONDS = 10.0  # An idle machine takes less than one; see docs/security.md.
 GROWTH_KIB = 50 * 1024
 
 
@@ -144,7 +144,7 @@ def test_a_malformed_authorization_never_is_the_services_fault(target: Target, n
 
 
 def exchange(target: Target, content: bytes, seconds: float = 60) -> bytes:
-    """What a connection answers to these bytes until it is closed."""
+    """The answer of a connection to these bytes, until it is closed."""
     url = target.stack.client.base_url
     with socket.create_connection((url.host, url.port), timeout=seconds) as connection:
         answer = b""

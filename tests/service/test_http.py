@@ -178,7 +178,7 @@ def test_each_request_is_logged_as_json_with_its_id(api: Stack) -> None:
 
 
 def lines(api: Stack, event: str) -> list[Json]:
-    """What was logged of this kind; all that is logged must be JSON."""
+    """The records logged of this kind; all that is logged must be JSON."""
     logged = [json.loads(line) for line in (api.home / "logs").read_text().splitlines() if line.startswith("{")]
     return [line for line in logged if line["event"] == event]
 

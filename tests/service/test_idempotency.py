@@ -14,7 +14,7 @@ TIMES = 6
 
 
 def bodies(model: str) -> dict[str, tuple[str, Json, Json]]:
-    """Of each operation, a request and another one."""
+    """A request of each operation, and another one."""
     effort = {"tuner": {"total_iters": 2, "population_size": 16}, "evaluation": {"num_samples": 16}}
     grid = {"timesteps": [1.0, 0.5, 0.001], "t_ratios": [1.0, 1.0]}
     return {

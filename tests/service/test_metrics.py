@@ -66,7 +66,7 @@ def test_queues_are_told_by_length_and_by_the_age_of_the_oldest(
     add(registry, model_id, 10)
     add(registry, model_id, 100)
     add(registry, model_id, 1000, state=JobState.RUNNING)
-    add(registry, model_id, 1000, num_parts=2)  # its parts wait for workers, it does not
+    add(registry, model_id, 1000, num_parts=2)  # The job itself does not wait for workers. Its parts do.
     with registry.write() as session:
         job = TuningJob(model_id=model_id, request={}, state=JobState.RUNNING)
         session.add(job)

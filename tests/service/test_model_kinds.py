@@ -56,7 +56,7 @@ def test_every_sampler_samples_repeatably_from_a_seed(stack: Stack, sampler: str
     ("sampler", "tuner"),
     [
         ("heun", {"objective": "end_to_end"}),
-        ("own_midpoint", {"objective": "end_to_end"}),  # from another installed package
+        ("own_midpoint", {"objective": "end_to_end"}),  # Another installed package has this one.
         ("unipc_2", {"objective": "end_to_end"}),
         ("dpmpp_2m", {"objective": "next_eps", "tune_type": "sequential"}),
         ("dpmpp_2m_sde", {"objective": "next_eps", "tune_type": "sequential"}),

@@ -108,7 +108,7 @@ def test_an_uploaded_diffusers_folder_is_sampled_like_diffusers_own(
     assert model["spec"]["model_type"] == "v"
     assert model["spec"]["guidance_types"] == ["uncond"]
     assert model["spec"]["num_train_timesteps"] == 20
-    body = {"model": model["id"], "num_steps": 20, "num_images": 2, "seed": 5}  # as many as it was trained on
+    body = {"model": model["id"], "num_steps": 20, "num_images": 2, "seed": 5}  # The model was trained on as many.
     answer = stack.client.post("/v1/samples", json=body, headers={"Accept": "application/x-npy"})
     assert np.load(io.BytesIO(answer.content)).shape == (2, 3, 8, 8)
 
@@ -241,7 +241,7 @@ def add_files(folder: Path, *names: str) -> Path:
 
 
 def unpacked(folder: Path, destination: Path, archive: Callable[[Path], bytes]) -> tuple[list[str], set[str]]:
-    """What `unpack` says it ignored, and the files that it wrote."""
+    """The files that `unpack` says it ignored, and the files that it wrote."""
     ignored = unpack(io.BytesIO(archive(folder)), destination, max_bytes=10**8)
     return ignored, {path.relative_to(destination).as_posix() for path in destination.rglob("*") if path.is_file()}
 

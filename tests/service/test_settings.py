@@ -1,4 +1,4 @@
-"""What the environment says, and what it does not."""
+"""Settings that the environment gives, and those that it does not."""
 
 from pathlib import Path
 

@@ -25,7 +25,7 @@ expect.set_options(timeout=WAIT_MILLISECONDS)
 
 @dataclass(frozen=True)
 class World:
-    """What there is to see."""
+    """All that there is to see."""
 
     stack: Stack
     url: str
@@ -36,7 +36,7 @@ class World:
 
 @pytest.fixture(scope="session")
 def stack(start_stack: StartStack) -> Iterator[Stack]:
-    """On SQLite alone: the page asks the registry through functions that are tested on both engines."""
+    """A deployment on SQLite alone: the page asks the registry through functions that are tested on both engines."""
     stack = start_stack("sqlite")
     stack.client.timeout = 300
     stack.wait_until_ready()
@@ -161,6 +161,6 @@ def page(context: BrowserContext) -> Iterator[Page]:
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on("request", lambda request: hosts.add(request.url.split("/")[2]) if "://" in request.url else None)
     yield page
-    expected = ("status of 4",)  # what a test provokes: the browser notes each answer that is an error
+    expected = ("status of 4",)  # The browser notes each answer that is an error, and tests provoke these.
     assert [fault for fault in faults if not any(text in fault for text in expected)] == []
     assert all(host.startswith("127.0.0.1:") or not host for host in hosts), hosts

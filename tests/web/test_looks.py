@@ -42,7 +42,7 @@ def address(world: World, path: str) -> str:
 
 
 def settle(page: Page) -> None:
-    """Until pictures that the page asks for by itself are there."""
+    """Wait until pictures that the page asks for by itself are there."""
     for figure in page.locator("figure[data-request]").all():
         expect(figure).to_have_attribute("aria-busy", "false")
 
@@ -73,7 +73,7 @@ def test_pages_are_accessible_and_fit_the_screen(
 
 
 def faults(page: Page) -> list[str]:
-    """What axe-core calls serious or critical."""
+    """All findings that axe-core calls serious or critical."""
     found: dict[str, Any] = page.evaluate("axe.run()")
     return [
         f"{violation['id']}: {node['html']}"

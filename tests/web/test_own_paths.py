@@ -1,4 +1,4 @@
-"""Where a login may lead: to a page of this service, whatever the form says."""
+"""A login leads to a page of this service, whatever the form says."""
 
 import re
 

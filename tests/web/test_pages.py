@@ -17,7 +17,7 @@ LONG = {"total_iters": 500, "population_size": 16, "teacher_num_steps": 10}
 
 
 def pixels(page: Page, selector: str) -> list[int]:
-    """Of a picture, as red, green, blue and alpha."""
+    """The colours of a picture, as red, green, blue and alpha."""
     script = """async (image) => {
         await image.decode();
         const size = [image.naturalWidth, image.naturalHeight];
@@ -38,7 +38,7 @@ def test_a_model_is_registered_by_one_click_and_tuned_by_another(world: World, p
     page.locator("[name=objective]").select_option("dmn")
     page.get_by_role("button", name="Start tuning").click()
     page.wait_for_url(re.compile("/jobs/job_"))
-    expect(page.locator(".state .badge")).to_have_text("succeeded")  # without loading the page again
+    expect(page.locator(".state .badge")).to_have_text("succeeded")  # The page was not loaded again.
     page.get_by_role("link", name="See the schedule").click()
     expect(page.get_by_role("heading", level=1)).to_contain_text("2 steps of ddim")
 

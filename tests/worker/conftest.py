@@ -27,5 +27,5 @@ def fragile(breakable: Stack) -> Iterator[Stack]:
 
 @pytest.fixture
 def gratings(fragile: Stack) -> str:
-    """Whose ratios no bound holds, which would end their tuning at once."""
+    """A model whose ratios meet no bound. A bound would end their tuning at once."""
     return fragile.register("mixture-gratings")

@@ -17,7 +17,7 @@ LONG: Json = {
 
 @contextmanager
 def no_room(stack: Stack) -> Iterator[None]:
-    """For the worker: each write to a file fails that would make it larger."""
+    """Let each write of the worker to a file fail that would make the file larger."""
     pid = stack.processes["worker"].pid
     before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, before[1]))
@@ -41,12 +41,12 @@ def test_samples_that_cannot_be_stored_say_so_or_wait_and_leave_nothing_behind(f
     files = fragile.files()
     with no_room(fragile):
         job = sample(fragile, gratings, 1)
-        if not fragile.registry.is_sqlite:  # whose server has room
+        if not fragile.registry.is_sqlite:  # The server of PostgreSQL has room.
             failed = fragile.finished(job, "samples")
             assert failed["state"] == "failed"
             assert failed["error"].startswith("the images could not be stored: ")
         assert fragile.files() == files
-    if fragile.registry.is_sqlite:  # where nobody could say so either
+    if fragile.registry.is_sqlite:  # SQLite could not store it either.
         assert fragile.finished(job, "samples")["state"] == "succeeded"
     assert fragile.finished(sample(fragile, gratings, 2), "samples")["state"] == "succeeded"
 

@@ -25,7 +25,7 @@ def job_id(registry: Registry, model_id: str) -> str:
 
 @pytest.fixture
 def claims(registry: Registry, job_id: str) -> list[Claim]:
-    """Of one task each."""
+    """Claims of one task each."""
     with registry.write() as session:
         task_ids = add_tasks(session, session.get_one(TuningJob, job_id), list(range(WORKERS)))
         taken = [claim(session, TuningTask, task_id, "w", LEASE_SECONDS) for task_id in task_ids]

@@ -18,14 +18,14 @@ STEADY: Json = {
     "evaluation": {"num_samples": 32},
 }
 ENDLESS: Json = {"tuner": {"total_iters": 10_000}}
-NEVER_SURE: Json = {"objective": "next_eps", "tolerance": 1e-6}  # so the number of iterations is known
+NEVER_SURE: Json = {"objective": "next_eps", "tolerance": 1e-6}  # The number of iterations is known then.
 STEP_BY_STEP: Json = {
     "tuner": {**NEVER_SURE, "tune_type": "sequential", "total_iters": 250, "population_size": 64},
     "evaluation": {"num_samples": 32},
 }
 SPREAD: Json = {"tuner": {**NEVER_SURE, "total_iters": 400}, "evaluation": {"num_samples": 32}}
 
-# For Python to load first: all that asks for the time in our code, and most of what does in others', gets another one.
+# Python loads this first, so that our code, and most of others' code, gets another time when it asks.
 WRONG_CLOCK = """
 import os
 import time
@@ -116,7 +116,8 @@ def test_a_job_the_broker_forgot_still_runs(fragile: Stack, ring: str) -> None:
     assert fragile.finished(busy)["state"] == "cancelled"
     done = fragile.finished(queued)
     assert (done["state"], done["attempt"]) == ("succeeded", 1)
-    assert fragile.readiness()[1]["broker"] == "ok"  # at once, though the API's connections are older than the broker
+    # The API says so at once, though its connections are older than the broker.
+    assert fragile.readiness()[1]["broker"] == "ok"
 
 
 def test_jobs_submitted_while_broker_and_dispatcher_are_away_run_once_they_are_back(fragile: Stack, ring: str) -> None:

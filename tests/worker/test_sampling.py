@@ -163,7 +163,7 @@ def test_content_that_the_client_has_is_not_sent_again(stack: Stack, digits: str
 
 
 def events(stack: Stack, job: Json) -> Iterator[tuple[str, Json]]:
-    """What a job's stream tells, to its end."""
+    """The events of a job's stream, to its end."""
     with stack.client.stream("GET", f"/v1/samples/{job['id']}/events") as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         event = ""
@@ -225,7 +225,7 @@ def test_samples_whose_worker_is_killed_are_finished_by_another_with_the_same_bi
     job = start(fragile, **request, num_images=FULL, seed=70)
     running(fragile, job)
     fragile.end("worker", number=signal.SIGKILL)
-    assert read(fragile, job)["state"] == "running"  # as far as anybody knows
+    assert read(fragile, job)["state"] == "running"  # Nobody knows better.
     fragile.start("worker")
     done = fragile.finished(job, "samples")
     assert (done["state"], done["progress"]) == ("succeeded", 1.0)

@@ -85,7 +85,7 @@ def test_a_job_whose_database_is_away_for_a_while_is_not_failed(fragile: Stack, 
     fragile.running(job)
     with away(fragile):
         time.sleep(2)  # several saves and renewals
-        if not fragile.registry.is_sqlite:  # which has requests wait for the lock
+        if not fragile.registry.is_sqlite:  # SQLite has requests wait for the lock.
             refused = fragile.client.get(f"/v1/tuning-jobs/{job['id']}")
             assert_problem(refused, 503, accepted="a new try")
             assert refused.headers["Retry-After"] == "1"

@@ -207,7 +207,7 @@ def test_without_a_secret_there_are_none(stack: Stack) -> None:
     assert_problem(stack.client.post("/v1/samples", json=body), 422, "webhook_url", "WEBHOOK_SECRET")
 
 
-# Where they may go
+# Addresses that are allowed
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def prompted(**call: Any) -> Callable[[], Parts]:
     return lambda: {"prompt": PROMPT, "guidance_scale": 3.0, "output_type": "latent", **call}
 
 
-# Of pixels and of classes
+# Pipelines of pixels and of classes
 
 
 def ldm_unconditional() -> Parts:

@@ -8,7 +8,7 @@ import transformers
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel, UNet2DModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-WIDTH = 8  # of text embeddings, unless a pipeline fixes another
+WIDTH = 8  # Text embeddings have this width, unless a pipeline fixes another.
 PROMPT = "a red square on a table"
 WORDS = ("<s>", "<pad>", "</s>", "<unk>", *PROMPT.split(), "bad")
 
@@ -156,7 +156,7 @@ def conditional_unet(**config: Any) -> Any:
 
 @cache
 def controlnet(**config: Any) -> Any:
-    """Its output convolutions start at zero, which would leave the U-Net as it is."""
+    """A ControlNet. Output convolutions that start at zero, as usual, would leave the U-Net as it is."""
     model = seeded(ControlNetModel, **{**CONDITIONAL, "conditioning_embedding_out_channels": (4, 8), **config})
     with torch.no_grad():
         for block in (*model.controlnet_down_blocks, model.controlnet_mid_block):

@@ -15,7 +15,7 @@ from torch import Tensor
 # Kinds whose constructor replaces the scheduler that was saved.
 CONVERTING = ("ddim",)
 
-# Without accelerate, diffusers does not load a network that keeps some of its modules in float32.
+# diffusers needs accelerate to load a network that keeps some of its modules in float32.
 NOT_LOADED = {"wan": "transformer"}
 
 
@@ -28,7 +28,7 @@ def one_thread() -> Iterator[None]:
 
 
 def run(kind: Any, pipeline: Any, **call: Any) -> Tensor:
-    """What one call of a pipeline gives, always from the same noise."""
+    """The output of one call of a pipeline, always from the same noise."""
     generator = torch.Generator().manual_seed(0)
     outputs = pipeline(num_inference_steps=kind.num_steps, generator=generator, **kind.call(), **call)
     return torch.as_tensor(next(iter(outputs.values())))
