@@ -166,6 +166,7 @@ class SampleServer:
                 room,
                 at_work or self._runtime.models_held(),
                 only_these=bool(at_work),
+                is_empty=not at_work,
             )
             schedules = {claim.job.schedule_id for claim in claims if claim.job.schedule_id}
             found = {schedule_id: session.get_one(Schedule, schedule_id) for schedule_id in schedules}
@@ -206,7 +207,7 @@ class SampleServer:
             eta,
             self._runtime.batch_sizes(claim.job.model_id, guidance, shapes[0]),
             self._runtime.device,
-            self._runtime.settings.sample_batch_size,
+            max(self._runtime.settings.sample_batch_size, len(rows)),  # A larger job takes several calls a step.
         )
         if not batch.mixes_steps:
             key += [tuple(rows[0].timesteps.tolist())]

@@ -85,12 +85,21 @@ def add_samples(session: Session, jobs: Sequence[SampleJob]) -> None:
 
 
 def claim_samples(
-    session: Session, owner: str, lease_seconds: float, room: int, models: Collection[str], only_these: bool
+    session: Session,
+    owner: str,
+    lease_seconds: float,
+    room: int,
+    models: Collection[str],
+    only_these: bool,
+    is_empty: bool = False,
 ) -> tuple[list[SampleClaim], list[Ended], bool]:
     """Claim the next jobs, up to `room` images together.
 
     Jobs come by priority and age. Jobs of `models`, which the worker has loaded, go first, until another has waited for
     `PATIENCE_SECONDS`. With `only_these`, the first job of another model ends the search.
+
+    A job waits until there is room for all its images, and no other overtakes it. A worker that `is_empty`, which has
+    no images at all, takes the first job however large it is: no worker might ever have that much room.
 
     Returns:
         The claims, the ends of jobs whose deadline has passed, and whether there may be more jobs.
@@ -104,9 +113,10 @@ def claim_samples(
     taken: list[SampleJob] = []
     late: list[SampleJob] = []
     for job in candidates:
+        fits = job.num_images <= room or (is_empty and not taken)
         if job.deadline_at is not None and job.deadline_at < now:
             late.append(session.get_one(SampleJob, job.id))
-        elif job.num_images > room or (job.model_id not in allowed and (only_these or taken)):
+        elif not fits or (job.model_id not in allowed and (only_these or taken)):
             break
         else:
             if job.model_id not in allowed:

@@ -19,6 +19,8 @@ from service.registry.tables import JobState, SampleJob
 MAX_COUNT_AGE_SECONDS = 0.1  # A count of the queue that is older is made anew.
 STALE_SECONDS = 1.0  # The estimate since the last count is not trusted for longer.
 RATE_MEMORY_SECONDS = 10.0  # Older measurements of the rate lose weight with this time constant.
+# A rate is forgotten once nothing has ended for this many times as long as it took between the last two ends.
+MAX_INTERVALS_WITHOUT_END = 3
 DEFAULT_RETRY_SECONDS = 10.0  # Clients are told to wait this long while no rate has been measured.
 
 logger = logging.getLogger(__name__)
@@ -27,7 +29,8 @@ logger = logging.getLogger(__name__)
 class Admission:
     """The queue of samples, counted every `MAX_COUNT_AGE_SECONDS` and estimated in between, and how fast it is served.
 
-    The rate is measured only while there is a queue, so that it is the workers' capacity and not the demand.
+    The rate is measured only while there is a queue, so that it is the workers' capacity and not the demand. It is
+    measured when jobs end. If none has for long, the rate is forgotten: it could refuse all requests for ever.
     """
 
     def __init__(
@@ -43,10 +46,14 @@ class Admission:
         self._counting: asyncio.Task[None] | None = None
         self._served, self._seconds = 0.0, 0.0  # Images and the time they took. Older ones have less weight.
         self._last_end: float | None = None
+        self._measured_at, self._interval = -math.inf, 0.0  # The last measurement, and the seconds that it was over.
 
     @property
     def rate(self) -> float | None:
-        """Images per second, or None if nothing was measured yet."""
+        """Images per second, or None if nothing was measured, or not for long."""
+        memory = max(self._max_seconds, MAX_INTERVALS_WITHOUT_END * self._interval)
+        if self._clock() - self._measured_at > memory:
+            self._served, self._seconds = 0.0, 0.0
         return self._served / self._seconds if self._seconds > 0 else None
 
     async def refusal(self) -> float | None:
@@ -115,6 +122,7 @@ class Admission:
             seconds = now - self._last_end
             keep = math.exp(-seconds / RATE_MEMORY_SECONDS)
             self._served, self._seconds = keep * self._served + images, keep * self._seconds + seconds
+            self._measured_at, self._interval = now, seconds
         self._jobs, self._images = max(0, self._jobs - jobs), max(0, self._images - images)
         self._last_end = now if self._jobs > 0 else None
 

@@ -155,6 +155,16 @@ def test_as_many_images_are_taken_as_there_is_room_for(
     assert [claim.job.num_images for claim in claims] == expected
 
 
+def test_a_worker_that_has_nothing_takes_the_first_job_however_large(
+    registry: Registry, add: Callable[..., str]
+) -> None:
+    small, large = add(num_images=1), add(num_images=9)
+    for expected in ([small], [large], []):
+        with registry.write() as session:
+            claims, _, _ = claim_samples(session, "w", LEASE_SECONDS, 4, [], only_these=False, is_empty=True)
+        assert [claim.job_id for claim in claims] == expected
+
+
 @pytest.mark.parametrize(
     ("room", "sizes", "more"),
     [(4, [], False), (4, [1, 1], False), (2, [1, 1, 1], True), (4, [1, 4], True), (4, [5], True), (0, [1], True)],

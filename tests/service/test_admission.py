@@ -89,3 +89,20 @@ def test_a_lull_is_not_taken_for_time_in_which_jobs_were_served(registry: Regist
         clock.now += 0.5
         admission.ended(1)
     assert admission.rate == pytest.approx(2)
+
+
+def test_a_slow_rate_is_forgotten_once_nothing_has_ended_for_long(registry: Registry, clock: Clock) -> None:
+    admission = Admission(registry, 1000, 60, clock)
+    for _ in range(20):
+        with admission.admit(5):
+            pass
+    admission.ended(5)
+    clock.now += 100
+    admission.ended(5)  # One image in 20 s: the 90 that are left would take half an hour.
+    assert admission.rate == pytest.approx(0.05)
+    assert admission._seconds_to_room() > 1000
+    clock.now += 299
+    assert admission.rate == pytest.approx(0.05)  # The next end is not yet missed.
+    clock.now += 2
+    assert admission.rate is None
+    assert admission._seconds_to_room() == 0
