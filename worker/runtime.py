@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from celery import Celery
+from sqlalchemy.orm import Session
 
 from service.registry.database import Registry, is_away
-from service.registry.jobs import Claim, LeaseLostError, claim, finish, hand_back, unpublish
+from service.registry.jobs import Claim, LeaseLostError, claim, finish, hand_back, next_tuning_jobs, unpublish
 from service.registry.samples import models_sampled_last
-from service.registry.tables import Job, JobState, Model
+from service.registry.tables import Job, JobState, Model, TuningJob
 from service.shared.artifacts import ArtifactStore
 from service.shared.job_requests import SampleRequest
 from service.shared.logs import about
@@ -117,6 +118,8 @@ class Runtime:
     def run(self, job_class: type[Job], job_id: str, work: Callable[["Runtime", Lease], None]) -> bool:
         """Claim a job and work on it. Its end is stored in the registry, however it ends.
 
+        Instead of a tuning job another one is claimed if it is that one's turn: each has a message of its own.
+
         `work` stores a success itself. If it fails because the database is away, the lease expires, and another worker
         continues the job.
 
@@ -124,12 +127,10 @@ class Runtime:
             False if the job is over, another worker has it, this worker is stopping, or the database went away.
         """
         with self.registry.write() as session:
-            if self.stopping.is_set():
-                unpublish(session, job_class, job_id)
-                return False
-            claimed = claim(session, job_class, job_id, self.owner, self.settings.lease_seconds)
+            claimed = self._claim(session, job_class, job_id)
         if claimed is None:
             return False
+        job_id = claimed.job_id
         ids = about(job_id=job_id, request_id=claimed.request_id)
         with ids, self._lease(claimed) as lease, tuning_span(claimed):
             try:
@@ -149,6 +150,17 @@ class Runtime:
                     return False
                 _finish(lease, JobState.FAILED, f"{type(error).__name__}: {error}")
         return True
+
+    def _claim(self, session: Session, job_class: type[Job], job_id: str) -> Claim | None:
+        """Claim the job, or the tuning job whose turn it is. A worker that is stopping has it published again."""
+        candidates = [*next_tuning_jobs(session), job_id] if job_class is TuningJob else [job_id]
+        if self.stopping.is_set():
+            unpublish(session, job_class, candidates[0])
+            return None
+        for candidate in candidates:
+            if claimed := claim(session, job_class, candidate, self.owner, self.settings.lease_seconds):
+                return claimed
+        return None
 
     def _lease(self, claimed: Claim) -> Lease:
         return Lease(self.registry, claimed, self.settings.lease_seconds, self.stopping)

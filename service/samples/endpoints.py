@@ -99,10 +99,10 @@ async def sample(
         once = Once.of(caller, "sample", idempotency_key, body.model_dump_json())
         waits_for = None if respond_async else accept
         submission = Submission(job_id, body, waits_for, telemetry.traceparent(), caller, once)
-        with samples.admission.admit(body.num_images):
+        with samples.admission.admit(body.num_images, caller.owner):
             job = await samples.submissions.add(submission)
         if job.state == JobState.SUCCEEDED or job.id != job_id:
-            samples.admission.spared(body.num_images)
+            samples.admission.spared(body.num_images, caller.owner)
         samples.admission.refresh()
         if respond_async:
             return _accepted(job)
