@@ -24,6 +24,7 @@ from service.shared.settings import Settings
 from service.shared.signals import Bus
 from timetuner_core.models.loading import DiffusionModel, load_builtin, load_folder
 from timetuner_core.sampling.generate import Guidance
+from timetuner_core.sampling.rolling_batch import is_out_of_memory
 from timetuner_core.sampling.same_bits import all_sizes, steady_sizes
 from timetuner_core.tuning.problem import TuningProblem
 from worker import metrics
@@ -89,14 +90,11 @@ class Runtime:
         Without `same_bits`, all sizes are allowed.
         """
         most = self.settings.sample_batch_size
-        if not self.settings.same_bits:
-            return all_sizes(most)
-        guided = None if guidance.interval else guidance.guides
-        length = condition_shape[0] if condition_shape else None
-        key = (model_id, guidance.type, guided, length)
+        key = _sizes_key(model_id, guidance, condition_shape)
+        if key not in self._sizes and not self.settings.same_bits:
+            self._sizes[key] = all_sizes(most)
         if key not in self._sizes:
-            model = self.load_model(model_id)
-            sizes = steady_sizes(model, guidance.type, most, self.device, guided=guided, condition_length=length)
+            sizes = self._steady_sizes(model_id, guidance, condition_shape)
             self._sizes[key] = sizes
             found = {"model": model_id, "guidance": guidance.type, "batch_sizes": sizes}
             if sizes[-1] == most:
@@ -107,6 +105,29 @@ class Runtime:
                 )
                 logger.warning(advice, most, extra=found)
         return self._sizes[key]
+
+    def keep_batch_sizes(
+        self, model_id: str, guidance: Guidance, condition_shape: tuple[int, ...] | None, sizes: Sequence[int]
+    ) -> None:
+        """Use only these batch sizes for such requests from now on: memory does not hold the larger ones."""
+        self._sizes[_sizes_key(model_id, guidance, condition_shape)] = tuple(sizes)
+
+    def _steady_sizes(
+        self, model_id: str, guidance: Guidance, condition_shape: tuple[int, ...] | None
+    ) -> tuple[int, ...]:
+        """Try batches up to the largest that memory holds. Raises: the errors of the network."""
+        model, (*_, guided, length) = self.load_model(model_id), _sizes_key(model_id, guidance, condition_shape)
+        largest_first = all_sizes(self.settings.sample_batch_size)[::-1]
+        for most in largest_first:
+            try:
+                return steady_sizes(model, guidance.type, most, self.device, guided=guided, condition_length=length)
+            except Exception as error:
+                if most == 1 or not is_out_of_memory(error):
+                    raise
+                logger.warning("memory does not hold a batch of %d of model %s", most, model_id)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        raise AssertionError("the size 1 is always tried")
 
     def problem(self, tuning_job_id: str, make: Callable[[], TuningProblem]) -> TuningProblem:
         """The problem of a tuning job. That of the last job is kept for its next task."""
@@ -174,6 +195,14 @@ class Runtime:
         if "builtin" in source:
             return load_builtin(source["builtin"], self.device, **options)
         return load_folder(self.artifacts.local_folder(source["artifact"]), self.device, **options)
+
+
+def _sizes_key(
+    model_id: str, guidance: Guidance, condition_shape: tuple[int, ...] | None
+) -> tuple[str, str, bool | None, int | None]:
+    """What the batch sizes of a request depend on."""
+    guided = None if guidance.interval else guidance.guides
+    return model_id, guidance.type, guided, condition_shape[0] if condition_shape else None
 
 
 def pick_device(name: str) -> torch.device:

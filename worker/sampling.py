@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from service.registry.tables import JobState, Schedule
 from service.registry.types import utc_now
 from service.shared.image_formats import to_preview
 from service.shared.job_requests import SampleRequest
-from timetuner_core.sampling.rolling_batch import Advance, RollingBatch, Row, decode
+from timetuner_core.sampling.rolling_batch import Advance, RollingBatch, Row
 from worker import metrics
 from worker.conversion import guidance_of, rows_of
 from worker.joining import join_all
@@ -197,6 +198,7 @@ class SampleServer:
         rows = rows_of(claim.job, request, model, schedule)
         guidance = guidance_of(request)
         shapes = [None if c is None else tuple(c.shape) for c in (rows[0].condition, rows[0].uncond_condition)]
+        sizes_of = (claim.job.model_id, guidance, shapes[0])
         eta = float(request.eta)
         key: list[Any] = [claim.job.model_id, request.sampler, eta, guidance.type, guidance.guides]
         key += [guidance.rescale, guidance.interval, *shapes]
@@ -205,9 +207,10 @@ class SampleServer:
             request.sampler,
             guidance,
             eta,
-            self._runtime.batch_sizes(claim.job.model_id, guidance, shapes[0]),
+            self._runtime.batch_sizes(*sizes_of),
             self._runtime.device,
             max(self._runtime.settings.sample_batch_size, len(rows)),  # A larger job takes several calls a step.
+            partial(self._runtime.keep_batch_sizes, *sizes_of),
         )
         if not batch.mixes_steps:
             key += [tuple(rows[0].timesteps.tolist())]
@@ -228,6 +231,7 @@ class SampleServer:
                 with metrics.STEP.time():
                     advance = cohort.batch.step()
                 metrics.BATCH_ROWS.observe(len(advance.travelling))
+                self._fail_rows(cohort, advance, leases)
                 self._report(cohort, advance)
                 self._hand_in(cohort, advance, leases)
             except Exception as error:
@@ -235,8 +239,17 @@ class SampleServer:
                 self._fail(cohort.claims.values(), error, leases)
                 self._cohorts.remove(cohort)
                 continue
-            if not cohort.batch.rows:
+            if not (cohort.batch.rows and cohort.claims):
                 self._cohorts.remove(cohort)
+
+    def _fail_rows(self, cohort: Cohort, advance: Advance, leases: SampleLeases) -> None:
+        """End the jobs of which a row failed, though it was tried alone. No other job of the batch is concerned."""
+        for row, error in advance.failed:
+            if claim := cohort.pop(str(row.owner)):
+                logger.error("%s failed at seed %d", claim.job_id, row.seed, exc_info=error, extra=_ids([claim]))
+                self._fail([claim], error, leases)
+                if cohort.batch.rows:
+                    cohort.batch.discard(claim.job_id)
 
     def _give_up(self, leases: SampleLeases) -> None:
         lost, cancelled = leases.given_up()
@@ -264,11 +277,17 @@ class SampleServer:
             if request.previews:
                 previews.setdefault(shown, []).append(k)
         if steps:
-            images = {shown: self._preview(cohort, advance, rows) for shown, rows in previews.items()}
+            images = {}
+            for shown, indices in previews.items():
+                try:
+                    images[shown] = self._preview(cohort, advance, indices)
+                except Exception:  # Previews are not worth a job. Networks and devices have errors of their own.
+                    logger.exception("no preview of %s", shown)
+                    images[shown] = None
             self._runtime.bus.publish({"steps": steps, "previews": images})
 
     def _preview(self, cohort: Cohort, advance: Advance, rows: list[int]) -> str | None:
-        images = decode(cohort.batch.model, advance.x0[torch.tensor(rows)], cohort.batch.batch_sizes)
+        images = cohort.batch.decode(advance.x0[torch.tensor(rows)])
         preview = to_preview(images.float().cpu().numpy())
         return None if preview is None else base64.b64encode(preview).decode()
 
