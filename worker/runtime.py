@@ -29,7 +29,7 @@ from timetuner_core.sampling.same_bits import all_sizes, steady_sizes
 from timetuner_core.tuning.problem import TuningProblem
 from worker import metrics
 from worker.conversion import guidance_of
-from worker.lease import JobCancelledError, JobRefusedError, Lease, WorkerStoppingError
+from worker.lease import JobCancelledError, JobRefusedError, Lease, StepWatch, WorkerStoppingError
 from worker.traces import tuning_ended, tuning_span
 
 logger = logging.getLogger(__name__)
@@ -184,7 +184,11 @@ class Runtime:
         return None
 
     def _lease(self, claimed: Claim) -> Lease:
-        return Lease(self.registry, claimed, self.settings.lease_seconds, self.stopping)
+        return Lease(self.registry, claimed, self.settings.lease_seconds, self.stopping, self.step_watch())
+
+    def step_watch(self) -> StepWatch:
+        """A watch over the steps of jobs that begin now."""
+        return StepWatch(self.settings.step_seconds, self.settings.max_step_seconds)
 
     def _load(self, model_id: str) -> DiffusionModel:
         with self.registry.read() as session:

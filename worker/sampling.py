@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -46,6 +47,7 @@ class Cohort:
 
     Attributes:
         followed: requests of those jobs whose steps are published, as somebody may follow them.
+        is_warm: whether it has made a step. The first one may compile the network.
     """
 
     key: Hashable
@@ -53,6 +55,7 @@ class Cohort:
     batch: RollingBatch
     claims: dict[str, SampleClaim] = field(default_factory=dict)
     followed: dict[str, SampleRequest] = field(default_factory=dict)
+    is_warm: bool = False
 
     def add(self, claim: SampleClaim, request: SampleRequest, rows: list[Row]) -> None:
         self.batch.add(rows)
@@ -100,7 +103,8 @@ class SampleServer:
     def serve(self) -> None:
         """Sample until there are no jobs, and none comes for a moment."""
         self._runtime.bus.worker_started()
-        with SampleLeases(self._runtime.registry, self._runtime.settings.lease_seconds) as leases:
+        seconds, watch = self._runtime.settings.lease_seconds, self._runtime.step_watch()
+        with SampleLeases(self._runtime.registry, seconds, watch) as leases:
             try:
                 while self._serve_until_idle(leases):
                     pass
@@ -115,6 +119,7 @@ class SampleServer:
         with self._runtime.bus.subscribe_to_work() as work:
             more = True
             while not self.stopping or self._cohorts:
+                leases.watch.advance()
                 if more and not self.stopping and self._is_time_to_take():
                     more = self._try_to_take(leases)
                 if self._stop_by is not None and time.monotonic() > self._stop_by:
@@ -174,7 +179,8 @@ class SampleServer:
         leases.add(claims)
         for claim in claims:
             try:
-                self._join(claim, found.get(claim.job.schedule_id or ""))
+                with leases.watch.slow():
+                    self._join(claim, found.get(claim.job.schedule_id or ""))
             except Exception as error:
                 if is_away(error):  # The lease expires, and the job is claimed again.
                     leases.drop([claim.job_id])
@@ -228,8 +234,10 @@ class SampleServer:
         self._steps_since_taking += 1
         for cohort in list(self._cohorts):
             try:
-                with metrics.STEP.time():
+                with metrics.STEP.time(), nullcontext() if cohort.is_warm else leases.watch.slow():
                     advance = cohort.batch.step()
+                cohort.is_warm = True
+                leases.watch.advance()
                 metrics.BATCH_ROWS.observe(len(advance.travelling))
                 self._fail_rows(cohort, advance, leases)
                 self._report(cohort, advance)

@@ -84,7 +84,12 @@ def test_a_row_that_breaks_the_network_fails_its_own_job_alone(worker: InProcess
 @pytest.mark.parametrize("how", [{"eta": 1}, {"sampler": "dpmpp_2m"}], ids=["each at its own step", "all together"])
 def test_where_memory_runs_out_smaller_batches_are_used_from_then_on(worker: InProcess, how: dict[str, Any]) -> None:
     model = worker.model("mixture-ring")
-    request: dict[str, Any] = {"seed": 5, "num_images": BATCH, "class_labels": [1] * BATCH, "guidance_type": "classifier-free"}
+    request: dict[str, Any] = {
+        "seed": 5,
+        "num_images": BATCH,
+        "class_labels": [1] * BATCH,
+        "guidance_type": "classifier-free",
+    }
 
     def sample() -> str:
         job_id = worker.submit(model, **request, **how)
