@@ -74,15 +74,28 @@ class Runtime:
         return list(self._models)
 
     def warm_up(self) -> None:
-        """Load the models that were sampled last, as far as there is room, and find their batch sizes."""
-        with self.registry.read() as session:
-            recent = models_sampled_last(session, self.settings.warm_models)
+        """Load the models that were sampled last, as far as there is room, and find their batch sizes.
+
+        Nothing that goes wrong here ends the worker. A model that ended a process while it was loaded is left out: its
+        mark is still there.
+        """
+        try:
+            with self.registry.read() as session:
+                recent = models_sampled_last(session, self.settings.warm_models)
+        except Exception:  # The database is away, or older than this process.
+            logger.exception("no model is loaded before its first request")
+            return
         for model_id, request in reversed(recent):
+            place = f"{socket.gethostname()}:{self.device}:{model_id}"
+            if not self.bus.mark_warming(place):
+                logger.warning("model %s is left out: a worker ended while it loaded it, or is loading it", model_id)
+                continue
             try:
                 self.load_model(model_id)
                 self.batch_sizes(model_id, guidance_of(SampleRequest.stored(request)), None)
             except Exception:  # A request for the model fails with the same error.
                 logger.exception("model %s could not be loaded", model_id)
+            self.bus.unmark_warming(place)
 
     def batch_sizes(self, model_id: str, guidance: Guidance, condition_shape: tuple[int, ...] | None) -> Sequence[int]:
         """The batch sizes that give a sample the same bits, for this device and such requests.

@@ -320,12 +320,17 @@ def samples_wait(session: Session) -> bool:
 
 
 def models_sampled_last(session: Session, count: int) -> list[tuple[str, dict[str, Any]]]:
-    """The models that were sampled last, newest first, each with its last request as stored."""
-    jobs = session.scalars(select(SampleJob).order_by(SampleJob.id.desc()).limit(1000))
-    requests: dict[str, dict[str, Any]] = {}
-    for job in jobs:
-        requests.setdefault(job.model_id, job.request)
-    return list(requests.items())[:count]
+    """The models that were sampled last, newest first, each with its last request as stored.
+
+    Models whose last use did not succeed are left out. Jobs that no worker began are no use of a model, and of those
+    that are being sampled it is not known yet, unless a worker was lost with them.
+    """
+    known = or_(SampleJob.state.in_(FINAL_STATES), SampleJob.losses > 0)
+    used = select(SampleJob).where(SampleJob.started_at.is_not(None), SampleJob.num_parts == 0, known)
+    last: dict[str, SampleJob] = {}
+    for job in session.scalars(used.order_by(SampleJob.id.desc()).limit(1000)):
+        last.setdefault(job.model_id, job)
+    return [(model_id, job.request) for model_id, job in last.items() if job.state == JobState.SUCCEEDED][:count]
 
 
 def delete_old_samples(session: Session, before: datetime, limit: int) -> int:

@@ -507,12 +507,26 @@ def test_leases_do_not_hang_on_the_clocks_of_workers(
 def test_the_models_sampled_last_come_with_their_last_requests(
     registry: Registry, add: Callable[..., str], model_id: str, other_model: str
 ) -> None:
-    add(request={"seed": 1})
-    add(request={"seed": 2}, model_id=other_model)
-    add(request={"seed": 3})
-    with registry.read() as session:
-        assert models_sampled_last(session, 2) == [(model_id, {"seed": 3}), (other_model, {"seed": 2})]
-        assert models_sampled_last(session, 1) == [(model_id, {"seed": 3})]
+    def used(seed: int, used_model: str, state: JobState = S, **fields: Any) -> None:
+        add(request={"seed": seed}, model_id=used_model, state=state, started_at=utc_now(), **fields)
+
+    def last(count: int) -> list[tuple[str, dict[str, Any]]]:
+        with registry.read() as session:
+            return models_sampled_last(session, count)
+
+    used(1, model_id)
+    used(2, other_model)
+    used(3, model_id)
+    add(request={"seed": 4}, model_id=other_model)  # Nobody knows yet what becomes of these two.
+    used(5, other_model, R)
+    both = [(model_id, {"seed": 3}), (other_model, {"seed": 2})]
+    assert (last(2), last(1)) == (both, both[:1])
+    used(6, model_id, F)
+    assert last(2) == both[1:]
+    used(7, other_model, R, losses=1)
+    assert last(2) == []
+    used(8, model_id)
+    assert last(2) == [(model_id, {"seed": 8})]
 
 
 def add_schedule(registry: Registry, model_id: str, version: int = 1) -> str:

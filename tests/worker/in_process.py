@@ -26,6 +26,7 @@ class SilentBus:
 
     def __init__(self) -> None:
         self.published: list[Any] = []
+        self.marks: set[str] = set()
 
     def publish(self, event: Any) -> None:
         self.published.append(event)
@@ -38,6 +39,14 @@ class SilentBus:
     def announce_models(self) -> None: ...
 
     def request_worker(self) -> None: ...
+
+    def mark_warming(self, place: str) -> bool:
+        is_new = place not in self.marks
+        self.marks.add(place)
+        return is_new
+
+    def unmark_warming(self, place: str) -> None:
+        self.marks.discard(place)
 
     def worker_started(self) -> None: ...
 
