@@ -7,6 +7,7 @@ import socket
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from service.shared.job_requests import SampleRequest
 from service.shared.logs import about
 from service.shared.settings import Settings
 from service.shared.signals import Bus
+from timetuner_core.models.folder_files import folder_hash
 from timetuner_core.models.loading import DiffusionModel, load_builtin, load_folder
 from timetuner_core.sampling.generate import Guidance
 from timetuner_core.sampling.rolling_batch import is_out_of_memory
@@ -33,6 +35,10 @@ from worker.lease import JobCancelledError, JobRefusedError, Lease, StepWatch, W
 from worker.traces import tuning_ended, tuning_span
 
 logger = logging.getLogger(__name__)
+
+
+class ChangedModelError(Exception):
+    """A model's files are not those that were registered."""
 
 
 class Runtime:
@@ -205,13 +211,25 @@ class Runtime:
 
     def _load(self, model_id: str) -> DiffusionModel:
         with self.registry.read() as session:
-            source: dict[str, Any] = session.get_one(Model, model_id).source
-        settings = self.settings
+            model = session.get_one(Model, model_id)
+        settings, source = self.settings, model.source
         dtype: torch.dtype = getattr(torch, settings.dtype)
         options: Any = {"dtype": dtype, "channels_last": settings.channels_last, "compile": settings.compile}
         if "builtin" in source:
             return load_builtin(source["builtin"], self.device, **options)
-        return load_folder(self.artifacts.local_folder(source["artifact"]), self.device, **options)
+        return load_folder(self._checked_folder(model), self.device, **options)
+
+    def _checked_folder(self, model: Model) -> Path:
+        """The folder of an uploaded model's files. Raises: ChangedModelError, if they are not those that came."""
+        key: str = model.source["artifact"]
+        found = folder_hash(self.artifacts.local_folder(key))
+        if found != model.content_hash and self.artifacts.drop_copy(key):
+            found = folder_hash(self.artifacts.local_folder(key))
+        if found != model.content_hash:
+            hashes = f"their hash is {found}, and was {model.content_hash}"
+            message = f"the files of model {model.name!r} ({model.id}) have changed since it was registered: {hashes}"
+            raise ChangedModelError(f"{message}; accepted: the files as they were, in {key} of the artifact store")
+        return self.artifacts.local_folder(key)
 
 
 def _sizes_key(

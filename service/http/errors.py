@@ -132,6 +132,13 @@ class UnavailableError(ServiceError):
     headers = {"Retry-After": "10"}  # noqa: RUF012
 
 
+class ImagesLostError(UnavailableError):
+    """The stored images of a job were damaged. The job is queued again."""
+
+    example = "the images of sampling job 'smp_01JD3K5V8Q2M4N6P7R9S0T1V2W' were damaged, and are sampled again"
+    headers = {"Retry-After": "2"}  # noqa: RUF012
+
+
 class DeadlineError(ServiceError):
     """A request whose deadline passed before a worker was free."""
 

@@ -295,6 +295,29 @@ def join_parts(session: Session, parent_id: str, join: Callable[[list[tuple[str,
     return ended(parent, parent.state, parent.artifact, error=parent.error)
 
 
+def fail_parent(session: Session, parent_id: str, error: str) -> Ended | None:
+    """End a request that was split, as its parts cannot be joined. None if it is over already."""
+    parent = session.get_one(SampleJob, parent_id, with_for_update=True, populate_existing=True)
+    if parent.state in FINAL_STATES:
+        return None
+    finish(session, parent, JobState.FAILED, error)
+    return ended(parent, parent.state, error=parent.error)
+
+
+def sample_again(session: Session, job_id: str, artifact: str) -> SampleJob:
+    """Queue a job again whose images, in this file, were damaged. One that has other images by now stays as it is.
+
+    A request that was split is sampled as a whole this time.
+    """
+    job = session.get_one(SampleJob, job_id, with_for_update=True, populate_existing=True)
+    if job.state == JobState.SUCCEEDED and job.artifact == artifact:
+        job.state, job.progress, job.losses = JobState.QUEUED, 0.0, 0
+        job.artifact, job.artifact_row, job.num_parts = None, 0, 0
+        job.started_at = job.finished_at = job.deadline_at = None
+        job.cancel_requested = False
+    return job
+
+
 @cache  # Only dispatchers need this statement, so it is made when it is first used.
 def _forgotten_parents() -> Select[Any]:
     part = aliased(SampleJob)
