@@ -160,7 +160,7 @@ def unpublish(session: Session, job_class: type[Job], job_id: str) -> None:
 # Statements are cached: dispatchers run these several times a second, and making one takes longer than running it.
 @cache
 def _expired(job_class: type[Job]) -> Select[Any]:
-    return select(job_class).where(_is_expired(job_class)).with_for_update(skip_locked=True)
+    return select(job_class.id).where(_is_expired(job_class)).order_by(job_class.id)
 
 
 @cache
@@ -171,12 +171,22 @@ def _unpublished(job_class: type[Job]) -> Select[Any]:
     return query.order_by(job_class.id).limit(bindparam("most"))
 
 
-def take_back_expired(session: Session, job_class: type[Job], max_attempts: int) -> list[Job]:
-    """Queue the jobs again whose leases expired. Returns those that are over instead.
+def expired_jobs(session: Session, job_class: type[Job]) -> Sequence[str]:
+    """The ids of the jobs whose leases expired."""
+    return session.scalars(_expired(job_class)).all()
+
+
+def take_back_expired(
+    session: Session, job_class: type[Job], max_attempts: int, job_id: str | None = None
+) -> list[Job]:
+    """Queue the jobs again whose leases expired, or one of them. Returns those that are over instead.
 
     A job is over if it was cancelled meanwhile, or if it has lost `max_attempts` workers since it last made progress.
     """
-    jobs = session.scalars(_expired(job_class)).all()
+    expired = select(job_class).where(_is_expired(job_class))
+    if job_id is not None:
+        expired = expired.where(job_class.id == job_id)
+    jobs = session.scalars(expired.with_for_update(skip_locked=True)).all()
     for job in jobs:
         job.losses += 1
         if job.cancel_requested:
