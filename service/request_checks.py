@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from service.http.errors import InvalidError, TooManyRequestsError
 from service.registry.jobs import count_queued
 from service.registry.models import why_not_ready
-from service.registry.tables import Job, Model
+from service.registry.tables import Model, TuningJob
 from service.shared.addresses import is_allowed
 from service.shared.job_requests import ALWAYS, SamplingSetting, Timesteps
 from service.shared.sampler_facts import sampler_facts
@@ -82,11 +82,20 @@ def check_timesteps(timesteps: Timesteps, num_steps: int, T: float) -> None:
         raise InvalidError(f"accepted as timesteps: strictly falling within [0, {T}]", loc, timesteps)
 
 
-def check_room(session: Session, job_class: type[Job], max_queued_jobs: int) -> None:
-    """Refuse a job when too many are waiting. Raises: TooManyRequestsError."""
-    queued = count_queued(session, job_class)
+def check_room(session: Session, max_queued_jobs: int, owner: str | None) -> None:
+    """Refuse a tuning job when too many are waiting, or as many of its key as there is room left for.
+
+    Raises: TooManyRequestsError.
+    """
+    queued = count_queued(session, TuningJob)
     if queued >= max_queued_jobs:
         raise TooManyRequestsError(f"{queued} jobs are queued; accepted: fewer than {max_queued_jobs}")
+    if owner is None:
+        return
+    own, room = count_queued(session, TuningJob, TuningJob.owner == owner), max_queued_jobs - queued
+    if own >= room:
+        accepted = f"fewer than the {room} that there is room for"
+        raise TooManyRequestsError(f"{own} jobs of this API key are queued; accepted: {accepted}")
 
 
 def check_webhook(url: str | None, settings: Settings) -> None:

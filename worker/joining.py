@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from ulid import ULID
 
 from service.registry.database import Registry
-from service.registry.samples import Ended, join_parts
-from service.shared.artifacts import ArtifactStore
+from service.registry.samples import Ended, fail_parent, join_parts
+from service.shared.artifacts import ArtifactStore, DamagedArtifactError
 
 logger = logging.getLogger(__name__)
 
@@ -15,23 +15,35 @@ logger = logging.getLogger(__name__)
 def join_all(registry: Registry, artifacts: ArtifactStore, parent_ids: Iterable[str]) -> list[Ended]:
     """Update requests that were split from the states of their parts. Returns the ends of those that are over.
 
-    A request whose images cannot be stored stays as it is, and the dispatcher tries again.
+    A request for which that fails stays as it is, and the dispatcher tries again. The others are joined.
     """
-
-    def join(places: list[tuple[str, int, int]]) -> str:
-        import numpy as np  # Only a process that joins something needs it.
-
-        artifact = f"samples/{ULID()}.npy"
-        artifacts.put_array(artifact, np.concatenate([artifacts.get_rows(*place) for place in places]))
-        return artifact
-
     over = []
     for parent_id in sorted(parent_ids):
         try:
-            with registry.write() as session:
-                ended = join_parts(session, parent_id, join)
-        except OSError:
+            ended = join_one(registry, artifacts, parent_id)
+        except Exception:  # The database or the artifacts are away, or something there is broken.
             logger.exception("the images of %s cannot be joined", parent_id)
             continue
         over += [ended] if ended else []
     return over
+
+
+def join_one(registry: Registry, artifacts: ArtifactStore, parent_id: str) -> Ended | None:
+    """Update a request that was split from the states of its parts. Returns its end if it is over.
+
+    If the images of a part are damaged, the request fails.
+    """
+
+    def join(places: list[tuple[str, int, int]]) -> str:
+        artifact = f"samples/{ULID()}.npy"
+        num_images = sum(count for _, _, count in places)
+        artifacts.put_arrays(artifact, num_images, (artifacts.get_rows(*place) for place in places))
+        return artifact
+
+    try:
+        with registry.write() as session:
+            return join_parts(session, parent_id, join)
+    except DamagedArtifactError as error:
+        logger.exception("the images of %s cannot be joined", parent_id)
+        with registry.write() as session:
+            return fail_parent(session, parent_id, f"the images of a part were damaged: {error}")

@@ -23,6 +23,10 @@ ROWS_PER_TRANSACTION = 500  # Short transactions keep other writers from waiting
 GRACE = timedelta(hours=1)
 
 
+class SweepError(ExceptionGroup):
+    """Something that is old could not be deleted, for these reasons."""
+
+
 class Sweeper:
     """Deletes requests for samples `keep_days` after they ended, and then their files. 0 keeps all.
 
@@ -34,28 +38,60 @@ class Sweeper:
         self._registry, self._artifacts = registry, artifacts
         self._keep = timedelta(days=keep_days)
         self._swept_at = -float("inf")
+        self._foreign: set[str] = set()  # Files that are not ours, each of which is logged once.
 
     def sweep_if_due(self) -> None:
+        """Sweep once a minute. Raises: SweepError, if some of it could not be done."""
         if self._keep and time.monotonic() - self._swept_at > SWEEP_SECONDS:
-            self.sweep(utc_now() - self._keep - GRACE)
             self._swept_at = time.monotonic()
+            self.sweep(utc_now() - self._keep - GRACE)
 
     def sweep(self, before: datetime) -> None:
+        """Delete what is older. Raises: SweepError, if some of it could not be deleted. All else is."""
+        errors = []
+        for part in (self._delete_keys, self._delete_registrations, self._delete_samples, self._delete_files):
+            try:
+                part(before)
+            except Exception as error:  # The database or the artifacts are away, or something there is broken.
+                errors.append(error)
+        if errors:
+            raise SweepError("not all that is old could be deleted", errors)
+
+    def _delete_keys(self, before: datetime) -> None:
         with self._registry.write() as session:
             session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at < before))
-        self._delete_registrations(before)
-        rows = sum(self._delete_rows(before))
-        old = [key for key in self._artifacts.files("samples") if _made_at(key) < before]
-        files = 0
+
+    def _delete_samples(self, before: datetime) -> None:
+        if rows := sum(self._delete_rows(before)):
+            logger.info("deleted %d samples", rows)
+
+    def _delete_files(self, before: datetime) -> None:
+        """Delete old files that no job refers to. One that cannot be deleted does not keep the others."""
+        old = [key for key in self._artifacts.files("samples") if (made := self._made_at(key)) and made < before]
+        files, errors = 0, []
         for first in range(0, len(old), ROWS_PER_TRANSACTION):
-            keys = old[first : first + ROWS_PER_TRANSACTION]
             with self._registry.read() as session:
-                unneeded = unreferenced(session, keys)
+                unneeded = unreferenced(session, old[first : first + ROWS_PER_TRANSACTION])
             for key in unneeded:
-                self._artifacts.remove(key)
-            files += len(unneeded)
-        if rows or files:
-            logger.info("deleted %d samples and %d files", rows, files)
+                try:
+                    self._artifacts.remove(key)
+                    files += 1
+                except OSError as error:
+                    errors.append(error)
+        if files:
+            logger.info("deleted %d files", files)
+        if errors:
+            raise SweepError(f"{len(errors)} files could not be deleted", errors)
+
+    def _made_at(self, key: str) -> datetime | None:
+        """The time at which a file of samples was made, which its name holds. None for a file that is not ours."""
+        try:
+            return ULID.from_str(key.rpartition("/")[2].removesuffix(".npy")).datetime
+        except ValueError:
+            if key not in self._foreign:
+                logger.warning("%s is no file of samples, and stays", key)
+                self._foreign.add(key)
+            return None
 
     def _delete_registrations(self, before: datetime) -> None:
         """Delete old registrations, and the files of those that did not become models."""
@@ -75,8 +111,3 @@ class Sweeper:
             yield count
             if count == 0:
                 return
-
-
-def _made_at(key: str) -> datetime:
-    """The time at which a file of samples was made. Its name holds it."""
-    return ULID.from_str(key.rpartition("/")[2].removesuffix(".npy")).datetime

@@ -7,30 +7,38 @@ import socket
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from celery import Celery
+from sqlalchemy.orm import Session
 
 from service.registry.database import Registry, is_away
-from service.registry.jobs import Claim, LeaseLostError, claim, finish, hand_back, unpublish
+from service.registry.jobs import Claim, LeaseLostError, claim, finish, hand_back, next_tuning_jobs, unpublish
 from service.registry.samples import models_sampled_last
-from service.registry.tables import Job, JobState, Model
+from service.registry.tables import Job, JobState, Model, TuningJob
 from service.shared.artifacts import ArtifactStore
 from service.shared.job_requests import SampleRequest
 from service.shared.logs import about
 from service.shared.settings import Settings
 from service.shared.signals import Bus
+from timetuner_core.models.folder_files import folder_hash
 from timetuner_core.models.loading import DiffusionModel, load_builtin, load_folder
 from timetuner_core.sampling.generate import Guidance
+from timetuner_core.sampling.rolling_batch import is_out_of_memory
 from timetuner_core.sampling.same_bits import all_sizes, steady_sizes
 from timetuner_core.tuning.problem import TuningProblem
 from worker import metrics
 from worker.conversion import guidance_of
-from worker.lease import JobCancelledError, JobRefusedError, Lease, WorkerStoppingError
+from worker.lease import JobCancelledError, JobRefusedError, Lease, StepWatch, WorkerStoppingError
 from worker.traces import tuning_ended, tuning_span
 
 logger = logging.getLogger(__name__)
+
+
+class ChangedModelError(Exception):
+    """A model's files are not those that were registered."""
 
 
 class Runtime:
@@ -72,15 +80,28 @@ class Runtime:
         return list(self._models)
 
     def warm_up(self) -> None:
-        """Load the models that were sampled last, as far as there is room, and find their batch sizes."""
-        with self.registry.read() as session:
-            recent = models_sampled_last(session, self.settings.warm_models)
+        """Load the models that were sampled last, as far as there is room, and find their batch sizes.
+
+        Nothing that goes wrong here ends the worker. A model that ended a process while it was loaded is left out: its
+        mark is still there.
+        """
+        try:
+            with self.registry.read() as session:
+                recent = models_sampled_last(session, self.settings.warm_models)
+        except Exception:  # The database is away, or older than this process.
+            logger.exception("no model is loaded before its first request")
+            return
         for model_id, request in reversed(recent):
+            place = f"{socket.gethostname()}:{self.device}:{model_id}"
+            if not self.bus.mark_warming(place):
+                logger.warning("model %s is left out: a worker ended while it loaded it, or is loading it", model_id)
+                continue
             try:
                 self.load_model(model_id)
                 self.batch_sizes(model_id, guidance_of(SampleRequest.stored(request)), None)
             except Exception:  # A request for the model fails with the same error.
                 logger.exception("model %s could not be loaded", model_id)
+            self.bus.unmark_warming(place)
 
     def batch_sizes(self, model_id: str, guidance: Guidance, condition_shape: tuple[int, ...] | None) -> Sequence[int]:
         """The batch sizes that give a sample the same bits, for this device and such requests.
@@ -88,14 +109,11 @@ class Runtime:
         Without `same_bits`, all sizes are allowed.
         """
         most = self.settings.sample_batch_size
-        if not self.settings.same_bits:
-            return all_sizes(most)
-        guided = None if guidance.interval else guidance.guides
-        length = condition_shape[0] if condition_shape else None
-        key = (model_id, guidance.type, guided, length)
+        key = _sizes_key(model_id, guidance, condition_shape)
+        if key not in self._sizes and not self.settings.same_bits:
+            self._sizes[key] = all_sizes(most)
         if key not in self._sizes:
-            model = self.load_model(model_id)
-            sizes = steady_sizes(model, guidance.type, most, self.device, guided=guided, condition_length=length)
+            sizes = self._steady_sizes(model_id, guidance, condition_shape)
             self._sizes[key] = sizes
             found = {"model": model_id, "guidance": guidance.type, "batch_sizes": sizes}
             if sizes[-1] == most:
@@ -107,6 +125,29 @@ class Runtime:
                 logger.warning(advice, most, extra=found)
         return self._sizes[key]
 
+    def keep_batch_sizes(
+        self, model_id: str, guidance: Guidance, condition_shape: tuple[int, ...] | None, sizes: Sequence[int]
+    ) -> None:
+        """Use only these batch sizes for such requests from now on: memory does not hold the larger ones."""
+        self._sizes[_sizes_key(model_id, guidance, condition_shape)] = tuple(sizes)
+
+    def _steady_sizes(
+        self, model_id: str, guidance: Guidance, condition_shape: tuple[int, ...] | None
+    ) -> tuple[int, ...]:
+        """Try batches up to the largest that memory holds. Raises: the errors of the network."""
+        model, (*_, guided, length) = self.load_model(model_id), _sizes_key(model_id, guidance, condition_shape)
+        largest_first = all_sizes(self.settings.sample_batch_size)[::-1]
+        for most in largest_first:
+            try:
+                return steady_sizes(model, guidance.type, most, self.device, guided=guided, condition_length=length)
+            except Exception as error:
+                if most == 1 or not is_out_of_memory(error):
+                    raise
+                logger.warning("memory does not hold a batch of %d of model %s", most, model_id)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        raise AssertionError("the size 1 is always tried")
+
     def problem(self, tuning_job_id: str, make: Callable[[], TuningProblem]) -> TuningProblem:
         """The problem of a tuning job. That of the last job is kept for its next task."""
         if self._problem is None or self._problem[0] != tuning_job_id:
@@ -117,6 +158,8 @@ class Runtime:
     def run(self, job_class: type[Job], job_id: str, work: Callable[["Runtime", Lease], None]) -> bool:
         """Claim a job and work on it. Its end is stored in the registry, however it ends.
 
+        Instead of a tuning job another one is claimed if it is that one's turn: each has a message of its own.
+
         `work` stores a success itself. If it fails because the database is away, the lease expires, and another worker
         continues the job.
 
@@ -124,12 +167,10 @@ class Runtime:
             False if the job is over, another worker has it, this worker is stopping, or the database went away.
         """
         with self.registry.write() as session:
-            if self.stopping.is_set():
-                unpublish(session, job_class, job_id)
-                return False
-            claimed = claim(session, job_class, job_id, self.owner, self.settings.lease_seconds)
+            claimed = self._claim(session, job_class, job_id)
         if claimed is None:
             return False
+        job_id = claimed.job_id
         ids = about(job_id=job_id, request_id=claimed.request_id)
         with ids, self._lease(claimed) as lease, tuning_span(claimed):
             try:
@@ -150,22 +191,56 @@ class Runtime:
                 _finish(lease, JobState.FAILED, f"{type(error).__name__}: {error}")
         return True
 
+    def _claim(self, session: Session, job_class: type[Job], job_id: str) -> Claim | None:
+        """Claim the job, or the tuning job whose turn it is. A worker that is stopping has it published again."""
+        candidates = [*next_tuning_jobs(session), job_id] if job_class is TuningJob else [job_id]
+        if self.stopping.is_set():
+            unpublish(session, job_class, candidates[0])
+            return None
+        for candidate in candidates:
+            if claimed := claim(session, job_class, candidate, self.owner, self.settings.lease_seconds):
+                return claimed
+        return None
+
     def _lease(self, claimed: Claim) -> Lease:
-        return Lease(self.registry, claimed, self.settings.lease_seconds, self.stopping)
+        return Lease(self.registry, claimed, self.settings.lease_seconds, self.stopping, self.step_watch())
+
+    def step_watch(self) -> StepWatch:
+        """A watch over the steps of jobs that begin now."""
+        return StepWatch(self.settings.step_seconds, self.settings.max_step_seconds)
 
     def _load(self, model_id: str) -> DiffusionModel:
         with self.registry.read() as session:
             row = session.get_one(Model, model_id)
-            source: dict[str, Any] = row.source
-            t_start: float | None = row.spec.get("t_start")
-        settings = self.settings
+        settings, source = self.settings, row.source
         dtype: torch.dtype = getattr(torch, settings.dtype)
         options: Any = {"dtype": dtype, "channels_last": settings.channels_last, "compile": settings.compile}
         if "builtin" in source:
             model = load_builtin(source["builtin"], self.device, **options)
         else:
-            model = load_folder(self.artifacts.local_folder(source["artifact"]), self.device, **options)
+            model = load_folder(self._checked_folder(row), self.device, **options)
+        t_start: float | None = row.spec.get("t_start")
         return model if t_start is None else model.starting_at(t_start)
+
+    def _checked_folder(self, model: Model) -> Path:
+        """The folder of an uploaded model's files. Raises: ChangedModelError, if they are not those that came."""
+        key: str = model.source["artifact"]
+        found = folder_hash(self.artifacts.local_folder(key))
+        if found != model.content_hash and self.artifacts.drop_copy(key):
+            found = folder_hash(self.artifacts.local_folder(key))
+        if found != model.content_hash:
+            hashes = f"their hash is {found}, and was {model.content_hash}"
+            message = f"the files of model {model.name!r} ({model.id}) have changed since it was registered: {hashes}"
+            raise ChangedModelError(f"{message}; accepted: the files as they were, in {key} of the artifact store")
+        return self.artifacts.local_folder(key)
+
+
+def _sizes_key(
+    model_id: str, guidance: Guidance, condition_shape: tuple[int, ...] | None
+) -> tuple[str, str, bool | None, int | None]:
+    """What the batch sizes of a request depend on."""
+    guided = None if guidance.interval else guidance.guides
+    return model_id, guidance.type, guided, condition_shape[0] if condition_shape else None
 
 
 def pick_device(name: str) -> torch.device:

@@ -5,8 +5,10 @@ import logging
 import time
 from collections.abc import Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from service.registry.tables import JobState, Schedule
 from service.registry.types import utc_now
 from service.shared.image_formats import to_preview
 from service.shared.job_requests import SampleRequest
-from timetuner_core.sampling.rolling_batch import Advance, RollingBatch, Row, decode
+from timetuner_core.sampling.rolling_batch import Advance, RollingBatch, Row
 from worker import metrics
 from worker.conversion import guidance_of, rows_of
 from worker.joining import join_all
@@ -45,6 +47,7 @@ class Cohort:
 
     Attributes:
         followed: requests of those jobs whose steps are published, as somebody may follow them.
+        is_warm: whether it has made a step. The first one may compile the network.
     """
 
     key: Hashable
@@ -52,6 +55,7 @@ class Cohort:
     batch: RollingBatch
     claims: dict[str, SampleClaim] = field(default_factory=dict)
     followed: dict[str, SampleRequest] = field(default_factory=dict)
+    is_warm: bool = False
 
     def add(self, claim: SampleClaim, request: SampleRequest, rows: list[Row]) -> None:
         self.batch.add(rows)
@@ -99,7 +103,8 @@ class SampleServer:
     def serve(self) -> None:
         """Sample until there are no jobs, and none comes for a moment."""
         self._runtime.bus.worker_started()
-        with SampleLeases(self._runtime.registry, self._runtime.settings.lease_seconds) as leases:
+        seconds, watch = self._runtime.settings.lease_seconds, self._runtime.step_watch()
+        with SampleLeases(self._runtime.registry, seconds, watch) as leases:
             try:
                 while self._serve_until_idle(leases):
                     pass
@@ -114,6 +119,7 @@ class SampleServer:
         with self._runtime.bus.subscribe_to_work() as work:
             more = True
             while not self.stopping or self._cohorts:
+                leases.watch.advance()
                 if more and not self.stopping and self._is_time_to_take():
                     more = self._try_to_take(leases)
                 if self._stop_by is not None and time.monotonic() > self._stop_by:
@@ -166,13 +172,15 @@ class SampleServer:
                 room,
                 at_work or self._runtime.models_held(),
                 only_these=bool(at_work),
+                is_empty=not at_work,
             )
             schedules = {claim.job.schedule_id for claim in claims if claim.job.schedule_id}
             found = {schedule_id: session.get_one(Schedule, schedule_id) for schedule_id in schedules}
         leases.add(claims)
         for claim in claims:
             try:
-                self._join(claim, found.get(claim.job.schedule_id or ""))
+                with leases.watch.slow():
+                    self._join(claim, found.get(claim.job.schedule_id or ""))
             except Exception as error:
                 if is_away(error):  # The lease expires, and the job is claimed again.
                     leases.drop([claim.job_id])
@@ -196,6 +204,7 @@ class SampleServer:
         rows = rows_of(claim.job, request, model, schedule)
         guidance = guidance_of(request)
         shapes = [None if c is None else tuple(c.shape) for c in (rows[0].condition, rows[0].uncond_condition)]
+        sizes_of = (claim.job.model_id, guidance, shapes[0])
         eta = float(request.eta)
         key: list[Any] = [claim.job.model_id, request.sampler, eta, guidance.type, guidance.guides]
         key += [guidance.rescale, guidance.interval, request.clipping, *shapes]
@@ -204,9 +213,10 @@ class SampleServer:
             request.sampler,
             guidance,
             eta,
-            self._runtime.batch_sizes(claim.job.model_id, guidance, shapes[0]),
+            self._runtime.batch_sizes(*sizes_of),
             self._runtime.device,
-            self._runtime.settings.sample_batch_size,
+            max(self._runtime.settings.sample_batch_size, len(rows)),  # A larger job takes several calls a step.
+            partial(self._runtime.keep_batch_sizes, *sizes_of),
         )
         if not batch.mixes_steps:
             key += [tuple(rows[0].timesteps.tolist())]
@@ -224,9 +234,12 @@ class SampleServer:
         self._steps_since_taking += 1
         for cohort in list(self._cohorts):
             try:
-                with metrics.STEP.time():
+                with metrics.STEP.time(), nullcontext() if cohort.is_warm else leases.watch.slow():
                     advance = cohort.batch.step()
+                cohort.is_warm = True
+                leases.watch.advance()
                 metrics.BATCH_ROWS.observe(len(advance.travelling))
+                self._fail_rows(cohort, advance, leases)
                 self._report(cohort, advance)
                 self._hand_in(cohort, advance, leases)
             except Exception as error:
@@ -234,8 +247,17 @@ class SampleServer:
                 self._fail(cohort.claims.values(), error, leases)
                 self._cohorts.remove(cohort)
                 continue
-            if not cohort.batch.rows:
+            if not (cohort.batch.rows and cohort.claims):
                 self._cohorts.remove(cohort)
+
+    def _fail_rows(self, cohort: Cohort, advance: Advance, leases: SampleLeases) -> None:
+        """End the jobs of which a row failed, though it was tried alone. No other job of the batch is concerned."""
+        for row, error in advance.failed:
+            if claim := cohort.pop(str(row.owner)):
+                logger.error("%s failed at seed %d", claim.job_id, row.seed, exc_info=error, extra=_ids([claim]))
+                self._fail([claim], error, leases)
+                if cohort.batch.rows:
+                    cohort.batch.discard(claim.job_id)
 
     def _give_up(self, leases: SampleLeases) -> None:
         lost, cancelled = leases.given_up()
@@ -263,11 +285,17 @@ class SampleServer:
             if request.previews:
                 previews.setdefault(shown, []).append(k)
         if steps:
-            images = {shown: self._preview(cohort, advance, rows) for shown, rows in previews.items()}
+            images = {}
+            for shown, indices in previews.items():
+                try:
+                    images[shown] = self._preview(cohort, advance, indices)
+                except Exception:  # Previews are not worth a job. Networks and devices have errors of their own.
+                    logger.exception("no preview of %s", shown)
+                    images[shown] = None
             self._runtime.bus.publish({"steps": steps, "previews": images})
 
     def _preview(self, cohort: Cohort, advance: Advance, rows: list[int]) -> str | None:
-        images = decode(cohort.batch.model, advance.x0[torch.tensor(rows)], cohort.batch.batch_sizes)
+        images = cohort.batch.decode(advance.x0[torch.tensor(rows)])
         preview = to_preview(images.float().cpu().numpy())
         return None if preview is None else base64.b64encode(preview).decode()
 

@@ -54,7 +54,8 @@ def tune(
                 if not is_away(error):
                     raise
                 logger.warning("the database is away; to be saved later: %s", error.orig)
-        sampler.runtime.give_way()
+        with lease.watch.paused():  # Samples, which may go first, are watched by themselves.
+            sampler.runtime.give_way()
     lease.persist(lambda: _save(sampler, state, write, steps, saved))
 
 

@@ -36,7 +36,9 @@ def tune_by_tasks(runtime: Runtime, lease: Lease, sampler: TunedSampler) -> Tuni
     while _open_tasks(runtime, job_id):
         lease.check()
         task_id = _next_free(runtime, job_id)
-        if task_id is None or not runtime.run(TuningTask, task_id, run_tuning_task):
+        with lease.watch.paused():  # A task is watched by itself.
+            has_run = task_id is not None and runtime.run(TuningTask, task_id, run_tuning_task)
+        if not has_run:
             time.sleep(POLL_SECONDS)
     with runtime.registry.read() as session:
         return load_state(read_job(session, job_id), sampler.timesteps)

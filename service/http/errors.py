@@ -129,6 +129,14 @@ class JobFailedError(ServiceError):
     example = "sampling job 'smp_01JD3K5V8Q2M4N6P7R9S0T1V2W' has failed: its images are not finite"
 
 
+class ImagesLostError(ServiceError):
+    """The stored images of a job were damaged. The job is queued again."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    example = "the images of sampling job 'smp_01JD3K5V8Q2M4N6P7R9S0T1V2W' were damaged, and are sampled again"
+    headers = {"Retry-After": "2"}  # noqa: RUF012
+
+
 class DeadlineError(ServiceError):
     """A request whose deadline passed before a worker was free."""
 

@@ -27,7 +27,7 @@ from service.shared.artifacts import ArtifactStore
 from service.shared.settings import Settings
 from service.state import AppState
 from timetuner_core.catalog import BUILTIN_FOLDERS, builtin_specs
-from timetuner_core.models.folder_files import ModelFormatError, check_files, files_of, model_files
+from timetuner_core.models.folder_files import ModelFormatError, check_files, folder_hash
 
 LOOK_INTERVAL_SECONDS = 0.1  # A waiting request looks this often whether a worker has described its model.
 
@@ -192,15 +192,6 @@ def delete_model(registry: Registry, caller: Caller, artifacts: ArtifactStore, m
         caller.record(session, "delete_model", model_id)
     if artifact:
         artifacts.remove(artifact)
-
-
-def folder_hash(folder: Path) -> str:
-    """SHA-256 over the names and contents of a model's files."""
-    digest = hashlib.sha256()
-    for name in model_files(files_of(folder)):
-        with (folder / name).open("rb") as file:
-            digest.update(f"{name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
 
 
 def _insert(registry: Registry, caller: Caller, model: Model, once: Once | None) -> tuple[Model, bool]:

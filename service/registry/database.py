@@ -153,7 +153,7 @@ def _sqlite_engine(url: Any) -> Engine:
         # The driver would begin transactions by itself, and too late.
         connection.isolation_level = None
         # A connection caches 500 KiB of pages, not 2 MiB: there are dozens, and the system caches the file, too.
-        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "cache_size=-500"):
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "cache_size=-500"):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")

@@ -4,13 +4,14 @@ The registry is the truth and the broker only a notification: the worker that cl
 that is lost, late or doubled does no harm. The database's clock decides when a lease has expired.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from typing import Any
 
 from sqlalchemy import ColumnElement, Float, Select, bindparam, case, func, or_, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from service.registry.tables import (
     FINAL_STATES,
@@ -159,7 +160,7 @@ def unpublish(session: Session, job_class: type[Job], job_id: str) -> None:
 # Statements are cached: dispatchers run these several times a second, and making one takes longer than running it.
 @cache
 def _expired(job_class: type[Job]) -> Select[Any]:
-    return select(job_class).where(_is_expired(job_class)).with_for_update(skip_locked=True)
+    return select(job_class.id).where(_is_expired(job_class)).order_by(job_class.id)
 
 
 @cache
@@ -170,12 +171,22 @@ def _unpublished(job_class: type[Job]) -> Select[Any]:
     return query.order_by(job_class.id).limit(bindparam("most"))
 
 
-def take_back_expired(session: Session, job_class: type[Job], max_attempts: int) -> list[Job]:
-    """Queue the jobs again whose leases expired. Returns those that are over instead.
+def expired_jobs(session: Session, job_class: type[Job]) -> Sequence[str]:
+    """The ids of the jobs whose leases expired."""
+    return session.scalars(_expired(job_class)).all()
+
+
+def take_back_expired(
+    session: Session, job_class: type[Job], max_attempts: int, job_id: str | None = None
+) -> list[Job]:
+    """Queue the jobs again whose leases expired, or one of them. Returns those that are over instead.
 
     A job is over if it was cancelled meanwhile, or if it has lost `max_attempts` workers since it last made progress.
     """
-    jobs = session.scalars(_expired(job_class)).all()
+    expired = select(job_class).where(_is_expired(job_class))
+    if job_id is not None:
+        expired = expired.where(job_class.id == job_id)
+    jobs = session.scalars(expired.with_for_update(skip_locked=True)).all()
     for job in jobs:
         job.losses += 1
         if job.cancel_requested:
@@ -219,6 +230,29 @@ def mark_published(session: Session, job_class: type[Job], job_ids: list[str]) -
     session.execute(update(job_class).where(named).values(published_at=FromNow()))
 
 
-def count_queued(session: Session, job_class: type[Job]) -> int:
-    """The number of jobs that wait for a worker."""
-    return session.scalar(select(func.count()).where(job_class.state == JobState.QUEUED)) or 0
+def count_queued(session: Session, job_class: type[Job], *conditions: ColumnElement[bool]) -> int:
+    """The number of jobs that wait for a worker and fulfil the conditions."""
+    return session.scalar(select(func.count()).where(job_class.state == JobState.QUEUED, *conditions)) or 0
+
+
+def next_tuning_jobs(session: Session, limit: int = 10) -> Sequence[str]:
+    """Queued tuning jobs by the turns of the keys that asked for them, and by age.
+
+    A job's place is the number of jobs of its key that are run or queued before it. Among equals the key goes first
+    whose last job was begun the longest ago.
+    """
+    owner = func.coalesce(TuningJob.owner, "")
+    before = func.row_number().over(partition_by=owner, order_by=TuningJob.id)
+    queued = select(TuningJob.id, owner.label("owner"), before.label("before"))
+    waiting = queued.where(TuningJob.state == JobState.QUEUED).subquery()
+    running = select(owner.label("owner"), func.count().label("jobs")).where(TuningJob.state == JobState.RUNNING)
+    at_work = running.group_by(owner).subquery()
+    begun = aliased(TuningJob)
+    last = select(func.max(begun.started_at))
+    last_begun = case(
+        (waiting.c.owner == "", last.where(begun.owner.is_(None)).scalar_subquery()),
+        else_=last.where(begun.owner == waiting.c.owner).scalar_subquery(),
+    )
+    query = select(waiting.c.id).outerjoin(at_work, at_work.c.owner == waiting.c.owner)
+    place = waiting.c.before + func.coalesce(at_work.c.jobs, 0)
+    return session.scalars(query.order_by(place, last_begun.is_not(None), last_begun, waiting.c.id).limit(limit)).all()

@@ -7,7 +7,24 @@ from datetime import datetime, timedelta
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Float, Row, Select, Table, bindparam, case, delete, exists, insert, or_, select, update
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    Float,
+    Row,
+    Select,
+    Table,
+    and_,
+    bindparam,
+    case,
+    delete,
+    exists,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.orm import Session, aliased
 
 from service.registry.jobs import Claim, claimed_by, finish, hand_back
@@ -16,6 +33,8 @@ from service.registry.types import FromNow, first_id, utc_now
 
 # Jobs of models that a worker has loaded go before others, until one of the others has waited this long.
 PATIENCE_SECONDS = 1.0
+# A job of low priority that has waited this long takes turns with the urgent ones.
+AGEING_SECONDS = 30.0
 LATE = "dropped: no worker was free before its deadline"
 
 
@@ -54,16 +73,70 @@ def ended(
 _ROWS: Table = SampleJob.__table__  # type: ignore[assignment]
 
 
-def _next_jobs(*order: Any) -> Select[Any]:
-    waiting = select(_ROWS).where(SampleJob.state == JobState.QUEUED, SampleJob.num_parts == 0)
-    ordered = waiting.order_by(SampleJob.priority, *order, SampleJob.id).limit(bindparam("most"))
-    return ordered.with_for_update(skip_locked=True)
+_WAITS = (SampleJob.state == JobState.QUEUED) & (SampleJob.num_parts == 0)
+_URGENCY = case((SampleJob.created_at < bindparam("aged_since"), 0), else_=SampleJob.priority)
+_HELD = SampleJob.model_id.in_(bindparam("models", expanding=True))
+_BY_MODEL = case((_HELD, 0), (SampleJob.created_at < bindparam("impatient_since"), 0), else_=1)
+_OWNER = func.coalesce(SampleJob.owner, "")
+
+
+def _next_jobs_of_flows() -> Select[Any]:
+    """The next jobs, by urgency, whether their model is held, fairness among flows, and age.
+
+    A flow is what one key asked for at one priority. Flows take turns by images: a job's place is the number of images
+    of its flow that are being sampled or queued before it. Among equals the flow goes first whose last job was begun
+    the longest ago. PostgreSQL locks no rows of a query with window functions, so these are in a subquery.
+    """
+    images = func.sum(SampleJob.num_images)
+    before = images.over(partition_by=(_OWNER, SampleJob.priority), order_by=(_URGENCY, _BY_MODEL, SampleJob.id))
+    queued = select(
+        SampleJob.id,
+        _OWNER.label("owner"),
+        SampleJob.priority,
+        _URGENCY.label("urgency"),
+        _BY_MODEL.label("by_model"),
+        (before - SampleJob.num_images).label("images_before"),
+    )
+    queued_jobs = queued.where(_WAITS).cte("queued")
+    running = select(_OWNER.label("owner"), SampleJob.priority, images.label("images"))
+    running = running.where(SampleJob.state == JobState.RUNNING, SampleJob.num_parts == 0)
+    at_work = running.group_by(_OWNER, SampleJob.priority).cte("running")
+    flow = select(queued_jobs.c.owner, queued_jobs.c.priority).distinct().cte("flow")
+    begun = aliased(SampleJob)
+    last = select(func.max(begun.started_at)).where(begun.priority == flow.c.priority)
+    last_begun = case(
+        (flow.c.owner == "", last.where(begun.owner.is_(None)).scalar_subquery()),
+        else_=last.where(begun.owner == flow.c.owner).scalar_subquery(),
+    )
+    # SQLite would look for the last job of a flow once for each of its jobs.
+    flows = select(flow, last_begun.label("last_begun")).cte("flows").prefix_with("MATERIALIZED")
+
+    def same_flow(other: CTE) -> ColumnElement[bool]:
+        return and_(other.c.owner == queued_jobs.c.owner, other.c.priority == queued_jobs.c.priority)
+
+    jobs = select(_ROWS).join(queued_jobs, queued_jobs.c.id == _ROWS.c.id).join(flows, same_flow(flows))
+    ordered = jobs.outerjoin(at_work, same_flow(at_work)).order_by(
+        queued_jobs.c.urgency,
+        queued_jobs.c.by_model,
+        queued_jobs.c.images_before + func.coalesce(at_work.c.images, 0),
+        flows.c.last_begun.is_not(None),
+        flows.c.last_begun,
+        queued_jobs.c.id,
+    )
+    # A row that another worker has claimed meanwhile is read again when it is locked.
+    return ordered.where(_ROWS.c.state == JobState.QUEUED)
+
+
+def _first(jobs: Select[Any]) -> Select[Any]:
+    return jobs.limit(bindparam("most")).with_for_update(of=_ROWS, skip_locked=True)
 
 
 # Statements are made once: a worker claims every few steps, and making a statement takes longer than running it.
-_NEXT = _next_jobs()
-_HELD = SampleJob.model_id.in_(bindparam("models", expanding=True))
-_NEXT_BY_MODEL = _next_jobs(case((_HELD, 0), (SampleJob.created_at < bindparam("impatient_since"), 0), else_=1))
+_NUM_FLOWS = select(func.count()).select_from(
+    select(_OWNER, SampleJob.priority).where(_WAITS).distinct().limit(2).subquery()
+)
+_NEXT = _first(select(_ROWS).where(_WAITS).order_by(_URGENCY, _BY_MODEL, SampleJob.id))
+_NEXT_OF_FLOWS = _first(_next_jobs_of_flows())  # It gives the same where there is one flow, in five times the time.
 _ADD = insert(_ROWS)
 _CLAIM = (
     update(_ROWS)
@@ -85,28 +158,45 @@ def add_samples(session: Session, jobs: Sequence[SampleJob]) -> None:
 
 
 def claim_samples(
-    session: Session, owner: str, lease_seconds: float, room: int, models: Collection[str], only_these: bool
+    session: Session,
+    owner: str,
+    lease_seconds: float,
+    room: int,
+    models: Collection[str],
+    only_these: bool,
+    is_empty: bool = False,
 ) -> tuple[list[SampleClaim], list[Ended], bool]:
     """Claim the next jobs, up to `room` images together.
 
-    Jobs come by priority and age. Jobs of `models`, which the worker has loaded, go first, until another has waited for
-    `PATIENCE_SECONDS`. With `only_these`, the first job of another model ends the search.
+    Jobs come by priority, by turns of the keys that asked for them, and by age. One that has waited for
+    `AGEING_SECONDS` is as urgent as any. Jobs of `models`, which the worker has loaded, go first, until another has
+    waited for `PATIENCE_SECONDS`. With `only_these`, the first job of another model ends the search.
+
+    A job waits until there is room for all its images, and no other overtakes it. A worker that `is_empty`, which has
+    no images at all, takes the first job however large it is: no worker might ever have that much room.
 
     Returns:
         The claims, the ends of jobs whose deadline has passed, and whether there may be more jobs.
     """
     now, most = utc_now(), max(room, 1)
-    parameters: dict[str, Any] = {"most": most}
-    if models:
-        parameters |= {"models": list(models), "impatient_since": now - timedelta(seconds=PATIENCE_SECONDS)}
-    candidates: Any = session.connection().execute(_NEXT_BY_MODEL if models else _NEXT, parameters).all()
+    parameters = {
+        "most": most,
+        "models": list(models),
+        # Without any model that is held, all jobs are the same.
+        "impatient_since": now - timedelta(seconds=PATIENCE_SECONDS) if models else now + timedelta(days=1),
+        "aged_since": now - timedelta(seconds=AGEING_SECONDS),
+    }
+    connection = session.connection()
+    has_flows = (connection.scalar(_NUM_FLOWS) or 0) > 1
+    candidates: Any = connection.execute(_NEXT_OF_FLOWS if has_flows else _NEXT, parameters).all()
     allowed = set(models)
     taken: list[SampleJob] = []
     late: list[SampleJob] = []
     for job in candidates:
+        fits = job.num_images <= room or (is_empty and not taken)
         if job.deadline_at is not None and job.deadline_at < now:
             late.append(session.get_one(SampleJob, job.id))
-        elif job.num_images > room or (job.model_id not in allowed and (only_these or taken)):
+        elif not fits or (job.model_id not in allowed and (only_these or taken)):
             break
         else:
             if job.model_id not in allowed:
@@ -205,6 +295,29 @@ def join_parts(session: Session, parent_id: str, join: Callable[[list[tuple[str,
     return ended(parent, parent.state, parent.artifact, error=parent.error)
 
 
+def fail_parent(session: Session, parent_id: str, error: str) -> Ended | None:
+    """End a request that was split, as its parts cannot be joined. None if it is over already."""
+    parent = session.get_one(SampleJob, parent_id, with_for_update=True, populate_existing=True)
+    if parent.state in FINAL_STATES:
+        return None
+    finish(session, parent, JobState.FAILED, error)
+    return ended(parent, parent.state, error=parent.error)
+
+
+def sample_again(session: Session, job_id: str, artifact: str) -> SampleJob:
+    """Queue a job again whose images, in this file, were damaged. One that has other images by now stays as it is.
+
+    A request that was split is sampled as a whole this time.
+    """
+    job = session.get_one(SampleJob, job_id, with_for_update=True, populate_existing=True)
+    if job.state == JobState.SUCCEEDED and job.artifact == artifact:
+        job.state, job.progress, job.losses = JobState.QUEUED, 0.0, 0
+        job.artifact, job.artifact_row, job.num_parts = None, 0, 0
+        job.started_at = job.finished_at = job.deadline_at = None
+        job.cancel_requested = False
+    return job
+
+
 @cache  # Only dispatchers need this statement, so it is made when it is first used.
 def _forgotten_parents() -> Select[Any]:
     part = aliased(SampleJob)
@@ -230,12 +343,17 @@ def samples_wait(session: Session) -> bool:
 
 
 def models_sampled_last(session: Session, count: int) -> list[tuple[str, dict[str, Any]]]:
-    """The models that were sampled last, newest first, each with its last request as stored."""
-    jobs = session.scalars(select(SampleJob).order_by(SampleJob.id.desc()).limit(1000))
-    requests: dict[str, dict[str, Any]] = {}
-    for job in jobs:
-        requests.setdefault(job.model_id, job.request)
-    return list(requests.items())[:count]
+    """The models that were sampled last, newest first, each with its last request as stored.
+
+    Models whose last use did not succeed are left out. Jobs that no worker began are no use of a model, and of those
+    that are being sampled it is not known yet, unless a worker was lost with them.
+    """
+    known = or_(SampleJob.state.in_(FINAL_STATES), SampleJob.losses > 0)
+    used = select(SampleJob).where(SampleJob.started_at.is_not(None), SampleJob.num_parts == 0, known)
+    last: dict[str, SampleJob] = {}
+    for job in session.scalars(used.order_by(SampleJob.id.desc()).limit(1000)):
+        last.setdefault(job.model_id, job)
+    return [(model_id, job.request) for model_id, job in last.items() if job.state == JobState.SUCCEEDED][:count]
 
 
 def delete_old_samples(session: Session, before: datetime, limit: int) -> int:

@@ -110,6 +110,7 @@ class TuningJob(Job):
         Index(None, "state", "published_at"),
         Index(None, "owner", "id"),
         Index(None, "owner", "state", "id"),
+        Index(None, "owner", "started_at"),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("job"))
@@ -309,7 +310,7 @@ class SampleJob(Job):
     """
 
     __tablename__ = "sample_jobs"
-    __table_args__ = (Index(None, "state", "priority", "id"),)
+    __table_args__ = (Index(None, "state", "priority", "id"), Index(None, "owner", "priority", "started_at"))
 
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("smp"))
     owner: Mapped[str | None]  # The API key that asked, or null if none was needed.

@@ -1,6 +1,8 @@
 """/v1/samples"""
 
 import hashlib
+import logging
+import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Request, Response
@@ -12,6 +14,7 @@ from service.access.idempotency import GivenKey, Once
 from service.http.errors import (
     ConflictError,
     DeadlineError,
+    ImagesLostError,
     InvalidError,
     JobFailedError,
     NotAcceptableError,
@@ -24,7 +27,7 @@ from service.http.errors import (
 from service.http.fields import JSON_TYPE, PathId, require_json
 from service.http.preferences import Prefer, read_preference
 from service.models.logic import get_model
-from service.registry.samples import LATE, Ended
+from service.registry.samples import LATE, Ended, sample_again
 from service.registry.tables import FINAL_STATES, JobState, SampleJob
 from service.registry.types import new_id
 from service.samples.content import negotiate
@@ -34,9 +37,12 @@ from service.samples.state import Samples, SamplesState
 from service.samples.submitting import Submission
 from service.samples.waiting import stream_events, wait_for_end
 from service.shared import telemetry
+from service.shared.artifacts import DamagedArtifactError
 from service.shared.image_formats import FORMATS
 from service.shared.job_requests import SampleRequest
 from service.state import AppState, State
+
+logger = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1/samples", tags=["samples"])
 Accept = Annotated[str, Header(include_in_schema=False)]
@@ -96,17 +102,20 @@ async def sample(
         once = Once.of(caller, "sample", idempotency_key, body.model_dump_json())
         waits_for = None if respond_async else accept
         submission = Submission(job_id, body, waits_for, telemetry.traceparent(), caller, once)
-        with samples.admission.admit(body.num_images):
+        with samples.admission.admit(body.num_images, caller.owner):
             job = await samples.submissions.add(submission)
         if job.state == JobState.SUCCEEDED or job.id != job_id:
-            samples.admission.spared(body.num_images)
+            samples.admission.spared(body.num_images, caller.owner)
         samples.admission.refresh()
         if respond_async:
             return _accepted(job)
-        end = await wait_for_end(state, caller, request if once is None else None, job, events, seconds)
-    if end is None:
-        return _accepted(await run_in_threadpool(read_job, state, caller, job.id))
-    return await run_in_threadpool(_content, state, samples, job, end, accept, None)
+        waiting, deadline = request if once is None else None, time.monotonic() + seconds
+        while end := await wait_for_end(state, caller, waiting, job, events, deadline - time.monotonic()):
+            try:
+                return await run_in_threadpool(_content, state, samples, job, end, accept, None)
+            except ImagesLostError:
+                job = await run_in_threadpool(read_job, state, caller, job.id)
+    return _accepted(await run_in_threadpool(read_job, state, caller, job.id))
 
 
 @router.get("/{job_id}", operation_id="get_sample_job", responses=error_responses(NotFoundError))
@@ -128,7 +137,9 @@ def cancel_sample_job(caller: MaySample, job_id: PathId, state: State) -> Sample
     responses={
         **CONTENT,
         304: {"description": "The client has it already: see If-None-Match."},
-        **error_responses(NotFoundError, NotAcceptableError, ConflictError, JobFailedError, DeadlineError),
+        **error_responses(
+            NotFoundError, NotAcceptableError, ConflictError, JobFailedError, ImagesLostError, DeadlineError
+        ),
     },
 )
 def get_sample_content(
@@ -139,7 +150,11 @@ def get_sample_content(
     accept: Accept = "*/*",
     if_none_match: IfNoneMatch = None,
 ) -> Response:
-    """The images of a sampling job, in any format, as often as wanted."""
+    """The images of a sampling job, in any format, as often as wanted.
+
+    Where the stored images turn out to be damaged, the job is queued again, and 503 says so: the same seed gives the
+    same images.
+    """
     job = read_job(state, caller, job_id)
     if job.state not in FINAL_STATES:
         raise ConflictError(f"sampling job {job_id!r} is {job.state}; accepted: one that has succeeded")
@@ -174,7 +189,7 @@ def _accepted(job: SampleJob) -> Response:
 def _content(
     state: AppState, samples: SamplesState, job: SampleJob, end: Ended, accept: str, if_none_match: str | None
 ) -> Response:
-    """The images of a job that is over."""
+    """The images of a job that is over. Raises: ImagesLostError, and the job is queued again."""
     if end.state != JobState.SUCCEEDED or end.artifact is None:
         detail = f"sampling job {job.id!r} has {end.state}: {end.error}"
         raise DeadlineError(detail) if end.error == LATE else JobFailedError(detail)
@@ -189,7 +204,15 @@ def _content(
     }
     if if_none_match is not None and (if_none_match.strip() == "*" or etag in if_none_match):
         return Response(status_code=304, headers=headers)
-    images = state.artifacts.get_rows(end.artifact, end.artifact_row, job.num_images)
+    try:
+        images = state.artifacts.get_rows(end.artifact, end.artifact_row, job.num_images)
+    except DamagedArtifactError as error:
+        logger.warning("the images of %s are sampled again: %s", job.id, error)
+        with state.registry.write() as session:
+            sample_again(session, job.id, end.artifact)
+        state.bus.announce_samples()
+        detail = f"the images of sampling job {job.id!r} were damaged, and are sampled again"
+        raise ImagesLostError(f"{detail}; accepted: the same request, once it has succeeded") from error
     return Response(FORMATS[media_type](images), headers=headers, media_type=media_type)
 
 

@@ -3,10 +3,12 @@
 import hashlib
 import io
 import math
+import os
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 from uuid import uuid4
 
 import fsspec
@@ -16,17 +18,36 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+# A file of samples is a `.npy` file, and behind the array the digests of its header and of each row, and a mark.
+DIGEST_BYTES = 16
+DIGESTS_END_HERE = b"TTSUMS1\n"
+
+
+class DamagedArtifactError(Exception):
+    """A file is missing or cut off, or its content is not what was stored."""
+
+
 class ArtifactStore:
-    """Files under one URL. A file appears whole, under its final name, or not at all."""
+    """Files under one URL. A file appears whole, under its final name, or not at all.
+
+    On a local disk, it is there after a power cut, too, once it was stored. Other stores promise that themselves.
+    """
 
     def __init__(self, url: str) -> None:
         self.fs, self.root = fsspec.core.url_to_fs(url)
+        self._is_local = isinstance(self.fs, LocalFileSystem)
 
-    def put(self, key: str, content: bytes) -> None:
+    def put(self, key: str, content: Iterable[bytes | memoryview]) -> None:
+        """Store a file, whose content is given in pieces."""
         partial = self._path(f"partial/{uuid4().hex}")
         self.fs.makedirs(self._path("partial"), exist_ok=True)
         try:
-            self.fs.pipe_file(partial, content)
+            with self.fs.open(partial, "wb") as file:
+                for piece in content:
+                    file.write(piece)
+                if self._is_local:
+                    file.flush()
+                    os.fsync(file.fileno())
             self._publish(partial, key)
         except BaseException:
             self._remove(partial)
@@ -36,38 +57,41 @@ class ArtifactStore:
         """Store a folder under a new key. The key must not be used by others before this returns."""
         try:
             self.fs.put(f"{folder}/", f"{self._path(key)}/", recursive=True)
+            if self._is_local:
+                stored = Path(self._path(key))
+                for path in (*stored.rglob("*"), stored, stored.parent, stored.parent.parent):
+                    _flush_to_disk(path)
         except BaseException:
             self._remove(self._path(key))
             raise
 
-    def get(self, key: str) -> bytes:
-        content: bytes = self.fs.cat_file(self._path(key))
-        return content
-
     def put_array(self, key: str, array: "NDArray[Any]") -> None:
-        """Keep an array as a `.npy` file."""
-        import numpy as np  # Not every process with artifacts has arrays.
+        """Keep an array as a `.npy` file, with a digest of each row."""
+        self.put_arrays(key, len(array), [array])
 
-        buffer = io.BytesIO()
-        np.save(buffer, array, allow_pickle=False)
-        self.put(key, buffer.getvalue())
+    def put_arrays(self, key: str, num_rows: int, arrays: "Iterable[NDArray[Any]]") -> None:
+        """Keep arrays as one, of `num_rows` rows together. Only one of them is in memory at a time."""
+        self.put(key, _pieces(num_rows, arrays))
 
     def get_rows(self, key: str, first: int, count: int) -> "NDArray[Any]":
-        """Some rows of an array that `put_array` kept; nothing else of the file is read."""
-        import numpy as np
+        """Some rows of an array that `put_array` kept; little else of the file is read.
 
-        with self.fs.open(self._path(key), "rb") as file:
-            np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            row_bytes = dtype.itemsize * math.prod(shape[1:])
-            file.seek(first * row_bytes, io.SEEK_CUR)
-            return np.frombuffer(file.read(count * row_bytes), dtype).reshape(count, *shape[1:])
+        Raises:
+            DamagedArtifactError: the file is missing, or the rows are not those that were stored.
+        """
+        try:
+            with self.fs.open(self._path(key), "rb") as file:
+                return _read_rows(file, first, count)
+        except FileNotFoundError:
+            raise DamagedArtifactError(f"{key} is missing") from None
+        except ValueError as error:
+            raise DamagedArtifactError(f"{key} is damaged: {error}") from error
 
     def local_folder(self, key: str) -> Path:
         """The folder as one on this machine: itself, or a copy fetched from a remote store."""
-        if isinstance(self.fs, LocalFileSystem):
+        if self._is_local:
             return Path(self._path(key))
-        cache = Path(tempfile.gettempdir()) / f"timetuner-{hashlib.sha256(self.root.encode()).hexdigest()[:16]}" / key
+        cache = self._copy_of(key)
         if not cache.exists():
             partial = cache.with_name(f"{cache.name}.{uuid4().hex}")
             self.fs.get(f"{self._path(key)}/", f"{partial}/", recursive=True)
@@ -79,6 +103,13 @@ class ArtifactStore:
                     raise
         return cache
 
+    def drop_copy(self, key: str) -> bool:
+        """Delete this machine's copy of a remote folder, to be fetched again. False if the store is local."""
+        if self._is_local:
+            return False
+        shutil.rmtree(self._copy_of(key), ignore_errors=True)
+        return True
+
     def files(self, folder: str) -> list[str]:
         """The keys of all files in a folder, at any depth."""
         self.fs.invalidate_cache()
@@ -88,9 +119,17 @@ class ArtifactStore:
     def remove(self, key: str) -> None:
         self._remove(self._path(key))
 
+    def _copy_of(self, key: str) -> Path:
+        store = hashlib.sha256(self.root.encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"timetuner-{store}" / key
+
     def _publish(self, partial: str, key: str) -> None:
-        self.fs.makedirs(self._path(key).rpartition("/")[0], exist_ok=True)
-        self.fs.mv(partial, self._path(key), recursive=True)
+        final, folder = self._path(key), self._path(key).rpartition("/")[0]
+        self.fs.makedirs(folder, exist_ok=True)
+        self.fs.mv(partial, final, recursive=True)
+        if self._is_local:
+            for path in (folder, self.root):
+                _flush_to_disk(Path(path))
 
     def _remove(self, path: str) -> None:
         if self.fs.exists(path):
@@ -98,3 +137,73 @@ class ArtifactStore:
 
     def _path(self, key: str) -> str:
         return f"{self.root}/{key}"
+
+
+def _flush_to_disk(path: Path) -> None:
+    """Have the system write a file, or a folder's list of files, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(content: bytes | memoryview) -> bytes:
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
+
+
+def _pieces(num_rows: int, arrays: "Iterable[NDArray[Any]]") -> Iterator[bytes | memoryview]:
+    """A file of samples: the header of `.npy`, the rows, and the digests of both. Raises: ValueError."""
+    import numpy as np  # Not every process with artifacts has arrays.
+
+    digests: list[bytes] = []
+    for array in arrays:
+        rows = np.ascontiguousarray(array)
+        if not digests:
+            header = io.BytesIO()
+            described = {"descr": rows.dtype.str, "fortran_order": False, "shape": (num_rows, *rows.shape[1:])}
+            np.lib.format.write_array_header_1_0(header, described)
+            digests.append(_digest(header.getvalue()))
+            yield header.getvalue()
+        digests += [_digest(row.data.cast("B")) for row in rows]
+        yield rows.data.cast("B")
+    if len(digests) != 1 + num_rows:
+        raise ValueError(f"{len(digests) - 1} rows were given; accepted: {num_rows}")
+    yield b"".join(digests) + DIGESTS_END_HERE
+
+
+def _read_rows(file: IO[bytes], first: int, count: int) -> "NDArray[Any]":
+    """Rows of a file of samples. Files of releases before there were digests end with the array.
+
+    Raises:
+        ValueError: the file is not what was stored.
+    """
+    import numpy as np
+
+    try:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    except OSError:
+        raise
+    except Exception as error:  # Python's tokenizer reads the header, and has errors of its own.
+        raise ValueError(f"its header cannot be read: {error}") from error
+    begin, size = file.tell(), file.seek(0, io.SEEK_END)
+    row_bytes = dtype.itemsize * math.prod(shape[1:])
+    end = begin + shape[0] * row_bytes
+    with_digests = end + DIGEST_BYTES * (1 + shape[0]) + len(DIGESTS_END_HERE)
+    if size not in (end, with_digests) or first + count > shape[0]:
+        raise ValueError(f"it has {size} bytes and {shape[0]} rows")
+    file.seek(begin + first * row_bytes)
+    content = file.read(count * row_bytes)
+    if size == with_digests:
+        rows = (memoryview(content)[k * row_bytes : (k + 1) * row_bytes] for k in range(count))
+        found = b"".join(_digest(row) for row in rows)
+        file.seek(end + DIGEST_BYTES * (1 + first))
+        if file.read(DIGEST_BYTES * count) != found:
+            raise ValueError("the rows have changed since they were stored")
+        file.seek(0)
+        header = _digest(file.read(begin))
+        file.seek(end)
+        if file.read(DIGEST_BYTES) != header:
+            raise ValueError("the header has changed since it was stored")
+    return np.frombuffer(content, dtype).reshape(count, *shape[1:])

@@ -43,6 +43,9 @@ class Settings(BaseSettings):
     on_demand_queues: list[str] = []  # `timetuner up` starts the workers of these queues with their first job.
 
     lease_seconds: float = Field(15.0, gt=0)  # A worker loses a job whose lease it does not renew for this long.
+    # A step that takes longer, and ten times as long as any before it, hangs: the worker ends and loses its jobs.
+    step_seconds: float = Field(300.0, gt=0)
+    max_step_seconds: float = Field(1800.0, gt=0)  # The limit of every step. The first one has it: it may compile.
     max_attempts: int = Field(5, ge=1)
     dispatch_interval_seconds: float = Field(0.5, gt=0)
     republish_seconds: float = Field(30.0, gt=0)  # A message this old whose queue is empty was lost.

@@ -23,6 +23,8 @@ MODEL_CHANNEL = "timetuner:model-bell"
 EVENTS_CHANNEL = "timetuner:samples"
 WORKER_REQUESTED_KEY = "timetuner:bell-sent"
 WORKER_REQUESTED_MILLISECONDS = 1000
+WARMING_KEY = "timetuner:warming"
+WARMING_SECONDS = 3600
 SAMPLE_TASK, SAMPLE_QUEUE = "worker.serve_samples", "sampling"
 
 logger = logging.getLogger(__name__)
@@ -102,6 +104,23 @@ class Bus:
             return bool(self._redis.llen(SAMPLE_QUEUE))
         except redis.RedisError:
             return False
+
+    def mark_warming(self, place: str) -> bool:
+        """Mark that a model is loaded before it is needed. False if it is marked, or the broker cannot be reached.
+
+        The mark outlives the process, so that one that ends by loading does not do so at each of its starts.
+        """
+        try:
+            return bool(self._redis.set(f"{WARMING_KEY}:{place}", b"", nx=True, ex=WARMING_SECONDS))
+        except redis.RedisError:
+            return False
+
+    def unmark_warming(self, place: str) -> None:
+        """The model was loaded, or could not be: in any case the process goes on."""
+        try:
+            self._redis.delete(f"{WARMING_KEY}:{place}")
+        except redis.RedisError:
+            logger.warning("the broker cannot be reached")
 
     def worker_started(self) -> None:
         """A worker has taken the request, so the next request is for another worker."""

@@ -49,7 +49,7 @@ def submit(
         return get_job(session, caller, job_id)
 
     def make(session: Session) -> TuningJob:
-        check_room(session, TuningJob, settings.max_queued_jobs)
+        check_room(session, settings.max_queued_jobs, caller.owner)
         model = get_requested_model(session, request.model)
         _check(request, model.spec)
         calls = _check_size(request, model.spec, settings)

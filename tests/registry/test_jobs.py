@@ -10,6 +10,7 @@ from typing import TypeVar
 import pytest
 from sqlalchemy import func, select
 
+from service.http.errors import TooManyRequestsError
 from service.registry.database import Registry
 from service.registry.jobs import (
     Claim,
@@ -19,6 +20,7 @@ from service.registry.jobs import (
     finish,
     hand_back,
     mark_published,
+    next_tuning_jobs,
     renew,
     request_cancel,
     take_back_expired,
@@ -35,6 +37,7 @@ from service.registry.tables import (
     TuningTask,
 )
 from service.registry.types import utc_now
+from service.request_checks import check_room
 
 pytestmark = pytest.mark.both_engines
 
@@ -380,3 +383,46 @@ def test_the_version_of_a_deleted_schedule_is_not_given_again(registry: Registry
             session.delete(schedule)
     with registry.write() as session:
         session.delete(session.get_one(Model, model_id))  # and its counts
+
+
+def test_keys_take_turns_at_tuning_however_many_jobs_one_of_them_has(registry: Registry, model_id: str) -> None:
+    owners = ["key_a"] * 5 + ["key_b", "key_b", None]
+    with registry.write() as session:
+        for k, owner in enumerate(owners):
+            session.add(TuningJob(id=f"job_{k}", owner=owner, model_id=model_id, request={}))
+    order = []
+    for _ in owners:
+        with registry.write() as session:
+            job_id = next_tuning_jobs(session)[0]
+            claimed = claim(session, TuningJob, job_id, "w", 60)
+            assert claimed is not None
+            order.append(job_id)
+        with registry.write() as session:  # One worker: nothing is running when it takes the next one.
+            finish(session, session.get_one(TuningJob, job_id), JobState.SUCCEEDED)
+    assert order == ["job_0", "job_5", "job_7", "job_1", "job_6", "job_2", "job_3", "job_4"]
+
+
+def test_a_key_whose_jobs_are_being_run_waits_for_its_next_turn(registry: Registry, model_id: str) -> None:
+    with registry.write() as session:
+        for k, owner in enumerate(["key_a"] * 4 + ["key_b"] * 3):
+            session.add(TuningJob(id=f"job_{k}", owner=owner, model_id=model_id, request={}))
+    with registry.write() as session:
+        for job_id in ("job_0", "job_1"):
+            claim(session, TuningJob, job_id, "w", 60)
+    with registry.read() as session:
+        assert next_tuning_jobs(session) == ["job_4", "job_5", "job_6", "job_2", "job_3"]
+
+
+def test_a_key_that_floods_the_queue_leaves_room_for_others(registry: Registry, model_id: str) -> None:
+    def queued(owner: str | None) -> int:
+        """How many more tuning jobs there is room for."""
+        count = 0
+        with registry.write() as session, pytest.raises(TooManyRequestsError):
+            while True:
+                check_room(session, 9, owner)
+                session.add(TuningJob(owner=owner, model_id=model_id, request={}))
+                session.flush()
+                count += 1
+        return count
+
+    assert [queued(owner) for owner in ("flood", "flood", "late", "later", None)] == [5, 0, 2, 1, 1]

@@ -14,6 +14,7 @@ from service.http.errors import InvalidError
 from service.registry.database import Registry
 from service.registry.jobs import request_cancel, take_back_expired
 from service.registry.samples import (
+    AGEING_SECONDS,
     LATE,
     PATIENCE_SECONDS,
     Ended,
@@ -155,6 +156,16 @@ def test_as_many_images_are_taken_as_there_is_room_for(
     assert [claim.job.num_images for claim in claims] == expected
 
 
+def test_a_worker_that_has_nothing_takes_the_first_job_however_large(
+    registry: Registry, add: Callable[..., str]
+) -> None:
+    small, large = add(num_images=1), add(num_images=9)
+    for expected in ([small], [large], []):
+        with registry.write() as session:
+            claims, _, _ = claim_samples(session, "w", LEASE_SECONDS, 4, [], only_these=False, is_empty=True)
+        assert [claim.job_id for claim in claims] == expected
+
+
 @pytest.mark.parametrize(
     ("room", "sizes", "more"),
     [(4, [], False), (4, [1, 1], False), (2, [1, 1, 1], True), (4, [1, 4], True), (4, [5], True), (0, [1], True)],
@@ -210,6 +221,46 @@ def test_a_model_to_be_loaded_comes_by_itself_as_others_may_have_to_go_for_it(
     assert taken(registry) == [held]
     assert taken(registry) == [other]
     assert taken(registry, models=[model_id, other_model]) == [also_held, another_other]
+
+
+def test_keys_take_turns_however_many_jobs_one_of_them_has(registry: Registry, add: Callable[..., str]) -> None:
+    flood = [add(owner="key_a") for _ in range(20)]
+    others = [add(owner="key_b"), add(owner="key_c"), add(owner="key_b")]
+    assert taken(registry, room=5) == [flood[0], *others[:2], flood[1], others[2]]
+    assert taken(registry, room=2) == flood[2:4]
+
+
+def test_a_key_is_served_next_to_one_whose_jobs_fill_the_batch_each_time(
+    registry: Registry, add: Callable[..., str]
+) -> None:
+    flood = [add(owner="key_a", num_images=8) for _ in range(6)]
+    late = [add(owner="key_b", num_images=8) for _ in range(2)]
+    order = []
+    for _ in range(6):
+        (claim,), _ = take(registry, room=8)
+        end(registry, [claim])
+        order.append(claim.job_id)
+    # Both begin with nothing that was sampled, so that age decides; then they take turns.
+    assert order == [flood[0], late[0], flood[1], late[1], flood[2], flood[3]]
+
+
+def test_turns_are_counted_in_images_and_those_being_sampled_count(registry: Registry, add: Callable[..., str]) -> None:
+    running = add(owner="key_a", num_images=6)
+    assert taken(registry) == [running]
+    large = add(owner="key_a", num_images=1)
+    small = [add(owner="key_b", num_images=2) for _ in range(5)]
+    assert taken(registry, room=8) == small[:4]
+    assert taken(registry) == [large, small[4]]
+
+
+def test_jobs_that_nobody_waits_for_have_a_turn_once_they_have_waited_long(
+    registry: Registry, add: Callable[..., str]
+) -> None:
+    old = [add(priority=1, created_at=utc_now() - timedelta(seconds=AGEING_SECONDS + 5)) for _ in range(3)]
+    young = add(priority=1)
+    urgent = [add() for _ in range(3)]
+    assert taken(registry, room=4) == [old[0], urgent[0], old[1], urgent[1]]
+    assert taken(registry) == [old[2], urgent[2], young]
 
 
 def test_jobs_whose_deadline_has_passed_are_dropped_and_told(registry: Registry, add: Callable[..., str]) -> None:
@@ -456,12 +507,26 @@ def test_leases_do_not_hang_on_the_clocks_of_workers(
 def test_the_models_sampled_last_come_with_their_last_requests(
     registry: Registry, add: Callable[..., str], model_id: str, other_model: str
 ) -> None:
-    add(request={"seed": 1})
-    add(request={"seed": 2}, model_id=other_model)
-    add(request={"seed": 3})
-    with registry.read() as session:
-        assert models_sampled_last(session, 2) == [(model_id, {"seed": 3}), (other_model, {"seed": 2})]
-        assert models_sampled_last(session, 1) == [(model_id, {"seed": 3})]
+    def used(seed: int, used_model: str, state: JobState = S, **fields: Any) -> None:
+        add(request={"seed": seed}, model_id=used_model, state=state, started_at=utc_now(), **fields)
+
+    def last(count: int) -> list[tuple[str, dict[str, Any]]]:
+        with registry.read() as session:
+            return models_sampled_last(session, count)
+
+    used(1, model_id)
+    used(2, other_model)
+    used(3, model_id)
+    add(request={"seed": 4}, model_id=other_model)  # Nobody knows yet what becomes of these two.
+    used(5, other_model, R)
+    both = [(model_id, {"seed": 3}), (other_model, {"seed": 2})]
+    assert (last(2), last(1)) == (both, both[:1])
+    used(6, model_id, F)
+    assert last(2) == both[1:]
+    used(7, other_model, R, losses=1)
+    assert last(2) == []
+    used(8, model_id)
+    assert last(2) == [(model_id, {"seed": 8})]
 
 
 def add_schedule(registry: Registry, model_id: str, version: int = 1) -> str:

@@ -89,3 +89,45 @@ def test_a_lull_is_not_taken_for_time_in_which_jobs_were_served(registry: Regist
         clock.now += 0.5
         admission.ended(1)
     assert admission.rate == pytest.approx(2)
+
+
+def test_a_slow_rate_is_forgotten_once_nothing_has_ended_for_long(registry: Registry, clock: Clock) -> None:
+    admission = Admission(registry, 1000, 60, clock)
+    for _ in range(20):
+        with admission.admit(5):
+            pass
+    admission.ended(5)
+    clock.now += 100
+    admission.ended(5)  # One image in 20 s: the 90 that are left would take half an hour.
+    assert admission.rate == pytest.approx(0.05)
+    assert admission._seconds_to_room() > 1000
+    clock.now += 299
+    assert admission.rate == pytest.approx(0.05)  # The next end is not yet missed.
+    clock.now += 2
+    assert admission.rate is None
+    assert admission._seconds_to_room() == 0
+
+
+def test_a_key_that_floods_the_queue_leaves_room_for_others(registry: Registry, clock: Clock) -> None:
+    admission = Admission(registry, 9, 1000, clock)
+
+    def admitted(key: str | None) -> int:
+        """How many more requests of a key there is room for."""
+        count = 0
+        while admission._seconds_to_room(key) == 0:
+            count += 1
+            with admission.admit(1, key):
+                pass
+        return count
+
+    assert [admitted(key) for key in ("flood", "flood", "late", "later")] == [5, 0, 2, 1]
+    assert admitted(None) == 1  # Where no keys are needed, all of the queue is anybody's.
+
+
+def test_a_key_has_its_share_of_the_time_that_requests_may_wait(registry: Registry, clock: Clock) -> None:
+    admission = Admission(registry, 1000, 10, clock)
+    served(admission, clock, *[1] * 4)  # Two a second, and one waits: 20 images are 10 seconds.
+    with admission.admit(15, "flood"):
+        pass
+    assert admission._seconds_to_room("flood") == pytest.approx((16 + 15 - 20) / 2)
+    assert admission._seconds_to_room("other") == 0

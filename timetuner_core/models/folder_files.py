@@ -1,5 +1,6 @@
 """Reading a model folder's JSON and the headers of its safetensors files, without PyTorch. Nothing is unpickled."""
 
+import hashlib
 import json
 import re
 from collections.abc import Collection
@@ -108,6 +109,15 @@ def _one_or_sharded(files: list[str]) -> list[str]:
 def files_of(path: Path) -> list[str]:
     """The names of a folder's files, two levels deep, as `MODEL_FILES` gives them."""
     return [file.relative_to(path).as_posix() for depth in ("*", "*/*") for file in path.glob(depth) if file.is_file()]
+
+
+def folder_hash(folder: Path) -> str:
+    """SHA-256 over the names and contents of a model's files, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name in model_files(files_of(folder)):
+        with (folder / name).open("rb") as file:
+            digest.update(f"{name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Sampling many requests at once, each at its own step: who is done leaves, and who comes joins at the next step."""
 
-from collections.abc import Hashable, Sequence
+import logging
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ from timetuner_core.samplers import (
     with_history,
 )
 from timetuner_core.sampling.generate import UNGUIDED_SCALES, Guidance, batches
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,12 +70,27 @@ class Travelling:
 @dataclass(frozen=True)
 class Advance:
     """The result of a step: the owners' rows that are done, in the order they joined, with images
-    `(len(done), *image_shape)`; and every row's step and predicted x0 `(rows, *sample_shape)`."""
+    `(len(done), *image_shape)`; every other row's step and predicted x0 `(rows, *sample_shape)`; and the rows that
+    failed, each with its error."""
 
     done: list[Row]
     images: Tensor | None
     travelling: list[Travelling]
     x0: Tensor
+    failed: list[tuple[Row, Exception]] = field(default_factory=list)
+
+
+class NoBatchFitsError(Exception):
+    """The memory does not hold the smallest batch."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, of whatever device: PyTorch raises a `RuntimeError` for the processor's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        text in str(error) for text in ("out of memory", "DefaultCPUAllocator")
+    )
 
 
 @dataclass
@@ -81,9 +101,13 @@ class RollingBatch:
     A row's bits depend on its request alone, not on its company: batches are padded to one of `batch_sizes`, between
     which the network's rows do not differ (see `batching.steady_sizes`).
 
+    Where a network batch raises an error, its halves are tried, down to single rows: only rows that fail alone have
+    failed. Where memory runs out, the batch size that was too large is removed from `batch_sizes`.
+
     Attributes:
         guidance: its scale is each row's own; guided and unguided rows do not mix.
         batch_sizes: rising. capacity: the most rows it holds; default the largest batch size.
+        on_smaller_sizes: called with the batch sizes that are left when memory ran out.
     """
 
     model: DiffusionModel
@@ -93,6 +117,7 @@ class RollingBatch:
     batch_sizes: Sequence[int]
     device: torch.device | str = "cpu"
     capacity: int | None = None
+    on_smaller_sizes: Callable[[Sequence[int]], None] = lambda sizes: None
     rows: list[Travelling] = field(default_factory=list)
     x: Tensor | None = None
     history: tuple[Past, ...] = ()
@@ -141,8 +166,12 @@ class RollingBatch:
     def step(self) -> Advance:
         """Move every row on by one step of its own."""
         assert self.x is not None
-        parts = [self._move(index, count) for index, count in batches(len(self.rows), self.batch_sizes)]
-        x_s, x0 = (torch.cat(part) for part in zip(*parts, strict=True))
+        noise = self._noise(self.x)
+        moved, errors = self._in_batches(len(self.rows), lambda index, count: self._move(index, count, noise))
+        failed = self._remove(errors)
+        if not moved:
+            return Advance([], None, [], torch.empty(0), failed)
+        x_s, x0 = (torch.cat(part) for part in zip(*moved, strict=True))
         if length := get_sampler(self.sampler).history_length:
             # Only multistep samplers have a history; their rows all start together, so row 0's time is every row's.
             first = self.rows[0]
@@ -151,32 +180,106 @@ class RollingBatch:
         self.x = x_s
         for travelling in self.rows:
             travelling.step += 1
-        return self._advance(x0)
+        return self._advance(x0, failed)
 
-    def _move(self, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """x_s and x0 of the rows at `index`, of which the first `count` are wanted."""
+    def decode(self, x: Tensor) -> Tensor:
+        """Images of latents, at the network's batch sizes. Raises: the error of the first that cannot be decoded."""
+        images, errors = self._decode(x)
+        for error in errors.values():
+            raise error
+        return torch.cat(images)
+
+    def _decode(self, x: Tensor) -> tuple[list[Tensor], dict[int, Exception]]:
+        return self._in_batches(len(x), lambda index, count: self.model.decode(x[index.to(x.device)])[:count])
+
+    def _in_batches(self, count: int, run: Callable[[Tensor, int], T]) -> tuple[list[T], dict[int, Exception]]:
+        """Run something for so many rows in batches, and where one fails, for its halves.
+
+        Args:
+            run: is given the batch's indices `(B,)`, and how many of them it is for, as `batches` gives them.
+
+        Returns:
+            The results, by rising rows, and the errors of the rows that failed alone, by their indices.
+        """
+        results: list[T] = []
+        errors: dict[int, Exception] = {}
+        waiting = [(0, count)]
+        while waiting:
+            start, end = waiting.pop()
+            if end - start > self.batch_sizes[-1]:
+                middle = start + self.batch_sizes[-1]
+                waiting += [(middle, end), (start, middle)]
+                continue
+            ((index, held),) = batches(end - start, self.batch_sizes)
+            try:
+                results.append(run(start + index, held))
+                continue
+            except Exception as error:  # Networks, samplers and devices have errors of their own.
+                failure = error
+            if is_out_of_memory(failure):
+                failure.__traceback__ = None  # Its frames hold the tensors that took the memory.
+                if self._use_smaller_batches(len(index)):
+                    waiting.append((start, end))
+                    continue
+                accepted = "a smaller SAMPLE_BATCH_SIZE, SAME_BITS=false, or a device with more memory"
+                message = f"memory does not hold a batch of {len(index)}; accepted: {accepted}; {failure}"
+                errors |= dict.fromkeys(range(start, end), NoBatchFitsError(message))
+            elif end - start == 1:
+                errors[start] = failure
+            else:
+                middle = (start + end) // 2
+                waiting += [(middle, end), (start, middle)]
+        return results, errors
+
+    def _use_smaller_batches(self, size: int) -> bool:
+        """Use only batch sizes below `size` from now on. Returns whether there are any."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        smaller = [known for known in self.batch_sizes if known < size]
+        if smaller:
+            logger.warning("memory does not hold a batch of %d; from now on they have up to %d", size, smaller[-1])
+            self.batch_sizes = smaller
+            self.on_smaller_sizes(smaller)
+        return bool(smaller)
+
+    def _move(self, index: Tensor, count: int, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x_s and x0 of the rows at `index`, of which the first `count` are wanted.
+
+        Args:
+            noise: of all rows, `(rows, *sample_shape)`. The rows that fill the batch up repeat the last one's.
+        """
         assert self.x is not None
         here = index.to(self.x.device)
         step_fn, x = self._step_fn(index), self.x[here]
         history = tuple(Past(past.t, past.x[here], past.x0[here]) for past in self.history)
         kwargs: dict[str, Any] = {**self._conditions(index), **with_history(step_fn, history)}
-        noise = self._noise(x, index[:count]) if adds_noise(step_fn, self.eta) else None
-        x_s, x0 = step_fn(x, *self._times(index), self.eta, noise, **kwargs)
+        x_s, x0 = step_fn(x, *self._times(index), self.eta, None if noise is None else noise[here], **kwargs)
         return x_s[:count], x0[:count]
 
-    def _advance(self, x0: Tensor) -> Advance:
+    def _advance(self, x0: Tensor, failed: list[tuple[Row, Exception]]) -> Advance:
         travelling = list(self.rows)
         over = [k for k, row in enumerate(travelling) if row.step == row.row.num_steps]
         if not over:
-            return Advance([], None, travelling, x0)
+            return Advance([], None, travelling, x0, failed)
         assert self.x is not None
-        images = decode(self.model, self.x[torch.tensor(over)], self.batch_sizes)
+        images, errors = self._decode(self.x[torch.tensor(over)])
+        failed = [*failed, *((travelling[over[k]].row, error) for k, error in errors.items())]
         self._keep([k for k in range(len(travelling)) if k not in set(over)])
-        return Advance([travelling[k].row for k in over], images, travelling, x0)
+        done = [travelling[k].row for i, k in enumerate(over) if i not in errors]
+        return Advance(done, torch.cat(images) if images else None, travelling, x0, failed)
+
+    def _remove(self, errors: dict[int, Exception]) -> list[tuple[Row, Exception]]:
+        """Take rows out that failed. Returns them with their errors."""
+        failed = [(self.rows[k].row, errors[k]) for k in sorted(errors)]
+        if failed:
+            self._keep([k for k in range(len(self.rows)) if k not in errors])
+        return failed
 
     def _keep(self, index: list[int]) -> None:
         assert self.x is not None
-        self.x = self.x[torch.tensor(index, dtype=torch.long)]
+        kept = torch.tensor(index, dtype=torch.long)
+        self.x = self.x[kept]
+        self.history = tuple(Past(past.t, past.x[kept], past.x0[kept]) for past in self.history)
         self.rows = [self.rows[k] for k in index]
         if not self.rows:
             self.x, self.history = None, ()
@@ -206,16 +309,11 @@ class RollingBatch:
         uncond = _stack([row.uncond_condition for row in rows], self.device)
         return conditions if uncond is None else {**conditions, "uncond_condition": uncond}
 
-    def _noise(self, x: Tensor, wanted: Tensor) -> Tensor:
-        """Each row's own; the padding's does not matter."""
-        drawn = step_noise(x[: len(wanted)], [self.rows[k].generator for k in wanted.tolist()])
-        return torch.cat([drawn, torch.zeros_like(x[len(wanted) :])])
-
-
-def decode(model: DiffusionModel, x: Tensor, batch_sizes: Sequence[int]) -> Tensor:
-    """Images of latents, at the network's batch sizes."""
-    parts = batches(len(x), batch_sizes)
-    return torch.cat([model.decode(x[index.to(x.device)])[:count] for index, count in parts])
+    def _noise(self, x: Tensor) -> Tensor | None:
+        """Each row's noise of this step, drawn once, however often a batch with the row is tried."""
+        if not adds_noise(self._step_fn(torch.arange(len(self.rows))), self.eta):
+            return None
+        return step_noise(x, [travelling.generator for travelling in self.rows])
 
 
 def _stack(values: list[Tensor | None], device: torch.device | str) -> Tensor | None:

@@ -1,0 +1,63 @@
+"""A worker loads models before they are asked for. Whatever goes wrong with that, it starts."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from service.registry.database import Registry
+from service.registry.tables import Base
+from tests.worker.in_process import InProcess
+
+
+@pytest.fixture
+def worker(registry: Registry, tmp_path: Path) -> Iterator[InProcess]:
+    worker = InProcess(tmp_path, registry, warm_models=2)
+    yield worker
+    worker.close()
+
+
+@pytest.fixture
+def ring(worker: InProcess) -> str:
+    """A model that was sampled."""
+    model_id = worker.model("mixture-ring")
+    worker.submit(model_id)
+    worker.serve()
+    worker.runtime._models.clear()
+    return model_id
+
+
+def test_a_model_whose_last_use_succeeded_is_loaded(worker: InProcess, ring: str) -> None:
+    broken = worker.model("no such model")
+    job_id = worker.submit(broken)
+    worker.serve()
+    assert worker.job(job_id).state == "failed"
+    loaded: list[str] = []
+    load = worker.runtime._load
+    worker.runtime._load = lambda model_id: loaded.append(model_id) or load(model_id)  # type: ignore
+    worker.runtime.warm_up()
+    assert loaded == worker.runtime.models_held() == [ring]
+    assert not worker.bus.marks
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def test_a_model_that_ended_a_worker_when_it_was_loaded_does_not_end_the_next_one(
+    worker: InProcess, ring: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(model_id: str) -> None:
+        raise Killed(model_id)
+
+    monkeypatch.setattr(worker.runtime, "_load", kill)
+    with pytest.raises(Killed):
+        worker.runtime.warm_up()
+    worker.runtime.warm_up()
+    assert worker.runtime.models_held() == []
+
+
+def test_a_worker_starts_though_the_database_cannot_be_read(worker: InProcess, registry: Registry) -> None:
+    Base.metadata.drop_all(registry.engine)
+    worker.runtime.warm_up()
+    assert worker.runtime.models_held() == []
