@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Engine, create_engine, event, make_url, update
+from sqlalchemy import Engine, create_engine, event, func, make_url, select, update
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from alembic.config import Config
 
 MAX_IDLE_IN_TRANSACTION_SECONDS = 30
+MIGRATION_LOCK = 7283_1101  # An arbitrary number, which no other program that uses the database may use.
 LAST_COMMIT_WITH_OLDER_MIGRATIONS = "e4c2e61"
 
 
@@ -85,14 +86,36 @@ class Registry:
     def upgrade(self) -> None:
         """Bring the database to the newest migration, creating it if need be.
 
+        Of several processes that do so at once, one migrates, and the others wait for it.
+
         Raises: SchemaError, if its schema is not one of this version's; the database is left as it is.
         """
         if self.is_sqlite and self.url.database:
             Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
         from alembic import command  # Only migrations need Alembic, so other processes do not load it.
 
-        self.revisions()
-        command.upgrade(alembic_config(self.url.render_as_string(hide_password=False)), "head")
+        with self._migrating():
+            self.revisions()
+            command.upgrade(alembic_config(self.url.render_as_string(hide_password=False)), "head")
+
+    @contextmanager
+    def _migrating(self) -> Iterator[None]:
+        """A lock that one process has at a time. It ends with the process."""
+        if not self.is_sqlite:
+            with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                connection.execute(select(func.pg_advisory_lock(MIGRATION_LOCK)))
+                try:
+                    yield
+                finally:
+                    connection.execute(select(func.pg_advisory_unlock(MIGRATION_LOCK)))
+        elif self.url.database:
+            import fcntl  # Windows has none, and clients there import this module's neighbours.
+
+            with Path(f"{self.url.database}.lock").open("w") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                yield
+        else:
+            yield
 
     def revisions(self) -> tuple[str | None, str | None]:
         """The database's migration, None before the first, and the newest one.
