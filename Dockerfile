@@ -7,7 +7,7 @@ ENV PATH=/opt/timetuner/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHE
 # First what seldom changes.
 COPY requirements.lock .
 RUN pip install --require-hashes -r requirements.lock
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE timetuner.py ./
 COPY service service
 COPY worker worker
 COPY timetuner_core timetuner_core
@@ -19,7 +19,7 @@ FROM python:3.11-slim
 RUN useradd --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin timetuner \
     && install -d -o timetuner -g timetuner /data /data/tmp
 COPY --from=build /opt/timetuner /opt/timetuner
-ENV PATH=/opt/timetuner/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+ENV PATH=/opt/timetuner/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONSAFEPATH=1 \
     TIMETUNER_HOME=/data TMPDIR=/data/tmp HOME=/tmp XDG_CACHE_HOME=/tmp MPLCONFIGDIR=/tmp \
     HF_HUB_OFFLINE=1 LOG_LEVEL=info
 USER 10001:10001

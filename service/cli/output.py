@@ -16,6 +16,7 @@ from service.client import (
     UnauthenticatedError,
     UnreachableError,
 )
+from service.shared.settings_error import SettingsError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -53,6 +54,13 @@ def explain(error: Exception) -> int:
     if isinstance(error, CommandError):
         return error.code
     return next((code for kind, code in CODES.items() if isinstance(error, kind)), FAILED)
+
+
+def explain_settings(error: SettingsError) -> int:
+    """Print a line for each setting that cannot be used; returns the exit code."""
+    for line in error.lines:
+        typer.echo(f"timetuner: {line}", err=True)
+    return USAGE
 
 
 def print_json(value: Any) -> None:
