@@ -1,5 +1,6 @@
 """/v1/models"""
 
+import json
 import re
 from functools import partial
 from typing import Annotated, Any
@@ -7,7 +8,6 @@ from typing import Annotated, Any
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from sqlalchemy import select
 from starlette.datastructures import UploadFile
@@ -24,6 +24,7 @@ from service.http.errors import (
     error_responses,
 )
 from service.http.fields import JSON_TYPE, PageParams, PathId, check_fields, newest_first
+from service.http.validation import FieldsError
 from service.models import logic
 from service.models.schemas import BuiltinModelRequest, ModelOut, ModelPage
 from service.registry.tables import Model, ModelRegistration
@@ -62,6 +63,14 @@ REQUEST_BODY: dict[str, Any] = {
 }
 
 
+async def _json(request: Request) -> Any:
+    """The body as JSON, or None if it is none."""
+    try:
+        return json.loads(await request.body())
+    except (ValueError, RecursionError):
+        return None
+
+
 async def _parse(request: Request) -> tuple[BuiltinModelRequest | None, UploadFile | None, str | None]:
     """The body, by its content type: a built-in's request, or an uploaded archive and its name."""
     given = request.headers.get("content-type", "")
@@ -70,8 +79,7 @@ async def _parse(request: Request) -> tuple[BuiltinModelRequest | None, UploadFi
         try:
             builtin = BuiltinModelRequest.model_validate_json(await request.body())
         except ValidationError as error:
-            located = [{**e, "loc": ("body", *e["loc"])} for e in error.errors(include_url=False)]
-            raise RequestValidationError(located) from None
+            raise FieldsError(error, "body", BuiltinModelRequest, await _json(request)) from None
         check_fields(await request.body())
         return builtin, None, None
     if content_type != MULTIPART:

@@ -163,7 +163,7 @@ def get_model(session: Session, model_id: str) -> Model:
     """The model of an id. Raises: NotFoundError."""
     model = session.get(Model, model_id)
     if model is None:
-        raise NotFoundError(f"no model {model_id!r}")
+        raise NotFoundError(f"no model {model_id!r}; accepted: an id that GET /v1/models lists")
     return model
 
 

@@ -78,7 +78,7 @@ def get_job(session: Session, caller: Caller, job_id: str, *, lock: bool = False
     options = [selectinload(TuningJob.steps), joinedload(TuningJob.schedule)]
     job = session.get(TuningJob, job_id, options=options, with_for_update={"of": TuningJob} if lock else None)
     if job is None or not caller.sees(job):
-        raise NotFoundError(f"no tuning job {job_id!r}")
+        raise NotFoundError(f"no tuning job {job_id!r}; accepted: an id that GET /v1/tuning-jobs lists")
     return job
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from fastapi import APIRouter, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, ValidationError
 from sqlalchemy import select
@@ -14,6 +13,7 @@ from sqlalchemy.orm import Session
 from service.access.callers import AnyCaller
 from service.http.errors import InvalidError
 from service.http.fields import PageQuery, PathId, newest_first
+from service.http.validation import FieldsError
 from service.models.logic import get_model
 from service.registry.tables import JobState, Model, ScheduleStatus
 from service.request_checks import get_requested_model
@@ -45,8 +45,7 @@ def read_query(request: Request, query: type[Query]) -> Query:
     try:
         return query.model_validate(given)
     except ValidationError as error:
-        located = [{**fault, "loc": ("query", *fault["loc"])} for fault in error.errors(include_url=False)]
-        raise RequestValidationError(located) from None
+        raise FieldsError(error, "query", query) from None
 
 
 @router.get("/")
