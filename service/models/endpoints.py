@@ -3,7 +3,7 @@
 import json
 import re
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Request, Response
@@ -29,7 +29,7 @@ from service.models import logic
 from service.models.schemas import BuiltinModelRequest, ModelOut, ModelPage
 from service.registry.tables import Model, ModelRegistration
 from service.shared.fields import PRINTABLE
-from service.state import AppState, State
+from service.state import WRITES, AppState, State
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
@@ -71,8 +71,21 @@ async def _json(request: Request) -> Any:
         return None
 
 
-async def _parse(request: Request) -> tuple[BuiltinModelRequest | None, UploadFile | None, str | None]:
-    """The body, by its content type: a built-in's request, or an uploaded archive and its name."""
+class Registration(NamedTuple):
+    """A body: a built-in's request, or an uploaded archive and its name.
+
+    Attributes:
+        asked_name: the name that the request gives, if it gives one.
+    """
+
+    builtin: BuiltinModelRequest | None
+    archive: UploadFile | None
+    name: str | None
+    asked_name: str | None
+
+
+async def _parse(request: Request) -> Registration:
+    """The body, by its content type."""
     given = request.headers.get("content-type", "")
     content_type = given.partition(";")[0].strip().lower()
     if content_type == JSON_TYPE:
@@ -81,7 +94,7 @@ async def _parse(request: Request) -> tuple[BuiltinModelRequest | None, UploadFi
         except ValidationError as error:
             raise FieldsError(error, "body", BuiltinModelRequest, await _json(request)) from None
         check_fields(await request.body())
-        return builtin, None, None
+        return Registration(builtin, None, None, builtin.name)
     if content_type != MULTIPART:
         accepted = f"{JSON_TYPE} for a built-in model, {MULTIPART} for an archive"
         raise UnsupportedMediaTypeError(
@@ -94,10 +107,11 @@ async def _parse(request: Request) -> tuple[BuiltinModelRequest | None, UploadFi
     if unknown := form.keys() - {"archive", "name"}:
         field = min(unknown)[:100]
         raise InvalidError(f"there is no field {field!r}; accepted: archive, name", ("body", field))
-    name = name if isinstance(name, str) and name else archive.filename or "model"
+    asked_name = name if isinstance(name, str) and name else None
+    name = asked_name or archive.filename or "model"
     if len(name) > 200 or not re.fullmatch(PRINTABLE, name):
         raise InvalidError("accepted as name: up to 200 printable characters", ("body", "name"), name[:300])
-    return None, archive, name
+    return Registration(None, archive, name, asked_name)
 
 
 @router.post(
@@ -112,15 +126,15 @@ async def _parse(request: Request) -> tuple[BuiltinModelRequest | None, UploadFi
 )
 async def register_model(
     caller: MayWriteModels,  # It comes first, so that the scope is checked before the body is read.
-    parsed: Annotated[tuple[BuiltinModelRequest | None, UploadFile | None, str | None], Depends(_parse)],
+    parsed: Annotated[Registration, Depends(_parse)],
     state: State,
     response: Response,
     idempotency_key: GivenKey = None,
 ) -> ModelOut:
     """Register a model: a built-in one by name, or an uploaded archive of a diffusers-format folder."""
-    builtin, archive, name = parsed
+    builtin, archive, name, asked_name = parsed
     if builtin is not None:
-        model, created = await run_in_threadpool(
+        model, created = await state.run_write(
             logic.register_builtin, state.registry, caller, builtin.builtin, builtin.name, idempotency_key
         )
     else:
@@ -132,7 +146,11 @@ async def register_model(
         model = await _described(state, handed_in.found)
         created = handed_in.is_new and model.id == handed_in.found.id
         if handed_in.once is not None:
-            await run_in_threadpool(logic.remember, state.registry, handed_in.once, model)
+            await state.run_write(logic.remember, state.registry, handed_in.once, model)
+    if asked_name is not None and model.name != asked_name:
+        accepted = "no name, or that one; or DELETE it first"
+        message = f"name is {asked_name!r}, but this content is model {model.id!r}, named {model.name!r}"
+        raise ConflictError(f"{message}; accepted: {accepted}", ("body", "name"), asked_name)
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/v1/models/{model.id}"
     return ModelOut.model_validate(model)
@@ -165,6 +183,7 @@ def get_model(model_id: PathId, state: State) -> ModelOut:
     "/{model_id}",
     status_code=204,
     operation_id="delete_model",
+    dependencies=[WRITES],
     responses=error_responses(NotFoundError, ConflictError),
 )
 def delete_model(caller: MayWriteModels, model_id: PathId, state: State) -> None:

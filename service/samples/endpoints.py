@@ -35,7 +35,7 @@ from service.samples.waiting import read_preference, stream_events, wait_for_end
 from service.shared import telemetry
 from service.shared.image_formats import FORMATS
 from service.shared.job_requests import SampleRequest
-from service.state import AppState, State
+from service.state import WRITES, AppState, State
 
 router = APIRouter(prefix="/v1/samples", tags=["samples"])
 Accept = Annotated[str, Header(include_in_schema=False)]
@@ -118,7 +118,12 @@ def get_sample_job(caller: AnyCaller, job_id: PathId, state: State) -> SampleJob
     return SampleJobOut.model_validate(read_job(state, caller, job_id))
 
 
-@router.post("/{job_id}/cancel", operation_id="cancel_sample_job", responses=error_responses(NotFoundError))
+@router.post(
+    "/{job_id}/cancel",
+    operation_id="cancel_sample_job",
+    dependencies=[WRITES],
+    responses=error_responses(NotFoundError),
+)
 def cancel_sample_job(caller: MaySample, job_id: PathId, state: State) -> SampleJobOut:
     """Cancel a sampling job; one that is over stays as it is."""
     return SampleJobOut.model_validate(cancel_job(state, caller, job_id))

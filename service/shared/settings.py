@@ -38,6 +38,8 @@ class Settings(BaseSettings):
 
     timetuner_home: Path = Path("timetuner-data")
     database_url: str = Field("", pattern=f"^({DATABASE_URL})?$")  # The default is SQLite in the home.
+    database_lock_seconds: float = Field(10.0, gt=0)  # The API waits this long for a lock, and then answers 503.
+    database_statement_seconds: float = Field(30.0, gt=0)  # The API lets PostgreSQL work this long on one statement.
     artifacts_url: str = ""  # The default is a folder in the home.
     broker_url: str = Field("redis://127.0.0.1:6379/0", pattern=f"^{BROKER_URL}$")
     auth: Literal["auto", "on", "off"] = "auto"  # `auto` needs API keys once there is one.

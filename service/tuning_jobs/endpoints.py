@@ -23,7 +23,7 @@ from service.http.fields import JSON_TYPE, PageParams, PathId, require_json
 from service.registry.tables import FINAL_STATES, JobState, TuningJob
 from service.shared.job_requests import TuningJobRequest
 from service.shared.queue import publish
-from service.state import AppState, State
+from service.state import WRITES, AppState, State
 from service.tuning_jobs import logic
 from service.tuning_jobs.schemas import EventOut, EventPage, TuningJobDetail, TuningJobOut, TuningJobPage
 
@@ -39,7 +39,7 @@ MAX_EVENT_ID = 2**63 - 1  # The column is a 64-bit integer.
     "",
     status_code=202,
     operation_id="submit_tuning_job",
-    dependencies=[Depends(require_json)],
+    dependencies=[Depends(require_json), WRITES],
     responses=error_responses(
         ConflictError, TooLargeError, UnsupportedMediaTypeError, InvalidError, TooManyRequestsError
     ),
@@ -78,6 +78,7 @@ def get_tuning_job(caller: AnyCaller, job_id: PathId, state: State) -> TuningJob
 @router.post(
     "/{job_id}/cancel",
     operation_id="cancel_tuning_job",
+    dependencies=[WRITES],
     responses=error_responses(NotFoundError, ConflictError),
 )
 def cancel_tuning_job(caller: MayTune, job_id: PathId, state: State) -> TuningJobOut:

@@ -79,6 +79,8 @@ def test_words_are_completed(shell: str) -> None:
         (["tune", "m", "--num-steps", "3", "--detach"], 3, "accepted: --url, or a service that runs: timetuner up"),
         (["sample", "m", "--num-steps", "3", "--out", "a.gif"], 2, "accepted: a name that ends with .png, .npy, .zip"),
         (["schedules", "alias", "a"], 2, "accepted: either a schedule's ID or --remove-from MODEL"),
+        (["models", "import", "./nothere"], 5, "there is no file or folder './nothere'; accepted: a diffusers-format"),
+        (["models", "import", "mine.zip"], 5, "there is no file or folder 'mine.zip'; accepted: a diffusers-format"),
         (["models", "list", "--url", "here"], 2, "accepted: one that begins with http:// or https://"),
         (["models", "list", "--url", "http://127.0.0.1:1"], 3, "the service at http://127.0.0.1:1 cannot be reached"),
     ],

@@ -1,6 +1,8 @@
 """What a refusal says: the field as it was sent, what is accepted, and nothing of our code."""
 
+import io
 import re
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from starlette.testclient import TestClient
 from service.app import create_app
 from service.shared.settings import Settings
 from tests.conftest import MakeDatabaseUrl
+from timetuner_core.catalog import BUNDLED
 
 JOBS, SAMPLES = "/v1/tuning-jobs", "/v1/samples"
 INTERNAL = re.compile(r"_objective|Tag|literal\[|list\[|function-|Value error|Request\b|Extra inputs|Decimal")
@@ -91,3 +94,28 @@ def test_what_is_not_there_is_named_with_what_is(
 ) -> None:
     problem = api.request(method, path).json()
     assert (problem["status"], problem["detail"][: len(detail)]) == (status, detail)
+
+
+def test_a_models_name_in_place_of_its_id_is_answered_with_the_id(api: TestClient) -> None:
+    model = api.post("/v1/models", json={"builtin": "mixture-ring"}).json()["id"]
+    problem = api.post(JOBS, json={"model": "mixture-ring", "num_steps": 2}).json()
+    accepted = f"accepted: an id; that of the newest model of this name is {model!r}"
+    assert problem["detail"] == f"no model 'mixture-ring'; {accepted}"
+
+
+def test_content_that_is_registered_already_is_not_given_another_name(api: TestClient) -> None:
+    model = api.post("/v1/models", json={"builtin": "mixture-gratings", "name": "stripes"}).json()
+    assert api.post("/v1/models", json={"builtin": "mixture-gratings"}).json() == model
+    assert api.post("/v1/models", json={"builtin": "mixture-gratings", "name": "stripes"}).status_code == 200
+    answer = api.post("/v1/models", json={"builtin": "mixture-gratings", "name": "mine"})
+    assert answer.status_code == 409
+    assert answer.json()["errors"][0]["loc"] == ["body", "name"]
+    said = f"name is 'mine', but this content is model {model['id']!r}, named 'stripes'; accepted: no name, or that one"
+    assert answer.json()["detail"].startswith(said)
+    digits = api.post("/v1/models", json={"builtin": "digits8"}).json()
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        archive.add(BUNDLED / "digits8", arcname=".")
+    files = {"archive": ("model.tar.gz", buffer.getvalue())}
+    assert api.post("/v1/models", files=files).json() == digits
+    assert api.post("/v1/models", files=files, data={"name": "my-digits"}).status_code == 409
