@@ -5,3 +5,4 @@ from typing import Literal, TypeAlias
 GuidanceType: TypeAlias = Literal["uncond", "classifier", "classifier-free"]
 ScheduleStatus: TypeAlias = Literal["accepted", "rejected", "imported"]
 JobState: TypeAlias = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+Phase: TypeAlias = Literal["teacher", "start", "tuning", "evaluation"]

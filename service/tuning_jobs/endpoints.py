@@ -25,7 +25,14 @@ from service.shared.job_requests import TuningJobRequest
 from service.shared.queue import publish
 from service.state import WRITES, AppState, State
 from service.tuning_jobs import logic
-from service.tuning_jobs.schemas import EventOut, EventPage, TuningJobDetail, TuningJobOut, TuningJobPage
+from service.tuning_jobs.schemas import (
+    EventOut,
+    EventPage,
+    TuningJobDetail,
+    TuningJobOut,
+    TuningJobPage,
+    TuningJobProgress,
+)
 
 router = APIRouter(prefix="/v1/tuning-jobs", tags=["tuning jobs"])
 
@@ -70,9 +77,12 @@ def list_tuning_jobs(
 
 @router.get("/{job_id}", operation_id="get_tuning_job", responses=error_responses(NotFoundError))
 def get_tuning_job(caller: AnyCaller, job_id: PathId, state: State) -> TuningJobDetail:
-    """One tuning job, with the state of each step."""
+    """One tuning job, with its phases and the state of each step."""
     with state.registry.read() as session:
-        return TuningJobDetail.model_validate(logic.get_job(session, caller, job_id))
+        job = logic.get_job(session, caller, job_id)
+        detail = TuningJobDetail.model_validate(job)
+        progress = TuningJobProgress.model_validate(logic.progress_of(session, job))
+        return detail.model_copy(update={name: getattr(progress, name) for name in TuningJobProgress.model_fields})
 
 
 @router.post(

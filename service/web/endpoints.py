@@ -108,7 +108,8 @@ def job(job_id: PathId, request: Request, caller: AnyCaller, state: State) -> HT
         row = jobs_logic.get_job(session, caller, job_id)
         charts = views.job_charts(session, row)
         model = session.get_one(Model, row.model_id)
-    return render(request, "job.html", caller, job=row, model=model, charts=charts)
+        progress = jobs_logic.progress_of(session, row)
+    return render(request, "job.html", caller, job=row, model=model, charts=charts, progress=progress)
 
 
 @router.get("/schedules")
