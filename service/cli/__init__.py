@@ -10,7 +10,7 @@ from service.cli.doctor import doctor
 from service.cli.jobs import jobs
 from service.cli.keys import keys
 from service.cli.models import models
-from service.cli.output import explain, explain_settings
+from service.cli.output import explain, explain_missing, explain_settings
 from service.cli.sample import sample
 from service.cli.schedules import schedules
 from service.cli.server import api, db, dispatcher, up, worker
@@ -34,6 +34,8 @@ def main() -> None:
         code = app(standalone_mode=False)
     except (TimeTunerError, typer.TyperException, OSError) as error:
         code = explain(error)
+    except ModuleNotFoundError as error:
+        code = explain_missing(error)
     except SettingsError as error:
         code = explain_settings(error)
     except (KeyboardInterrupt, typer.Abort):
