@@ -55,6 +55,12 @@ audit:  ## known vulnerabilities of what requirements.lock pins (needs uv, and w
 lock:  ## pin the newest versions pyproject.toml allows
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --upgrade \
 		--no-emit-index-url --no-annotate --custom-compile-command "make lock" --quiet -o requirements.lock
+	# The images' packages are some of those, in the same versions.
+	for extras in build server server,worker; do \
+		uv pip compile pyproject.toml $$(echo ,$$extras | sed 's/,/ --extra /g') --constraint requirements.lock \
+			--universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
+			--custom-compile-command "make lock" --quiet -o requirements/$${extras##*,}.lock || exit 1; \
+	done
 
 $(INSTALLED): .ci/bootstrap requirements.lock pyproject.toml
 	.ci/bootstrap

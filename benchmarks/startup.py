@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 
 PARTS = {
     "valkey": "broker",
-    "worker.dispatcher": "dispatcher",
+    "dispatcher": "dispatcher",
     "--queues sampling": "sampling worker",
     "--queues tuning": "tuning workers",
-    "service api": "API",
+    " api --host": "API",
 }
 
 

@@ -1,4 +1,4 @@
-"""`python -m service` is `timetuner`."""
+"""`python -m service` is `timetuner`, for our own tests."""
 
 from service.cli import main
 

@@ -33,8 +33,8 @@ class Readiness(BaseModel):
 
 
 @router.get("/healthz", operation_id="health", openapi_extra=NO_KEY_NEEDED, responses=error_responses(ForbiddenError))
-def healthz() -> Health:
-    """Whether this process answers."""
+async def healthz() -> Health:
+    """Whether this process answers. It needs no thread and no database."""
     return Health()
 
 

@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from service.http.errors import InvalidError, TooManyRequestsError
@@ -25,6 +26,9 @@ def get_requested_model(session: Session, model_id: str, where: str = "body") ->
         if reason := why_not_ready(session, model_id):
             raise InvalidError(reason, (where, "model"), model_id)
         accepted = "the id of a registered model, as GET /v1/models lists them"
+        named = session.scalar(select(Model.id).where(Model.name == model_id).order_by(Model.id.desc()).limit(1))
+        if named is not None:
+            accepted = f"an id; that of the newest model of this name is {named!r}"
         raise InvalidError(f"no model {model_id!r}; accepted: {accepted}", (where, "model"), model_id)
     return model
 

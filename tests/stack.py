@@ -177,11 +177,11 @@ class Stack:
         return job
 
     def running(self, job: Json) -> Json:
-        """The tuning job once it has made progress."""
+        """The tuning job once some of what it tuned is stored."""
 
         def read() -> Json | None:
             current: Json = self.client.get(f"/v1/tuning-jobs/{job['id']}").json()
-            return current if current["progress"] > 0 else None
+            return current if any(step["iterations"] for step in current["steps"]) else None
 
         result: Json = wait_until(read, f"progress of {job['id']}")
         return result

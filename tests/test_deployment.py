@@ -14,8 +14,12 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from psycopg.pq import Conninfo
+from sqlalchemy import make_url
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 
-from service.up.supervisor import valkey_command
+from service.shared.settings import Settings
+from service.up.supervisor import STOP_SECONDS, valkey_command
 from tests import forked
 from tests.conftest import MakeDatabaseUrl
 from tests.stack import Process, free_port, wait_until
@@ -24,7 +28,8 @@ ROOT = Path(__file__).parent.parent
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 ONCE = "migrate"
-OURS = [name for name, service in SERVICES.items() if service["image"] == "timetuner"]
+OURS = [name for name, service in SERVICES.items() if service["image"].startswith("timetuner-")]
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
 RUN_HERE = ["api", "dispatcher", "tuning-worker-cpu", "sampling-worker-cpu"]
 
 
@@ -48,6 +53,47 @@ def test_only_the_api_is_published_and_on_loopback_alone() -> None:
     assert all(port.startswith("127.0.0.1:") for port in published["api"])
     assert [name for name, service in SERVICES.items() if "outside" in service["networks"]] == ["api", "dispatcher"]
     assert COMPOSE["networks"]["inside"]["internal"] is True
+
+
+def test_a_service_has_longer_to_stop_than_its_work_may_take() -> None:
+    for name in OURS:
+        seconds = int(SERVICES[name]["stop_grace_period"].removesuffix("s"))
+        assert seconds >= Settings().drain_seconds + STOP_SECONDS, name
+
+
+def test_only_workers_have_the_image_with_pytorch() -> None:
+    images = {name: (SERVICES[name]["image"], SERVICES[name]["build"]["target"]) for name in OURS}
+    assert {name for name, image in images.items() if image == ("timetuner-worker", "worker")} == {
+        name for name in OURS if "worker" in name
+    }
+    assert {images[name] for name in ("api", "dispatcher", ONCE)} == {("timetuner-server", "server")}
+    for target, has_torch in (("server", False), ("worker", True)):
+        assert f" AS {target}\n" in DOCKERFILE
+        assert f"COPY --from={target}-packages /opt/timetuner /opt/timetuner" in DOCKERFILE
+        lock = (ROOT / "requirements" / f"{target}.lock").read_text()
+        assert bool(re.search(r"^(torch|diffusers|nvidia\S*)==", lock, re.MULTILINE)) == has_torch
+        assert not re.search(r"^(pytest|mypy|ruff|hatchling)==", lock, re.MULTILINE)
+
+
+def test_the_images_have_the_versions_that_are_tested() -> None:
+    pin = re.compile(r"^([\w.-]+)==([^ ;\\]+)", re.MULTILINE)
+    tested = dict(pin.findall((ROOT / "requirements.lock").read_text()))
+    for lock in sorted((ROOT / "requirements").iterdir()):
+        pins = dict(pin.findall(lock.read_text()))
+        assert pins
+        assert {name: version for name, version in pins.items() if tested.get(name) != version} == {}, lock.name
+
+
+@pytest.mark.parametrize("password", ["p@ss", "100%", "a:b/c#d?e"])
+def test_any_password_of_the_database_is_taken_as_it_is(password: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = SERVICES["api"]["environment"]
+    for name in ("DATABASE_URL", "PGPASSWORD"):
+        monkeypatch.setenv(name, re.sub(r"\$\{POSTGRES_PASSWORD[^}]*\}", lambda _: password, environment[name]))
+    url = make_url(Settings().database_url)
+    assert (url.username, url.host, url.database) == ("timetuner", "postgres", "timetuner")
+    _, options = PGDialect_psycopg().create_connect_args(url)
+    defaults = {option.keyword.decode(): option.val for option in Conninfo.get_defaults()}
+    assert options.get("password", (defaults["password"] or b"").decode()) == password
 
 
 def test_no_secret_is_written_down() -> None:

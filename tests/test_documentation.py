@@ -1,4 +1,6 @@
-"""All code that the documentation shows is run: each page's Python in one process, its shell lines in one shell.
+"""All that the documentation shows is run.
+
+The README is run from top to bottom; of other pages, the Python in one process, and the shell lines in one shell.
 
 A block after the comment `<!-- not run: why -->` is only looked at: its syntax, and the names in it.
 """
@@ -14,6 +16,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,11 @@ import yaml
 
 from tests import forked
 from tests.conftest import StartStack
-from tests.stack import Stack
+from tests.stack import Stack, free_port
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^(?:<!-- not run: (?P<why>[^\n]+) -->\n+)?```(?P<language>\S*)\n(?P<text>.*?)^```$", re.M | re.S)
 PARSERS: dict[str, Callable[[str], Any]] = {
     "json": json.loads,
@@ -42,6 +46,13 @@ PAGE_SECONDS = 800  # a minute or less, unless the machine does much else
 LESS_WORK = {
     "total_iters=20": "total_iters=10",
     '"total_iters": 20': '"total_iters": 10',
+}
+# Of the README's three tuning jobs, only the last, in Python, must make a schedule that is accepted.
+LESS_WORK_IN_THE_README = {
+    **LESS_WORK,
+    '"tuner": {"total_iters": 40}': '"tuner": {"total_iters": 2}',
+    '"evaluation": {"num_samples": 128, "teacher_num_steps": 50}': '"evaluation": {"num_samples": 16}',
+    "total_iters=40 --evaluation num_samples=128": "total_iters=2 --evaluation num_samples=16",
 }
 
 
@@ -77,6 +88,11 @@ def pages_with(language: str) -> list[Any]:
     return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES if in_one_piece(page, language)]
 
 
+def others_with(language: str) -> list[Any]:
+    """The pages but for the README, which is run from top to bottom."""
+    return [page for page in pages_with(language) if page.values[0] != README]
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The folder of a reader: the checkout's top, but for what is written there."""
@@ -103,6 +119,17 @@ def shown(request: pytest.FixtureRequest) -> Callable[[Path, str], str]:
         return whole
 
     return text
+
+
+def in_order(page: Path, url: str, less_work: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """A page's blocks as language and text, in a reader's order. Python blocks side by side share a process."""
+    blocks = [block for block in blocks_of(page) if block.language in RUN and block.why is None]
+    for language, group in groupby(blocks, key=lambda block: block.language):
+        text = "\n".join(block.text for block in group).replace(SHOWN_URL, url)
+        for effort, less in less_work.items():
+            text = text.replace(effort, less)
+        # The client's default is the port that `timetuner up` has unless another is named, as here.
+        yield language, text.replace("TimeTuner()", f"TimeTuner({url!r})")
 
 
 def uses_the_service(page: Path) -> bool:
@@ -133,7 +160,7 @@ def service(request: pytest.FixtureRequest, start_stack: StartStack) -> Iterator
 
 
 @pytest.mark.timeout(PAGE_SECONDS + 100)
-@pytest.mark.parametrize("page", [page for page in pages_with("python") if uses_the_service(page.values[0])])
+@pytest.mark.parametrize("page", [page for page in others_with("python") if uses_the_service(page.values[0])])
 def test_the_python_of_a_page_runs_with_a_service(
     page: Path, folder: Path, shown: Callable[[Path, str], str], service: Stack
 ) -> None:
@@ -141,8 +168,47 @@ def test_the_python_of_a_page_runs_with_a_service(
 
 
 @pytest.mark.skipif(shutil.which("curl") is None or shutil.which("jq") is None, reason="needs curl and jq")
+@pytest.mark.timeout(PAGE_SECONDS + 200)
+def test_the_readme_runs_from_top_to_bottom_with_no_variable_set(
+    folder: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Each command follows those before it, in one shell, one folder and one home that was empty at first."""
+    user = tmp_path / "user"
+    user.mkdir()
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    # PyTorch's threads are bounded for the sake of other tests. No variable of ours is set.
+    environment = {"HOME": str(user), "PATH": programs, "OMP_NUM_THREADS": "1", "LANG": "C.UTF-8"}
+    port = str(free_port())
+    url = f"http://127.0.0.1:{port}"
+    lines = ["set -euo pipefail", 'curl() { command curl --fail-with-body "$@"; }']
+    less_work = {} if request.config.getoption("--all") else LESS_WORK_IN_THE_README
+    for k, (language, text) in enumerate(in_order(README, url, less_work)):
+        if language == "python":
+            (folder / f"{k}.py").write_text(text)
+        lines.append(f"python {k}.py" if language == "python" else text)
+    with (folder / "log").open("wb") as log:
+        up = ["timetuner", "up", "--port", port, "--tuning-workers", "1"]
+        service = subprocess.Popen(up, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=log)
+        try:
+            assert service.stdout is not None
+            assert service.stdout.readline().startswith(b"TimeTuner is ready")
+            script = ["bash", "-c", "\n".join(lines)]
+            done = subprocess.run(
+                script, cwd=folder, env=environment, capture_output=True, text=True, timeout=PAGE_SECONDS, check=False
+            )
+        finally:
+            service.terminate()
+            service.communicate()
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{(folder / 'log').read_text()}"
+    assert (folder / "timetuner-data" / "registry.sqlite").exists()
+    messages = (folder / "log").read_text().splitlines()
+    assert [line for line in messages if not line.startswith("timetuner: ")] == []
+    assert list(user.iterdir()) == []
+
+
+@pytest.mark.skipif(shutil.which("curl") is None or shutil.which("jq") is None, reason="needs curl and jq")
 @pytest.mark.timeout(PAGE_SECONDS + 100)
-@pytest.mark.parametrize("page", pages_with("sh"))
+@pytest.mark.parametrize("page", others_with("sh"))
 def test_the_shell_lines_of_a_page_run(
     page: Path, folder: Path, shown: Callable[[Path, str], str], service: Stack
 ) -> None:

@@ -1,4 +1,4 @@
-"""The Celery application, run by `python -m worker`.
+"""The Celery application, run by `timetuner worker`.
 
 Pool `threads` with one thread: a forked child (Celery's default pool) cannot use a CUDA context its parent
 made, and `solo` answers no ping while it works. One process serves one device; more devices, more

@@ -1,4 +1,4 @@
-"""The dispatcher: `python -m worker.dispatcher`. Any number may run; one is enough.
+"""The dispatcher: `timetuner dispatcher`. Any number may run; one is enough.
 
 It takes jobs back whose leases expired. It publishes jobs that the broker has no message of: those submitted while the
 broker was away, those it lost, those taken back. It deletes old samples, and sends webhooks.

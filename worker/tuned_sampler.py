@@ -15,6 +15,7 @@ from timetuner_core.tuning_setup import Experiment
 from worker.conversion import guidance_of, timesteps_of
 from worker.lease import JobRefusedError
 from worker.runtime import Runtime
+from worker.tuning_progress import TuningProgress, phases_of
 
 
 class TunedSampler:
@@ -23,6 +24,7 @@ class TunedSampler:
     Attributes:
         timesteps: the grid to start from, `(num_steps + 1,)`.
         network_calls: samples put through the network since they were last stored.
+        progress: how far the job is, by the network calls of this attempt.
     """
 
     def __init__(self, runtime: Runtime, job: TuningJob, check: Callable[[], None]) -> None:
@@ -36,6 +38,7 @@ class TunedSampler:
         def before_call(num_samples: int) -> None:
             check()
             self.network_calls += num_samples
+            self.progress.count()
 
         self.experiment = Experiment(
             runtime.load_model(job.model_id).clipped_as(request.clipping).watched(before_call),
@@ -46,6 +49,12 @@ class TunedSampler:
             request.evaluation.batch_size,
             runtime.device,
         )
+        model = self.experiment.model
+        resumed = any(step.iterations for step in job.steps)
+        phases = phases_of(request, model.draw_data is not None, resumed)
+        self.progress = TuningProgress(phases, runtime.settings.save_seconds)
+        # A search for a grid has one iteration, so that only its network calls tell how far it is.
+        self.progress.stores_itself = self.tuner.iterations > 1
         self.timesteps = timesteps_of(request, self.experiment.model.noise_schedule)
 
     @property

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from importlib.metadata import version
 
 from sqlalchemy.orm import Session
@@ -17,7 +18,7 @@ from timetuner_core.tuning.problem import TuningState
 from worker.lease import Lease
 from worker.runtime import Runtime
 from worker.tuned_sampler import TunedSampler
-from worker.tuning_state import load_state, read_job, tune
+from worker.tuning_state import load_state, read_job, store_progress, tune
 from worker.tuning_tasks import tune_by_tasks
 
 
@@ -35,6 +36,8 @@ def run_tuning_job(runtime: Runtime, lease: Lease) -> None:
             state = tune_by_tasks(runtime, lease, sampler)
         else:
             tune(sampler, state, lease, lease.write, runtime.settings.save_seconds)
+    sampler.progress.store = partial(store_progress, lease.write)
+    sampler.progress.enter("evaluation")
     with TRACER.start_as_current_span("evaluate"):
         evaluation = sampler.evaluate(state)
     with TRACER.start_as_current_span("store"):

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +20,9 @@ from timetuner_core.tuning.problem import TuningState
 from worker.lease import Lease
 from worker.metrics import TUNING_ITERATIONS
 from worker.tuned_sampler import TunedSampler
+from worker.tuning_progress import TuningProgress
 
 logger = logging.getLogger(__name__)
-
-TUNING_SHARE_OF_PROGRESS = 0.8  # The evaluation has the rest.
 
 # A transaction on the tuning job with its row locked. It fails once this worker may not write to the job any more.
 Write = Callable[[], AbstractContextManager[tuple[Session, Job]]]
@@ -43,6 +43,7 @@ def tune(
     Args:
         steps: tune and save only these; then the rest of `state` is not looked at.
     """
+    sampler.progress.store = partial(store_progress, write)
     saved = time.monotonic()
     iterations = TUNING_ITERATIONS.labels(sampler.model_id)
     for _ in sampler.tune(state, steps):
@@ -115,17 +116,32 @@ def _save(sampler: TunedSampler, state: TuningState, write: Write, steps: list[i
         job.network_calls += sampler.network_calls
         job.tuning_seconds += now - since
         job.losses = 0
-        _note_progress(session, job, load_state(job, sampler.timesteps), sampler.total_iters)
+        _note_progress(session, job, load_state(job, sampler.timesteps), sampler)
     sampler.network_calls = 0
     return now
 
 
-def _note_progress(session: Session, job: TuningJob, state: TuningState, total_iters: int) -> None:
+def store_progress(write: Write, progress: TuningProgress) -> None:
+    """Store how far the job is, while its state does not change: the teacher samples, or the result is evaluated."""
+    try:
+        with write() as (session, job):
+            assert isinstance(job, TuningJob)
+            job.progress = max(job.progress, progress.share)
+            add_event(session, job, "progress", progress=job.progress, **progress.described())
+    except DBAPIError as error:
+        if not is_away(error):
+            raise
+        logger.warning("the database is away; progress is stored later: %s", error.orig)
+
+
+def _note_progress(session: Session, job: TuningJob, state: TuningState, sampler: TunedSampler) -> None:
     """Store the job's progress, which counts the steps of all workers, and add an event."""
-    share = torch.where(state.done, 1.0, state.iterations / total_iters)
-    job.progress = TUNING_SHARE_OF_PROGRESS * float(share.mean())
+    share = torch.where(state.done, 1.0, state.iterations / sampler.total_iters)
+    sampler.progress.tuned(float(share[sampler.tuned_steps].mean()))
+    job.progress = max(job.progress, sampler.progress.share)
     losses = state.loss[state.loss.isfinite()]
     event: dict[str, Any] = {"progress": job.progress, "t_ratios": state.t_ratios.tolist()}
+    event |= sampler.progress.described()
     if len(losses):
         event["loss"] = float(losses.sum())
     add_event(session, job, "progress", **event)

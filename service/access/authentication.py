@@ -1,9 +1,10 @@
 """Authentication: find out who makes a request before its body is read, and record refusals."""
 
+import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 
-from fastapi.concurrency import run_in_threadpool
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import FixedWindowRateLimiter
@@ -23,6 +24,7 @@ from service.state import AppState
 GUARDED_PREFIXES = ("/v1/", "/metrics")
 # Paths that everybody may use. A cookie is not looked at.
 OPEN_PREFIXES = ("/docs", "/redoc", "/openapi.json", "/healthz", "/readyz", "/static/", "/login")
+HEALTH_PATH, HEALTH_SECONDS = "/healthz", 0.5
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 # Refusals that are recorded: each key has this limit, and so has each status of requests without a valid key.
 RECORDED_REFUSALS = RateLimitItemPerMinute(60)
@@ -70,12 +72,18 @@ class AuthenticationMiddleware:
         await self.app(scope, receive, noting)
         refused = status == 403 or (scope["method"] not in SAFE_METHODS and 400 <= status < 500 and status != 429)
         if refused and self._recorded.hit(RECORDED_REFUSALS, caller.key.id):
-            await run_in_threadpool(self._write, caller, scope, status)
+            await self.state().run_write(self._write, caller, scope, status)
 
     async def _caller(self, scope: Scope) -> Caller | None:
         """The caller, or None on paths that need none. Raises: UnauthenticatedError, ForbiddenError, KeyLimitError."""
         headers, access = Headers(scope=scope), self.access()
         authorization = headers.get("authorization")
+        if scope["path"] == HEALTH_PATH:
+            with suppress(TimeoutError):  # Its answer must not wait for the database, to look whether there are keys.
+                async with asyncio.timeout(HEALTH_SECONDS):
+                    if not await access.keys.is_needed(authorization):
+                        check_local(scope, headers)
+            return None
         if not await access.keys.is_needed(authorization):
             check_local(scope, headers)
             return Caller(None, request_id())

@@ -6,21 +6,19 @@ import logging
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
-from typing import Any, Literal
+from typing import Any
 
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.exc import SQLAlchemyError
 
 from service.http.errors import UnauthenticatedError
-from service.registry.database import Registry
 from service.registry.keys import KEY_TEXT, LAST_USED_RESOLUTION_SECONDS, any_key, find_key, hash_secret, note_use
 from service.registry.tables import ApiKey
 from service.registry.types import utc_now
+from service.state import AppState
 
 CACHE_SECONDS = 1.0  # A revoked key may still be accepted for this long.
 MAX_CACHED_KEYS = 4096  # The cache is emptied when it reaches this size.
-
-AuthMode = Literal["auto", "on", "off"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +26,10 @@ logger = logging.getLogger(__name__)
 class KeyRing:
     """The keys that one API process knows. All methods run in its event loop."""
 
-    def __init__(self, registry: Registry, mode: AuthMode) -> None:
-        self._registry = registry
-        self._mode = mode
+    def __init__(self, state: AppState) -> None:
+        self._registry = state.registry
+        self._run_write = state.run_write
+        self._mode = state.settings.auth
         self._cached: dict[str, tuple[float, asyncio.Future[Any]]] = {}
         self._noting: set[asyncio.Task[None]] = set()
 
@@ -59,7 +58,7 @@ class KeyRing:
             raise UnauthenticatedError(f"the API key {key.id} expired at {key.expires_at:%Y-%m-%dT%H:%M:%SZ}")
         if key.last_used_at is None or now - key.last_used_at > timedelta(seconds=LAST_USED_RESOLUTION_SECONDS):
             key.last_used_at = now  # The cached row is changed, too, so that the use is stored once.
-            task = asyncio.create_task(run_in_threadpool(self._note_use, key.id, now))
+            task = asyncio.create_task(self._run_write(self._note_use, key.id, now))
             self._noting.add(task)
             task.add_done_callback(self._noting.discard)
         return key

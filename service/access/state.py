@@ -20,7 +20,7 @@ class AccessState:
 
 def access_state(state: AppState) -> AccessState:
     """The access state of an application."""
-    return AccessState(KeyRing(state.registry, state.settings.auth), RateLimits(state.settings.broker_url))
+    return AccessState(KeyRing(state), RateLimits(state.settings.broker_url))
 
 
 async def _access(request: Request) -> AccessState:

@@ -10,17 +10,18 @@ from service.cli.doctor import doctor
 from service.cli.jobs import jobs
 from service.cli.keys import keys
 from service.cli.models import models
-from service.cli.output import explain
+from service.cli.output import explain, explain_missing, explain_settings
 from service.cli.sample import sample
 from service.cli.schedules import schedules
-from service.cli.server import api, db, up
+from service.cli.server import api, db, dispatcher, up, worker
 from service.cli.tune import tune
 from service.client import TimeTunerError
+from service.shared.settings_error import SettingsError
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, help="Tuned timesteps for frozen diffusion models."
 )
-for command in (up, api, tune, sample, compare, doctor):
+for command in (up, api, worker, dispatcher, tune, sample, compare, doctor):
     app.command()(command)
 for name, group in {"models": models, "jobs": jobs, "schedules": schedules, "keys": keys, "db": db}.items():
     app.add_typer(group, name=name)
@@ -33,6 +34,10 @@ def main() -> None:
         code = app(standalone_mode=False)
     except (TimeTunerError, typer.TyperException, OSError) as error:
         code = explain(error)
+    except ModuleNotFoundError as error:
+        code = explain_missing(error)
+    except SettingsError as error:
+        code = explain_settings(error)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     sys.exit(code)

@@ -3,7 +3,6 @@
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from service.cli.output import UNREACHABLE, CommandError, stderr
+from service.shared.processes import timetuner
 
 if TYPE_CHECKING:
     from service.client import TimeTuner
@@ -78,7 +78,7 @@ def _own_service(home: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "service", "up", "--port", str(port), "--tuning-workers", "1", "--unlisted"]
+    command = timetuner("up", "--port", str(port), "--tuning-workers", "1", "--unlisted")
     environment = os.environ | {"TIMETUNER_HOME": str(home)}
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -4,7 +4,7 @@ import platform
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -57,12 +57,12 @@ def doctor(
 
 
 def _remote(url: str) -> Iterator[Finding]:
-    yield from _versions()
+    yield from _versions(())
     yield from _service(url)
 
 
 def _local(settings: "Settings", port: int) -> Iterator[Finding]:
-    yield from _versions()
+    yield from _versions(("diffusers", "server", "worker"))
     yield _device(settings.device)
     yield from _room(settings.timetuner_home.absolute())
     yield _database(settings)
@@ -73,14 +73,16 @@ def _local(settings: "Settings", port: int) -> Iterator[Finding]:
     yield from [_port(port)] if url is None else _service(url)
 
 
-def _versions() -> Iterator[Finding]:
+def _versions(extras: Sequence[str]) -> Iterator[Finding]:
     python = platform.python_version()
     yield Finding("python", sys.version_info >= OLDEST_PYTHON, python, "install Python 3.11 or newer")
     from packaging.requirements import Requirement
 
     wrong = []
     for requirement in map(Requirement, requires("timetuner") or []):
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+        marker = requirement.marker
+        needed = marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras))
+        if not needed or requirement.name == "timetuner":  # An extra names others of this package.
             continue
         try:
             installed = version(requirement.name)
@@ -89,13 +91,16 @@ def _versions() -> Iterator[Finding]:
         if installed == "none" or not requirement.specifier.contains(installed, prereleases=True):
             wrong.append(f"{requirement.name} {installed}, needed {requirement.specifier}")
     found = "; ".join(wrong) or f"timetuner {version('timetuner')} and all it needs"
-    yield Finding("packages", not wrong, found, "install timetuner again, into a new environment")
+    package = f"timetuner[{','.join(extras)}]" if extras else "timetuner"
+    yield Finding("packages", not wrong, found, f"install {package} again, into a new environment")
 
 
 def _device(name: str) -> Finding:
     """Check the device by a small computation."""
-    import torch
-
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return Finding("device", False, "PyTorch is not installed", "pip install 'timetuner[worker]'")
     try:
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         torch.ones(2, device=device).sum().item()

@@ -81,7 +81,10 @@ def _show(job: "TuningJob | SampleJob", as_json: bool) -> None:
     if as_json:
         print_json(job)
         return
-    print_facts(job.model_dump(exclude={"request", "timesteps", "steps"}) | {"request": json.dumps(job.request)})
+    facts = job.model_dump(exclude={"request", "timesteps", "steps", "phases"})
+    if isinstance(job, TuningJob):
+        facts["phases"] = ", ".join(f"{phase.name} {phase.done}/{phase.total}" for phase in job.phases) or None
+    print_facts(facts | {"request": json.dumps(job.request)})
     if isinstance(job, TuningJob) and job.steps:
         columns = ("step", "t_ratio", "iterations", "loss at first", "loss")
         print_table(columns, ((s.step_index, s.t_ratio, s.iterations, s.initial_loss, s.loss) for s in job.steps))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.output import NOT_FOUND, AsJson, CommandError, print_json, print_table
+from service.cli.output import NOT_FOUND, AsJson, CommandError, print_json, print_table, stderr
 
 if TYPE_CHECKING:
     from service.registry.tables import ApiKey
@@ -15,6 +15,8 @@ keys = typer.Typer(no_args_is_help=True, help="API keys, in the registry's datab
 
 SCOPES = "sample, tune, models:write or admin"
 UNITS = {"m": "minutes", "h": "hours", "d": "days"}
+FIRST_KEY = "This is the first key: from now on requests need one, unless AUTH is off."
+WHERE_KEYS_ARE_READ = "Commands and the Python client take theirs from the variable TIMETUNER_API_KEY."
 LONGEST = timedelta(days=36_500)
 
 
@@ -58,14 +60,17 @@ def create(
 ) -> None:
     """Make a key and print it. It cannot be shown again."""
     from service.cli.registry import open_registry
-    from service.registry.keys import Scope, create_key
+    from service.registry.keys import Scope, any_key, create_key
 
     scopes = [Scope(each) for each in scope]
     with open_registry() as registry, registry.write() as session:
+        is_first = not any_key(session)
         key, text = create_key(session, name, scopes, expires_in, requests_per_minute, pixel_steps_per_day)
     if as_json:
         print_json(_fields(key) | {"key": text})
         return
+    if is_first:
+        stderr.print(f"{FIRST_KEY} {WHERE_KEYS_ARE_READ}", soft_wrap=True)
     typer.echo(f"{key.id}, shown this once:", err=True)
     typer.echo(text)
 

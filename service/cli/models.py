@@ -1,5 +1,6 @@
 """`timetuner models`"""
 
+import os
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,7 +9,7 @@ import typer
 
 from service.cli.connection import Url, connected
 from service.cli.options import ModelName, find_model
-from service.cli.output import AsJson, Limit, print_facts, print_json, print_table
+from service.cli.output import NOT_FOUND, AsJson, CommandError, Limit, print_facts, print_json, print_table
 from service.client.choices import ModelState
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 models = typer.Typer(no_args_is_help=True, help="Register and list models.")
 
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 Source = Annotated[
     str, typer.Argument(help="A built-in model's name; or a diffusers-format folder, or a zip, tar or tar.gz of one.")
 ]
@@ -30,8 +32,12 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """Register a model, and wait until a worker has tried it."""
+    is_there = Path(source).exists()
+    if not is_there and _is_path(source):
+        accepted = "a diffusers-format folder, or a zip, tar or tar.gz of one; or the name of a built-in model"
+        raise CommandError(f"there is no file or folder {source!r}; accepted: {accepted}", NOT_FOUND)
     with connected(url, outlives=detach) as client:
-        if not Path(source).exists():
+        if not is_there:
             model = client.models.create(builtin=source, name=name)
         elif detach:
             registration = client.models.submit(archive=source, name=name)
@@ -89,6 +95,11 @@ def rm(model: ModelName, url: Url = None, as_json: AsJson = False) -> None:
         print_json({"deleted": model_id})
     else:
         typer.echo(model_id)
+
+
+def _is_path(source: str) -> bool:
+    """Whether a source can only be meant as a path. Names of built-in models have no slash, and end like no archive."""
+    return os.sep in source or source.startswith((".", "~")) or source.endswith(ARCHIVES)
 
 
 def _list_registrations(found: "list[ModelRegistration]", as_json: bool) -> None:

@@ -16,6 +16,7 @@ from service.client import (
     UnauthenticatedError,
     UnreachableError,
 )
+from service.shared.settings_error import SettingsError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,6 +25,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, 
 Limit = Annotated[int | None, typer.Option(min=1, help="The largest number of rows. [all]")]
 
 FAILED, USAGE, UNREACHABLE, REFUSED, NOT_FOUND = 1, 2, 3, 4, 5
+OUR_PACKAGES = ("service", "worker", "migrations", "timetuner_core")
 CODES: dict[type[Exception], int] = {
     InvalidError: USAGE,
     UnreachableError: UNREACHABLE,
@@ -53,6 +55,24 @@ def explain(error: Exception) -> int:
     if isinstance(error, CommandError):
         return error.code
     return next((code for kind, code in CODES.items() if isinstance(error, kind)), FAILED)
+
+
+def explain_missing(error: ModuleNotFoundError) -> int:
+    """Say which extra a command needs; returns the exit code. Raises: the error, if a module of ours is missing."""
+    package = (error.name or "").partition(".")[0]
+    if package in OUR_PACKAGES:
+        raise error
+    accepted = "pip install 'timetuner[server,worker]' for a service here, 'timetuner[diffusers]' for the library, or"
+    message = f"this needs {package!r}, which is not installed; accepted: {accepted} --url of a service elsewhere"
+    typer.echo(f"timetuner: {message}", err=True)
+    return UNREACHABLE
+
+
+def explain_settings(error: SettingsError) -> int:
+    """Print a line for each setting that cannot be used; returns the exit code."""
+    for line in error.lines:
+        typer.echo(f"timetuner: {line}", err=True)
+    return USAGE
 
 
 def print_json(value: Any) -> None:

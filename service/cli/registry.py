@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from sqlalchemy import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from service.cli.output import UNREACHABLE, CommandError
@@ -13,17 +14,26 @@ from service.shared.settings import Settings
 @contextmanager
 def open_registry() -> Iterator[Registry]:
     """The registry of the settings. Raises: CommandError, if it cannot be used."""
-    registry = Registry(Settings().database_url)
+    url = Settings().database_url
+    with database_errors(url):
+        registry = Registry(url)
+        try:
+            yield registry
+        finally:
+            registry.close()
+
+
+@contextmanager
+def database_errors(url: str) -> Iterator[None]:
+    """Errors of the database become those of a command. Raises: CommandError."""
     try:
-        yield registry
+        yield
     except SchemaError as error:
         raise CommandError(str(error), UNREACHABLE) from None
     except SQLAlchemyError as error:
-        database = registry.url.render_as_string()
+        database = make_url(url).render_as_string()
         message = f"{database} cannot be used: {reason_of(error)}; accepted: a database after `timetuner db upgrade`"
         raise CommandError(message, UNREACHABLE) from None
-    finally:
-        registry.close()
 
 
 def reason_of(error: SQLAlchemyError) -> str:

@@ -1,14 +1,16 @@
-"""`timetuner up`, `api` and `db`: running the service."""
+"""`timetuner up`, `api`, `worker`, `dispatcher` and `db`: running the service."""
 
 import json
 import math
 import os
+import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from service.cli.output import UNREACHABLE, USAGE, AsJson, CommandError, print_json
+from service.cli.output import FAILED, UNREACHABLE, USAGE, AsJson, CommandError, print_json
 
 db = typer.Typer(no_args_is_help=True, help="The registry's database.")
 
@@ -28,39 +30,50 @@ def up(
 
     DATABASE_URL, ARTIFACTS_URL and BROKER_URL replace the embedded parts.
     """
-    from service.registry.database import SchemaError
+    from service.cli.registry import database_errors
+    from service.shared.settings import Settings
+    from service.up.listening import AddressError
     from service.up.supervisor import Supervisor
 
     _settle_authentication("up", host)
     if home is not None:
         os.environ["TIMETUNER_HOME"] = str(home.absolute())
-    supervisor = Supervisor(host, port, tuning_workers, listed)
+    settings = Settings()
+    supervisor = Supervisor(host, port, tuning_workers, listed, settings)
     ready = (
         json.dumps({"url": supervisor.url}) if as_json else f"TimeTuner is ready at {supervisor.url} (Ctrl-C stops it)"
     )
     try:
-        code = supervisor.run(ready)
-    except SchemaError as error:
-        raise CommandError(str(error), UNREACHABLE) from None
+        with database_errors(settings.database_url):
+            code = supervisor.run(ready)
+    except AddressError as error:
+        raise CommandError(f"up: {error}", UNREACHABLE) from None
     raise typer.Exit(code)
 
 
-def api(host: Host = "127.0.0.1", port: Port = 8000) -> None:
+def api(
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    fd: Annotated[list[int], typer.Option(hidden=True, help="A socket that the parent process listens on.")] = [],  # noqa: B006
+) -> None:
     """Run the API alone."""
     import uvicorn
 
     from service.http.protocol import BoundedHttpProtocol
     from service.shared.logs import start_logging
     from service.shared.settings import Settings
+    from service.up.listening import AddressError, listen
 
     _settle_authentication("api", host)
     settings = Settings()
     start_logging(settings.log_level)
-    uvicorn.run(
+    try:
+        sockets = [socket.socket(fileno=number) for number in fd] or listen(host, port)
+    except AddressError as error:
+        raise CommandError(f"api: {error}", UNREACHABLE) from None
+    config = uvicorn.Config(
         "service.app:create_app",
         factory=True,
-        host=host,
-        port=port,
         http=BoundedHttpProtocol,
         ws="none",
         server_header=False,
@@ -68,6 +81,27 @@ def api(host: Host = "127.0.0.1", port: Port = 8000) -> None:
         log_config=None,
         timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
     )
+    server = uvicorn.Server(config)
+    with suppress(KeyboardInterrupt):  # The server has stopped in order, and raises it again.
+        server.run(sockets)
+    if not server.started:
+        raise typer.Exit(FAILED)
+
+
+def worker(
+    queues: Annotated[str, typer.Option(help="Queues to serve, by commas.")] = "sampling,tuning",
+) -> None:
+    """Run one worker, for one device, until SIGTERM."""
+    from worker.__main__ import serve
+
+    serve(queues)
+
+
+def dispatcher() -> None:
+    """Run the dispatcher until SIGTERM: it queues jobs again, deletes old samples, and sends webhooks."""
+    from worker.dispatcher import main
+
+    main()
 
 
 def _settle_authentication(command: str, host: str) -> None:

@@ -111,21 +111,24 @@ def _wait(job: "TuningJob", watch: bool) -> "TuningJob":
 
 @contextmanager
 def _display(job: "TuningJob", watch: bool) -> Iterator[Callable[["TuningJob"], None]]:
-    """A function that shows the job on stderr. If that is no terminal, it prints a line for each new state."""
+    """A function that shows the job on stderr. If that is no terminal, it prints a line per new state and phase."""
     from rich.console import Group
     from rich.live import Live
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    from service.client.waiting import doing, remaining
+
+    times = (TimeElapsedColumn(), TextColumn("{task.fields[left]}"))
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), *times)
     progress = Progress(*columns, console=stderr)
-    bar = progress.add_task("", total=1.0)
-    state = ""
+    bar = progress.add_task("", total=1.0, left="")
+    told = ""
 
     def tell(job: "TuningJob") -> None:
-        nonlocal state
-        if job.state != state:
-            state = job.state
-            stderr.print(f"{job.id} {state}", soft_wrap=True)
+        nonlocal told
+        if doing(job) != told:
+            told = doing(job)
+            stderr.print(f"{job.id} {told}", soft_wrap=True)
 
     if not stderr.is_terminal:
         yield tell
@@ -133,7 +136,9 @@ def _display(job: "TuningJob", watch: bool) -> Iterator[Callable[["TuningJob"], 
     with Live(progress, console=stderr) as live:
 
         def show(job: "TuningJob") -> None:
-            progress.update(bar, description=f"{job.id} {job.state}", completed=job.progress)
+            left = remaining(job)
+            description = f"{job.id} {doing(job)}"
+            progress.update(bar, description=description, completed=job.progress, left=f"{left} left" if left else "")
             live.update(Group(_steps(job), progress) if watch else progress)
 
         yield show

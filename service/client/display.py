@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Iterable, Mapping
 from html import escape
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -90,6 +91,11 @@ def _relative(metric: "Metric") -> tuple[float, float, float] | None:
         return None
     change, low, high = (100 * value / abs(metric.before) for value in values if value is not None)
     return change, low, high
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed, which comes with `timetuner[diffusers]`."""
+    return find_spec("matplotlib") is not None
 
 
 def _figure(width: float, height: float) -> "Figure":

@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import BaseModel, Field, field_validator
 
 from service.client import display
-from service.client.choices import GuidanceType, JobState, ModelState, ScheduleStatus
+from service.client.choices import GuidanceType, JobState, ModelState, Phase, ScheduleStatus
 from service.client.errors import JobFailedError, NoScheduleError, NotReadyError
 from service.client.problems import Problem, error_of
 from service.client.requests import ScheduleImport
@@ -117,8 +117,8 @@ class Evaluation(BaseModel):
     def _repr_html_(self) -> str:
         return display.evaluation_html(self)
 
-    def _repr_png_(self) -> bytes:
-        return display.evaluation_png(self)
+    def _repr_png_(self) -> bytes | None:
+        return display.evaluation_png(self) if display.can_draw() else None
 
 
 class Schedule(BaseModel):
@@ -164,8 +164,8 @@ class Schedule(BaseModel):
     def _repr_html_(self) -> str:
         return display.schedule_html(self)
 
-    def _repr_png_(self) -> bytes:
-        return display.schedule_png(self)
+    def _repr_png_(self) -> bytes | None:
+        return display.schedule_png(self) if display.can_draw() else None
 
 
 class Resolution(BaseModel):
@@ -201,6 +201,14 @@ class Step(BaseModel):
     done: bool
 
 
+class JobPhase(BaseModel):
+    """A part of a tuning job, counted in network calls. `total` is an estimate."""
+
+    name: Phase
+    done: int
+    total: int
+
+
 class Job(BaseModel):
     """The fields of both kinds of jobs."""
 
@@ -228,11 +236,15 @@ class Job(BaseModel):
 
 
 class TuningJobFields(Job):
-    """A tuning job. In lists and when just made, it has no `timesteps` and `steps`."""
+    """A tuning job. In lists and when just made, it has no phases, times, `timesteps` and `steps`."""
 
     attempt: int
     cancel_requested: bool
     request: dict[str, Any]
+    phase: Phase | None = None
+    phases: list[JobPhase] = Field(default_factory=list)
+    elapsed_seconds: float | None = None
+    remaining_seconds: float | None = None
     timesteps: list[float] | None = None
     steps: list[Step] = Field(default_factory=list)
 

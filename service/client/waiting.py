@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
 from service.client.errors import WaitTimeoutError
-from service.client.results import Job, ModelRegistrationFields
+from service.client.results import Job, ModelRegistrationFields, TuningJobFields
 
 J = TypeVar("J", bound=Job)
 Refresh: TypeAlias = Callable[[], J]
@@ -35,6 +35,18 @@ class Patience:
         return min(self.pause, left)
 
 
+def doing(job: Job) -> str:
+    """What a job does: the phase of a tuning job that runs, else the state."""
+    phase = job.phase if isinstance(job, TuningJobFields) else None
+    return phase if phase is not None and job.state == "running" else job.state
+
+
+def remaining(job: Job) -> str | None:
+    """How long a job will probably go on, such as `1:05`, if that is known."""
+    seconds = job.remaining_seconds if isinstance(job, TuningJobFields) else None
+    return None if seconds is None else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
 @contextmanager
 def showing(progress: Progress[Any], job: Job) -> Iterator[Callable[[Any], None]]:
     """A function that shows how far a job is."""
@@ -46,11 +58,13 @@ def showing(progress: Progress[Any], job: Job) -> Iterator[Callable[[Any], None]
         return
     from tqdm.auto import tqdm
 
-    form = "{desc}: {percentage:3.0f} %|{bar}| {elapsed}"
-    with tqdm(total=1.0, desc=f"{job.id} {job.state}", bar_format=form) as bar:
+    form = "{desc}: {percentage:3.0f} %|{bar}| {elapsed}{postfix}"
+    with tqdm(total=1.0, desc=f"{job.id} {doing(job)}", bar_format=form) as bar:
 
         def show(job: Job) -> None:
-            bar.set_description_str(f"{job.id} {job.state}", refresh=False)
+            bar.set_description_str(f"{job.id} {doing(job)}", refresh=False)
+            left = remaining(job)
+            bar.set_postfix_str(f"{left} left" if left else "", refresh=False)
             bar.n = job.progress
             bar.refresh()
 

@@ -14,13 +14,12 @@ from sqlalchemy.exc import IntegrityError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from service.http.validation import FieldsError, close_match, describe, printable
 from service.shared.logs import request_id
 
 Location = tuple[str | int, ...]
+MAX_SHOWN_PATH = 200
 EXAMPLE_REQUEST_ID = "req_01JD3K5V8Q2M4N6P7R9S0T1V2W"
-
-# Pydantic has other words for an unknown field of a dataclass, which tuners are, than of a model.
-MESSAGES = {"unexpected_keyword_argument": "Extra inputs are not permitted"}
 
 
 class ErrorItem(BaseModel):
@@ -80,7 +79,7 @@ class ForbiddenError(ServiceError):
 
 class NotFoundError(ServiceError):
     status = HTTPStatus.NOT_FOUND
-    example = "no model 'mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W'"
+    example = "no model 'mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W'; accepted: an id that GET /v1/models lists"
 
 
 class NotAcceptableError(ServiceError):
@@ -169,21 +168,28 @@ def install_error_handlers(app: FastAPI, routes: Collection[APIRoute]) -> None:
         return problem_response(error.status, error.detail, error.errors, error.headers)
 
     @app.exception_handler(RequestValidationError)
-    def validation_error(_request: Request, error: RequestValidationError) -> Response:
+    def validation_error(request: Request, error: RequestValidationError) -> Response:
+        models = error.models if isinstance(error, FieldsError) else _models_of(request.scope.get("route"))
         items = [
-            ErrorItem(loc=list(e["loc"]), msg=MESSAGES.get(e["type"], e["msg"]), input=_printable(e.get("input")))
-            for e in error.errors()
+            ErrorItem(loc=list(fault.loc), msg=fault.message, input=printable(fault.given))
+            for fault in describe(error.errors(), error.body, models)
         ]
         detail = "; ".join(f"{'.'.join(map(str, item.loc))}: {item.msg}" for item in items)
         return problem_response(HTTPStatus.UNPROCESSABLE_ENTITY, detail, items)
 
     @app.exception_handler(HTTPException)
     def http_error(request: Request, error: HTTPException) -> Response:
-        headers = error.headers
+        headers, detail = error.headers, str(error.detail)
+        path = request.scope["path"][:MAX_SHOWN_PATH]
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED and (methods := methods_at(request)):
             # The framework names the methods of one route only, so name those of all routes of the path.
             headers = {"Allow": ", ".join(sorted(methods))}
-        return problem_response(error.status_code, str(error.detail), headers=headers)
+            detail = f"{request.method} is not possible at {path!r}; accepted: {headers['Allow']}"
+        elif error.status_code == HTTPStatus.NOT_FOUND and detail == HTTPStatus.NOT_FOUND.phrase:
+            meant = close_match(path, [route.path for route in routes])
+            hint = f"did you mean {meant!r}? " if meant else ""
+            detail = f"there is nothing at {path!r}; {hint}accepted: the paths that /docs lists"
+        return problem_response(error.status_code, detail, headers=headers)
 
     @app.exception_handler(IntegrityError)
     def changed_meanwhile(_request: Request, _error: IntegrityError) -> Response:
@@ -205,11 +211,9 @@ def problem_content(error: type[ServiceError] = ServiceError) -> dict[str, Any]:
     return {"content": {"application/problem+json": content}}
 
 
-def _printable(value: Any) -> Any:
-    """The offending input as JSON, or a description of what JSON cannot hold (bytes, NaN)."""
-    if isinstance(value, bytes):
-        return f"{len(value)} bytes"
-    try:
-        return json.loads(json.dumps(value, allow_nan=False))
-    except (ValueError, TypeError):
-        return str(value)[:200]
+def _models_of(route: Any) -> dict[str, Any]:
+    """The types that a route's body and query are validated by."""
+    if not isinstance(route, APIRoute):
+        return {}
+    fields = {"body": route.body_field, "query": next(iter(route.dependant.query_params), None)}
+    return {place: field.field_info.annotation for place, field in fields.items() if field is not None}

@@ -1,14 +1,14 @@
 """/v1/models"""
 
+import json
 import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from sqlalchemy import select
 from starlette.datastructures import UploadFile
@@ -26,6 +26,7 @@ from service.http.errors import (
 )
 from service.http.fields import JSON_TYPE, PageParams, PathId, check_fields, newest_first
 from service.http.preferences import Prefer, read_preference
+from service.http.validation import FieldsError
 from service.models import logic
 from service.models.registrations import newest_registrations
 from service.models.schemas import (
@@ -39,7 +40,7 @@ from service.models.schemas import (
 )
 from service.registry.tables import Model, ModelRegistration
 from service.shared.fields import PRINTABLE
-from service.state import AppState, State
+from service.state import WRITES, AppState, State
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
@@ -73,18 +74,38 @@ REQUEST_BODY: dict[str, Any] = {
 }
 
 
-async def _parse(request: Request) -> tuple[BuiltinModelRequest | None, UploadFile | None, str | None]:
-    """The body, by its content type: a built-in's request, or an uploaded archive and its name."""
+async def _json(request: Request) -> Any:
+    """The body as JSON, or None if it is none."""
+    try:
+        return json.loads(await request.body())
+    except (ValueError, RecursionError):
+        return None
+
+
+class Registration(NamedTuple):
+    """A body: a built-in's request, or an uploaded archive and its name.
+
+    Attributes:
+        asked_name: the name that the request gives, if it gives one.
+    """
+
+    builtin: BuiltinModelRequest | None
+    archive: UploadFile | None
+    name: str | None
+    asked_name: str | None
+
+
+async def _parse(request: Request) -> Registration:
+    """The body, by its content type."""
     given = request.headers.get("content-type", "")
     content_type = given.partition(";")[0].strip().lower()
     if content_type == JSON_TYPE:
         try:
             builtin = BuiltinModelRequest.model_validate_json(await request.body())
         except ValidationError as error:
-            located = [{**e, "loc": ("body", *e["loc"])} for e in error.errors(include_url=False)]
-            raise RequestValidationError(located) from None
+            raise FieldsError(error, "body", BuiltinModelRequest, await _json(request)) from None
         check_fields(await request.body())
-        return builtin, None, None
+        return Registration(builtin, None, None, builtin.name)
     if content_type != MULTIPART:
         accepted = f"{JSON_TYPE} for a built-in model, {MULTIPART} for an archive"
         raise UnsupportedMediaTypeError(
@@ -97,10 +118,11 @@ async def _parse(request: Request) -> tuple[BuiltinModelRequest | None, UploadFi
     if unknown := form.keys() - {"archive", "name"}:
         field = min(unknown)[:100]
         raise InvalidError(f"there is no field {field!r}; accepted: archive, name", ("body", field))
-    name = name if isinstance(name, str) and name else archive.filename or "model"
+    asked_name = name if isinstance(name, str) and name else None
+    name = asked_name or archive.filename or "model"
     if len(name) > 200 or not re.fullmatch(PRINTABLE, name):
         raise InvalidError("accepted as name: up to 200 printable characters", ("body", "name"), name[:300])
-    return None, archive, name
+    return Registration(None, archive, name, asked_name)
 
 
 @router.post(
@@ -118,7 +140,7 @@ async def _parse(request: Request) -> tuple[BuiltinModelRequest | None, UploadFi
 )
 async def register_model(
     caller: MayWriteModels,  # It comes first, so that the scope is checked before the body is read.
-    parsed: Annotated[tuple[BuiltinModelRequest | None, UploadFile | None, str | None], Depends(_parse)],
+    parsed: Annotated[Registration, Depends(_parse)],
     state: State,
     response: Response,
     prefer: Prefer = None,
@@ -130,12 +152,12 @@ async def register_model(
     takes long, the answer is 202 with the registration's state; its `Location` gives the model once it is `ready`, or
     the problem if it is `refused`.
     """
-    builtin, archive, name = parsed
+    builtin, archive, name, asked_name = parsed
     if builtin is not None:
-        model, created = await run_in_threadpool(
+        model, created = await state.run_write(
             logic.register_builtin, state.registry, caller, builtin.builtin, builtin.name, idempotency_key
         )
-        return _registered(response, model, created)
+        return _registered(response, model, created, asked_name)
     assert archive is not None and name is not None
     hand_in = partial(
         logic.hand_in_archive, state.registry, caller, state.artifacts, archive.file, name, state.settings
@@ -144,10 +166,10 @@ async def register_model(
     respond_async, seconds = read_preference(prefer, state.settings.max_wait_seconds)
     found = await _described(state, handed_in.found, 0 if respond_async else seconds)
     if handed_in.once is not None:
-        await run_in_threadpool(logic.remember, state.registry, handed_in.once, found)
+        await state.run_write(logic.remember, state.registry, handed_in.once, found)
     if isinstance(found, Model):
         created = handed_in.is_new and found.id == handed_in.found.id
-        return _registered(response, found, created, handed_in.ignored_files)
+        return _registered(response, found, created, asked_name, handed_in.ignored_files)
     response.status_code = 202
     response.headers["Location"] = f"/v1/models/{found.id}"
     if respond_async:
@@ -156,9 +178,21 @@ async def register_model(
 
 
 def _registered(
-    response: Response, model: Model, created: bool, ignored_files: Sequence[str] | None = None
+    response: Response,
+    model: Model,
+    created: bool,
+    asked_name: str | None,
+    ignored_files: Sequence[str] | None = None,
 ) -> ModelOut:
-    """The answer with a model. It names the files that nothing reads of the archive which came with this request."""
+    """The answer with a model. It names the files that nothing reads of the archive which came with this request.
+
+    Raises:
+        ConflictError: the content is registered under another name than the one that was asked for.
+    """
+    if asked_name is not None and model.name != asked_name:
+        accepted = "no name, or that one; or DELETE it first"
+        message = f"name is {asked_name!r}, but this content is model {model.id!r}, named {model.name!r}"
+        raise ConflictError(f"{message}; accepted: {accepted}", ("body", "name"), asked_name)
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/v1/models/{model.id}"
     answer = ModelOut.model_validate(model)
@@ -204,6 +238,7 @@ def get_model(model_id: PathId, state: State) -> ModelOut | ModelRegistrationOut
     "/{model_id}",
     status_code=204,
     operation_id="delete_model",
+    dependencies=[WRITES],
     responses=error_responses(NotFoundError, ConflictError),
 )
 def delete_model(caller: MayWriteModels, model_id: PathId, state: State) -> None:

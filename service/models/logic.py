@@ -166,7 +166,7 @@ def get_model(session: Session, model_id: str) -> Model:
     if model is None:
         if reason := why_not_ready(session, model_id):
             raise ConflictError(reason)
-        raise NotFoundError(f"no model {model_id!r}")
+        raise NotFoundError(f"no model {model_id!r}; accepted: an id that GET /v1/models lists")
     return model
 
 

@@ -1,13 +1,15 @@
 """Sessions on SQLite or PostgreSQL, by URL."""
 
+import math
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Engine, create_engine, event, make_url, update
+from sqlalchemy import URL, Engine, create_engine, event, func, make_url, select, update
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
 from service.registry.tables import Model, RegistryChanges, Schedule, ScheduleAlias
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from alembic.config import Config
 
 MAX_IDLE_IN_TRANSACTION_SECONDS = 30
+SQLITE_LOCK_SECONDS = 30.0
+MIGRATION_LOCK = 7283_1101  # An arbitrary number, which no other program that uses the database may use.
 LAST_COMMIT_WITH_OLDER_MIGRATIONS = "e4c2e61"
 
 
@@ -35,6 +39,8 @@ class SchemaError(Exception):
 
 def is_away(error: BaseException) -> bool:
     """Whether an error says that the database cannot be used at the moment. Errors of the query itself do not count."""
+    if isinstance(error, PoolTimeoutError):  # All connections wait for locks.
+        return True
     if not isinstance(error, DBAPIError):
         return False
     if getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:  # The query does not fit the schema.
@@ -56,12 +62,24 @@ def _note_changes(session: Session, _context: Any) -> None:
 class Registry:
     """One database. `read()` and `write()` give a session each; `write()` commits if nothing was raised."""
 
-    def __init__(self, database_url: str) -> None:
+    def __init__(
+        self, database_url: str, lock_seconds: float | None = None, statement_seconds: float | None = None
+    ) -> None:
+        """Nothing is connected yet.
+
+        Args:
+            lock_seconds: how long to wait for a lock, and for a connection; None: 30 s on SQLite, else for ever.
+            statement_seconds: how long PostgreSQL may work on one statement; None: for ever.
+        """
         url = make_url(database_url)
         if url.drivername in ("postgresql", "postgres"):
             url = url.set(drivername="postgresql+psycopg")
         self.url = url
-        self.engine = _sqlite_engine(url) if self.is_sqlite else _postgresql_engine(url)
+        waits: dict[str, Any] = {} if lock_seconds is None else {"pool_timeout": lock_seconds}
+        if self.is_sqlite:
+            self.engine = _sqlite_engine(url, lock_seconds or SQLITE_LOCK_SECONDS, **waits)
+        else:
+            self.engine = _postgresql_engine(url, lock_seconds or 0, statement_seconds or 0, **waits)
         self._writing = self.engine.execution_options(sqlite_begin="BEGIN IMMEDIATE")
 
     @property
@@ -85,14 +103,36 @@ class Registry:
     def upgrade(self) -> None:
         """Bring the database to the newest migration, creating it if need be.
 
+        Of several processes that do so at once, one migrates, and the others wait for it.
+
         Raises: SchemaError, if its schema is not one of this version's; the database is left as it is.
         """
         if self.is_sqlite and self.url.database:
             Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
         from alembic import command  # Only migrations need Alembic, so other processes do not load it.
 
-        self.revisions()
-        command.upgrade(alembic_config(self.url.render_as_string(hide_password=False)), "head")
+        with self._migrating():
+            self.revisions()
+            command.upgrade(alembic_config(self.url.render_as_string(hide_password=False)), "head")
+
+    @contextmanager
+    def _migrating(self) -> Iterator[None]:
+        """A lock that one process has at a time. It ends with the process."""
+        if not self.is_sqlite:
+            with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                connection.execute(select(func.pg_advisory_lock(MIGRATION_LOCK)))
+                try:
+                    yield
+                finally:
+                    connection.execute(select(func.pg_advisory_unlock(MIGRATION_LOCK)))
+        elif self.url.database:
+            import fcntl  # Windows has none, and clients there import this module's neighbours.
+
+            with Path(f"{self.url.database}.lock").open("w") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                yield
+        else:
+            yield
 
     def revisions(self) -> tuple[str | None, str | None]:
         """The database's migration, None before the first, and the newest one.
@@ -133,20 +173,26 @@ def alembic_config(database_url: str) -> "Config":
     return config
 
 
-def _postgresql_engine(url: Any) -> Engine:
-    engine = create_engine(url, pool_pre_ping=True)
+def _postgresql_engine(url: URL, lock_seconds: float, statement_seconds: float, **options: Any) -> Engine:
+    engine = create_engine(url, pool_pre_ping=True, **options)
+    timeouts = {
+        # A process that hangs within a transaction must not keep its locks.
+        "idle_in_transaction_session_timeout": MAX_IDLE_IN_TRANSACTION_SECONDS,
+        "lock_timeout": lock_seconds,
+        "statement_timeout": statement_seconds,
+    }
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _record: Any) -> None:
-        # A process that hangs within a transaction must not keep its locks.
-        connection.execute(f"SET idle_in_transaction_session_timeout = '{MAX_IDLE_IN_TRANSACTION_SECONDS}s'")
+        for name, seconds in timeouts.items():
+            connection.execute(f"SET {name} = {math.ceil(1000 * seconds)}")  # milliseconds; 0 is no limit
         connection.commit()
 
     return engine
 
 
-def _sqlite_engine(url: Any) -> Engine:
-    engine = create_engine(url, connect_args={"timeout": 30})
+def _sqlite_engine(url: URL, lock_seconds: float, **options: Any) -> Engine:
+    engine = create_engine(url, connect_args={"timeout": lock_seconds}, **options)
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _record: Any) -> None:

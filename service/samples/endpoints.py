@@ -40,7 +40,7 @@ from service.shared import telemetry
 from service.shared.artifacts import DamagedArtifactError
 from service.shared.image_formats import FORMATS
 from service.shared.job_requests import SampleRequest
-from service.state import AppState, State
+from service.state import WRITES, AppState, State
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,12 @@ def get_sample_job(caller: AnyCaller, job_id: PathId, state: State) -> SampleJob
     return SampleJobOut.model_validate(read_job(state, caller, job_id))
 
 
-@router.post("/{job_id}/cancel", operation_id="cancel_sample_job", responses=error_responses(NotFoundError))
+@router.post(
+    "/{job_id}/cancel",
+    operation_id="cancel_sample_job",
+    dependencies=[WRITES],
+    responses=error_responses(NotFoundError),
+)
 def cancel_sample_job(caller: MaySample, job_id: PathId, state: State) -> SampleJobOut:
     """Cancel a sampling job; one that is over stays as it is."""
     return SampleJobOut.model_validate(cancel_job(state, caller, job_id))

@@ -14,7 +14,9 @@ def get_job(session: Session, caller: Caller, job_id: str, with_for_update: bool
     """A job of the caller's. Raises: NotFoundError."""
     job = session.get(SampleJob, job_id, with_for_update=with_for_update)
     if job is None or job.parent_id is not None or not caller.sees(job):
-        raise NotFoundError(f"no sampling job {job_id!r}")
+        raise NotFoundError(
+            f"no sampling job {job_id!r}; accepted: an id that POST /v1/samples gave, until its samples are deleted"
+        )
     return job
 
 

@@ -45,7 +45,7 @@ async def wait_for_end(
                 continue
             received.cancel()
             if hung_up.done():
-                await run_in_threadpool(cancel_job, state, caller, job.id)
+                await state.run_write(cancel_job, state, caller, job.id)
                 return None
             current = await run_in_threadpool(read_job, state, caller, job.id)
             if current.state in FINAL_STATES:

@@ -25,7 +25,7 @@ from service.schedules.schemas import (
     ScheduleOut,
     SchedulePage,
 )
-from service.state import State
+from service.state import WRITES, State
 
 router = APIRouter(tags=["schedules"])
 
@@ -45,7 +45,7 @@ def list_schedules(state: State, query: ScheduleFilters) -> SchedulePage:
     "/v1/schedules",
     status_code=201,
     operation_id="import_schedule",
-    dependencies=[Depends(require_json)],
+    dependencies=[Depends(require_json), WRITES],
     responses=error_responses(InvalidError, ConflictError, UnsupportedMediaTypeError),
 )
 def import_schedule(
@@ -94,6 +94,7 @@ def get_schedule(schedule_id: PathId, state: State) -> ScheduleOut:
     "/v1/schedules/{schedule_id}",
     status_code=204,
     operation_id="delete_schedule",
+    dependencies=[WRITES],
     responses=error_responses(NotFoundError, ConflictError),
 )
 def delete_schedule(caller: MayWriteModels, schedule_id: PathId, state: State) -> None:
@@ -116,7 +117,7 @@ def list_aliases(model_id: PathId, state: State) -> AliasList:
 @router.put(
     "/v1/models/{model_id}/aliases/{name}",
     operation_id="set_alias",
-    dependencies=[Depends(require_json)],
+    dependencies=[Depends(require_json), WRITES],
     responses=error_responses(NotFoundError, ConflictError, InvalidError, UnsupportedMediaTypeError),
 )
 def set_alias(caller: MayWriteModels, model_id: PathId, name: AliasName, body: AliasRequest, state: State) -> AliasOut:
@@ -131,6 +132,7 @@ def set_alias(caller: MayWriteModels, model_id: PathId, name: AliasName, body: A
     "/v1/models/{model_id}/aliases/{name}",
     status_code=204,
     operation_id="delete_alias",
+    dependencies=[WRITES],
     responses=error_responses(NotFoundError),
 )
 def delete_alias(caller: MayWriteModels, model_id: PathId, name: AliasName, state: State) -> None:

@@ -26,7 +26,7 @@ def get_schedule(session: Session, schedule_id: str) -> Schedule:
     """A schedule and its evaluation. Raises: NotFoundError."""
     schedule = session.get(Schedule, schedule_id, options=[joinedload(Schedule.evaluation)])
     if schedule is None:
-        raise NotFoundError(f"no schedule {schedule_id!r}")
+        raise NotFoundError(f"no schedule {schedule_id!r}; accepted: an id that GET /v1/schedules lists")
     return schedule
 
 
@@ -178,5 +178,7 @@ def delete_alias(session: Session, model_id: str, name: str) -> None:
     """Delete a model's alias. Raises: NotFoundError."""
     alias = session.get(ScheduleAlias, (model_id, name))
     if alias is None:
-        raise NotFoundError(f"no alias {name!r} of model {model_id!r}")
+        raise NotFoundError(
+            f"no alias {name!r} of model {model_id!r}; accepted: one that GET /v1/models/{model_id}/aliases lists"
+        )
     session.delete(alias)

@@ -2,11 +2,11 @@
 
 import json
 import subprocess
-import sys
 import threading
 from functools import cache
 from typing import Any
 
+from service.shared.processes import python
 from timetuner_core.catalog import SAMPLER_FACTS, SamplerFacts, sampler_names
 
 LOAD_SECONDS = 120.0
@@ -44,7 +44,7 @@ def _installed_samplers() -> dict[str, dict[str, Any]]:
     installed = [name for name in sampler_names() if name not in SAMPLER_FACTS]
     if not installed:
         return {}
-    command = [sys.executable, "-m", "timetuner_core.samplers"]
+    command = python("-m", "timetuner_core.samplers")
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=LOAD_SECONDS)
         facts: dict[str, dict[str, Any]] = json.loads(run.stdout.splitlines()[-1])

@@ -1,11 +1,30 @@
 """All settings, read once from the environment."""
 
+import os
+import re
+from collections.abc import Iterator
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsError as UnreadableError
+
+from service.shared.settings_error import SettingsError
+
+DEVICE = r"auto|cpu|mps|(cuda|xpu)(:\d+)?"
+DATABASE_URL = r"(sqlite|postgres|postgresql)(\+\w+)?://.*"
+BROKER_URL = r"(redis|rediss|redis\+socket|rediss\+socket|unix)://.*"
+# Accepted values, for settings whose pattern says little to people.
+ACCEPTED = {
+    "database_url": "sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE",
+    "broker_url": "redis://HOST:PORT/NUMBER or redis+socket://FILE",
+    "device": "auto, cpu, cuda, cuda:0, cuda:1, ...",
+    "webhook_secret": "whsec_ and at least 32 characters of base64",
+}
+SECRETS = ("webhook_secret",)
+PASSWORD = re.compile(r"(?<=://)[^/@]*:[^/]*@")
 
 
 class Settings(BaseSettings):
@@ -18,11 +37,13 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(extra="ignore")
 
     timetuner_home: Path = Path("timetuner-data")
-    database_url: str = ""  # The default is SQLite in the home.
+    database_url: str = Field("", pattern=f"^({DATABASE_URL})?$")  # The default is SQLite in the home.
+    database_lock_seconds: float = Field(10.0, gt=0)  # The API waits this long for a lock, and then answers 503.
+    database_statement_seconds: float = Field(30.0, gt=0)  # The API lets PostgreSQL work this long on one statement.
     artifacts_url: str = ""  # The default is a folder in the home.
-    broker_url: str = "redis://127.0.0.1:6379/0"
+    broker_url: str = Field("redis://127.0.0.1:6379/0", pattern=f"^{BROKER_URL}$")
     auth: Literal["auto", "on", "off"] = "auto"  # `auto` needs API keys once there is one.
-    device: str = "auto"
+    device: str = Field("auto", pattern=f"^({DEVICE})$")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # The type of networks. Samples stay float32.
     channels_last: bool = False
     compile: bool = False  # Networks are compiled by torch.compile.
@@ -70,7 +91,32 @@ class Settings(BaseSettings):
     max_queue_seconds: float = Field(60.0, gt=0)  # Requests for samples that would wait longer are refused.
     max_wait_seconds: float = Field(120.0, gt=0)  # A synchronous sampling request waits this long at most.
 
+    def __init__(self, **given: Any) -> None:
+        """Raises: SettingsError, naming each variable that cannot be used."""
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            raise SettingsError(list(_lines(error))) from None
+        except UnreadableError as error:
+            raise SettingsError([_unreadable(error)]) from None
+
     def model_post_init(self, _context: object) -> None:
         home = self.timetuner_home.absolute()
         self.database_url = self.database_url or f"sqlite:///{home / 'registry.sqlite'}"
         self.artifacts_url = self.artifacts_url or f"file://{home / 'artifacts'}"
+
+
+def _lines(error: ValidationError) -> Iterator[str]:
+    """A line for each variable: its name, its value and what is accepted."""
+    for fault in error.errors(include_url=False, include_context=False):
+        name = str(fault["loc"][0])
+        accepted = ACCEPTED.get(name) or fault["msg"].removeprefix("Input should be ")
+        value = "not as expected" if name in SECRETS else repr(PASSWORD.sub("***@", str(fault["input"])))
+        yield f"{name.upper()} is {value}; accepted: {accepted}"
+
+
+def _unreadable(error: UnreadableError) -> str:
+    """A line for a variable that is to hold a list, and is no JSON."""
+    match = re.search(r'field "(\w+)"', str(error))
+    name = match[1].upper() if match else "a setting"
+    return f"{name} is {os.environ.get(name, '')!r}; accepted: a JSON list, such as '[\"VALUE\"]'"

@@ -23,9 +23,16 @@ from service.http.fields import JSON_TYPE, PageParams, PathId, require_json
 from service.registry.tables import FINAL_STATES, JobState, TuningJob
 from service.shared.job_requests import TuningJobRequest
 from service.shared.queue import publish
-from service.state import AppState, State
+from service.state import WRITES, AppState, State
 from service.tuning_jobs import logic
-from service.tuning_jobs.schemas import EventOut, EventPage, TuningJobDetail, TuningJobOut, TuningJobPage
+from service.tuning_jobs.schemas import (
+    EventOut,
+    EventPage,
+    TuningJobDetail,
+    TuningJobOut,
+    TuningJobPage,
+    TuningJobProgress,
+)
 
 router = APIRouter(prefix="/v1/tuning-jobs", tags=["tuning jobs"])
 
@@ -39,7 +46,7 @@ MAX_EVENT_ID = 2**63 - 1  # The column is a 64-bit integer.
     "",
     status_code=202,
     operation_id="submit_tuning_job",
-    dependencies=[Depends(require_json)],
+    dependencies=[Depends(require_json), WRITES],
     responses=error_responses(
         ConflictError, TooLargeError, UnsupportedMediaTypeError, InvalidError, TooManyRequestsError
     ),
@@ -70,14 +77,18 @@ def list_tuning_jobs(
 
 @router.get("/{job_id}", operation_id="get_tuning_job", responses=error_responses(NotFoundError))
 def get_tuning_job(caller: AnyCaller, job_id: PathId, state: State) -> TuningJobDetail:
-    """One tuning job, with the state of each step."""
+    """One tuning job, with its phases and the state of each step."""
     with state.registry.read() as session:
-        return TuningJobDetail.model_validate(logic.get_job(session, caller, job_id))
+        job = logic.get_job(session, caller, job_id)
+        detail = TuningJobDetail.model_validate(job)
+        progress = TuningJobProgress.model_validate(logic.progress_of(session, job))
+        return detail.model_copy(update={name: getattr(progress, name) for name in TuningJobProgress.model_fields})
 
 
 @router.post(
     "/{job_id}/cancel",
     operation_id="cancel_tuning_job",
+    dependencies=[WRITES],
     responses=error_responses(NotFoundError, ConflictError),
 )
 def cancel_tuning_job(caller: MayTune, job_id: PathId, state: State) -> TuningJobOut:

@@ -15,6 +15,7 @@ from service.registry.database import Registry
 from service.registry.jobs import request_cancel
 from service.registry.keys import Scope
 from service.registry.tables import FINAL_STATES, JobState, TuningJob, TuningJobEvent, Webhook
+from service.registry.types import utc_now
 from service.request_checks import (
     check_room,
     check_setting,
@@ -78,7 +79,7 @@ def get_job(session: Session, caller: Caller, job_id: str, *, lock: bool = False
     options = [selectinload(TuningJob.steps), joinedload(TuningJob.schedule)]
     job = session.get(TuningJob, job_id, options=options, with_for_update={"of": TuningJob} if lock else None)
     if job is None or not caller.sees(job):
-        raise NotFoundError(f"no tuning job {job_id!r}")
+        raise NotFoundError(f"no tuning job {job_id!r}; accepted: an id that GET /v1/tuning-jobs lists")
     return job
 
 
@@ -109,6 +110,23 @@ def events_after(session: Session, job_id: str, last_id: int, limit: int = 1000)
     """The job's events later than `last_id`, oldest first."""
     query = select(TuningJobEvent).where(TuningJobEvent.job_id == job_id, TuningJobEvent.id > last_id)
     return session.scalars(query.order_by(TuningJobEvent.id).limit(limit)).all()
+
+
+def progress_of(session: Session, job: TuningJob) -> dict[str, Any]:
+    """The phases of a job's latest attempt, and its times, as `TuningJobDetail` has them."""
+    found: dict[str, Any] = {}
+    now = utc_now()
+    if job.started_at is not None:
+        found["elapsed_seconds"] = ((job.finished_at or now) - job.started_at).total_seconds()
+    events = select(TuningJobEvent).where(TuningJobEvent.job_id == job.id, TuningJobEvent.type == "progress")
+    event = session.scalars(events.order_by(TuningJobEvent.id.desc()).limit(1)).first()
+    if event is None or "phases" not in event.data:  # A version before this one has no phases.
+        return found
+    found |= {"phase": event.data["phase"], "phases": event.data["phases"]}
+    remaining = event.data["remaining_seconds"]
+    if job.state == JobState.RUNNING and remaining is not None:
+        found["remaining_seconds"] = max(0.0, remaining - (now - event.created_at).total_seconds())
+    return found
 
 
 def _check(request: TuningJobRequest, spec: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Responses of the tuning job endpoints."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -41,7 +41,33 @@ class TuningJobOut(BaseModel):
     finished_at: Time | None
 
 
-class TuningJobDetail(TuningJobOut):
+class PhaseOut(BaseModel):
+    """A part of a job, counted in network calls."""
+
+    name: Literal["teacher", "start", "tuning", "evaluation"]
+    done: int
+    total: int = Field(description="An estimate. Tuning may need fewer.")
+
+
+class TuningJobProgress(BaseModel):
+    """How far a job is, and how long it takes."""
+
+    phase: Literal["teacher", "start", "tuning", "evaluation"] | None = Field(
+        None,
+        examples=["tuning"],
+        description="What is going on: a teacher samples, grids to start from are tried, ratios are tuned, or the "
+        "result is evaluated. Null before the first network call.",
+    )
+    phases: list[PhaseOut] = Field([], description="All phases of the latest attempt, in order.")
+    elapsed_seconds: float | None = Field(
+        None, examples=[12.5], description="The time from the job's start until now, or until its end."
+    )
+    remaining_seconds: float | None = Field(
+        None, examples=[30.0], description="An estimate, while the job runs; null before there is one."
+    )
+
+
+class TuningJobDetail(TuningJobProgress, TuningJobOut):
     timesteps: list[float] | None = Field(
         examples=[[1.0, 0.55, 0.001]], description="The grid so far, of num_steps + 1 times; null before the first."
     )

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from fastapi import APIRouter, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, ValidationError
 from sqlalchemy import select
@@ -14,6 +13,7 @@ from sqlalchemy.orm import Session
 from service.access.callers import AnyCaller
 from service.http.errors import InvalidError
 from service.http.fields import PageQuery, PathId, newest_first
+from service.http.validation import FieldsError
 from service.models.logic import get_handed_in
 from service.models.registrations import newest_registrations
 from service.models.schemas import STATES, ModelRegistrationOut
@@ -48,8 +48,7 @@ def read_query(request: Request, query: type[Query]) -> Query:
     try:
         return query.model_validate(given)
     except ValidationError as error:
-        located = [{**fault, "loc": ("query", *fault["loc"])} for fault in error.errors(include_url=False)]
-        raise RequestValidationError(located) from None
+        raise FieldsError(error, "query", query) from None
 
 
 @router.get("/")
@@ -117,7 +116,8 @@ def job(job_id: PathId, request: Request, caller: AnyCaller, state: State) -> HT
         row = jobs_logic.get_job(session, caller, job_id)
         charts = views.job_charts(session, row)
         model = session.get_one(Model, row.model_id)
-    return render(request, "job.html", caller, job=row, model=model, charts=charts)
+        progress = jobs_logic.progress_of(session, row)
+    return render(request, "job.html", caller, job=row, model=model, charts=charts, progress=progress)
 
 
 @router.get("/schedules")

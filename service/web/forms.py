@@ -19,7 +19,7 @@ from service.schedules.schemas import ALIAS
 from service.shared.fields import Identifier
 from service.shared.job_requests import ClippingText, SamplingSetting, TuningJobRequest
 from service.shared.queue import publish
-from service.state import State
+from service.state import WRITES, State
 from service.tuning_jobs import logic as jobs_logic
 from service.web.rendering import see
 from service.web.views import OBJECTIVES
@@ -43,7 +43,7 @@ class TuningForm(SamplingSetting):
     objective: Literal[tuple(OBJECTIVES)] = "end_to_end"  # type: ignore[valid-type]
 
 
-@router.post("/models")
+@router.post("/models", dependencies=[WRITES])
 def register(
     form: Annotated[BuiltinModelRequest, Form()], caller: MayWriteModels, state: State, request: Request
 ) -> Response:
@@ -51,7 +51,7 @@ def register(
     return see(request, f"/models/{model.id}")
 
 
-@router.post("/jobs")
+@router.post("/jobs", dependencies=[WRITES])
 def submit(form: Annotated[TuningForm, Form()], caller: MayTune, state: State, request: Request) -> Response:
     setting = form.model_dump(exclude={"objective"})
     tuning = TuningJobRequest.model_validate({**setting, "tuner": {"objective": form.objective}})
@@ -60,13 +60,13 @@ def submit(form: Annotated[TuningForm, Form()], caller: MayTune, state: State, r
     return see(request, f"/jobs/{job.id}")
 
 
-@router.post("/jobs/{job_id}/cancel")
+@router.post("/jobs/{job_id}/cancel", dependencies=[WRITES])
 def cancel(job_id: PathId, caller: MayTune, state: State, request: Request) -> Response:
     jobs_logic.cancel(state.registry, caller, job_id)
     return see(request, f"/jobs/{job_id}")
 
 
-@router.post("/schedules/{schedule_id}/aliases")
+@router.post("/schedules/{schedule_id}/aliases", dependencies=[WRITES])
 def set_alias(
     schedule_id: PathId,
     name: Annotated[str, Form(pattern=ALIAS)],
@@ -81,7 +81,7 @@ def set_alias(
     return see(request, f"/schedules/{schedule_id}")
 
 
-@router.post("/schedules/{schedule_id}/aliases/delete")
+@router.post("/schedules/{schedule_id}/aliases/delete", dependencies=[WRITES])
 def delete_alias(
     schedule_id: PathId, name: Annotated[Identifier, Form()], caller: MayWriteModels, state: State, request: Request
 ) -> Response:

@@ -39,7 +39,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.globals["zip"] = zip
-    environment.filters |= {"number": _number, "count": _count, "ago": _ago, "query": _query}
+    environment.filters |= {"number": _number, "count": _count, "ago": _ago, "query": _query, "duration": _duration}
     return environment
 
 
@@ -60,6 +60,12 @@ def _ago(time: datetime | None) -> str:
     if seconds < HOUR:
         return f"{seconds // MINUTE:.0f} min ago"
     return f"{seconds // HOUR:.0f} h ago" if seconds < DAY else f"{time:%Y-%m-%d}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < MINUTE:
+        return f"{seconds:.0f} s"
+    return f"{seconds // MINUTE:.0f} min {seconds % MINUTE:.0f} s" if seconds < HOUR else f"{seconds / HOUR:.1f} h"
 
 
 def _query(values: dict[str, Any]) -> str:

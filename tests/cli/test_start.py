@@ -1,9 +1,11 @@
 """The start of commands: they start quickly, complete words, and refuse what makes no sense."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import typer.main
@@ -49,7 +51,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
 def test_every_command_prints_json_on_request() -> None:
     options = dict(commands())
     assert {"tune", "models import", "schedules alias", "keys create", "doctor", "db upgrade"} <= set(options)
-    assert [words for words, given in options.items() if "--json" not in given] == ["api"]
+    assert [words for words, given in options.items() if "--json" not in given] == ["api", "worker", "dispatcher"]
     assert not [option for given in options.values() for option in given if "key" in option and option.startswith("--")]
 
 
@@ -77,6 +79,8 @@ def test_words_are_completed(shell: str) -> None:
         (["tune", "m", "--num-steps", "3", "--detach"], 3, "accepted: --url, or a service that runs: timetuner up"),
         (["sample", "m", "--num-steps", "3", "--out", "a.gif"], 2, "accepted: a name that ends with .png, .npy, .zip"),
         (["schedules", "alias", "a"], 2, "accepted: either a schedule's ID or --remove-from MODEL"),
+        (["models", "import", "./nothere"], 5, "there is no file or folder './nothere'; accepted: a diffusers-format"),
+        (["models", "import", "mine.zip"], 5, "there is no file or folder 'mine.zip'; accepted: a diffusers-format"),
         (["models", "list", "--url", "here"], 2, "accepted: one that begins with http:// or https://"),
         (["models", "list", "--url", "http://127.0.0.1:1"], 3, "the service at http://127.0.0.1:1 cannot be reached"),
     ],
@@ -89,3 +93,32 @@ def test_a_refusal_is_one_line_and_a_code(
     assert len(result.err.splitlines()) == 1
     assert result.err.startswith("timetuner: ")
     assert message in result.err
+
+
+@pytest.mark.parametrize("command", ["up", "api"])
+def test_a_port_that_another_program_listens_on_is_refused(command: str, timetuner: Run, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        result = timetuner(command, "--port", str(port), TIMETUNER_HOME=str(tmp_path / "home"))
+    said = f"timetuner: {command}: --port is {port}, on which another program listens; accepted: a free port"
+    assert (result.code, result.out, result.err.splitlines()) == (3, "", [said])
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize("command", ["up", "api", "dispatcher", "doctor"])
+def test_settings_that_cannot_be_used_are_a_line_each(command: str, timetuner: Run, tmp_path: Path) -> None:
+    environment = {
+        "AUTH": "maybe",
+        "DEVICE": "gpu0",
+        "LEASE_SECONDS": "0",
+        "DATABASE_URL": "mysql://ann:secret@host/db",
+    }
+    result = timetuner(command, TIMETUNER_HOME=str(tmp_path / "home"), **environment)
+    accepted = "sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE"
+    assert result.err.splitlines() == [
+        f"timetuner: DATABASE_URL is 'mysql://***@host/db'; accepted: {accepted}",
+        "timetuner: AUTH is 'maybe'; accepted: 'auto', 'on' or 'off'",
+        "timetuner: DEVICE is 'gpu0'; accepted: auto, cpu, cuda, cuda:0, cuda:1, ...",
+        "timetuner: LEASE_SECONDS is '0'; accepted: greater than 0",
+    ]
+    assert (result.code, result.out) == (2, "")

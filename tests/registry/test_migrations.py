@@ -1,6 +1,9 @@
 """The migrations lead to exactly the tables of the code, and back, and keep what is stored."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from alembic import command
@@ -42,6 +45,31 @@ def empty(empty_database_url: str) -> Iterator[Registry]:
     registry = Registry(empty_database_url)
     yield registry
     registry.close()
+
+
+UPGRADE = """
+import sys
+from service.registry.database import Registry
+registry = Registry(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()  # All begin together.
+registry.upgrade()
+"""
+
+
+def test_several_processes_may_upgrade_an_empty_database_at_once(empty_database_url: str) -> None:
+    command = [sys.executable, "-c", UPGRADE, empty_database_url]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    processes = [subprocess.Popen(command, text=True, **pipes) for _ in range(4)]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    ends = [(process.communicate()[1], process.returncode) for process in processes]
+    assert ends == [("", 0)] * 4
 
 
 def execute(registry: Registry, *statements: str) -> None:

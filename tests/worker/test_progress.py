@@ -1,0 +1,92 @@
+"""A tuning job's progress: all its phases are counted, so that it never stands still for long."""
+
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+from starlette.testclient import TestClient
+
+from service.app import create_app
+from service.registry.database import Registry
+from service.registry.tables import TuningJob, TuningJobEvent
+from service.shared.queue import celery_app
+from service.shared.settings import Settings
+from tests.conftest import MakeDatabaseUrl
+from worker.runtime import Runtime
+from worker.tuning import run_tuning_job
+
+SMALL = {"num_samples": 64, "teacher_num_steps": 20, "batch_size": 16}
+PER_STEP = {"population_size": 64, "total_iters": 8, "data": "generated", "teacher_num_steps": 10}
+TUNERS: dict[str, dict[str, Any]] = {
+    "end to end": {"total_iters": 20, "population_size": 32, "teacher_num_steps": 20},
+    "from a given grid": {"total_iters": 20, "population_size": 32, "teacher_num_steps": 20, "start": "given"},
+    "per step": {"objective": "next_eps", "tune_type": "sequential", "tolerance": 1e-6, **PER_STEP},
+    "ays": {"objective": "ays", "num_candidates": 8, "population_size": 64, "num_samples": 16},
+    "gits": {"objective": "gits", "num_candidates": 8, "population_size": 32},
+    "dmn": {"objective": "dmn"},
+    "grid": {"objective": "grid"},
+}
+PHASES = {
+    "end to end": ["teacher", "start", "tuning", "evaluation"],
+    "from a given grid": ["teacher", "tuning", "evaluation"],
+    "per step": ["teacher", "tuning", "evaluation"],
+}
+
+
+@pytest.fixture
+def settings(make_database_url: MakeDatabaseUrl, tmp_path: Path) -> Settings:
+    """Progress is stored before each network call."""
+    url = make_database_url("sqlite", tmp_path)
+    broker_url = "redis://127.0.0.1:1/0"
+    return Settings(timetuner_home=tmp_path, database_url=url, broker_url=broker_url, device="cpu", save_seconds=1e-9)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("end to end", "per step", "ays", "grid"),
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("from a given grid", "gits", "dmn")),
+    ],
+)
+def test_all_phases_count_and_none_is_long_without_progress(name: str, settings: Settings) -> None:
+    with TestClient(create_app(settings), base_url="http://127.0.0.1", client=("127.0.0.1", 1)) as client:
+        model = client.post("/v1/models", json={"builtin": "mixture-ring"}).json()["id"]
+        request = {"model": model, "num_steps": 4, "tuner": TUNERS[name], "evaluation": SMALL}
+        job = client.post("/v1/tuning-jobs", json=request).json()["id"]
+        before = client.get(f"/v1/tuning-jobs/{job}").json()
+        assert (before["phase"], before["phases"], before["elapsed_seconds"]) == (None, [], None)
+        runtime = Runtime(settings, celery_app(settings.broker_url))
+        assert runtime.run(TuningJob, job, run_tuning_job)
+        runtime.registry.close()
+        after = client.get(f"/v1/tuning-jobs/{job}").json()
+        page = client.get(f"/jobs/{job}", headers={"Accept": "text/html"}).text
+    assert after["state"] == "succeeded", after["error"]
+    events = progress_events(settings, job)
+    expected = PHASES.get(name, ["tuning", "evaluation"])
+    assert [phase for phase, _ in groupby(event["phase"] for event in events)] == expected
+    shares = [0.0, *(event["progress"] for event in events), 1.0]
+    steps = [later - earlier for earlier, later in pairwise(shares)]
+    assert min(steps) >= 0
+    assert max(steps) < 0.1
+    longest_stand = max(len(list(same)) for _, same in groupby(shares))
+    assert longest_stand < 0.1 * len(shares)
+    assert [phase["name"] for phase in after["phases"]] == expected
+    done = {phase["name"]: phase["done"] / phase["total"] for phase in after["phases"]}
+    assert all(share == 1 for phase, share in done.items() if phase != "evaluation")
+    assert done["evaluation"] > 0.95
+    assert after["elapsed_seconds"] > 0
+    assert after["remaining_seconds"] is None  # It is over.
+    assert all(event["remaining_seconds"] >= 0 for event in events[1:])
+    assert f"{done and expected[-1]} <span" in page
+    assert "so far" in page
+
+
+def progress_events(settings: Settings, job_id: str) -> list[dict[str, Any]]:
+    registry = Registry(settings.database_url)
+    query = select(TuningJobEvent.data).where(TuningJobEvent.job_id == job_id, TuningJobEvent.type == "progress")
+    with registry.read() as session:
+        found = list(session.scalars(query.order_by(TuningJobEvent.id)))
+    registry.close()
+    return found

@@ -1,0 +1,111 @@
+"""How far a tuning job is, counted in network calls over all its phases: teacher, start, tuning, evaluation."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from service.shared.job_requests import TuningJobRequest
+from service.shared.sampler_facts import sampler_facts
+from timetuner_core.catalog import GridName
+from timetuner_core.tuners import EndToEndTuner, TunedSetting
+
+PhaseName = Literal["teacher", "start", "tuning", "evaluation"]
+
+
+@dataclass
+class Phase:
+    """A part of a job. `total` is an estimate of its network calls, and `done` is at most that."""
+
+    name: PhaseName
+    total: int
+    done: int = 0
+
+
+def phases_of(request: TuningJobRequest, has_data: bool, resumed: bool) -> list[Phase]:
+    """The phases of an attempt at a job, in order.
+
+    Args:
+        has_data: whether data came with the model, so that no teacher has to generate any.
+        resumed: whether an earlier attempt has begun to tune, so that the grid to start from is known.
+    """
+    tuner, evaluation, num_steps = request.tuner, request.evaluation, request.num_steps
+    facts = sampler_facts(request.sampler)
+    setting = TunedSetting(num_steps, facts.calls_per_step, facts.history_length, has_data, False)
+    batch_size = getattr(tuner, "batch_size", 1)
+    population = getattr(tuner, "population_size", 0)
+    is_data = tuner.population == "data"
+    batches = math.ceil(population / (evaluation.batch_size if is_data else batch_size))
+    teacher = batches * (tuner.teacher_steps(setting) or 0) * facts.calls_per_step
+    starts = len(get_args(GridName)) if isinstance(tuner, EndToEndTuner) and tuner.start == "best" else 0
+    start = 0 if resumed else batches * starts * num_steps * facts.calls_per_step
+    tuning = math.ceil(tuner.network_samples(setting) / batch_size)
+    sampled_steps = evaluation.teacher_num_steps + 2 * num_steps
+    evaluating = math.ceil(evaluation.num_samples / evaluation.batch_size) * sampled_steps * facts.calls_per_step
+    totals: dict[PhaseName, int] = {
+        "teacher": teacher,
+        "start": start,
+        "tuning": max(1, tuning),
+        "evaluation": evaluating,
+    }
+    return [Phase(name, total) for name, total in totals.items() if total]
+
+
+class TuningProgress:
+    """Counts the network calls of one attempt at a job."""
+
+    def __init__(
+        self, phases: list[Phase], save_seconds: float, store: Callable[["TuningProgress"], None] | None = None
+    ) -> None:
+        """`store` is called from `count`, about every `save_seconds`, except while tuning stores its own state."""
+        self.phases = phases
+        self.store = store
+        self.stores_itself = False
+        self._current = 0
+        self._save_seconds = save_seconds
+        self._started = self._stored = time.monotonic()
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that is going on."""
+        return self.phases[self._current]
+
+    @property
+    def share(self) -> float:
+        """The part of all calls that is done, 0 to 1."""
+        return sum(phase.done for phase in self.phases) / sum(phase.total for phase in self.phases)
+
+    @property
+    def remaining_seconds(self) -> float | None:
+        """An estimate, by the time that this attempt took so far; None before anything is done."""
+        share = self.share
+        return (time.monotonic() - self._started) * (1 - share) / share if share else None
+
+    def count(self) -> None:
+        """Count a network call. Phases before tuning follow each other as their calls are done."""
+        if self.phase.done >= self.phase.total and self.phase.name in ("teacher", "start"):
+            self._current += 1
+        phase = self.phase
+        if not (phase.name == "tuning" and self.stores_itself):
+            phase.done = min(phase.total, phase.done + 1)
+        if self.store is not None and time.monotonic() - self._stored > self._save_seconds:
+            self.store(self)
+            self._stored = time.monotonic()
+
+    def enter(self, name: PhaseName) -> None:
+        """Begin a phase. Those before it are done."""
+        while self.phase.name != name:
+            self.phase.done = self.phase.total
+            self._current += 1
+
+    def tuned(self, share: float) -> None:
+        """Note which part of all iterations is done. Until the first is, the phase stays what it was."""
+        if share > 0 and self.phase.name != "evaluation":
+            self.enter("tuning")
+            self.phase.done = max(self.phase.done, math.floor(share * self.phase.total))
+
+    def described(self) -> dict[str, Any]:
+        """The progress as an event of the job holds it."""
+        phases = [{"name": phase.name, "done": phase.done, "total": phase.total} for phase in self.phases]
+        return {"phase": self.phase.name, "phases": phases, "remaining_seconds": self.remaining_seconds}
