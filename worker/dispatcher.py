@@ -123,7 +123,14 @@ def main() -> None:
         start_http_server(settings.dispatcher_metrics_port, settings.metrics_host)
     registry, app = Registry(settings.database_url), celery_app(settings.broker_url)
     artifacts, bus = ArtifactStore(settings.artifacts_url), Bus(app, settings.broker_url)
-    sweeper = Sweeper(registry, artifacts, settings.keep_samples_days)
+    sweeper = Sweeper(
+        registry,
+        artifacts,
+        settings.keep_samples_days,
+        keep_events_days=settings.keep_events_days,
+        keep_rejected_days=settings.keep_rejected_days,
+        keep_audit_days=settings.keep_audit_days,
+    )
     sender = None
     if settings.webhook_secret:
         from worker.webhooks import WebhookSender
