@@ -15,10 +15,18 @@ from celery import Celery
 from prometheus_client import Counter, Gauge, start_http_server
 
 from service.registry.database import Registry
-from service.registry.jobs import JOB_CLASSES, PUBLISHED_CLASSES, expired_jobs, take_back_expired, unpublished
+from service.registry.jobs import (
+    JOB_CLASSES,
+    PUBLISHED_CLASSES,
+    expired_jobs,
+    request_cancel,
+    take_back_expired,
+    unpublished,
+)
+from service.registry.keys import jobs_of_revoked_keys
 from service.registry.models import next_registration
 from service.registry.samples import ended, forgotten_parents, samples_wait
-from service.registry.tables import Job, SampleJob
+from service.registry.tables import Job, SampleJob, TuningJob
 from service.shared.artifacts import ArtifactStore
 from service.shared.logs import start_logging
 from service.shared.queue import TASKS, celery_app, publish
@@ -60,6 +68,14 @@ def dispatch_once(
                 with registry.write() as session:
                     over = take_back_expired(session, job_class, max_attempts, job_id)
                 bus.publish_ends(ended(job, job.state, error=job.error) for job in over if isinstance(job, SampleJob))
+    for owned_class in (TuningJob, SampleJob):
+        unwanted: Sequence[str] = ()
+        with one.part("revoked"), registry.read() as session:
+            unwanted = jobs_of_revoked_keys(session, owned_class)
+        for job_id in unwanted:
+            with one.part("revoked"), registry.write() as session:
+                request_cancel(session, session.get_one(owned_class, job_id, with_for_update=True))
+                logger.info("cancelled, as its key was revoked", extra={"job_id": job_id})
     for job_class in PUBLISHED_CLASSES:
         with one.part("publish"):
             _publish(registry, app, job_class, republish_seconds)
@@ -123,7 +139,14 @@ def main() -> None:
         start_http_server(settings.dispatcher_metrics_port, settings.metrics_host)
     registry, app = Registry(settings.database_url), celery_app(settings.broker_url)
     artifacts, bus = ArtifactStore(settings.artifacts_url), Bus(app, settings.broker_url)
-    sweeper = Sweeper(registry, artifacts, settings.keep_samples_days)
+    sweeper = Sweeper(
+        registry,
+        artifacts,
+        settings.keep_samples_days,
+        keep_events_days=settings.keep_events_days,
+        keep_rejected_days=settings.keep_rejected_days,
+        keep_audit_days=settings.keep_audit_days,
+    )
     sender = None
     if settings.webhook_secret:
         from worker.webhooks import WebhookSender

@@ -2,14 +2,18 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timedelta
+from functools import partial
+from typing import Any
 
 from sqlalchemy import delete
+from sqlalchemy.orm import Session
 from ulid import ULID
 
 from service.registry.database import Registry
 from service.registry.models import old_registrations
+from service.registry.old_rows import delete_old_audit, delete_old_events, delete_old_rejected
 from service.registry.samples import delete_old_samples, unreferenced
 from service.registry.tables import IdempotencyKey
 from service.registry.types import utc_now
@@ -21,6 +25,11 @@ SWEEP_SECONDS = 60.0
 ROWS_PER_TRANSACTION = 500  # Short transactions keep other writers from waiting for the sweeper.
 # Jobs are not reused beyond `keep_days`. The grace time lets transactions end that began to refer to an old job.
 GRACE = timedelta(hours=1)
+PARTIAL_GRACE = timedelta(days=1)  # Storing a file takes less.
+
+# A function that deletes some rows that are older than a time. It is given the time, the most rows to look at, and what
+# its last call returned: the place to go on from, None if there is no more.
+Delete = Callable[[Session, datetime, int, Any], Any]
 
 
 class SweepError(ExceptionGroup):
@@ -34,28 +43,66 @@ class Sweeper:
     before it could store how the job ended. Any number of sweepers may run at the same time.
     """
 
-    def __init__(self, registry: Registry, artifacts: ArtifactStore, keep_days: float) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        artifacts: ArtifactStore,
+        keep_days: float,
+        *,
+        keep_events_days: float = 0,
+        keep_rejected_days: float = 0,
+        keep_audit_days: float = 0,
+    ) -> None:
         self._registry, self._artifacts = registry, artifacts
         self._keep = timedelta(days=keep_days)
+        # What is deleted from the registry by an age of its own.
+        self._by_age: list[tuple[timedelta, Delete]] = [
+            (timedelta(days=keep_events_days), delete_old_events),
+            (timedelta(days=keep_rejected_days), delete_old_rejected),
+            (timedelta(days=keep_audit_days), delete_old_audit),
+        ]
         self._swept_at = -float("inf")
         self._foreign: set[str] = set()  # Files that are not ours, each of which is logged once.
 
     def sweep_if_due(self) -> None:
         """Sweep once a minute. Raises: SweepError, if some of it could not be done."""
-        if self._keep and time.monotonic() - self._swept_at > SWEEP_SECONDS:
+        if time.monotonic() - self._swept_at > SWEEP_SECONDS:
             self._swept_at = time.monotonic()
-            self.sweep(utc_now() - self._keep - GRACE)
+            now = utc_now()
+            parts = [partial(self._delete_partial_files, now - PARTIAL_GRACE)]
+            parts += [partial(self._delete_rows_by_age, rows, now - age) for age, rows in self._by_age if age]
+            if self._keep:
+                parts.append(partial(self.sweep, now - self._keep - GRACE))
+            self._do(parts)
 
     def sweep(self, before: datetime) -> None:
-        """Delete what is older. Raises: SweepError, if some of it could not be deleted. All else is."""
+        """Delete what belongs to samples and is older. Raises: SweepError, if some of it could not be deleted."""
+        parts = (self._delete_keys, self._delete_registrations, self._delete_samples, self._delete_files)
+        self._do(partial(part, before) for part in parts)
+
+    def _do(self, parts: Iterable[Callable[[], None]]) -> None:
+        """Do all parts. Raises: SweepError, with the errors of those that failed."""
         errors = []
-        for part in (self._delete_keys, self._delete_registrations, self._delete_samples, self._delete_files):
+        for part in parts:
             try:
-                part(before)
+                part()
             except Exception as error:  # The database or the artifacts are away, or something there is broken.
                 errors.append(error)
         if errors:
             raise SweepError("not all that is old could be deleted", errors)
+
+    def _delete_rows_by_age(self, delete_rows: Delete, before: datetime) -> None:
+        after: Any = None
+        while True:
+            with self._registry.write() as session:
+                after = delete_rows(session, before, ROWS_PER_TRANSACTION, after)
+            if after is None:
+                return
+
+    def _delete_partial_files(self, before: datetime) -> None:
+        """Delete files whose processes ended while they stored them."""
+        for key in self._artifacts.partial_files(before):
+            self._artifacts.remove(key)
 
     def _delete_keys(self, before: datetime) -> None:
         with self._registry.write() as session:

@@ -11,8 +11,9 @@ import socket
 import ssl
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,7 +22,7 @@ import httpcore
 from service.registry.database import Registry
 from service.registry.tables import SampleJob
 from service.registry.types import utc_now
-from service.registry.webhooks import Delivery, end_webhook, take_due_webhooks
+from service.registry.webhooks import Delivery, end_webhook, receiver_of, take_due_webhooks
 from service.shared.addresses import Network, is_allowed
 from service.shared.logs import about
 from service.shared.settings import Settings
@@ -58,13 +59,25 @@ class WebhookSender:
         self._pool.shutdown()
 
     def _run(self) -> None:
+        under_way: dict[Future[None], str] = {}
         while not self._stop.wait(POLL_SECONDS):
+            under_way = {attempt: receiver for attempt, receiver in under_way.items() if not attempt.done()}
+            if len(under_way) == MAX_PARALLEL_ATTEMPTS:
+                continue
+            free, busy = MAX_PARALLEL_ATTEMPTS - len(under_way), Counter(under_way.values())
             try:
                 with self._registry.write() as session:
-                    due = take_due_webhooks(session, self._settings.webhook_retry_seconds, MAX_PARALLEL_ATTEMPTS)
-                list(self._pool.map(self._deliver, due))
+                    due = take_due_webhooks(session, self._settings.webhook_retry_seconds, free, busy)
             except Exception:  # The database is away. The next poll tries again.
                 logger.exception("cannot look for webhooks")
+                continue
+            under_way |= {self._pool.submit(self._try, one): receiver_of(one.webhook.url) for one in due}
+
+    def _try(self, delivery: Delivery) -> None:
+        try:
+            self._deliver(delivery)
+        except Exception:  # The database is away. The attempt is made again.
+            logger.exception("what became of webhook %s cannot be stored", delivery.webhook.id)
 
     def _deliver(self, delivery: Delivery) -> None:
         webhook, job = delivery.webhook, delivery.job

@@ -14,7 +14,7 @@ from sqlalchemy import insert
 from sqlalchemy.orm import Session
 
 from service.http.errors import ForbiddenError, KeyLimitError, UnauthenticatedError
-from service.registry.keys import Scope, charge
+from service.registry.keys import Scope, charge, is_valid
 from service.registry.tables import ApiKey, AuditEntry, SampleJob, TuningJob
 from service.registry.types import utc_now
 
@@ -44,6 +44,10 @@ class Caller:
     def sees(self, job: TuningJob | SampleJob) -> bool:
         """Whether a job is the caller's to see. Endpoints answer as if other jobs did not exist."""
         return job.owner == self.owner or self.may(Scope.ADMIN)
+
+    def is_still_valid(self, session: Session) -> bool:
+        """Whether the caller's key was not revoked and has not expired since the request began."""
+        return self.key is None or is_valid(session, self.key.id)
 
     def charge(self, session: Session, cost: int) -> None:
         """Count a cost against the key's daily quota, if it has one. Raises: KeyLimitError."""

@@ -16,6 +16,7 @@ import typer
 from service.cli.connection import Url
 from service.cli.output import FAILED, AsJson, print_json, print_table
 from service.client import TimeTunerError
+from service.shared.settings_error import SettingsError
 
 if TYPE_CHECKING:
     from service.shared.settings import Settings
@@ -44,9 +45,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Check the needs of a service on this machine, or with --url that service, and say how to repair faults."""
-    from service.shared.settings import Settings
-
-    findings = list(_remote(url) if url else _local(Settings(), port))
+    findings = list(_remote(url) if url else _local(port))
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
@@ -61,8 +60,16 @@ def _remote(url: str) -> Iterator[Finding]:
     yield from _service(url)
 
 
-def _local(settings: "Settings", port: int) -> Iterator[Finding]:
+def _local(port: int) -> Iterator[Finding]:
+    from service.shared.settings import Settings
+
     yield from _versions(("diffusers", "server", "worker"))
+    try:
+        settings = Settings()
+    except SettingsError as error:
+        for line in error.lines:
+            yield Finding("settings", False, line, "set the variable to what is accepted, or not at all")
+        return
     yield _device(settings.device)
     yield from _room(settings.timetuner_home.absolute())
     yield _database(settings)

@@ -100,7 +100,7 @@ def list_(as_json: AsJson = False) -> None:
 def revoke(
     key_id: Annotated[str, typer.Argument(metavar="ID", help="Such as key_01J...")], as_json: AsJson = False
 ) -> None:
-    """Revoke a key. This takes effect within two seconds. Its jobs stay."""
+    """Revoke a key. This takes effect within two seconds. Its jobs that are not over are cancelled."""
     from service.cli.registry import open_registry
     from service.registry.keys import revoke_key
 

@@ -11,10 +11,10 @@ from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from sqlalchemy import exists, select, update
+from sqlalchemy import exists, or_, select, update
 from sqlalchemy.orm import Session
 
-from service.registry.tables import ApiKey, AuditEntry
+from service.registry.tables import ApiKey, AuditEntry, JobState, SampleJob, TuningJob
 from service.registry.types import utc_now
 
 KEY_TEXT = re.compile(r"tt_([0-9a-f]{12})_([0-9a-f]{64})", re.ASCII)
@@ -57,12 +57,35 @@ def create_key(
 
 
 def revoke_key(session: Session, key_id: str) -> ApiKey | None:
-    """Revoke a key; None if there is no such key. A key that was revoked before is left unchanged."""
+    """Revoke a key; None if there is no such key. A key that was revoked before is left unchanged.
+
+    The dispatcher cancels its jobs: see `jobs_of_revoked_keys`.
+    """
     key = session.get(ApiKey, key_id)
     if key is not None and key.revoked_at is None:
         key.revoked_at = utc_now()
         session.add(AuditEntry(actor=CLI_ACTOR, action="revoke_key", object=key.id, outcome="done"))
     return key
+
+
+def is_valid(session: Session, key_id: str) -> bool:
+    """Whether a key was neither revoked nor has expired."""
+    now = utc_now()
+    unexpired = or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > now)
+    return bool(session.scalar(select(exists().where(ApiKey.id == key_id, ApiKey.revoked_at.is_(None), unexpired))))
+
+
+def jobs_of_revoked_keys(session: Session, job_class: type[TuningJob | SampleJob], limit: int = 100) -> Sequence[str]:
+    """Jobs of revoked keys that are queued or running, and not yet to be cancelled.
+
+    A request may have made some after its key was revoked: its API process did not know it yet.
+    """
+    revoked = select(ApiKey.id).where(ApiKey.revoked_at.is_not(None))
+    is_open = job_class.state.in_((JobState.QUEUED, JobState.RUNNING)) & ~job_class.cancel_requested
+    query = select(job_class.id).where(is_open, job_class.owner.in_(revoked))
+    if job_class is SampleJob:
+        query = query.where(SampleJob.parent_id.is_(None))  # Parts are cancelled with the whole.
+    return session.scalars(query.order_by(job_class.id).limit(limit)).all()
 
 
 def list_keys(session: Session) -> Sequence[ApiKey]:

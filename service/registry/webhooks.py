@@ -1,7 +1,10 @@
 """The outbox of webhooks. A row is made with its job and is due when the job is over."""
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from urllib.parse import urlsplit
 
 from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
@@ -10,6 +13,8 @@ from service.registry.tables import FINAL_STATES, SampleJob, TuningJob, Webhook
 from service.registry.types import utc_now
 
 BACKOFF_FACTOR = 4
+MAX_PARALLEL_PER_RECEIVER = 2
+MAX_LOOKED_AT = 1000  # Webhooks of busy receivers may be in front of those that can be sent.
 
 
 @dataclass(frozen=True)
@@ -20,8 +25,18 @@ class Delivery:
     job: TuningJob | SampleJob
 
 
-def take_due_webhooks(session: Session, retry_seconds: float, limit: int) -> list[Delivery]:
-    """Take the webhooks to be sent now.
+def receiver_of(url: str) -> str:
+    """The host and port of a webhook."""
+    return urlsplit(url).netloc
+
+
+def take_due_webhooks(
+    session: Session, retry_seconds: float, limit: int, busy: Mapping[str, int] | None = None
+) -> list[Delivery]:
+    """Take the webhooks to be sent now, the oldest first.
+
+    A receiver gets up to `MAX_PARALLEL_PER_RECEIVER` at a time, so that one that hangs does not delay others'. `busy`
+    has the number of attempts at each that are being made.
 
     Their next attempt is scheduled first. So no other process sends them meanwhile, and an attempt whose process is
     killed is made again.
@@ -29,15 +44,22 @@ def take_due_webhooks(session: Session, retry_seconds: float, limit: int) -> lis
     now = utc_now()
     over = or_(TuningJob.state.in_(FINAL_STATES), SampleJob.state.in_(FINAL_STATES))
     query = select(Webhook, TuningJob, SampleJob).outerjoin(TuningJob).outerjoin(SampleJob)
-    query = query.where(Webhook.next_attempt_at <= now, over).order_by(Webhook.next_attempt_at).limit(limit)
-    taken = []
+    query = query.where(Webhook.next_attempt_at <= now, over).order_by(Webhook.next_attempt_at).limit(MAX_LOOKED_AT)
+    taken: list[Delivery] = []
+    attempts = Counter(busy or {})
     for webhook, tuning_job, sample_job in session.execute(query).all():
+        receiver = receiver_of(webhook.url)
+        if len(taken) == limit:
+            break
+        if attempts[receiver] >= MAX_PARALLEL_PER_RECEIVER:
+            continue
         wait = timedelta(seconds=retry_seconds * BACKOFF_FACTOR**webhook.attempt)
         unchanged = (Webhook.id == webhook.id, Webhook.attempt == webhook.attempt, Webhook.next_attempt_at.is_not(None))
         values = {"attempt": webhook.attempt + 1, "next_attempt_at": now + wait}
         take = update(Webhook).where(*unchanged).values(values).returning(Webhook.id)
         if session.scalar(take, execution_options={"synchronize_session": False}) is not None:
             taken.append(Delivery(webhook, tuning_job or sample_job))
+            attempts[receiver] += 1
     return taken
 
 

@@ -29,6 +29,12 @@ def read_job(state: AppState, caller: Caller, job_id: str) -> SampleJob:
         return get_job(session, caller, job_id)
 
 
+def read_followed(state: AppState, caller: Caller, job_id: str) -> SampleJob | None:
+    """A job of the caller's that is followed for long; None once the caller's key is revoked or has expired."""
+    with state.registry.read() as session:
+        return get_job(session, caller, job_id) if caller.is_still_valid(session) else None
+
+
 def cancel_job(state: AppState, caller: Caller, job_id: str) -> SampleJob:
     with state.registry.write() as session:
         job = get_job(session, caller, job_id, with_for_update=True)

@@ -13,7 +13,7 @@ from sse_starlette import ServerSentEvent
 from service.access.callers import Caller
 from service.registry.samples import Ended
 from service.registry.tables import FINAL_STATES, SampleJob
-from service.samples.reading import cancel_job, end_of, read_job
+from service.samples.reading import cancel_job, end_of, read_followed, read_job
 from service.samples.schemas import SampleJobOut
 from service.samples.state import SamplesState
 from service.state import AppState
@@ -70,6 +70,7 @@ async def stream_events(
     with samples.events.follow(job_id) as events:
         job = await run_in_threadpool(read_job, state, caller, job_id)
         yield ServerSentEvent(SampleJobOut.model_validate(job).model_dump_json(), event="state")
+        read_at = time.monotonic()
         while job.state not in FINAL_STATES:
             try:
                 received = await asyncio.wait_for(events.get(), READ_SECONDS)
@@ -77,6 +78,9 @@ async def stream_events(
                 received = None
             if isinstance(received, dict):
                 yield ServerSentEvent(json.dumps(received), event="step")
-            else:
-                job = await run_in_threadpool(read_job, state, caller, job_id)
+            if not isinstance(received, dict) or time.monotonic() - read_at > READ_SECONDS:
+                current = await run_in_threadpool(read_followed, state, caller, job_id)
+                if current is None:
+                    return
+                job, read_at = current, time.monotonic()
         yield ServerSentEvent(SampleJobOut.model_validate(job).model_dump_json(), event="end")

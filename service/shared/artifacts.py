@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from uuid import uuid4
@@ -115,6 +116,12 @@ class ArtifactStore:
         self.fs.invalidate_cache()
         paths: list[str] = self.fs.find(self._path(folder))
         return [path.removeprefix(f"{self.root.lstrip('/')}/").removeprefix(f"{self.root}/") for path in paths]
+
+    def partial_files(self, before: datetime) -> list[str]:
+        """The keys of files that began to be stored before a time, and were never published."""
+        if not self.fs.exists(self._path("partial")):
+            return []
+        return [key for key in self.files("partial") if self.fs.modified(self._path(key)) < before]
 
     def remove(self, key: str) -> None:
         self._remove(self._path(key))

@@ -72,6 +72,10 @@ class Settings(BaseSettings):
     republish_seconds: float = Field(30.0, gt=0)  # A message this old whose queue is empty was lost.
     drain_seconds: float = Field(20.0, gt=0)  # A process that is stopped may finish its work for this long.
     keep_samples_days: float = Field(7.0, ge=0)  # Samples and their requests are deleted after that; 0 keeps them.
+    # Events of tuning jobs, schedules that were rejected, and the audit log are deleted after that; 0 keeps them.
+    keep_events_days: float = Field(0.0, ge=0)
+    keep_rejected_days: float = Field(0.0, ge=0)
+    keep_audit_days: float = Field(0.0, ge=0)
     save_seconds: float = Field(1.0, gt=0)  # A killed worker loses at most this much of a tuning job.
 
     webhook_secret: str = Field("", pattern=r"^(whsec_[A-Za-z0-9+/]{32,}=*)?$")  # Webhooks are signed with it.

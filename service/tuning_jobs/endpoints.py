@@ -124,8 +124,10 @@ async def list_tuning_job_events(
 
 
 def _read_events(state: AppState, caller: Caller, job_id: str, after: int) -> tuple[list[EventOut], bool]:
-    """The events after an id, and whether they are the last."""
+    """The events after an id, and whether they are the last. One whose key was revoked gets no more."""
     with state.registry.read() as session:
+        if not caller.is_still_valid(session):
+            return [], True
         over = logic.get_job(session, caller, job_id).state in FINAL_STATES
         events = [EventOut.model_validate(event) for event in logic.events_after(session, job_id, after)]
     return events, over and len(events) < 1000

@@ -40,7 +40,7 @@ def test_a_machine_that_has_all_is_well(timetuner: Run, tmp_path: Path) -> None:
     ("environment", "check", "mend"),
     [
         ({"DEVICE": "cuda:77"}, "device", "set DEVICE to auto, cpu, or a device that this machine has"),
-        ({"DEVICE": "abacus"}, "device", "set DEVICE to auto, cpu, or a device that this machine has"),
+        ({"DEVICE": "abacus"}, "settings", "set the variable to what is accepted, or not at all"),
         ({"BROKER_URL": "redis://user:secret@127.0.0.1:1/0"}, "broker", "start it, and set BROKER_URL to where it is"),
         ({"DATABASE_URL": "postgresql://u:secret@127.0.0.1:1/db"}, "database", "start it, and set DATABASE_URL"),
     ],
@@ -95,7 +95,7 @@ def test_a_port_in_use_is_found(timetuner: Run, tmp_path: Path) -> None:
 
 
 def test_what_is_not_well_is_a_line_that_says_how_to_mend_it(timetuner: Run, tmp_path: Path) -> None:
-    environment = {"TIMETUNER_HOME": str(tmp_path), "DEVICE": "abacus"}
+    environment = {"TIMETUNER_HOME": str(tmp_path), "DEVICE": "cuda:77"}
     result = timetuner("doctor", "--port", str(free_port()), **environment)
     [line] = [line for line in result.out.splitlines() if " BAD " in line]
     assert (result.code, line.split()[0]) == (1, "device")

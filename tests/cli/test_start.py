@@ -105,7 +105,7 @@ def test_a_port_that_another_program_listens_on_is_refused(command: str, timetun
     assert not (tmp_path / "home").exists()
 
 
-@pytest.mark.parametrize("command", ["up", "api", "dispatcher", "doctor"])
+@pytest.mark.parametrize("command", ["up", "api", "dispatcher", "keys list"])
 def test_settings_that_cannot_be_used_are_a_line_each(command: str, timetuner: Run, tmp_path: Path) -> None:
     environment = {
         "AUTH": "maybe",
@@ -113,7 +113,7 @@ def test_settings_that_cannot_be_used_are_a_line_each(command: str, timetuner: R
         "LEASE_SECONDS": "0",
         "DATABASE_URL": "mysql://ann:secret@host/db",
     }
-    result = timetuner(command, TIMETUNER_HOME=str(tmp_path / "home"), **environment)
+    result = timetuner(*command.split(), TIMETUNER_HOME=str(tmp_path / "home"), **environment)
     accepted = "sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE"
     assert result.err.splitlines() == [
         f"timetuner: DATABASE_URL is 'mysql://***@host/db'; accepted: {accepted}",

@@ -50,8 +50,9 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
 @pytest.mark.parametrize("row", [*TUNING.values(), *SAMPLE.values()], ids=[*TUNING, *SAMPLE])
 def test_a_stored_request_is_read_whole_and_unknown_fields_are_ignored(row: Json) -> None:
     request_class = TuningJobRequest if "tuner" in row else SampleRequest
-    assert request_class.stored(row).model_dump(mode="json") == row
-    assert request_class.stored(with_unknown_fields(row)).model_dump(mode="json") == row
+    read = {**row, "clipping": None}  # The field is younger; null is what those requests were sampled with.
+    assert request_class.stored(row).model_dump(mode="json") == read
+    assert request_class.stored(with_unknown_fields(row)).model_dump(mode="json") == read
 
 
 @pytest.mark.parametrize("row", [*TUNING.values(), *SAMPLE.values()], ids=[*TUNING, *SAMPLE])
