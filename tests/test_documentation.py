@@ -50,9 +50,18 @@ LESS_WORK = {
 # Of the README's three tuning jobs, only the last, in Python, must make a schedule that is accepted.
 LESS_WORK_IN_THE_README = {
     **LESS_WORK,
-    '"tuner": {"total_iters": 40}': '"tuner": {"total_iters": 2}',
-    '"evaluation": {"num_samples": 128, "teacher_num_steps": 50}': '"evaluation": {"num_samples": 16}',
-    "total_iters=40 --evaluation num_samples=128": "total_iters=2 --evaluation num_samples=16",
+    '"tuner": {"total_iters": 40}': '"tuner": {"total_iters": 2, "population_size": 16, "teacher_num_steps": 10}',
+    '"evaluation": {"num_samples": 128, "teacher_num_steps": 50}': (
+        '"evaluation": {"num_samples": 16, "teacher_num_steps": 10}'
+    ),
+    "total_iters=40 --evaluation num_samples=128": (
+        "total_iters=2 --tuner population_size=16 --tuner teacher_num_steps=10 "
+        "--evaluation num_samples=16 --evaluation teacher_num_steps=10"
+    ),
+    'tuner={"total_iters": 40}, evaluation={"num_samples": 128}': (
+        'tuner={"total_iters": 40, "population_size": 64, "teacher_num_steps": 20}, '
+        'evaluation={"num_samples": 128, "teacher_num_steps": 20}'
+    ),
 }
 
 
@@ -127,6 +136,7 @@ def in_order(page: Path, url: str, less_work: dict[str, str]) -> Iterator[tuple[
     for language, group in groupby(blocks, key=lambda block: block.language):
         text = "\n".join(block.text for block in group).replace(SHOWN_URL, url)
         for effort, less in less_work.items():
+            assert effort in page.read_text() or effort in LESS_WORK, f"the page does not show {effort}"
             text = text.replace(effort, less)
         # The client's default is the port that `timetuner up` has unless another is named, as here.
         yield language, text.replace("TimeTuner()", f"TimeTuner({url!r})")
