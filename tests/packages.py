@@ -30,6 +30,19 @@ def update(step):
 SAMPLER = Sampler("own_broken", update, order=1)
 """
 
+# Its steps work where all samples are at one time, as a teacher's, and not where steps are tuned together.
+UNTUNABLE = """
+from timetuner_core.samplers import Sampler
+
+def update(step):
+    if step.t.ndim > 0:
+        raise ArithmeticError("this sampler cannot be tuned")
+    prediction = step.predict(step.x_t, step.t)
+    return step.first_order(prediction), prediction.x0
+
+SAMPLER = Sampler("own_untunable", update, order=1)
+"""
+
 
 def install(folder: Path, module: str, source: str) -> None:
     """A package as pip leaves it: a module, and the metadata that names its entry points."""

@@ -22,7 +22,7 @@ from service.shared.queue import celery_app
 from service.up.supervisor import valkey_command
 from tests import forked
 from tests.forked import Forked
-from tests.packages import BROKEN, MIDPOINT, install
+from tests.packages import BROKEN, MIDPOINT, UNTUNABLE, install
 from timetuner_core.catalog import BUNDLED
 
 Json = dict[str, Any]
@@ -78,6 +78,7 @@ class Stack:
         packages.mkdir()
         install(packages, "own_midpoint", MIDPOINT)
         install(packages, "own_broken", BROKEN)
+        install(packages, "own_untunable", UNTUNABLE)
         self.environment = {**os.environ, **environment, "PYTHONPATH": str(packages)}
         self.registry = Registry(database_url)
         port, guarded_port = free_port(), free_port()

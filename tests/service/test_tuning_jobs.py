@@ -146,9 +146,18 @@ def test_cancelling_stops_a_running_job_without_a_schedule(stack: Stack, ring: s
 
 
 def test_a_job_fails_with_the_error_of_the_step_that_cannot_be_tuned(stack: Stack, ring: str) -> None:
-    job = stack.finished(stack.submit(ring, num_steps=4, sampler="own_broken", tuner={"objective": "next_eps"}))
+    job = stack.finished(stack.submit(ring, num_steps=4, sampler="own_untunable", tuner={"objective": "next_eps"}))
     assert (job["state"], job["schedule"]) == ("failed", None)
-    assert "step 0: ArithmeticError: this sampler never works" in job["error"]
+    assert "step 0: ArithmeticError: this sampler cannot be tuned" in job["error"]
+
+
+def test_a_job_whose_teacher_is_not_fit_to_judge_by_fails_and_says_why(stack: Stack, ring: str) -> None:
+    """Two steps of a sampler of second order, and its half, one step, have little to do with each other."""
+    evaluation = {"num_samples": 32, "teacher_num_steps": 2}
+    job = stack.finished(stack.submit(ring, num_steps=1, sampler="heun", evaluation=evaluation))
+    assert (job["state"], job["schedule"]) == ("failed", None)
+    assert "the teacher of 2 steps fails its check, as " in job["error"]
+    assert "accepted: up to" in job["error"]
 
 
 def test_a_queued_job_is_cancelled_at_once_and_never_starts(stack: Stack, ring: str) -> None:
