@@ -27,8 +27,13 @@ class TunedSampler:
         progress: how far the job is, by the network calls of this attempt.
     """
 
-    def __init__(self, runtime: Runtime, job: TuningJob, check: Callable[[], None]) -> None:
-        """`check` is called before every network call, and may raise to stop."""
+    def __init__(
+        self, runtime: Runtime, job: TuningJob, check: Callable[[], None], *, checks_teacher: bool = False
+    ) -> None:
+        """`check` is called before every network call, and may raise to stop.
+
+        With `checks_teacher`, the calls of `check_teacher` are a part of the progress.
+        """
         self.runtime = runtime
         self.job_id, self.model_id = job.id, job.model_id
         self.request = request = TuningJobRequest.stored(job.request)
@@ -51,7 +56,13 @@ class TunedSampler:
         )
         model = self.experiment.model
         resumed = any(step.iterations for step in job.steps)
-        phases = phases_of(request, model.draw_data is not None, resumed)
+        phases = phases_of(
+            request,
+            model.draw_data is not None,
+            model.stock_timesteps(request.num_steps) is not None,
+            resumed=resumed,
+            checks_teacher=checks_teacher and not resumed,
+        )
         self.progress = TuningProgress(phases, runtime.settings.save_seconds)
         # A search for a grid has one iteration, so that only its network calls tell how far it is.
         self.progress.stores_itself = self.tuner.iterations > 1

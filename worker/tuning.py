@@ -26,8 +26,9 @@ def run_tuning_job(runtime: Runtime, lease: Lease) -> None:
     """Run a tuning job to its end."""
     with runtime.registry.read() as session:
         job = read_job(session, lease.claim.job_id)
-    sampler = TunedSampler(runtime, job, lease.check)
+    sampler = TunedSampler(runtime, job, lease.check, checks_teacher=True)
     state = load_state(job, sampler.timesteps)
+    sampler.progress.store = partial(store_progress, lease.write)
     if not bool(state.iterations.any()):  # An attempt that continues has a teacher that was checked.
         with TRACER.start_as_current_span("check_teacher"):
             sampler.check_teacher()

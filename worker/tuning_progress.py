@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from service.shared.job_requests import TuningJobRequest
 from service.shared.sampler_facts import sampler_facts
 from timetuner_core.catalog import GridName
-from timetuner_core.tuners import EndToEndTuner, TunedSetting
+from timetuner_core.tuners import TEACHER_CHECK_RUNS, TEACHER_CHECK_SAMPLES, EndToEndTuner, TunedSetting
 
 PhaseName = Literal["teacher", "start", "tuning", "evaluation"]
 
@@ -23,12 +23,16 @@ class Phase:
     done: int = 0
 
 
-def phases_of(request: TuningJobRequest, has_data: bool, resumed: bool) -> list[Phase]:
+def phases_of(
+    request: TuningJobRequest, has_data: bool, has_stock_grid: bool, *, resumed: bool, checks_teacher: bool
+) -> list[Phase]:
     """The phases of an attempt at a job, in order.
 
     Args:
-        has_data: whether data came with the model, so that no teacher has to generate any.
-        resumed: whether an earlier attempt has begun to tune, so that the grid to start from is known.
+        has_data: Data came with the model, so that no teacher has to generate any.
+        has_stock_grid: The samples of diffusers' own time grid are evaluated, too.
+        resumed: An earlier attempt has begun to tune, so that the grid to start from is known.
+        checks_teacher: The evaluation's teacher is checked first.
     """
     tuner, evaluation, num_steps = request.tuner, request.evaluation, request.num_steps
     facts = sampler_facts(request.sampler)
@@ -41,7 +45,10 @@ def phases_of(request: TuningJobRequest, has_data: bool, resumed: bool) -> list[
     starts = len(get_args(GridName)) if isinstance(tuner, EndToEndTuner) and tuner.start == "best" else 0
     start = 0 if resumed else batches * starts * num_steps * facts.calls_per_step
     tuning = math.ceil(tuner.network_samples(setting) / batch_size)
-    sampled_steps = evaluation.teacher_num_steps + 2 * num_steps
+    if checks_teacher:
+        checked = math.ceil(TEACHER_CHECK_SAMPLES / evaluation.batch_size) * evaluation.teacher_num_steps
+        teacher += int(checked * (TEACHER_CHECK_RUNS - 0.5 - (not has_stock_grid))) * facts.calls_per_step
+    sampled_steps = evaluation.teacher_num_steps + (2 + has_stock_grid) * num_steps
     evaluating = math.ceil(evaluation.num_samples / evaluation.batch_size) * sampled_steps * facts.calls_per_step
     totals: dict[PhaseName, int] = {
         "teacher": teacher,

@@ -22,7 +22,7 @@ from timetuner_core.samplers import SAMPLERS
 NPY = {"Accept": "application/x-npy"}
 QUICK: Json = {
     "tuner": {"total_iters": 2, "population_size": 16, "batch_size": 8, "teacher_num_steps": 8},
-    "evaluation": {"num_samples": 16, "teacher_num_steps": 8},
+    "evaluation": {"num_samples": 16, "teacher_num_steps": 40},
 }
 
 

@@ -65,7 +65,7 @@ def test_all_phases_count_and_none_is_long_without_progress(name: str, settings:
         page = client.get(f"/jobs/{job}", headers={"Accept": "text/html"}).text
     assert after["state"] == "succeeded", after["error"]
     events = progress_events(settings, job)
-    expected = PHASES.get(name, ["tuning", "evaluation"])
+    expected = PHASES.get(name, ["teacher", "tuning", "evaluation"])
     assert [phase for phase, _ in groupby(event["phase"] for event in events)] == expected
     shares = [0.0, *(event["progress"] for event in events), 1.0]
     steps = [later - earlier for earlier, later in pairwise(shares)]

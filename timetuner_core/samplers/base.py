@@ -161,6 +161,10 @@ class Sampler:
         """Number of network calls over a grid `(num_steps + 1,)`."""
         return self.facts.network_calls(timesteps.tolist())
 
+    def adds_noise(self, eta: float) -> bool:
+        """Whether a step draws noise."""
+        return self.stochastic or (self.takes_eta and eta != 0)
+
     def step_fn(self, model_fn: GuidedModel, noise_schedule: NoiseSchedule) -> "SamplerStep":
         return SamplerStep(self, model_fn, noise_schedule)
 
@@ -178,7 +182,7 @@ class SamplerStep:
         return self.sampler.history_length
 
     def adds_noise(self, eta: float) -> bool:
-        return self.sampler.stochastic or (self.sampler.takes_eta and eta != 0)
+        return self.sampler.adds_noise(eta)
 
     def __call__(
         self,

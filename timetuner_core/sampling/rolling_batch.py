@@ -12,7 +12,6 @@ from timetuner_core.models.loading import DiffusionModel
 from timetuner_core.samplers import (
     Past,
     SamplerStep,
-    adds_noise,
     get_sampler,
     initial_noise,
     step_noise,
@@ -311,7 +310,7 @@ class RollingBatch:
 
     def _noise(self, x: Tensor) -> Tensor | None:
         """Each row's noise of this step, drawn once, however often a batch with the row is tried."""
-        if not adds_noise(self._step_fn(torch.arange(len(self.rows))), self.eta):
+        if not get_sampler(self.sampler).adds_noise(self.eta):
             return None
         return step_noise(x, [travelling.generator for travelling in self.rows])
 
