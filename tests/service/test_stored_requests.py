@@ -18,6 +18,7 @@ from service.shared.settings import Settings
 from timetuner_core.models.loading import load_builtin
 from worker.conversion import guidance_of, rows_of
 from worker.runtime import Runtime
+from worker.tuned_sampler import TunedSampler
 from worker.tuning import run_tuning_job
 
 Json = dict[str, Any]
@@ -63,9 +64,11 @@ def test_a_new_request_with_an_unknown_field_is_refused_by_its_name(row: Json) -
 
 
 @pytest.mark.parametrize("objective", TUNING)
-def test_a_stored_tuning_request_is_run(runtime: Runtime, objective: str) -> None:
-    # The teachers of these rows had too few steps to pass the check that jobs of today begin with.
-    row = {**TUNING[objective], "evaluation": {**TUNING[objective]["evaluation"], "teacher_num_steps": 40}}
+def test_a_stored_tuning_request_is_run(runtime: Runtime, objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = TUNING[objective]
+    # The teachers of these rows do not pass the check that jobs begin with today: they have too few steps, and in two
+    # dimensions `guidance_rescale` divides by standard deviations of nearly 0.
+    monkeypatch.setattr(TunedSampler, "check_teacher", lambda _: None)
     with runtime.registry.write() as session:
         job = TuningJob(model_id=MODEL_ID, request=with_unknown_fields(row), schedule=None)
         session.add(job)
