@@ -41,6 +41,8 @@ class ModelSpec(BaseModel):
     has_conditions: bool
     has_data: bool
     clipping: str | None = None
+    t_start: float | None = None
+    x0_error_at_start: float | None = None
 
 
 class Model(BaseModel):
