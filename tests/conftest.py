@@ -27,7 +27,12 @@ StartStack: TypeAlias = Callable[[str], Stack]
 ENGINES = ("sqlite", "postgresql")
 # Fixtures that start processes; tests that share them run one after another in the same worker of pytest-xdist.
 DEPLOYMENTS = ("breakable", "stack", "hooked", "watched", "api", "target", "service", "deployment")
-LONGEST = ("tests/worker breakable sqlite", "tests/service stack sqlite", "tests/test_documentation.py service sqlite")
+LONGEST = (
+    "tests/test_documentation.py service sqlite",
+    "tests/worker breakable sqlite",
+    "README",
+    "tests/service stack sqlite",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -65,6 +70,8 @@ def _params(item: pytest.Item) -> list[Any]:
 
 def _group_of(item: pytest.Item) -> str:
     """A name for the tests that share a deployment or a database server; none for those that share nothing."""
+    if own := item.get_closest_marker("xdist_group"):
+        return str(own.args[0])
     params, fixtures = _params(item), getattr(item, "fixturenames", ())
     engine = next((engine for engine in ENGINES if engine in params), "sqlite")
     deployment = next((name for name in DEPLOYMENTS if name in fixtures), None)

@@ -61,8 +61,8 @@ class ModelRegistrationFields(BaseModel):
     id: str
     name: str
     content_hash: str
-    state: ModelState
-    ignored_files: list[str]
+    state: ModelState = "ready"
+    ignored_files: list[str] = Field(default_factory=list)
     problem: Problem | None = None
     spec: ModelSpec | None = None
     created_at: datetime

@@ -135,7 +135,7 @@ def get_handed_in(session: Session, model_id: str) -> Model | ModelRegistration:
     """The model of an id, or what became of its registration so far. Raises: NotFoundError."""
     found = find_handed_in(session, model_id)
     if found is None:
-        raise NotFoundError(f"no model {model_id!r}")
+        raise NotFoundError(f"no model {model_id!r}; accepted: an id that GET /v1/models lists")
     return found
 
 

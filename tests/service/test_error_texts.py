@@ -45,7 +45,7 @@ NO_LIST = "Input should be 'default', 'uniform', 'quadratic', 'log_snr' or 'edm'
         (JOBS, {"num_steps": 5, "tuner": 5}, {"tuner": "Input should be an object"}),
         (JOBS, {"num_steps": 5, "evaluation": 5}, {"evaluation": "Input should be an object"}),
         (JOBS, {"num_steps": 5, "evaluation": {"num_sample": 5}}, {"evaluation.num_sample": "mean 'num_samples'?"}),
-        (JOBS, {"num_steps": 5, "zzz": 1}, {"zzz": "there is no field 'zzz'; accepted: eta, evaluation, guidance_end"}),
+        (JOBS, {"num_steps": 5, "zzz": 1}, {"zzz": "there is no field 'zzz'; accepted: clipping, eta, evaluation"}),
         (JOBS, {"num_steps": 5, "timesteps": "x"}, {"timesteps": NO_LIST}),
         (JOBS, {"num_steps": 5, "timesteps": [1, "x"]}, {"timesteps.1": "Input should be a valid number"}),
         (JOBS, {"num_steps": 5, "sampler": "ddm"}, {"sampler": "sampler is 'ddm'; accepted: ddim"}),
@@ -117,5 +117,5 @@ def test_content_that_is_registered_already_is_not_given_another_name(api: TestC
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         archive.add(BUNDLED / "digits8", arcname=".")
     files = {"archive": ("model.tar.gz", buffer.getvalue())}
-    assert api.post("/v1/models", files=files).json() == digits
+    assert api.post("/v1/models", files=files).json() == {**digits, "ignored_files": ["README.md"]}
     assert api.post("/v1/models", files=files, data={"name": "my-digits"}).status_code == 409
