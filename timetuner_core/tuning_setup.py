@@ -55,7 +55,7 @@ class Experiment:
 
     @property
     def adds_noise(self) -> bool:
-        return self.sampler.stochastic or (self.sampler.takes_eta and self.eta != 0)
+        return self.sampler.adds_noise(self.eta)
 
     def problem(
         self,

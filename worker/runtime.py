@@ -25,8 +25,8 @@ from service.shared.settings import Settings
 from service.shared.signals import Bus
 from timetuner_core.models.folder_files import folder_hash
 from timetuner_core.models.loading import DiffusionModel, load_builtin, load_folder
+from timetuner_core.models.out_of_memory import is_out_of_memory
 from timetuner_core.sampling.generate import Guidance
-from timetuner_core.sampling.rolling_batch import is_out_of_memory
 from timetuner_core.sampling.same_bits import all_sizes, steady_sizes
 from timetuner_core.tuning.problem import TuningProblem
 from worker import metrics

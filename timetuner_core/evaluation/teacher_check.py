@@ -94,7 +94,8 @@ def energy_distance(samples: Tensor, reference: Tensor, *, same_noise: bool = Fa
         between = (distances.sum() - distances.diagonal().sum()) / (len(x) * (len(x) - 1))
     else:
         between = distances.mean()
-    return float((2 * between - spread(samples) - spread(reference)) / spread(reference))
+    reference_spread = spread(reference)
+    return float((2 * between - spread(samples) - reference_spread) / reference_spread)
 
 
 def _refuse(figure: float, most: float, reason: str) -> None:

@@ -17,6 +17,7 @@ from timetuner_core.evaluation.distances import (
 from timetuner_core.models.mixtures import GaussianMixture
 
 NUM_RESAMPLES = 1000
+FRECHET_METRICS = ("frechet", "frechet_features")
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Evaluation:
     @property
     def deciding(self) -> Metric:
         """The metric that has to fall."""
-        names = ("frechet", "frechet_features", "sliced_wasserstein") if self.adds_noise else ("teacher_l2",)
+        names = (*FRECHET_METRICS, "sliced_wasserstein") if self.adds_noise else ("teacher_l2",)
         return next(self.metrics[name] for name in names if name in self.metrics)
 
     @property
@@ -152,15 +153,15 @@ class Evaluation:
         for metric in self.metrics.values():
             if metric.name == "teacher_l2" and self.adds_noise:
                 continue
-            is_frechet = metric.name in ("frechet", "frechet_features")
+            is_frechet = metric.name in FRECHET_METRICS
             if metric.change.significantly_higher or (is_frechet and metric.change.mean > 0):
                 return f"rose: {metric}"
         return self._worse_than_stock()
 
     def _worse_than_stock(self) -> str | None:
-        names = [name for name in ("frechet", "frechet_features") if name in self.metrics] or ["sliced_wasserstein"]
-        for metric in (self.metrics[name] for name in names if name in self.metrics):
-            if metric.stock is not None and metric.after > metric.stock:
+        names = [name for name in FRECHET_METRICS if name in self.metrics] or ["sliced_wasserstein"]
+        for metric in map(self.metrics.get, names):
+            if metric is not None and metric.stock is not None and metric.after > metric.stock:
                 return f"worse than diffusers' own time grid, which has {metric.stock:.4g}: {metric}"
         return None
 

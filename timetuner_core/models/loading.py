@@ -116,7 +116,7 @@ def load_folder(
     """Load a diffusers-format folder:
 
     - `unet/`, a `UNet2DModel` or `UNet2DConditionModel`, or `transformer/`, a `DiTTransformer2DModel`;
-    - `scheduler/`, see `models.schedulers.read_scheduler`;
+    - `scheduler/`, see `models.schedulers.read_scheduler_config`;
     - `vae/`, optional, an `AutoencoderKL`, or `vqvae/`, a `VQModel`: the network works on its latents;
     - `model_index.json`, optional: a pipeline whose other components would change the result is refused;
     - `timetuner.json`, optional: `{"null_class_label": int}`, the last class embedding; a DiT has its own;

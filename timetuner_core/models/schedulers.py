@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from timetuner_core.catalog import ModelType
 from timetuner_core.clipping import Clipping
-from timetuner_core.models.folder_files import SCHEDULER_CONFIG, ModelFormatError, read_json
+from timetuner_core.models.folder_files import SCHEDULER_CONFIG, ModelFormatError
 from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleEDM, NoiseScheduleFlow, NoiseScheduleVP
 
 MODEL_TYPES: dict[str, ModelType] = {"epsilon": "noise", "sample": "x_start", "v_prediction": "v"}
@@ -164,11 +163,6 @@ def stock_timesteps(config: Mapping[str, Any], num_steps: int) -> Tensor | None:
     end = 0.0 if ends_clean or times[-1] <= noise_schedule.t_min else noise_schedule.t_min
     grid = torch.cat([times, times.new_tensor([end])])
     return grid if len(grid) == num_steps + 1 and bool((grid[1:] < grid[:-1]).all()) else None
-
-
-def read_scheduler(path: Path) -> SchedulerSpec:
-    """`read_scheduler_config` of a folder's `scheduler/scheduler_config.json`. Raises: ModelFormatError."""
-    return read_scheduler_config(read_json(path, SCHEDULER_CONFIG))
 
 
 def read_scheduler_config(config: Mapping[str, Any]) -> SchedulerSpec:

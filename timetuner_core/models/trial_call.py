@@ -26,12 +26,12 @@ from timetuner_core.models.folder_files import (
     ModelFormatError,
     Shape,
 )
+from timetuner_core.models.out_of_memory import is_out_of_memory
 
 GUIDANCE_SCALE = 2.0
 CONDITION_LENGTH = 8  # The trial's condition `(1, L, D)` has this L where the model takes any.
 ROUND_SIZE = 64  # A network that fails is tried at a multiple of this size, which can be halved six times.
 MAX_SHOWN_CHARACTERS = 200  # Errors show this much of what PyTorch says.
-OUT_OF_MEMORY = "not enough memory"  # PyTorch raises a plain RuntimeError with these words on a CPU.
 
 
 class _Part(NamedTuple):
@@ -148,7 +148,7 @@ def _check_finite(part: _Part, called: str, *outputs: Tensor) -> None:
 
 def _raise_if_out_of_memory(error: Exception) -> None:
     """Raises: MemoryError. It is no fault of the model that this machine is too small."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or OUT_OF_MEMORY in str(error):
+    if is_out_of_memory(error):
         raise MemoryError(_words(error)) from None
 
 

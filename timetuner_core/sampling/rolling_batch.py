@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from timetuner_core.models.loading import DiffusionModel
+from timetuner_core.models.out_of_memory import is_out_of_memory
 from timetuner_core.samplers import (
     Past,
     SamplerStep,
@@ -81,15 +82,6 @@ class Advance:
 
 class NoBatchFitsError(Exception):
     """The memory does not hold the smallest batch."""
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, of whatever device: PyTorch raises a `RuntimeError` for the processor's."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(
-        text in str(error) for text in ("out of memory", "DefaultCPUAllocator")
-    )
 
 
 @dataclass

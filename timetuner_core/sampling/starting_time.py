@@ -64,10 +64,13 @@ def find_starting_time(
         num_samples = min(max(MAX_VALUES // math.prod(model.sample_shape), MIN_SAMPLES), MAX_SAMPLES)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn((num_samples, *model.sample_shape), generator=generator)
+    has_conditions = guidance.type != "uncond"
     if model.draw_data is not None:
-        x0, condition = model.draw_data(num_samples, generator)
+        x0, drawn = model.draw_data(num_samples, generator)
+        condition = drawn if has_conditions else None
     else:
-        condition = None if model.draw_conditions is None else model.draw_conditions(num_samples, generator)
+        draw = model.draw_conditions if has_conditions else None
+        condition = None if draw is None else draw(num_samples, generator)
         by_noise = _latest(_Probe(model, guidance, condition, noise, None, device))
         if by_noise.t == schedule.T:
             return by_noise
@@ -91,7 +94,7 @@ class _Probe:
         alpha_t, sigma_t = float(schedule.marginal_alpha(t)), float(schedule.marginal_std(t))
         x0 = torch.zeros_like(self.noise) if self.x0 is None else self.x0
         x_t = (alpha_t * x0 + sigma_t * self.noise).to(self.device)
-        condition = None if self.condition is None or self.guidance.type == "uncond" else self.condition.to(self.device)
+        condition = None if self.condition is None else self.condition.to(self.device)
         with torch.no_grad():
             predicted = self.guidance.model_fn(self.model).predict(x_t, t, 1.0, condition).x0.cpu()
         squared_error = (predicted - x0).double().square().mean()
@@ -134,5 +137,4 @@ def _teach(
 ) -> Tensor:
     timesteps = teacher_timesteps(model.noise_schedule, TEACHER_STEPS)
     seeds = list(range(num_samples))
-    condition = None if guidance.type == "uncond" else condition
     return generate(model, guidance, seeds, condition, timesteps, decode=False, batch_size=num_samples, device=device)
