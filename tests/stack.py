@@ -161,7 +161,10 @@ class Stack:
     def files(self) -> set[str]:
         """All that is kept as artifacts, leftovers included."""
         folder = self.home / "artifacts"
-        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        # The server may remove a folder meanwhile: os.walk passes over what is gone, while rglob raises an error.
+        return {
+            str((Path(parent) / name).relative_to(folder)) for parent, _, names in os.walk(folder) for name in names
+        }
 
     def register(self, builtin: str) -> str:
         """The id of a built-in model."""

@@ -57,6 +57,15 @@ class Target:
             tables["model_registrations"] -= session.scalar(refused) or 0
         return tables, self.stack.files(), list(self.temporary.iterdir())
 
+    def wait_until_nothing_is_left(self, before: tuple[dict[str, int], set[str], list[Path]]) -> None:
+        """A worker removes refused files just after the answer, so `before` may hold some of an earlier test's."""
+
+        def nothing_is_left() -> bool:
+            tables, files, temporary = self.kept()
+            return tables == before[0] and files <= before[1] and set(temporary) <= set(before[2])
+
+        wait_until(nothing_is_left, "state without leftovers", seconds=10)
+
     def resident_kib(self) -> int:
         """The memory of the API and of the worker, together."""
         return sum(_resident_kib(self.stack.processes[name].pid) for name in ("api", "worker"))
@@ -97,7 +106,7 @@ def test_a_hostile_request_is_refused_and_leaves_nothing(target: Target, name: s
     assert len(response.content) < 500_000
     assert "Traceback" not in response.text
     assert problem["request_id"] == response.headers.get("x-request-id")
-    wait_until(lambda: target.kept() == before, "nothing being left", seconds=10)
+    target.wait_until_nothing_is_left(before)
 
 
 def test_refusing_all_of_them_takes_little_time_and_memory(
@@ -129,7 +138,7 @@ def test_what_is_not_http_is_refused_and_hung_up_on(target: Target, name: str) -
     answer = exchange(target, RAW[name])
     assert answer == b"" or 400 <= int(answer.split()[1]) < 500, answer[:500]
     assert answer == b"" or b"application/problem+json" in answer
-    assert target.kept() == before
+    target.wait_until_nothing_is_left(before)
     assert target.stack.client.get("/healthz").is_success
 
 
