@@ -12,7 +12,7 @@ from timetuner_core.catalog import GridName
 from timetuner_core.grids import Timesteps, check_t_ratios, check_timesteps, make_timesteps, teacher_timesteps
 from timetuner_core.guided_model import GuidedModel
 from timetuner_core.noise_schedule import NoiseSchedule
-from timetuner_core.samplers import Generators, SamplerStep, StepFn, get_sampler, sample_steps
+from timetuner_core.samplers import Generators, Sampler, SamplerStep, StepFn, get_sampler, sample_steps
 from timetuner_core.tuners import Optimizer, TuneType
 from timetuner_core.tuning.end_to_end import tune_end_to_end
 from timetuner_core.tuning.per_step import tune_per_step
@@ -45,8 +45,8 @@ class TimeTuner:
         """One DDIM step, `(x_s, x0)`; see `samplers.SamplerStep`."""
         return self.step_fn("ddim")(x, t, s, t_ratio, eta, noise, condition, uncond_condition, generator)
 
-    def step_fn(self, sampler: str) -> SamplerStep:
-        """A sampler of `samplers.SAMPLERS`, or an installed one, on this model. Raises: ValueError."""
+    def step_fn(self, sampler: str | Sampler) -> SamplerStep:
+        """A sampler of `samplers.SAMPLERS`, an installed one, or a given one, on this model. Raises: ValueError."""
         return get_sampler(sampler).step_fn(self.model_fn, self.noise_schedule)
 
     def get_timesteps(self, num_steps: int | None = None, timesteps: Timesteps | GridName | None = None) -> Tensor:
@@ -111,7 +111,7 @@ class TimeTuner:
         return_intermediates: bool = False,
         verbose: bool = False,
         *,
-        sampler: str = "ddim",
+        sampler: str | Sampler = "ddim",
         generator: Generators = None,
         callback: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> Any:
@@ -122,7 +122,8 @@ class TimeTuner:
             t_ratios: one per step, `(num_steps,)`; default ones, which is the plain sampler. A step that calls
                 the network more than once applies its ratio to each call.
             eta: 0 is deterministic, 1 ancestral; for DDIM only.
-            sampler: a name that `samplers.get_sampler` knows.
+            sampler: a name that `samplers.get_sampler` knows, or a sampler, such as a learned one of
+                `solver_table.solver_of`.
             generator: for samplers that add noise, one, or one per sample.
             callback: called with (step index, x_s, x0) after each step.
 
@@ -144,7 +145,7 @@ class TimeTuner:
         }
         intermediates: dict[str, list[Tensor]] = {"x_t": [x], "x0_pred": []}
         steps = sample_steps(step_fn, x, grid, ratios, **step_kwargs)
-        for i, (x_s, x0) in enumerate(tqdm(steps, sampler, len(ratios), disable=not verbose)):
+        for i, (x_s, x0) in enumerate(tqdm(steps, get_sampler(sampler).name, len(ratios), disable=not verbose)):
             x = x_s
             if return_intermediates:
                 intermediates["x_t"].append(x_s)

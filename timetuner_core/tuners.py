@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 
+from timetuner_core.tuning.solver_columns import rows_per_sample, solver_columns
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -184,12 +186,10 @@ class EndToEndTuner(Tuner):
         recompute: bool = True,
     ) -> "Iterator[TuningState]":
         """See `tune_end_to_end` for `target` and `recompute`."""
-        from timetuner_core.catalog import GridName
-        from timetuner_core.grids import make_timesteps, teacher_timesteps
+        from timetuner_core.grids import teacher_timesteps
         from timetuner_core.tuning.end_to_end import tune_end_to_end
 
         schedule = problem.noise_schedule
-        names = get_args(GridName) if self.start == "best" else ()
         return tune_end_to_end(
             problem,
             state,
@@ -197,9 +197,70 @@ class EndToEndTuner(Tuner):
             self.parameters,
             lr=self.lr,
             total_iters=self.total_iters,
-            starts=[make_timesteps(schedule, problem.num_steps, name) for name in names],
+            starts=named_grids(problem) if self.start == "best" else (),
             target=target,
             recompute=recompute,
+        )
+
+
+@dataclass(kw_only=True)
+class SolverTuner(Tuner):
+    """Grid, ratios and the solver's coefficients together, against a many-step teacher, from forward calls alone.
+
+    Needs no data and no backward pass.
+    """
+
+    label = "solver: grid, ratios and coefficients, against a teacher, without a backward pass"
+    population = "noise"
+    matches_results = True
+
+    objective: Literal["solver"]
+    start: Literal["given", "best"] | None = option(
+        None,
+        "The grid to begin with: `timesteps`, or the named one whose samples are nearest; null: the latter "
+        "unless `timesteps` are given.",
+    )
+    batch_size: int = batch_size_option(
+        "Samples per iteration for the derivatives, and per network batch; candidates are compared on twice as many "
+        "others."
+    )
+    total_iters: int = option(10, "At most; it ends after three without improvement.", ge=1, le=1000)
+    population_size: int = population_size_option(256, "Initial noises to tune on.")
+    teacher_num_steps: int = teacher_option()
+
+    def check(self, setting: TunedSetting) -> None:
+        if setting.calls_per_step != 1:
+            raise OptionError(self, "objective", "another, for a sampler that calls the network twice per step")
+        if self.start == "best" and setting.timesteps_given:
+            raise OptionError(self, "start", "'given' where timesteps are given")
+
+    def teacher_steps(self, setting: TunedSetting) -> int | None:
+        return self.teacher_num_steps
+
+    def samples_at_once(self, setting: TunedSetting) -> int:
+        """The samples of all difference quotients, each with the predictions of all its steps."""
+        return self.batch_size * (len(solver_columns(setting.num_steps)) + 1) * (setting.num_steps + 1)
+
+    def network_samples(self, setting: TunedSetting) -> int:
+        return self.total_iters * self.batch_size * rows_per_sample(setting.num_steps)
+
+    @property
+    def iterations(self) -> int:
+        return self.total_iters
+
+    def run(
+        self, problem: "TuningProblem", state: "TuningState", steps: Sequence[int] | None = None
+    ) -> "Iterator[TuningState]":
+        from timetuner_core.grids import teacher_timesteps
+        from timetuner_core.tuning.solver import tune_solver
+
+        schedule = problem.noise_schedule
+        return tune_solver(
+            problem,
+            state,
+            teacher_timesteps(schedule, self.teacher_num_steps),
+            total_iters=self.total_iters,
+            starts=named_grids(problem) if self.start == "best" else (),
         )
 
 
@@ -453,7 +514,20 @@ class GridTuner(GridSearch):
         return problem.timesteps
 
 
-AnyTuner: TypeAlias = EndToEndTuner | NextEpsTuner | TeacherStepTuner | AysTuner | GitsTuner | DmnTuner | GridTuner
+AnyTuner: TypeAlias = (
+    EndToEndTuner | SolverTuner | NextEpsTuner | TeacherStepTuner | AysTuner | GitsTuner | DmnTuner | GridTuner
+)
 TUNERS: dict[str, type[AnyTuner]] = {
     get_args(tuner.__annotations__["objective"])[0]: tuner for tuner in get_args(AnyTuner)
 }
+
+# The tuners that may begin with the best of the named grids.
+STARTING_FROM_BEST = (EndToEndTuner, SolverTuner)
+
+
+def named_grids(problem: "TuningProblem") -> "list[Tensor]":
+    """The grids of all names, of the problem's number of steps."""
+    from timetuner_core.catalog import GridName
+    from timetuner_core.grids import make_timesteps
+
+    return [make_timesteps(problem.noise_schedule, problem.num_steps, name) for name in get_args(GridName)]

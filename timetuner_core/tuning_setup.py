@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,6 +14,7 @@ from timetuner_core.evaluation.verdict import Evaluation, evaluate
 from timetuner_core.grids import LOWEST_LAMBDA, make_timesteps, teacher_timesteps
 from timetuner_core.models.loading import DiffusionModel
 from timetuner_core.samplers import Sampler, initial_noise, sample
+from timetuner_core.samplers.solver_table import SolverTable, solver_of
 from timetuner_core.sampling.generate import Guidance, generate
 from timetuner_core.tuners import TEACHER_CHECK_SAMPLES, Population
 from timetuner_core.tuning.problem import TuningProblem
@@ -115,8 +116,18 @@ class Experiment:
             data=self._checked_data(),
         ).check()
 
+    def with_solver(self, table: SolverTable | None, num_steps: int) -> "Experiment":
+        """The same with a learned solver in the sampler's place; None is the sampler's own. Raises: `solver_of`'s."""
+        return self if table is None else replace(self, sampler=solver_of(self.sampler.name, table, num_steps))
+
     def evaluate(
-        self, timesteps: Tensor, t_ratios: Tensor, num_samples: int, teacher_num_steps: int = 100
+        self,
+        timesteps: Tensor,
+        t_ratios: Tensor,
+        num_samples: int,
+        teacher_num_steps: int = 100,
+        *,
+        solver_table: SolverTable | None = None,
     ) -> Evaluation:
         """A schedule against the sampler's default grid, untuned, on `num_samples` noises that no tuner has seen.
 
@@ -124,10 +135,15 @@ class Experiment:
         """
         seeds = self.seeds(num_samples, EVALUATION_SEEDS)
         condition = self.conditions(num_samples, EVALUATION_SEEDS)
+        tuned = self.with_solver(solver_table, len(t_ratios))
         unguided_mixture = self.model.mixture if self.guidance.type == "uncond" else None
 
         def run(timesteps: Tensor, t_ratios: Tensor | None) -> Tensor:
-            return self.sample(seeds, condition, timesteps, t_ratios).cpu()
+            experiment = self if t_ratios is None else tuned
+            return experiment.sample(seeds, condition, timesteps, t_ratios).cpu()
+
+        def kl_terms(timesteps: Tensor, t_ratios: Tensor | None) -> Tensor:
+            return (self if t_ratios is None else tuned).kl_terms(timesteps, t_ratios)
 
         return evaluate(
             run,
@@ -139,7 +155,7 @@ class Experiment:
             stock_timesteps=self.model.stock_timesteps(len(timesteps) - 1),
             features=self.model.features,
             mixture=unguided_mixture,
-            kl=None if unguided_mixture is None or self.adds_noise else self.kl_terms,
+            kl=None if unguided_mixture is None or self.adds_noise else kl_terms,
             adds_noise=self.adds_noise,
         )
 
@@ -153,7 +169,7 @@ class Experiment:
         decode: bool = True,
     ) -> Tensor:
         """`(len(seeds), *image_shape)`, or not decoded, `(len(seeds), *sample_shape)`; on the device."""
-        return self._generate(seeds, condition, self.sampler.name, timesteps, t_ratios, self.eta, decode)
+        return self._generate(seeds, condition, self.sampler, timesteps, t_ratios, self.eta, decode)
 
     def teach(
         self, seeds: list[int], condition: Tensor | None, teacher_num_steps: int, *, decode: bool = True
@@ -224,7 +240,7 @@ class Experiment:
         self,
         seeds: list[int],
         condition: Tensor | None,
-        sampler: str,
+        sampler: str | Sampler,
         timesteps: Tensor,
         t_ratios: Tensor | None,
         eta: float,

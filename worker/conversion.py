@@ -10,6 +10,8 @@ from timetuner_core.grids import check_t_ratios, check_timesteps, make_timesteps
 from timetuner_core.guided_model import repeat_to_batch
 from timetuner_core.models.loading import DiffusionModel
 from timetuner_core.noise_schedule import NoiseSchedule
+from timetuner_core.samplers import Sampler
+from timetuner_core.samplers.solver_table import SolverTable, solver_of
 from timetuner_core.sampling.generate import Guidance
 from timetuner_core.sampling.rolling_batch import Row
 
@@ -41,6 +43,12 @@ def timesteps_of(request: SampleRequest | TuningJobRequest, noise_schedule: Nois
     if isinstance(request.timesteps, str):
         return make_timesteps(noise_schedule, request.num_steps, request.timesteps)
     return check_timesteps(noise_schedule, request.timesteps)
+
+
+def sampler_of(request: SampleRequest, schedule: Schedule | None) -> Sampler:
+    """The sampler that a request names, or the learned solver of its schedule. Raises: ValueError."""
+    table = None if schedule is None or schedule.solver_table is None else SolverTable.from_dict(schedule.solver_table)
+    return solver_of(request.sampler, table, request.num_steps)
 
 
 def rows_of(job: SampleJob, request: SampleRequest, model: DiffusionModel, schedule: Schedule | None) -> list[Row]:

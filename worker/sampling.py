@@ -25,7 +25,7 @@ from service.shared.image_formats import to_preview
 from service.shared.job_requests import SampleRequest
 from timetuner_core.sampling.rolling_batch import Advance, RollingBatch, Row
 from worker import metrics
-from worker.conversion import guidance_of, rows_of
+from worker.conversion import guidance_of, rows_of, sampler_of
 from worker.joining import join_all
 from worker.lease import SampleLeases
 from worker.runtime import Runtime
@@ -208,9 +208,11 @@ class SampleServer:
         eta = float(request.eta)
         key: list[Any] = [claim.job.model_id, request.sampler, eta, guidance.type, guidance.guides]
         key += [guidance.rescale, guidance.interval, request.clipping, *shapes]
+        table = None if schedule is None else schedule.solver_table
+        sampler = sampler_of(request, schedule)
         batch = RollingBatch(
             model,
-            request.sampler,
+            sampler,
             guidance,
             eta,
             self._runtime.batch_sizes(*sizes_of),
@@ -219,7 +221,7 @@ class SampleServer:
             partial(self._runtime.keep_batch_sizes, *sizes_of),
         )
         if not batch.mixes_steps:
-            key += [tuple(rows[0].timesteps.tolist())]
+            key += [tuple(rows[0].timesteps.tolist()), None if table is None else str(table)]
         for cohort in self._cohorts:
             if cohort.key == tuple(key) and cohort.batch.room >= len(rows):
                 break

@@ -99,7 +99,13 @@ class TunedSampler:
     def evaluate(self, state: TuningState) -> Evaluation:
         """Evaluate the tuned sampler against the untuned one, on noise that tuning did not use."""
         how = self.request.evaluation
-        return self.experiment.evaluate(state.timesteps, state.t_ratios, how.num_samples, how.teacher_num_steps)
+        return self.experiment.evaluate(
+            state.timesteps,
+            state.t_ratios,
+            how.num_samples,
+            how.teacher_num_steps,
+            solver_table=state.solver_table,
+        )
 
     def _problem(self) -> TuningProblem:
         """The problem that the job's tasks on this worker share, on a network that counts this attempt's calls."""

@@ -70,6 +70,7 @@ def _schedule_row(
         score=_no_nan(result.score),
         timesteps=state.timesteps.tolist(),
         t_ratios=state.t_ratios.tolist(),
+        solver_table=None if state.solver_table is None else state.solver_table.to_dict(),
         provenance={
             "tuner": dataclasses.asdict(request.tuner),
             "seed": request.seed,

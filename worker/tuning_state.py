@@ -16,6 +16,7 @@ from torch import Tensor
 from service.registry.database import is_away
 from service.registry.jobs import add_event
 from service.registry.tables import Job, TuningJob, TuningJobStep
+from timetuner_core.samplers.solver_table import SolverTable
 from timetuner_core.tuning.problem import TuningState
 from worker.lease import Lease
 from worker.metrics import TUNING_ITERATIONS
@@ -70,6 +71,8 @@ def load_state(job: TuningJob, timesteps: Tensor) -> TuningState:
     state = TuningState.start(timesteps)
     if job.timesteps is not None:
         state.timesteps = torch.tensor(job.timesteps, dtype=torch.float64)
+    if job.solver_table is not None:
+        state.solver_table = SolverTable.from_dict(job.solver_table)
     for row in job.steps:
         i = row.step_index
         if len(row.memory) != state.memory.shape[1]:
@@ -104,7 +107,9 @@ def _save(sampler: TunedSampler, state: TuningState, write: Write, steps: list[i
         ArithmeticError: a state that no sampler can use, and no database keep.
     """
     now = time.monotonic()
-    for tensor in (state.t_ratios, state.timesteps, state.memory):
+    table = state.solver_table
+    coefficients = () if table is None else (table.a, table.b)
+    for tensor in (state.t_ratios, state.timesteps, state.memory, *coefficients):
         if not bool(torch.isfinite(tensor).all()):
             raise ArithmeticError(f"tuning diverged, to t_ratios {state.t_ratios.tolist()}")
     with write() as (session, job):
@@ -113,6 +118,7 @@ def _save(sampler: TunedSampler, state: TuningState, write: Write, steps: list[i
             session.merge(row)
         if steps is None:
             job.timesteps = state.timesteps.tolist()
+            job.solver_table = None if state.solver_table is None else state.solver_table.to_dict()
         job.network_calls += sampler.network_calls
         job.tuning_seconds += now - since
         job.losses = 0

@@ -189,6 +189,7 @@ def show_schedule(schedule: "Schedule") -> None:
             include={"id", "job", "model", "sampler", "clipping", "num_steps", "eta", "version", "status", "score"}
         )
         | {"guidance": _guidance(schedule), "timesteps": schedule.timesteps, "t_ratios": schedule.t_ratios}
+        | ({} if schedule.solver_table is None else {"solver_table": schedule.solver_table})
     )
     if schedule.evaluation is not None:
         typer.echo(f"\n{schedule.evaluation.reason or ''}")

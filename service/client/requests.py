@@ -44,6 +44,15 @@ class EndToEndTuner(TypedDict, total=False):
     teacher_num_steps: int
 
 
+class SolverTuner(TypedDict, total=False):
+    objective: Required[Literal["solver"]]
+    start: Literal["given", "best"] | None
+    batch_size: int
+    total_iters: int
+    population_size: int
+    teacher_num_steps: int
+
+
 class PerStepTuner(TypedDict, total=False):
     batch_size: int
     population_size: int
@@ -103,7 +112,7 @@ class TuningJobRequest(Setting, total=False):
     """Tune one schedule."""
 
     timesteps: Timesteps
-    tuner: EndToEndTuner | NextEpsTuner | TeacherStepTuner | AysTuner | GitsTuner | DmnTuner | GridTuner
+    tuner: EndToEndTuner | SolverTuner | NextEpsTuner | TeacherStepTuner | AysTuner | GitsTuner | DmnTuner | GridTuner
     evaluation: EvaluationRequest
     seed: int
     webhook_url: str | None
@@ -124,11 +133,19 @@ class SampleRequest(Setting, total=False):
     previews: bool
 
 
+class SolverTable(TypedDict):
+    """A learned solver: `x_{i+1} = a_i x_i + sum_{j <= i} b_ij x0_j`. Row i of `b` has i + 1 numbers."""
+
+    a: Sequence[float]
+    b: Sequence[Sequence[float]]
+
+
 class ScheduleImport(Setting, total=False):
     """A schedule made elsewhere; `Schedule.to_import()` is one."""
 
     timesteps: Required[Sequence[float]]
     t_ratios: Required[Sequence[float]]
+    solver_table: SolverTable | None
     provenance: dict[str, Any]
 
 

@@ -143,6 +143,7 @@ class Schedule(BaseModel):
     score: float | None
     timesteps: list[float]
     t_ratios: list[float]
+    solver_table: dict[str, Any] | None = None
     provenance: dict[str, Any]
     evaluation: Evaluation | None
     created_at: datetime

@@ -122,6 +122,7 @@ class TuningJob(Job):
     network_calls: Mapped[int] = mapped_column(BigInteger, default=0)  # The sum over all attempts and workers.
     tuning_seconds: Mapped[float] = mapped_column(default=0.0)  # The sum over all attempts and workers.
     timesteps: Mapped[list[float] | None] = mapped_column(JSON)  # The grid so far: tuners may move it.
+    solver_table: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # The learned solver so far.
 
     steps: Mapped[list["TuningJobStep"]] = relationship(order_by="TuningJobStep.step_index")
     schedule: Mapped["Schedule | None"] = relationship(back_populates="job")
@@ -235,6 +236,7 @@ class Schedule(OfSetting, Base):
     score: Mapped[float | None]
     timesteps: Mapped[list[float]]
     t_ratios: Mapped[list[float]]
+    solver_table: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # Null: the sampler's own.
     provenance: Mapped[dict[str, Any]]  # {tuner: {objective, ...}, seed, timetuner}
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 

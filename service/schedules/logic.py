@@ -16,6 +16,7 @@ from service.registry.tables import SampleJob, Schedule, ScheduleAlias, Schedule
 from service.request_checks import check_setting, check_timesteps, get_requested_model
 from service.schedules.schemas import ScheduleImport, ScheduleQuery
 from service.shared.job_requests import SamplingSetting
+from service.shared.sampler_facts import sampler_facts
 
 MAX_SCANNED = 10_000  # One page of a list looks at no more schedules than that.
 MAX_COUNTED = 100
@@ -96,6 +97,7 @@ def import_schedule(session: Session, request: ScheduleImport) -> Schedule:
     """Store a schedule made elsewhere as the next version of its setting. Raises: InvalidError."""
     spec = get_requested_model(session, request.model).spec
     check_setting(spec, request)
+    _check_table(request)
     _check_grid(request, spec["T"], spec.get("t_min", 0.0))  # Models registered by older versions have no t_min.
     key = request.key()
     schedule = Schedule(
@@ -104,6 +106,7 @@ def import_schedule(session: Session, request: ScheduleImport) -> Schedule:
         status=ScheduleStatus.IMPORTED,
         timesteps=request.timesteps,
         t_ratios=request.t_ratios,
+        solver_table=None if request.solver_table is None else request.solver_table.model_dump(),
         provenance=request.provenance,
         evaluation=None,
     )
@@ -144,6 +147,27 @@ def _check_grid(request: ScheduleImport, T: float, t_min: float) -> None:
     if any(t * t_ratio < min(t, t_min) * (1 - 1e-6) for t, t_ratio in zip(timesteps, t_ratios, strict=False)):
         message = f"accepted as t_ratios: any that keep t * t_ratio at {t_min} or above, the network's first time"
         raise InvalidError(message, ("body", "t_ratios"), t_ratios)
+
+
+def _check_table(request: ScheduleImport) -> None:
+    """Refuse a learned solver of another number of steps, or for a sampler that is no such table."""
+    table = request.solver_table
+    if table is None:
+        return
+    if len(table.a) != request.num_steps:
+        message = f"solver_table.a has {len(table.a)} values; accepted: {request.num_steps}, one per step"
+        raise InvalidError(message, ("body", "solver_table", "a"))
+    lengths = [len(row) for row in table.b]
+    if lengths != list(range(1, request.num_steps + 1)):
+        message = f"solver_table.b has rows of {lengths} values; accepted: {request.num_steps} rows, of 1, 2 and so on"
+        raise InvalidError(message, ("body", "solver_table", "b"))
+    facts = sampler_facts(request.sampler)
+    if facts.stochastic or facts.calls_per_step != 1:
+        message = "accepted, with a solver_table: a sampler without noise that calls the network once per step"
+        raise InvalidError(f"sampler is {request.sampler!r}; {message}", ("body", "sampler"), request.sampler)
+    if request.eta != 0:
+        message = f"eta is {request.eta}; accepted, with a solver_table: 0"
+        raise InvalidError(message, ("body", "eta"), float(request.eta))
 
 
 def find_for_sampling(session: Session, model_id: str, name: str) -> Schedule:

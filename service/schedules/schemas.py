@@ -77,6 +77,18 @@ class EvaluationOut(BaseModel):
     network_calls: int = Field(description="Samples put through the network while tuning. Guidance counts, too.")
 
 
+class SolverTable(BaseModel):
+    """A learned solver's coefficients: `x_{i+1} = a_i x_i + sum_{j <= i} b_ij x0_j`.
+
+    x_i is the sample before step i, and x0_j the clean sample that the network predicted, guided, in step j.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    a: list[FiniteFloat] = Field(examples=[[0.5, 0.0]], description="One per step.")
+    b: list[list[FiniteFloat]] = Field(examples=[[[0.5], [0.1, 0.9]]], description="Row i has i + 1 numbers.")
+
+
 class ScheduleOut(BaseModel):
     """A tuned schedule: everything a few-step sampler needs beside the network."""
 
@@ -108,6 +120,10 @@ class ScheduleOut(BaseModel):
     t_ratios: list[float] = Field(
         examples=[EXAMPLE_RATIOS], description="One per step: the network is conditioned on t * t_ratio."
     )
+    solver_table: SolverTable | None = Field(
+        None,
+        description="The learned solver that takes the steps in place of the sampler's own formula; null: the latter.",
+    )
     provenance: dict[str, Any] = Field(
         examples=[{"tuner": {"objective": "end_to_end"}}], description="How it was tuned."
     )
@@ -123,6 +139,9 @@ class ScheduleImport(SamplingSetting):
     )
     t_ratios: list[FiniteFloat] = Field(
         examples=[EXAMPLE_RATIOS], description="One per step; t * t_ratio stays within (0, T]."
+    )
+    solver_table: SolverTable | None = Field(
+        None, examples=[None], description="A learned solver, for samplers that call the network once per step."
     )
     provenance: dict[str, FiniteJson] = Field(
         examples=[{"made_by": "another registry"}], default_factory=dict, description="How it was made."

@@ -33,6 +33,7 @@ from timetuner_core.tuning.end_to_end import tune_end_to_end
 from timetuner_core.tuning.gauss_newton import COARSE_BATCHES, GaussNewton
 from timetuner_core.tuning.per_step import tune_per_step
 from timetuner_core.tuning.problem import TuningProblem, TuningState
+from timetuner_core.tuning.solver import tune_solver
 
 LINEAR = NoiseScheduleVP("linear")
 LABELS, NULL = torch.tensor([0, 1, 1, 0]), torch.tensor([2])
@@ -68,7 +69,14 @@ def gauss_newton_sequential(problem: TuningProblem, state: TuningState) -> Itera
     return tune_per_step(problem, state, "teacher_step", "sequential", total_iters=12, substeps=3)
 
 
-EVERY_TUNER = [parallel, sequential, end_to_end, grid_end_to_end, gauss_newton, gauss_newton_sequential]
+def solver(problem: TuningProblem, state: TuningState) -> Iterator[TuningState]:
+    step_fn = TimeTuner(problem.model_fn, LINEAR).step_fn("dpmpp_2m")
+    starts = [make_timesteps(LINEAR, problem.num_steps, name) for name in ("uniform", "log_snr")]
+    problem = dataclasses.replace(problem, step_fn=step_fn)
+    return tune_solver(problem, state, make_timesteps(LINEAR, 12), total_iters=6, starts=starts)
+
+
+EVERY_TUNER = [parallel, sequential, end_to_end, grid_end_to_end, gauss_newton, gauss_newton_sequential, solver]
 every_tuner = pytest.mark.parametrize("tune", EVERY_TUNER)
 both_types = pytest.mark.parametrize("tune_type", ["parallel", "sequential"])
 
@@ -92,6 +100,13 @@ def small_start() -> TuningState:
 def run(tuned: Iterator[TuningState]) -> TuningState:
     *_, last = tuned
     return last
+
+
+def tensors_of(state: TuningState) -> dict[str, Tensor]:
+    """All numbers of a state, by name."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    table = fields.pop("solver_table")
+    return fields if table is None else fields | {"a": table.a, "b": table.b}
 
 
 @cache
@@ -119,8 +134,8 @@ def test_a_tuner_works_where_the_population_is(tune: Tune, device: str) -> None:
         return run(tune(problem, small_start()))
 
     state = tuned(device)
-    assert {value.device.type for value in vars(state).values()} == {"cpu"}
-    torch.testing.assert_close(vars(state), vars(finished(tune)), equal_nan=True)
+    assert {value.device.type for value in tensors_of(state).values()} == {"cpu"}
+    torch.testing.assert_close(tensors_of(state), tensors_of(finished(tune)), equal_nan=True)
 
 
 # A step's derivative
@@ -494,9 +509,8 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(tune: Tune) -> None:
         resumed = copy.deepcopy(stored.get(stop, state))
         for _ in tune(small_problem(), resumed):
             pass
-        for field in dataclasses.fields(TuningState):
-            values = (getattr(state, field.name) for state in (resumed, finished(tune)))
-            torch.testing.assert_close(*values, atol=0, rtol=0, equal_nan=True, msg=f"stopped after {stop}")
+        values = (tensors_of(state) for state in (resumed, finished(tune)))
+        torch.testing.assert_close(*values, atol=0, rtol=0, equal_nan=True, msg=f"stopped after {stop}")
 
 
 @every_tuner

@@ -23,6 +23,7 @@ from timetuner_core.guided_model import GuidedModel
 from timetuner_core.models.schedulers import EDM_SCHEDULERS, FLOW_SCHEDULERS, VP_SCHEDULERS, read_scheduler_config
 from timetuner_core.noise_schedule import NoiseScheduleFlow
 from timetuner_core.samplers import SAMPLERS, Generators, Past, get_sampler, remember
+from timetuner_core.samplers.solver_table import SolverTable, solver_of
 
 # Saved pipelines name this module for the class; see its docstring.
 MODULE = "timetuner_core.integrations.diffusers"
@@ -61,6 +62,8 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         sampler: one that calls the network once per step. eta: for DDIM.
         timesteps: `num_steps + 1` falling times in `[0, T]`. t_ratios: one per step; None is untuned.
         clipping: how x0 is clipped, as `clipping_text` writes it; None is as `base_scheduler` says.
+        solver_table: a learned solver's coefficients, as `SolverTable.to_dict` writes them, in place of the sampler's
+            own. Such a solver starts at its first step: image-to-image pipelines need a `strength` of 1.
 
     Attributes:
         timesteps: what the network is told at each step, `(num_steps,)`, float32.
@@ -68,8 +71,8 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         init_noise_sigma: the standard deviation of the noise to start from.
 
     Raises:
-        ValueError: a sampler with several calls per step, times and ratios that do not fit, or a flow model's grid
-            that starts below the noise that its pipelines start from.
+        ValueError: a sampler with several calls per step, times, ratios or a table that do not fit, or a flow model's
+            grid that starts below the noise that its pipelines start from.
         ModelFormatError: a base scheduler whose noise schedule is not supported.
     """
 
@@ -86,6 +89,7 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         sampler: str = "ddim",
         eta: float = 0.0,
         clipping: str | None = None,
+        solver_table: dict[str, Any] | None = None,
     ) -> None:
         repeated = {k: v for k, v in base_scheduler.items() if k not in self.config and not k.startswith("_")}
         # diffusers lists arguments that it takes to be left at their defaults, those given by position among them, and
@@ -101,6 +105,11 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise ValueError(f"sampler is {sampler!r}; accepted in a pipeline, one call per step: {accepted}")
         self._grid = check_timesteps(self.noise_schedule, timesteps)
         self._ratios = check_t_ratios(self.noise_schedule, self._grid, t_ratios)
+        self._starts_anywhere = solver_table is None
+        if solver_table is not None:
+            if eta:
+                raise ValueError(f"eta is {eta}; accepted, with a solver_table: 0")
+            self._sampler = solver_of(sampler, SolverTable.from_dict(solver_table), len(self._ratios))
         self.init_noise_sigma = self.noise_schedule.starting_std(self._grid[0])
         if self._is_flow and self.init_noise_sigma < MIN_FLOW_START:
             raise ValueError(
@@ -113,7 +122,7 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     @classmethod
     def from_schedule(cls, base_scheduler: Any, schedule: Mapping[str, Any]) -> "TimeTunerScheduler":
         """The scheduler for a pipeline, from the scheduler it has and a schedule as the service's API gives it."""
-        names = ("timesteps", "t_ratios", "sampler", "eta", "clipping")
+        names = ("timesteps", "t_ratios", "sampler", "eta", "clipping", "solver_table")
         # The configuration as it would be saved: `config` itself marks fields that its class has left at its own
         # defaults, and other classes would then take their own.
         config = json.loads(base_scheduler.to_json_string())
@@ -192,7 +201,7 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """Start in the middle, as image-to-image pipelines do.
 
         Raises:
-            ValueError: no step is left.
+            ValueError: no step is left, or a learned solver is to start in the middle.
         """
         if not 0 <= begin_index < self.num_inference_steps:
             least = 1 / self.num_inference_steps
@@ -200,6 +209,7 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 f"begin_index is {begin_index}; accepted: 0 to {self.num_inference_steps - 1}; "
                 f"an image-to-image `strength` of {least:.3g} or more leaves a step"
             )
+        self._check_start(begin_index)
         self._begin_index, self._step_index = begin_index, None
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
@@ -254,6 +264,8 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                     "without noise, such as 'ddim' with eta 0"
                 )
             generator = None
+        if self._step_index is None:
+            self._check_start(i)
         t, s = self._grid[i], self._grid[i + 1]
         x_s, x0 = step_fn(x_t, t, s, t_ratio=self._ratios[i], eta=self._eta, generator=generator, history=self._history)
         self._history = remember(step_fn, self._history, Past(t, x_t, x0))
@@ -303,6 +315,14 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _check_count(self, field: str, count: int | None) -> None:
         if count not in (None, self.num_inference_steps):
             raise ValueError(f"{field} is {count}; accepted: {self.num_inference_steps}, the schedule's steps")
+
+    def _check_start(self, index: int) -> None:
+        """Raises: ValueError, if a learned solver is to start at another step than its first."""
+        if index and not self._starts_anywhere:
+            raise ValueError(
+                f"the first step is number {index}; accepted: 0, as a solver_table holds from its first step on; an "
+                "image-to-image `strength` of 1, or a schedule without a solver_table"
+            )
 
     def _next_step(self, timestep: Any) -> int:
         """The index of the step that is next. Raises: ValueError, if it is none, or if `timestep` is another's."""

@@ -25,13 +25,17 @@ from timetuner_core.samplers.onestep import ONESTEP
 SAMPLERS = {sampler.name: sampler for sampler in (*ONESTEP, *MULTISTEP)}
 
 
-def get_sampler(name: str) -> Sampler:
+def get_sampler(name: str | Sampler) -> Sampler:
     """A sampler of `SAMPLERS`, or one that an installed package names in its entry points `timetuner.samplers`.
+
+    A `Sampler` in place of a name, such as a learned solver, is given back.
 
     Raises:
         ValueError: no such name.
         TypeError: an entry point that is no `Sampler`.
     """
+    if isinstance(name, Sampler):
+        return name
     if name in SAMPLERS:
         return SAMPLERS[name]
     for entry in entry_points(group=SAMPLER_ENTRY_POINTS, name=name):

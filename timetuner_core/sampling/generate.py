@@ -10,7 +10,7 @@ from torch import Tensor
 from timetuner_core.catalog import GuidanceType
 from timetuner_core.guided_model import GuidedModel
 from timetuner_core.models.loading import DiffusionModel
-from timetuner_core.samplers import initial_noise
+from timetuner_core.samplers import Sampler, initial_noise
 from timetuner_core.time_tuner import TimeTuner
 
 # Guidance scale at which guidance changes nothing; `uncond` ignores the scale.
@@ -47,7 +47,7 @@ def generate(
     *,
     guidance_scales: Sequence[float] | None = None,
     uncond_condition: Tensor | None = None,
-    sampler: str = "ddim",
+    sampler: str | Sampler = "ddim",
     decode: bool = True,
     batch_size: int = 64,
     batch_sizes: Sequence[int] | None = None,

@@ -12,6 +12,7 @@ from timetuner_core.models.loading import DiffusionModel
 from timetuner_core.models.out_of_memory import is_out_of_memory
 from timetuner_core.samplers import (
     Past,
+    Sampler,
     SamplerStep,
     get_sampler,
     initial_noise,
@@ -102,7 +103,7 @@ class RollingBatch:
     """
 
     model: DiffusionModel
-    sampler: str
+    sampler: str | Sampler
     guidance: Guidance
     eta: float
     batch_sizes: Sequence[int]

@@ -1,6 +1,6 @@
 """All steps together, so that the result matches a many-step teacher's."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -63,17 +63,7 @@ def tune_end_to_end(
     check_numbers(problem, lr=lr, total_iters=total_iters)
     if bool((state.iterations >= total_iters).all()):
         return
-    if target is None:
-        parts = []
-        for rows in whole_batches(problem):
-            parts.append(_sample(problem, rows, teacher_timesteps, torch.ones(len(teacher_timesteps) - 1)))
-            yield state
-        target = torch.cat(parts)[: len(problem.population)]
-    taught = target
-    if starts and not bool(state.iterations.any()):
-        state.timesteps = min(starts, key=lambda grid: _mean_error(problem, grid, taught)).double().cpu().clone()
-        yield state
-
+    taught = yield from teach(problem, state, teacher_timesteps, starts, target)
     step_fn = RecomputedStep(problem.step_fn) if recompute else problem.step_fn
 
     def loss(timesteps: Tensor, ratios: Tensor, iteration: int) -> Tensor:
@@ -84,6 +74,33 @@ def tune_end_to_end(
         return distances.mean()
 
     yield from _adam_end_to_end(problem, state, parameters, lr, total_iters, loss)
+
+
+def teach(
+    problem: TuningProblem,
+    state: TuningState,
+    teacher_timesteps: Tensor,
+    starts: Sequence[Tensor],
+    target: Tensor | None = None,
+) -> Generator[TuningState, None, Tensor]:
+    """The teacher's samples of the population, `(P, ...)`, unless they are given as `target`.
+
+    Before the first iteration, `state` gets the one of the `starts` whose untuned samples are closest to them.
+
+    Yields:
+        `state`, after each of the teacher's batches and once a start is chosen.
+    """
+    if target is None:
+        parts = []
+        for rows in whole_batches(problem):
+            parts.append(_sample(problem, rows, teacher_timesteps, torch.ones(len(teacher_timesteps) - 1)))
+            yield state
+        target = torch.cat(parts)[: len(problem.population)]
+    if starts and not bool(state.iterations.any()):
+        taught = target
+        state.timesteps = min(starts, key=lambda grid: _mean_error(problem, grid, taught)).double().cpu().clone()
+        yield state
+    return target
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from timetuner_core.guided_model import GuidedModel
 from timetuner_core.noise_schedule import NoiseSchedule
 from timetuner_core.samplers import SamplerStep, StepFn, adds_noise
+from timetuner_core.samplers.solver_table import SolverTable
 from timetuner_core.tuning.gauss_newton import MEMORY
 
 StepObjective = Literal["next_eps", "teacher_step"]
@@ -72,6 +73,7 @@ class TuningState:
         timesteps: `(num_steps + 1,)`, which only tuners that move the grid change. t_ratios: `(num_steps,)`.
         iterations: how many each step has had; done: whether it needs no more; `(num_steps,)`.
         memory: the optimiser's, `(num_steps, MEMORY)`.
+        solver_table: the learned solver, which only tuners of solvers make; None is the sampler's own.
         loss: the last iteration's; initial_loss: the first's, at `r = 1`; NaN before a step starts; `(num_steps,)`.
     """
 
@@ -82,6 +84,7 @@ class TuningState:
     loss: Tensor
     initial_loss: Tensor
     done: Tensor
+    solver_table: SolverTable | None = None
 
     @classmethod
     def start(cls, timesteps: Tensor) -> "TuningState":

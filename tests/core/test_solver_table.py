@@ -1,0 +1,261 @@
+"""Samplers as tables of coefficients, and solvers learned from forward calls alone."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from tests.core.conftest import Recorded, crossed, normals, small_mixture, tuner_of
+from timetuner_core import NoiseScheduleVP
+from timetuner_core.evaluation.distances import teacher_l2
+from timetuner_core.grids import make_timesteps
+from timetuner_core.integrations.diffusers import TimeTunerScheduler
+from timetuner_core.models.loading import load_builtin
+from timetuner_core.models.schedulers import read_scheduler_config
+from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleEDM, NoiseScheduleFlow
+from timetuner_core.samplers import SAMPLERS, Sampler, initial_noise, sample
+from timetuner_core.samplers.solver_table import SolverTable, solver_of
+from timetuner_core.sampling.generate import Guidance, generate
+from timetuner_core.sampling.rolling_batch import RollingBatch, Row
+from timetuner_core.tuning.end_to_end import tune_end_to_end
+from timetuner_core.tuning.problem import TuningProblem, TuningState
+from timetuner_core.tuning.solver import Candidate, run_candidates, tune_solver
+from timetuner_core.tuning.solver_columns import rows_per_sample, solver_columns
+
+SCHEDULES: dict[str, NoiseSchedule] = {
+    "vp": NoiseScheduleVP("linear"),
+    "cosine": NoiseScheduleVP("cosine"),
+    "flow": NoiseScheduleFlow(shift=3.0),
+    "edm": NoiseScheduleEDM(),
+}
+TABLES = [name for name, known in SAMPLERS.items() if known.calls_per_step == 1 and not known.stochastic]
+LINEAR = SCHEDULES["vp"]
+
+
+@crossed(sampler=TABLES, schedule=SCHEDULES, grid=["uniform", "log_snr"])
+def test_a_samplers_table_samples_as_the_sampler_does(sampler: str, schedule: NoiseSchedule, grid: Any) -> None:
+    model_fn = tuner_of(small_mixture(schedule), schedule).model_fn
+    timesteps = make_timesteps(schedule, 6, grid)
+    t_ratios = 1 - 0.01 * torch.arange(6, dtype=torch.float64)
+    table = SolverTable.of_sampler(SAMPLERS[sampler], schedule, timesteps)
+    x_T = schedule.starting_std(timesteps[0]) * normals(8, 2)
+    own, by_table = (
+        sample(known.step_fn(model_fn, schedule), x_T, timesteps, t_ratios)
+        for known in (SAMPLERS[sampler], table.sampler(sampler))
+    )
+    torch.testing.assert_close(by_table, own, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("sampler", TABLES)
+def test_tables_of_several_grids_are_those_of_each(sampler: str) -> None:
+    grids = torch.stack([make_timesteps(LINEAR, 5, name) for name in ("uniform", "quadratic", "log_snr")])
+    together = SolverTable.of_sampler(SAMPLERS[sampler], LINEAR, grids)
+    for k, grid in enumerate(grids):
+        alone = SolverTable.of_sampler(SAMPLERS[sampler], LINEAR, grid)
+        torch.testing.assert_close((together.a[k], together.b[k]), (alone.a, alone.b), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in TABLES])
+def test_a_sampler_that_is_no_table_is_refused(sampler: str) -> None:
+    with pytest.raises(ValueError, match="accepted, as a table: one without noise that calls the network once"):
+        SolverTable.of_sampler(SAMPLERS[sampler], LINEAR, make_timesteps(LINEAR, 5))
+    table = SolverTable.of_sampler(SAMPLERS["ddim"], LINEAR, make_timesteps(LINEAR, 5))
+    with pytest.raises(ValueError, match="accepted, as a table"):
+        solver_of(sampler, table, 5)
+
+
+def test_a_table_goes_through_json_and_back() -> None:
+    table = SolverTable.of_sampler(SAMPLERS["dpmpp_3m"], LINEAR, make_timesteps(LINEAR, 5))
+    again = SolverTable.from_dict(table.to_dict())
+    assert torch.equal(again.a, table.a)
+    assert torch.equal(again.b, table.b)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "accepted"),
+    [
+        (lambda table: table["b"].pop(), "accepted: 1 to 5, one per step"),
+        (lambda table: table["b"][2].pop(), "accepted: 1 to 5, one per step"),
+        (lambda table: table["a"].__setitem__(0, float("nan")), "accepted: finite ones"),
+    ],
+)
+def test_a_broken_table_is_refused(spoil: Any, accepted: str) -> None:
+    table = SolverTable.of_sampler(SAMPLERS["ddim"], LINEAR, make_timesteps(LINEAR, 5)).to_dict()
+    spoil(table)
+    with pytest.raises(ValueError, match=accepted):
+        SolverTable.from_dict(table)
+
+
+def test_a_table_of_another_number_of_steps_is_refused() -> None:
+    table = SolverTable.of_sampler(SAMPLERS["ddim"], LINEAR, make_timesteps(LINEAR, 5))
+    with pytest.raises(ValueError, match="solver_table has 5 rows; accepted: 4"):
+        solver_of("ddim", table, 4)
+
+
+# A solver wherever schedules are sampled
+
+
+def learned(num_steps: int, noise_schedule: NoiseSchedule) -> tuple[Tensor, Tensor, SolverTable]:
+    """A grid, ratios and a solver unlike any sampler's."""
+    grid = make_timesteps(noise_schedule, num_steps, "quadratic")
+    offsets = 0.05 * normals(num_steps, num_steps + 1)
+    table = SolverTable.of_sampler(SAMPLERS["dpmpp_2m"], noise_schedule, grid).plus(offsets)
+    return grid, 1 - 0.01 * torch.arange(num_steps, dtype=torch.float64), table
+
+
+def by_formula(predict_x0: Any, x: Tensor, grid: Tensor, t_ratios: Tensor, table: SolverTable) -> Tensor:
+    """`x_{i+1} = a_i x_i + sum_{j <= i} b_ij x0_j`, as it is written."""
+    x0s: list[Tensor] = []
+    for i, t in enumerate(grid[:-1]):
+        x0s.append(predict_x0(x, t, t_ratios[i]))
+        x = float(table.a[i]) * x + sum(float(table.b[i, j]) * x0s[j] for j in range(i + 1))
+    return x
+
+
+def test_generate_and_rolling_batches_follow_the_formula() -> None:
+    model = load_builtin("mixture-gratings")
+    grid, t_ratios, table = learned(4, model.noise_schedule)
+    seeds, guidance = [3, 4, 5], Guidance("uncond", 1.0)
+    solver = table.sampler("dpmpp_2m")
+    x_T, _ = initial_noise(model.sample_shape, seeds, model.noise_schedule.starting_std(grid[0]))
+    model_fn = guidance.model_fn(model)
+    with torch.no_grad():
+        expected = by_formula(lambda x, t, r: model_fn.predict(x, t, r).x0, x_T, grid, t_ratios, table)
+        own = generate(model, guidance, seeds, None, grid, t_ratios, sampler="dpmpp_2m", decode=False)
+    generated = generate(model, guidance, seeds, None, grid, t_ratios, sampler=solver, decode=False)
+    torch.testing.assert_close(generated, expected, atol=1e-5, rtol=0)
+    assert float((own - expected).abs().max()) > 0.01
+
+    batch = RollingBatch(model, solver, guidance, 0.0, [1, 2, 4])
+    batch.add([Row(seed, seed, grid, t_ratios) for seed in seeds])
+    for _ in range(4):
+        advance = batch.step()
+    assert advance.images is not None
+    torch.testing.assert_close(advance.images, model.decode(expected), atol=1e-5, rtol=0)
+
+
+def learned_scheduler() -> Any:
+    base: Any = DDPMScheduler()  # type: ignore[no-untyped-call]
+    grid, t_ratios, table = learned(4, read_scheduler_config(dict(base.config)).noise_schedule)
+    schedule = {
+        "sampler": "dpmpp_2m",
+        "timesteps": grid.tolist(),
+        "t_ratios": t_ratios.tolist(),
+        "solver_table": table.to_dict(),
+    }
+    return TimeTunerScheduler.from_schedule(base, schedule)
+
+
+def test_a_pipelines_scheduler_follows_the_formula_also_after_saving(tmp_path: Path) -> None:
+    learned_scheduler().save_pretrained(tmp_path)
+    ends = []
+    loaded: Any = TimeTunerScheduler.from_pretrained(tmp_path)
+    for scheduler in (learned_scheduler(), loaded):
+        table = SolverTable.from_dict(scheduler.config["solver_table"])
+        x, x0s = normals(2, 1, 4, 4).float(), []
+        for i, t in enumerate(scheduler.timesteps):
+            output = scheduler.step(torch.tanh(x + t / 1000), t, x)
+            x0s.append(output.pred_original_sample)
+            expected = float(table.a[i]) * x + sum(float(table.b[i, j]) * x0s[j] for j in range(i + 1))
+            torch.testing.assert_close(output.prev_sample, expected, atol=1e-5, rtol=1e-5)
+            x = output.prev_sample
+        ends.append(x)
+    assert torch.equal(*ends)
+
+
+def test_a_learned_solver_does_not_start_in_the_middle() -> None:
+    scheduler = learned_scheduler()
+    with pytest.raises(ValueError, match="accepted: 0, as a solver_table holds from its first step on"):
+        scheduler.set_begin_index(1)
+    x = normals(1, 1, 4, 4).float()
+    with pytest.raises(ValueError, match="the first step is number 2; accepted: 0"):
+        scheduler.step(x, scheduler.timesteps[2], x)
+
+
+# Learning
+
+
+def mixture_problem(num_steps: int = 4, sampler: Sampler = SAMPLERS["dpmpp_2m"]) -> TuningProblem:
+    model_fn = tuner_of(Recorded(small_mixture()), LINEAR).model_fn
+    grid = make_timesteps(LINEAR, num_steps)
+    return TuningProblem(model_fn, LINEAR, sampler.step_fn(model_fn, LINEAR), grid, normals(96, 2), batch_size=8)
+
+
+def untuned(problem: TuningProblem, t_ratio: float) -> Candidate:
+    n = problem.num_steps
+    offsets = torch.zeros(n, n + 1, dtype=torch.float64)
+    return Candidate(problem.timesteps, torch.full((n,), t_ratio, dtype=torch.float64), offsets)
+
+
+def rows_through(problem: TuningProblem) -> int:
+    network: Any = problem.model_fn.network
+    return sum(network.batch_sizes)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 12])
+def test_a_column_begins_where_its_number_acts(num_steps: int) -> None:
+    """The results are those of whole runs, and the rows are counted exactly."""
+    problem, columns = mixture_problem(num_steps), solver_columns(num_steps)
+    base = untuned(problem, 0.99)
+    candidates = [base, *(base.moved(problem, columns, unit) for unit in torch.eye(len(columns), dtype=torch.float64))]
+    rows = torch.arange(3)
+    short = run_candidates(problem, SAMPLERS["dpmpp_2m"], candidates, [0, *(c.first_call for c in columns)], rows)
+    counted = rows_through(problem)
+    whole = run_candidates(problem, SAMPLERS["dpmpp_2m"], candidates, [0] * len(candidates), rows)
+    torch.testing.assert_close(short, whole, atol=1e-12, rtol=0)
+    assert all(not torch.equal(result, whole[0]) for result in whole[1:])
+    assert counted == 3 * (rows_per_sample(num_steps) - 8 * num_steps)
+
+
+def test_moved_candidates_keep_their_grids_in_order_and_their_ratios_in_bounds() -> None:
+    problem = mixture_problem(6)
+    columns = solver_columns(6)
+    candidate = untuned(problem, 1.0)
+    for seed in range(20):
+        candidate = candidate.moved(problem, columns, 100 * normals(len(columns), seed=seed))
+        assert bool((candidate.timesteps[1:] < candidate.timesteps[:-1]).all())
+        told = candidate.timesteps[:-1] * candidate.t_ratios
+        assert LINEAR.t_min * (1 - 1e-12) <= float(told.min()) <= float(told.max()) <= LINEAR.T
+
+
+def held_out_distance(problem: TuningProblem, state: TuningState, teacher: Tensor) -> float:
+    x_T = normals(2048, 2, seed=7)
+    solver = solver_of("dpmpp_2m", state.solver_table, problem.num_steps)
+    x0 = sample(solver.step_fn(problem.model_fn, LINEAR), x_T, state.timesteps, state.t_ratios)
+    x0_star = sample(problem.step_fn, x_T, teacher, torch.ones(len(teacher) - 1, dtype=torch.float64))
+    return float(teacher_l2(x0, x0_star).mean())
+
+
+def test_a_learned_solver_beats_grid_and_ratios_by_adam_with_fewer_rows_and_no_gradient() -> None:
+    teacher = make_timesteps(LINEAR, 100)
+    by_adam, by_solver = mixture_problem(), mixture_problem()
+    adam = TuningState.start(by_adam.timesteps)
+    for _ in tune_end_to_end(by_adam, adam, teacher, "both", total_iters=100):
+        pass
+    solver = TuningState.start(by_solver.timesteps)
+    for _ in tune_solver(by_solver, solver, teacher, total_iters=6):
+        pass
+    assert rows_through(by_solver) < rows_through(by_adam)
+    distances = [held_out_distance(by_solver, state, teacher) for state in (solver, adam)]
+    assert distances[0] < 0.7 * distances[1]
+
+
+def test_learning_needs_a_deterministic_sampler_of_one_call_per_step() -> None:
+    problem = mixture_problem()
+    user_step = dataclasses.replace(problem, step_fn=lambda *args, **kwargs: (args[0], args[0]))
+    for refused in (user_step, mixture_problem(sampler=SAMPLERS["ddpm"]), mixture_problem(sampler=SAMPLERS["heun"])):
+        with pytest.raises(ValueError, match="accepted"):
+            list(tune_solver(refused, TuningState.start(problem.timesteps), make_timesteps(LINEAR, 20)))
+
+
+def test_a_network_whose_answers_are_not_finite_ends_learning_with_an_error() -> None:
+    model_fn = tuner_of(lambda x, t: torch.full_like(x, torch.nan), LINEAR).model_fn
+    problem = dataclasses.replace(
+        mixture_problem(), model_fn=model_fn, step_fn=SAMPLERS["ddim"].step_fn(model_fn, LINEAR)
+    )
+    with pytest.raises(ArithmeticError, match="NaN or infinite"):
+        list(tune_solver(problem, TuningState.start(problem.timesteps), make_timesteps(LINEAR, 20)))

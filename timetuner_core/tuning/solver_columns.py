@@ -1,0 +1,43 @@
+"""The numbers that `tune_solver` learns. A service that only counts a job's costs reads this without PyTorch."""
+
+from typing import Literal, NamedTuple
+
+# Besides no change, each iteration tries the steps of so many dampings.
+NUM_DAMPINGS = 3
+# Candidates are compared on so many samples for each of the Jacobian's. They are other samples.
+COMPARED_PER_SAMPLE = 2
+
+# With more steps than these, a coefficient reaches only so far back.
+MAX_STEPS_OF_FULL_ROWS = 10
+SHORT_REACH = 4
+
+
+class Column(NamedTuple):
+    """A number that is learned.
+
+    Attributes:
+        i, j: which one: `t_ratios[i]`, `timesteps[i]`, `a[i]` or `b[i, j]`.
+        first_call: the first call of the network whose input it changes.
+    """
+
+    kind: Literal["t_ratio", "time", "a", "b"]
+    i: int
+    j: int
+    first_call: int
+
+
+def solver_columns(num_steps: int) -> list[Column]:
+    """The numbers to learn of a solver with so many steps, by where they first act."""
+    reach = num_steps if num_steps <= MAX_STEPS_OF_FULL_ROWS else SHORT_REACH
+    columns = [Column("t_ratio", i, 0, i) for i in range(num_steps)]
+    columns += [Column("time", i, 0, i) for i in range(1, num_steps)]
+    for i in range(num_steps):
+        columns.append(Column("a", i, 0, i + 1))
+        columns += [Column("b", i, j, i + 1) for j in range(max(0, i + 1 - reach), i + 1)]
+    return sorted(columns, key=lambda column: column.first_call)
+
+
+def rows_per_sample(num_steps: int) -> int:
+    """The rows that one iteration puts through the network, at most, per sample of its Jacobian."""
+    jacobian = num_steps + sum(num_steps - column.first_call for column in solver_columns(num_steps))
+    return jacobian + COMPARED_PER_SAMPLE * (1 + NUM_DAMPINGS) * num_steps
