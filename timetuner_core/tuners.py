@@ -249,8 +249,14 @@ class SolverTuner(Tuner):
         return self.total_iters
 
     def run(
-        self, problem: "TuningProblem", state: "TuningState", steps: Sequence[int] | None = None
+        self,
+        problem: "TuningProblem",
+        state: "TuningState",
+        steps: Sequence[int] | None = None,
+        *,
+        target: "Tensor | None" = None,
     ) -> "Iterator[TuningState]":
+        """See `tune_solver` for `target`."""
         from timetuner_core.grids import teacher_timesteps
         from timetuner_core.tuning.solver import tune_solver
 
@@ -261,6 +267,7 @@ class SolverTuner(Tuner):
             teacher_timesteps(schedule, self.teacher_num_steps),
             total_iters=self.total_iters,
             starts=named_grids(problem) if self.start == "best" else (),
+            target=target,
         )
 
 

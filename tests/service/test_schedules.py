@@ -1,14 +1,20 @@
 """The registry's queries over HTTP: filters, the best schedule for a request, aliases, import and deletion."""
 
+import io
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
 import pytest
+import torch
 
 from tests.service.problems import assert_problem
 from tests.stack import Json, Stack
+from timetuner_core.models.loading import load_builtin
+from timetuner_core.samplers.solver_table import SolverTable
+from timetuner_core.sampling.generate import Guidance, generate
 
 GOOD: Json = {"tuner": {"total_iters": 30, "population_size": 64}, "evaluation": {"num_samples": 64}}
 # One iteration at this rate throws every ratio to its bound: far worse than untuned.
@@ -177,6 +183,38 @@ def test_an_imported_schedule_samples_as_the_one_exported_but_auto_never_picks_i
     assert len({answer.content for answer in answers}) == 1
 
 
+def sampled(stack: Stack, setting: Json, schedule: str) -> bytes:
+    body = {**setting, "schedule": schedule, "num_images": 3, "seed": 11}
+    answer = stack.client.post("/v1/samples", json=body, headers={"Accept": "application/x-npy"})
+    assert answer.status_code == 200, answer.text
+    return answer.content
+
+
+def test_a_learned_solver_is_accepted_sampled_with_and_imported(stack: Stack, model: str) -> None:
+    setting: Json = {"model": model, "num_steps": 4, "sampler": "dpmpp_2m"}
+    tuner = {"objective": "solver", "population_size": 64, "total_iters": 3}
+    schedule = stack.tune(**setting, tuner=tuner, evaluation={"num_samples": 64})
+    assert schedule["status"] == "accepted"
+    table = SolverTable.from_dict(schedule["solver_table"])
+
+    without = stack.client.post("/v1/schedules", json=exported(schedule, solver_table=None)).json()
+    imported = stack.client.post("/v1/schedules", json=exported(schedule)).json()
+    assert imported["solver_table"] == schedule["solver_table"]
+    with ThreadPoolExecutor(4) as pool:  # Side by side, they must not share a batch.
+        by_id, by_import, by_auto, by_own = pool.map(
+            lambda name: sampled(stack, setting, name), (schedule["id"], imported["id"], "auto", without["id"])
+        )
+    assert by_id == by_import == by_auto != by_own
+
+    grid, t_ratios = torch.tensor(schedule["timesteps"]).double(), schedule["t_ratios"]
+    loaded, guidance = load_builtin("mixture-gratings"), Guidance("uncond", 1.0)
+    expected = generate(loaded, guidance, [11, 12, 13], None, grid, t_ratios, sampler=table.sampler("dpmpp_2m"))
+    np.testing.assert_allclose(np.load(io.BytesIO(by_id)), expected.numpy(), atol=1e-4)
+
+
+TWO_ROWS: Json = {"a": [0.5, 0.0], "b": [[0.5], [0.1, 0.9]]}
+FOUR_ROWS: Json = {"a": [0.5] * 4, "b": [[0.5] * (i + 1) for i in range(4)]}
+
 BAD_IMPORTS: dict[str, tuple[Json, str, str]] = {
     "an unknown model": ({"model": "mdl_nope"}, "model", "registered model"),
     "no steps": ({"num_steps": 0, "timesteps": [1], "t_ratios": []}, "num_steps", ""),
@@ -190,6 +228,19 @@ BAD_IMPORTS: dict[str, tuple[Json, str, str]] = {
     "a ratio of zero": ({"t_ratios": [1, 1, 0, 1]}, "t_ratios", "(0, 1"),
     "no numbers": ({"t_ratios": ["a", 1, 1, 1]}, "t_ratios", "number"),
     "negative guidance": ({"guidance_type": "classifier-free", "guidance_scale": -1}, "guidance_scale", "0"),
+    "a solver of another number of steps": ({"solver_table": TWO_ROWS}, "solver_table.a", "accepted: 4"),
+    "a solver with a row too few": (
+        {"solver_table": {**FOUR_ROWS, "b": TWO_ROWS["b"]}},
+        "solver_table.b",
+        "accepted: 4 rows, of 1, 2 and so on",
+    ),
+    "a solver of a sampler that calls the network twice": (
+        {"solver_table": FOUR_ROWS, "sampler": "heun"},
+        "sampler",
+        "calls the network once per step",
+    ),
+    "a solver of a sampler that adds noise": ({"solver_table": FOUR_ROWS, "eta": 1}, "eta", "accepted, with a"),
+    "a misspelt solver": ({"solver_table": {**FOUR_ROWS, "c": []}}, "solver_table.c", "accepted: a, b"),
     "a figure it cannot bring": ({"score": 0.1}, "score", ""),
 }
 

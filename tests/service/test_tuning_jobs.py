@@ -34,6 +34,7 @@ GAUSS_NEWTON = range(1, 65)  # it stops when it is sure enough
     [
         ({"objective": "end_to_end", "total_iters": 40}, [40]),
         ({"objective": "end_to_end", "parameters": "both", "total_iters": 20}, [20]),
+        ({"objective": "solver", "total_iters": 2, "population_size": 64}, range(1, 3)),
         ({"objective": "next_eps", "optimizer": "adam", "total_iters": 40}, [40]),
         ({"objective": "next_eps", "tune_type": "sequential", "data": "generated"}, GAUSS_NEWTON),
         ({"objective": "teacher_step", "spread": False, "tolerance": 0.05}, GAUSS_NEWTON),
@@ -59,6 +60,7 @@ def test_a_job_makes_one_evaluated_schedule_that_says_how_it_was_made(
     assert len(schedule["timesteps"]) == 5
     assert schedule["provenance"]["seed"] == 3
     assert schedule["provenance"]["tuner"]["objective"] == tuner["objective"]
+    assert (schedule["solver_table"] is None) == (tuner["objective"] != "solver")
 
 
 @pytest.mark.parametrize("eta", [0, 1])
@@ -228,6 +230,16 @@ BAD_REQUESTS: dict[str, tuple[Json, str, str]] = {
         {"tuner": {"objective": "teacher_step", "optimizer": "adam", "tolerance": 0.1}},
         "tolerance",
         "'gauss_newton'",
+    ),
+    "a solver of a sampler that adds noise": (
+        {"tuner": {"objective": "solver"}, "sampler": "ddpm"},
+        "sampler",
+        "'next_eps'",
+    ),
+    "a solver of a sampler that calls the network twice": (
+        {"tuner": {"objective": "solver"}, "sampler": "heun"},
+        "objective",
+        "another",
     ),
     "one step's result, with noise": ({"tuner": {"objective": "teacher_step"}, "sampler": "ddpm"}, "sampler", "'ays'"),
     "steps that need those before, all at once": (

@@ -13,6 +13,7 @@ from timetuner_core.samplers import Sampler, sampler_names
 from timetuner_core.sampling.generate import Guidance
 from timetuner_core.sampling.starting_time import find_starting_time
 from timetuner_core.tuners import TUNERS, AnyTuner, Parameters
+from timetuner_core.tuning.solver_columns import rows_per_sample
 
 BASELINE = "untuned"
 GUIDANCE_TYPES: dict[str, GuidanceType] = {"cfg": "classifier-free", "classifier": "classifier"}
@@ -30,6 +31,7 @@ class Effort:
         end_to_end_steps: sampler steps to differentiate through, so that every number of steps costs the same: with
             K of them, `end_to_end_steps / K` iterations, at most `end_to_end_iters`. lr: theirs, falling to 0, is
             `lr / K`, at most `max_lr`: more steps add up to the same move.
+        solver_iters: iterations of `solver`, at most.
         per_step_iters: batches for Gauss-Newton, at most; tolerance: when it has enough. substeps: of
             `teacher_step`'s teacher.
         search_samples: that AYS and GITS estimate their costs on.
@@ -45,6 +47,7 @@ class Effort:
     end_to_end_iters: int = 60
     lr: float = 0.2
     max_lr: float = 5e-2
+    solver_iters: int = 6
     per_step_iters: int = 12
     tolerance: float = 5e-3
     substeps: int = 4
@@ -71,6 +74,8 @@ class Entrant:
         if self.objective == "end_to_end":
             lr, iters = min(effort.max_lr, effort.lr / num_steps), effort.iters(num_steps)
             options = {"parameters": self.parameters, "start": "given", "lr": lr, "total_iters": iters}
+        elif self.objective == "solver":
+            options = {"start": "given", "total_iters": effort.solver_iters}
         elif self.objective in {"next_eps", "teacher_step"}:
             tune_type = "sequential" if sampler.history_length else "parallel"
             options = {"tune_type": tune_type, "total_iters": effort.per_step_iters, "tolerance": effort.tolerance}
@@ -89,6 +94,8 @@ class Entrant:
         """About how many samples tuning will put through the network, backward passes and small batches counted too."""
         if self.objective == "end_to_end":
             return 4 * effort.iters(num_steps) * effort.batch_size * num_steps
+        if self.objective == "solver":
+            return effort.solver_iters * effort.batch_size * rows_per_sample(num_steps)
         if self.objective in {"next_eps", "teacher_step"}:
             calls = 5 if self.objective == "next_eps" else effort.substeps + 2
             return (calls * effort.per_step_iters * effort.batch_size + effort.data_population) * num_steps
@@ -109,6 +116,7 @@ ENTRANTS: dict[str, Entrant] = {
     "teacher_step": Entrant("teacher_step"),
     "end_to_end": Entrant("end_to_end"),
     "end_to_end_grid": Entrant("end_to_end", "best", "both"),
+    "solver": Entrant("solver", "best"),
 }
 
 

@@ -42,6 +42,7 @@ STYLES = {
     "teacher_step": Style("#E69F00", "--", "X", 1.8),
     "end_to_end": Style("#D55E00", "-", "P", 1.8),
     "end_to_end_grid": Style("#009E73", "-", "*", 2.2),
+    "solver": Style("#0072B2", "-", "h", 2.2),
 }
 
 

@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Literal, TypeVar, get_args
@@ -34,7 +34,8 @@ from timetuner_core.evaluation.distances import (
 from timetuner_core.evaluation.verdict import Evaluation, compare
 from timetuner_core.grids import make_timesteps, teacher_timesteps
 from timetuner_core.samplers import get_sampler, sample_steps
-from timetuner_core.tuners import EndToEndTuner
+from timetuner_core.samplers.solver_table import SolverTable
+from timetuner_core.tuners import STARTING_FROM_BEST, EndToEndTuner, SolverTuner
 from timetuner_core.tuning.problem import TuningState
 from timetuner_core.tuning_setup import EVALUATION_SEEDS, TUNING_SEEDS, Experiment
 
@@ -56,7 +57,7 @@ class Outcome:
         nfe: the network's evaluations for one sample, guidance aside.
         tuning_calls: samples put through the network while tuning; tuning_seconds: of one core's time. What several
             entrants share counts for each.
-        timesteps: `(num_steps + 1,)`. t_ratios: `(num_steps,)`.
+        timesteps: `(num_steps + 1,)`. t_ratios: `(num_steps,)`. solver_table: a learned solver's.
     """
 
     setting: ComparedSetting
@@ -68,6 +69,7 @@ class Outcome:
     tuning_seconds: float = 0.0
     timesteps: tuple[float, ...] = ()
     t_ratios: tuple[float, ...] = ()
+    solver_table: SolverTable | None = None
 
     @property
     def verdict(self) -> Literal["baseline", "accepted", "rejected", "not applicable"]:
@@ -139,7 +141,7 @@ class SettingResult:
 
 
 def teach(plan: Plan, group: Group) -> Teaching:
-    return Bench(plan, group).teach(any(ENTRANTS[name].objective == "end_to_end" for name in plan.entrants))
+    return Bench(plan, group).teach(any(ENTRANTS[name].objective in {"end_to_end", "solver"} for name in plan.entrants))
 
 
 def run_setting(plan: Plan, setting: ComparedSetting, teaching: Teaching) -> SettingResult:
@@ -207,7 +209,7 @@ class Trial:
         # KL takes longer than all else in more dimensions.
         small = mixture is not None and math.prod(mixture.sample_shape) <= MAX_WASSERSTEIN_DIMENSION
         self.has_kl = small and not self.experiment.adds_noise
-        self._figures: dict[tuple[tuple[float, ...], tuple[float, ...]], dict[str, Estimate]] = {}
+        self._figures: dict[Hashable, dict[str, Estimate]] = {}
 
     def outcome(self, name: str) -> Outcome:
         """Tune, sample from the held-out noise and compare with the baseline."""
@@ -217,7 +219,7 @@ class Trial:
             return Outcome(self.setting, name, reason=str(error))
         before, after = (
             self._figures_of(self._start("default"), None),
-            self._figures_of(state.timesteps, state.t_ratios),
+            self._figures_of(state.timesteps, state.t_ratios, state.solver_table),
         )
         result = compare(before, after, adds_noise=self.experiment.adds_noise)
         reason = SAME if before is after else result.reason
@@ -231,6 +233,7 @@ class Trial:
             cost.seconds,
             tuple(state.timesteps.tolist()),
             tuple(state.t_ratios.tolist()),
+            state.solver_table,
         )
 
     def trajectories(self, outcomes: list[Outcome]) -> Trajectories | None:
@@ -240,10 +243,10 @@ class Trial:
         tuned = [o for o in outcomes if o.verdict in {"accepted", "rejected"}]
         closest = sorted(tuned, key=lambda o: o.figure("teacher_l2") or math.inf)[:1]
         teacher = teacher_timesteps(self.bench.noise_schedule, self.effort.teacher_num_steps)
-        schedules = {"teacher": (teacher, torch.ones(len(teacher) - 1))}
+        paths = {"teacher": self._paths(teacher, torch.ones(len(teacher) - 1), None)}
         for outcome in [o for o in outcomes if o.entrant == BASELINE] + closest:
-            schedules[outcome.entrant] = torch.tensor(outcome.timesteps).double(), torch.tensor(outcome.t_ratios)
-        paths = {name: self._paths(*schedule) for name, schedule in schedules.items()}
+            timesteps, t_ratios = torch.tensor(outcome.timesteps).double(), torch.tensor(outcome.t_ratios)
+            paths[outcome.entrant] = self._paths(timesteps, t_ratios, outcome.solver_table)
         draw_data = self.experiment.model.draw_data
         generator = torch.Generator().manual_seed(self.experiment.seed)
         data = None if draw_data is None else draw_data(NUM_DRAWN_DATA_POINTS, generator)[0]
@@ -254,7 +257,7 @@ class Trial:
         effort = self.effort
         tuner = entrant.tuner(effort, self.experiment.sampler, self.setting.num_steps)
         timesteps, shared = self._best_start if entrant.grid == "best" else (self._start(entrant.grid), Cost())
-        if isinstance(tuner, EndToEndTuner):
+        if isinstance(tuner, STARTING_FROM_BEST):
             shared += self.target_cost
 
         def tune() -> TuningState:
@@ -262,7 +265,9 @@ class Trial:
             batch_size = getattr(tuner, "batch_size", effort.batch_size)
             problem = self.experiment.problem(tuner.population, timesteps, population_size, batch_size)
             state = TuningState.start(timesteps)
-            if isinstance(tuner, EndToEndTuner):
+            if isinstance(tuner, SolverTuner):
+                tuned = tuner.run(problem, state, target=self.target)
+            elif isinstance(tuner, EndToEndTuner):
                 # There are few rows, so remembering every step takes little memory.
                 tuned = tuner.run(problem, state, target=self.target, recompute=False)
             else:
@@ -294,22 +299,26 @@ class Trial:
         grids = {tuple(grid.tolist()): grid for grid in map(self._start, get_args(GridName))}
         return self.bench.counted(lambda: min(grids.values(), key=error))
 
-    def _figures_of(self, timesteps: Tensor, t_ratios: Tensor | None) -> dict[str, Estimate]:
+    def _figures_of(
+        self, timesteps: Tensor, t_ratios: Tensor | None, solver_table: SolverTable | None = None
+    ) -> dict[str, Estimate]:
         """The distances of one schedule, measured once: two names may stand for one grid."""
         ratios = torch.ones(len(timesteps) - 1) if t_ratios is None else t_ratios
-        key = tuple(timesteps.tolist()), tuple(ratios.tolist())
+        key = tuple(timesteps.tolist()), tuple(ratios.tolist()), str(solver_table and solver_table.to_dict())
         if key not in self._figures:
-            samples = self.experiment.sample(*self.bench.held_out, timesteps, ratios)
+            experiment = self.experiment.with_solver(solver_table, len(ratios))
+            samples = experiment.sample(*self.bench.held_out, timesteps, ratios)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # PyTorch itself uses it.
-                kl_terms = self.experiment.kl_terms(timesteps, ratios) if self.has_kl else None
+                kl_terms = experiment.kl_terms(timesteps, ratios) if self.has_kl else None
             self._figures[key] = measure(samples, self.teacher_samples, self.measures, kl_terms)
         return self._figures[key]
 
     @torch.no_grad()
-    def _paths(self, timesteps: Tensor, t_ratios: Tensor) -> Tensor:
+    def _paths(self, timesteps: Tensor, t_ratios: Tensor, solver_table: SolverTable | None) -> Tensor:
         """x_t from some noises, `(NUM_DRAWN_PATHS, num_steps + 1, D)`."""
-        problem = self.experiment.problem("noise", timesteps, NUM_DRAWN_PATHS, NUM_DRAWN_PATHS)
+        experiment = self.experiment.with_solver(solver_table, len(t_ratios))
+        problem = experiment.problem("noise", timesteps, NUM_DRAWN_PATHS, NUM_DRAWN_PATHS)
         kwargs = dict(problem.step_kwargs) | ({} if problem.condition is None else {"condition": problem.condition})
         steps = sample_steps(problem.step_fn, problem.population, timesteps, t_ratios, **kwargs)
         return torch.stack([problem.population, *(x_s for x_s, _ in steps)], dim=1).flatten(2).double()

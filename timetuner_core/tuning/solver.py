@@ -75,6 +75,7 @@ def tune_solver(
     *,
     total_iters: int = 10,
     starts: Sequence[Tensor] = (),
+    target: Tensor | None = None,
 ) -> Iterator[TuningState]:
     """Learn grid, ratios and coefficients, so that the batch mean of `|| x0 - x0* ||` falls, where x0* is the end
     result of a teacher: the same sampler, untuned, on a finer grid. The norm is not squared, as in
@@ -84,7 +85,7 @@ def tune_solver(
     dampings, and keeps the best of the three and of no change, on `2 batch_size` other samples. It ends early after
     some iterations without a better one. There is no backward pass.
 
-    `starts` are grids to begin with, as in `tune_end_to_end`. The population is initial noise.
+    `starts` and `target` are those of `tune_end_to_end`. The population is initial noise.
 
     Yields:
         `state`, updated in place, after each iteration; before the first, unchanged, as the teacher goes on.
@@ -97,7 +98,7 @@ def tune_solver(
     check_numbers(problem, total_iters=total_iters)
     if bool(state.done.all()):
         return
-    taught = yield from teach(problem, state, teacher_timesteps, starts)
+    taught = yield from teach(problem, state, teacher_timesteps, starts, target)
     current = _candidate_of(state, sampler, problem)
     columns = solver_columns(problem.num_steps)
     damping = float(state.memory[0, 0]) or FIRST_DAMPING
