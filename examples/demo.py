@@ -153,12 +153,14 @@ def print_table(schedules: list[Json]) -> None:
         )
     console.print(table)
     console.print(f"teacher L2: mean distance to the {first['teacher_num_steps']}-step sampler's images, same noise")
-    console.print("Fréchet: distance to the data, in pixels; tuning: wall time, evaluation apart")
-    console.print("accepted: teacher L2 fell beyond chance (95 % interval), and no other metric rose")
+    console.print(
+        "Fréchet: distance to the data, guided to the teacher's images, in pixels; tuning: wall time, evaluation apart"
+    )
+    console.print("accepted: teacher L2 fell beyond chance (95 % interval), and nothing else rose")
     for schedule in schedules:
         if schedule["status"] == "rejected":
-            reason = schedule["evaluation"]["reason"]
-            console.print(f"{describe(schedule)}: rejected, {reason}; `auto` falls back to untuned")
+            verdict, reason = schedule["evaluation"]["verdict"], schedule["evaluation"]["reason"]
+            console.print(f"{describe(schedule)}: {verdict}, {reason}; `auto` falls back to untuned")
 
 
 def write_picture(path: Path, blocks: list[tuple[str, list[tuple[str, np.ndarray]]]]) -> None:

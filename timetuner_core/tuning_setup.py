@@ -1,8 +1,8 @@
 """One setting of a model, from the noise and data a tuner sees to its result's evaluation on other noise."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -34,6 +34,25 @@ MAX_LAMBDA_OF_START = -2.0
 
 # KL is measured on at most this many samples: each needs a Jacobian.
 MAX_KL_SAMPLES = 128
+
+
+@dataclass
+class HeldOut:
+    """Noise that no tuner has seen, by its seeds and conditions, and the samples that were made from it so far."""
+
+    seeds: list[int]
+    condition: Tensor | None
+    samples: dict[Hashable, Tensor] = field(default_factory=dict)
+
+    def first(self, count: int, key: Hashable, make: Callable[[list[int], Tensor | None], Tensor]) -> Tensor:
+        """The samples of the first `count` noises by `make`, of which those known by `key` are not made again."""
+        known = self.samples.get(key)
+        start = 0 if known is None else len(known)
+        if start < count:
+            condition = None if self.condition is None else self.condition[start:count]
+            made = make(self.seeds[start:count], condition)
+            self.samples[key] = made if known is None else torch.cat([known, made])
+        return self.samples[key][:count]
 
 
 @dataclass(frozen=True)
@@ -128,36 +147,50 @@ class Experiment:
         teacher_num_steps: int = 100,
         *,
         solver_table: SolverTable | None = None,
+        max_num_samples: int | None = None,
     ) -> Evaluation:
         """A schedule against the sampler's default grid, untuned, on `num_samples` noises that no tuner has seen.
 
         The grid that diffusers takes by default for the model is measured, too, as no worse schedule is accepted.
+        While the verdict is undecided, the noises are doubled, up to `max_num_samples`.
+        Guided samples are compared with the teacher's: their distance to the data is information.
         """
-        seeds = self.seeds(num_samples, EVALUATION_SEEDS)
-        condition = self.conditions(num_samples, EVALUATION_SEEDS)
+        most = num_samples if max_num_samples is None else max(num_samples, max_num_samples)
         tuned = self.with_solver(solver_table, len(t_ratios))
-        unguided_mixture = self.model.mixture if self.guidance.type == "uncond" else None
+        held_out = HeldOut(self.seeds(most, EVALUATION_SEEDS), self.conditions(most, EVALUATION_SEEDS))
+        mixture = self.model.mixture if self.guidance.type == "uncond" else None
+        kl_terms: dict[bool, Tensor] = {}  # They are of as many samples, whatever `count` is.
 
-        def run(timesteps: Tensor, t_ratios: Tensor | None) -> Tensor:
-            experiment = self if t_ratios is None else tuned
-            return experiment.sample(seeds, condition, timesteps, t_ratios).cpu()
+        def sample(timesteps: Tensor, ratios: Tensor | None) -> Tensor:
+            experiment = self if ratios is None else tuned
+            key = (ratios is not None, *timesteps.tolist())
+            return held_out.first(count, key, lambda s, c: experiment.sample(s, c, timesteps, ratios).cpu())
 
-        def kl_terms(timesteps: Tensor, t_ratios: Tensor | None) -> Tensor:
-            return (self if t_ratios is None else tuned).kl_terms(timesteps, t_ratios)
+        def kl(timesteps: Tensor, ratios: Tensor | None) -> Tensor:
+            is_tuned = ratios is not None
+            if is_tuned not in kl_terms:
+                kl_terms[is_tuned] = (tuned if is_tuned else self).kl_terms(timesteps, ratios)
+            return kl_terms[is_tuned]
 
-        return evaluate(
-            run,
-            timesteps,
-            t_ratios,
-            self.teach(seeds, condition, teacher_num_steps).cpu(),
-            self.model.reference,
-            untuned_timesteps=make_timesteps(self.model.noise_schedule, len(timesteps) - 1),
-            stock_timesteps=self.model.stock_timesteps(len(timesteps) - 1),
-            features=self.model.features,
-            mixture=unguided_mixture,
-            kl=None if unguided_mixture is None or self.adds_noise else kl_terms,
-            adds_noise=self.adds_noise,
-        )
+        count = num_samples
+        while True:
+            evaluation = evaluate(
+                sample,
+                timesteps,
+                t_ratios,
+                held_out.first(count, "teacher", lambda s, c: self.teach(s, c, teacher_num_steps).cpu()),
+                None if self.guidance.guides else self.model.reference,
+                data=self.model.reference if self.guidance.guides else None,
+                untuned_timesteps=make_timesteps(self.model.noise_schedule, len(timesteps) - 1),
+                stock_timesteps=self.model.stock_timesteps(len(timesteps) - 1),
+                features=self.model.features,
+                mixture=mixture,
+                kl=None if mixture is None or self.adds_noise else kl,
+                adds_noise=self.adds_noise,
+            )
+            if evaluation.verdict != "undecided" or count == most:
+                return evaluation
+            count = min(2 * count, most)
 
     def sample(
         self,

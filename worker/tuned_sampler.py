@@ -105,6 +105,7 @@ class TunedSampler:
             how.num_samples,
             how.teacher_num_steps,
             solver_table=state.solver_table,
+            max_num_samples=how.most_samples,
         )
 
     def _problem(self) -> TuningProblem:

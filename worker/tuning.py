@@ -84,7 +84,7 @@ def _evaluation_row(schedule_id: str, job: TuningJob, sampler: TunedSampler, res
     teacher = teacher_timesteps(sampler.experiment.model.noise_schedule, request.evaluation.teacher_num_steps)
     return EvaluationRow(
         schedule_id=schedule_id,
-        num_samples=request.evaluation.num_samples,
+        num_samples=result.num_samples,
         teacher_num_steps=len(teacher) - 1,
         seed=request.seed,
         teacher_l2_before=_no_nan(result.teacher_l2_before),
@@ -94,6 +94,7 @@ def _evaluation_row(schedule_id: str, job: TuningJob, sampler: TunedSampler, res
         frechet_before=result.frechet_before,
         frechet_after=result.frechet_after,
         metrics={name: _metric(metric) for name, metric in result.metrics.items()},
+        verdict=result.verdict,
         reason=result.reason,
         wall_time_seconds=job.tuning_seconds,
         network_calls=job.network_calls,
@@ -108,6 +109,6 @@ def _no_nan(value: float) -> float:
 def _metric(metric: Metric) -> dict[str, float | None]:
     """A metric as it is stored. JSON has no number that is not finite, so these are null."""
     change = metric.change
-    figures = {"before": metric.before, "after": metric.after, "change": change.mean}
-    figures |= {"low": change.low, "high": change.high, "stock": math.nan if metric.stock is None else metric.stock}
-    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+    figures: dict[str, float | None] = {"before": metric.before, "after": metric.after, "change": change.mean}
+    figures |= {"low": change.low, "high": change.high, "stock": metric.stock, "teacher": metric.teacher}
+    return {name: None if value is None or not math.isfinite(value) else value for name, value in figures.items()}

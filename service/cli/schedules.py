@@ -190,6 +190,7 @@ def show_schedule(schedule: "Schedule") -> None:
         )
         | {"guidance": _guidance(schedule), "timesteps": schedule.timesteps, "t_ratios": schedule.t_ratios}
         | ({} if schedule.solver_table is None else {"solver_table": schedule.solver_table})
+        | ({} if schedule.evaluation is None else {"verdict": schedule.evaluation.verdict})
     )
     if schedule.evaluation is not None:
         typer.echo(f"\n{schedule.evaluation.reason or ''}")

@@ -104,6 +104,7 @@ class GridTuner(TypedDict):
 
 class EvaluationRequest(TypedDict, total=False):
     num_samples: int
+    max_num_samples: int | None
     teacher_num_steps: int
     batch_size: int
 

@@ -88,7 +88,8 @@ class ModelRegistrationFields(BaseModel):
 class Metric(BaseModel):
     """One figure, the better the lower, untuned and tuned; `low` to `high` is the change's 95 % interval.
 
-    `stock` is that of the time grid that diffusers takes by default; None if it was not measured.
+    `stock` is that of the time grid that diffusers takes by default, and `teacher` that of the teacher's samples; None
+    if they were not measured.
     """
 
     before: float | None
@@ -97,6 +98,7 @@ class Metric(BaseModel):
     low: float | None
     high: float | None
     stock: float | None = None
+    teacher: float | None = None
 
 
 class Evaluation(BaseModel):
@@ -112,6 +114,7 @@ class Evaluation(BaseModel):
     frechet_before: float | None
     frechet_after: float | None
     metrics: dict[str, Metric]
+    verdict: Literal["accepted", "rejected", "undecided"] | None = None
     reason: str | None
     wall_time_seconds: float
     network_calls: int

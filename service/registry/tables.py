@@ -26,7 +26,10 @@ FINAL_STATES = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 
 
 class ScheduleStatus(StrEnum):
-    """Whether a schedule beat the untuned one on held-out noise. Imported schedules were not measured."""
+    """Whether a schedule beat the untuned one on held-out noise. Imported schedules were not measured.
+
+    Undecided ones are rejected, too: their evaluation has the verdict.
+    """
 
     ACCEPTED = "accepted"
     REJECTED = "rejected"
@@ -268,7 +271,8 @@ class EvaluationRow(Base):
 
     Attributes:
         teacher_l2_change_low: lower end of the 95 % interval of the paired difference, after - before.
-        reason: why the schedule was accepted or rejected.
+        verdict: accepted, rejected or undecided; null of evaluations by versions that knew two verdicts.
+        reason: why it is that verdict.
         wall_time_seconds: time of tuning, without the evaluation.
         network_calls: samples put through the network while tuning.
     """
@@ -286,6 +290,7 @@ class EvaluationRow(Base):
     frechet_before: Mapped[float | None]
     frechet_after: Mapped[float | None]
     metrics: Mapped[dict[str, Any]] = mapped_column(default=dict)  # {name: {before, after, change, low, high}}
+    verdict: Mapped[str | None] = mapped_column(String(16))
     reason: Mapped[str | None] = mapped_column(String(2000))
     wall_time_seconds: Mapped[float]
     network_calls: Mapped[int] = mapped_column(BigInteger)

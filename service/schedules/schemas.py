@@ -46,6 +46,7 @@ class MetricOut(BaseModel):
         description="On the time grid that diffusers takes by default for the model, untuned, with as many steps; "
         "null where it was not measured. A schedule whose distance to the data is above it is rejected.",
     )
+    teacher: float | None = Field(None, description="Of the teacher's samples; null where it was not measured.")
 
 
 class EvaluationOut(BaseModel):
@@ -62,16 +63,23 @@ class EvaluationOut(BaseModel):
     teacher_l2_after: float = Field(examples=[0.78])
     teacher_l2_change_low: float = Field(examples=[-0.32], description="95 % confidence interval of the paired change.")
     teacher_l2_change_high: float = Field(examples=[-0.26])
-    frechet_before: float | None = Field(description="Fréchet distance to the data, untuned, in pixel space.")
+    frechet_before: float | None = Field(description="The metric `frechet`, untuned, in pixel space.")
     frechet_after: float | None
     metrics: dict[str, MetricOut] = Field(
         examples=[{"teacher_l2": {"before": 1.07, "after": 0.78, "change": -0.29, "low": -0.32, "high": -0.26}}],
         description="Figures by name: `teacher_l2`, `sliced_wasserstein` and, where they could be measured, `frechet`, "
-        "`frechet_features` (of a classifier that came with the model), `wasserstein` and `kl` (of mixtures, exact).",
+        "`frechet_features` (of a classifier that came with the model), `wasserstein` and `kl` (of mixtures, exact). "
+        "They are to the data, and where guidance moves the samples away from the data, to the teacher's samples; then "
+        "`frechet_to_data` is information that decides nothing.",
+    )
+    verdict: Literal["accepted", "rejected", "undecided"] | None = Field(
+        None,
+        description="`rejected`: harm was found beyond chance. `undecided`: neither a gain nor harm was, with "
+        "`max_num_samples`; the schedule's status is `rejected`, too. Null: an earlier version evaluated it.",
     )
     reason: str | None = Field(
         examples=["closer to the teacher, and no metric is worse"],
-        description="Why the schedule was accepted or rejected.",
+        description="Why the schedule was accepted, rejected or left undecided.",
     )
     wall_time_seconds: float = Field(description="The time of tuning, summed over workers, without the evaluation.")
     network_calls: int = Field(description="Samples put through the network while tuning. Guidance counts, too.")
@@ -110,8 +118,8 @@ class ScheduleOut(BaseModel):
     eta: ExactNumber
     version: int
     status: ScheduleStatus = Field(
-        description="Rejected: not better than untuned beyond chance, or worse in some respect; imported: not "
-        "evaluated. `auto` skips both."
+        description="Rejected: not better than untuned beyond chance, or worse in some respect; the evaluation's "
+        "`verdict` tells the two apart. Imported: not evaluated. `auto` skips both."
     )
     score: float | None = Field(
         examples=[0.73], description="The metric that decides, tuned over untuned; below 1 is better."

@@ -106,8 +106,19 @@ class EvaluationRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     num_samples: int = Field(512, ge=16, le=50_000)
+    max_num_samples: int | None = Field(
+        None,
+        ge=16,
+        le=200_000,
+        description="While the verdict is undecided, `num_samples` is doubled, up to this; null: four times as many.",
+    )
     teacher_num_steps: int = Field(100, ge=1, le=1000)
     batch_size: int = Field(64, ge=1, le=1024)
+
+    @property
+    def most_samples(self) -> int:
+        """The most that the evaluation may take."""
+        return 4 * self.num_samples if self.max_num_samples is None else max(self.num_samples, self.max_num_samples)
 
 
 TUNING_EXAMPLE: dict[str, Any] = {

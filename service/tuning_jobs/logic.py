@@ -182,7 +182,7 @@ def _check_size(request: TuningJobRequest, spec: dict[str, Any], settings: Setti
         raise TooLargeError(detail, ("body", "tuner", "batch_size"), getattr(tuner, "batch_size", None))
     teaching = getattr(tuner, "population_size", 0) * (tuner.teacher_steps(setting) or 0)
     # Besides the teacher, three kinds of samples are made: untuned, tuned, and on diffusers' own time grid.
-    evaluating = evaluation.num_samples * (evaluation.teacher_num_steps + 3 * request.num_steps)
+    evaluating = evaluation.most_samples * (evaluation.teacher_num_steps + 3 * request.num_steps)
     evaluating += TEACHER_CHECK_SAMPLES * TEACHER_CHECK_RUNS * evaluation.teacher_num_steps
     calls = guided * (setting.calls_per_step * (teaching + evaluating) + tuner.network_samples(setting))
     if calls > settings.max_tuning_calls:

@@ -19,7 +19,8 @@ MAX_EVENTS = 1000
 METRICS = {
     "teacher_l2": "distance to the teacher",
     "sliced_wasserstein": "sliced Wasserstein distance",
-    "frechet": "Fréchet distance to the data",
+    "frechet": "Fréchet distance",
+    "frechet_to_data": "Fréchet distance to the data (decides nothing)",
     "frechet_features": "Fréchet distance of features",
     "wasserstein": "Wasserstein distance",
     "kl": "KL divergence",

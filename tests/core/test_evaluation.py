@@ -38,9 +38,12 @@ from timetuner_core.evaluation.verdict import (
     paired_comparison,
 )
 from timetuner_core.grids import make_timesteps
+from timetuner_core.models.loading import load_builtin
 from timetuner_core.models.mixtures import GaussianMixture
-from timetuner_core.samplers import get_sampler
+from timetuner_core.samplers import SAMPLERS, get_sampler
 from timetuner_core.samplers import sample as sampled
+from timetuner_core.sampling.generate import Guidance
+from timetuner_core.tuning_setup import EVALUATION_SEEDS, Experiment
 
 ALL_METRICS = ("teacher_l2", "frechet", "frechet_features", "sliced_wasserstein", "wasserstein", "kl")
 
@@ -176,6 +179,7 @@ def test_a_sampler_already_at_the_teacher_scores_one() -> None:
 
 
 FELL, FELL_PERHAPS, ROSE_PERHAPS, ROSE = (-0.3, -0.1), (-0.3, 0.1), (-0.1, 0.3), (0.1, 0.3)
+ROSE_HARDLY = (-0.03, 0.04)
 
 
 def evaluation_of(adds_noise: bool, **intervals: tuple[float, float]) -> Evaluation:
@@ -187,34 +191,104 @@ def evaluation_of(adds_noise: bool, **intervals: tuple[float, float]) -> Evaluat
 
 
 @pytest.mark.parametrize(
-    ("adds_noise", "intervals", "better", "reason"),
+    ("adds_noise", "intervals", "verdict", "reason"),
     [
-        (False, {"teacher_l2": FELL, "frechet": FELL_PERHAPS}, True, "fell: teacher_l2"),
-        (False, {"teacher_l2": FELL}, True, "fell: teacher_l2"),
-        (False, {"teacher_l2": FELL_PERHAPS, "frechet": FELL}, False, "did not fall beyond chance: teacher_l2"),
-        (False, {"teacher_l2": (0.0, 0.0), "frechet": (0.0, 0.0)}, False, "did not fall beyond chance: teacher_l2"),
-        (False, {"teacher_l2": FELL, "frechet": ROSE_PERHAPS}, False, "rose: frechet"),
+        (False, {"teacher_l2": FELL, "frechet": FELL_PERHAPS}, "accepted", "fell: teacher_l2"),
+        (False, {"teacher_l2": FELL}, "accepted", "fell: teacher_l2"),
+        (False, {"teacher_l2": FELL, "frechet": ROSE_HARDLY}, "accepted", "fell: teacher_l2"),
+        (
+            False,
+            {"teacher_l2": FELL_PERHAPS, "frechet": FELL},
+            "undecided",
+            "did not fall beyond chance: teacher_l2",
+        ),
+        (
+            False,
+            {"teacher_l2": (0.0, 0.0), "frechet": (0.0, 0.0)},
+            "undecided",
+            "did not fall beyond chance: teacher_l2",
+        ),
+        (False, {"teacher_l2": ROSE}, "rejected", "rose: teacher_l2"),
+        (False, {"teacher_l2": FELL, "frechet": ROSE_PERHAPS}, "undecided", "may have risen: frechet"),
+        (False, {"teacher_l2": FELL, "frechet": ROSE}, "rejected", "rose: frechet"),
         (
             False,
             {"teacher_l2": FELL, "frechet": FELL, "frechet_features": ROSE_PERHAPS},
-            False,
-            "rose: frechet_features",
+            "undecided",
+            "may have risen: frechet_features",
         ),
-        (False, {"teacher_l2": FELL, "frechet": FELL, "sliced_wasserstein": ROSE_PERHAPS}, True, "fell: teacher_l2"),
-        (False, {"teacher_l2": FELL, "frechet": FELL, "frechet_features": ROSE}, False, "rose: frechet_features"),
-        (False, {"teacher_l2": FELL, "frechet": FELL, "kl": ROSE}, False, "rose: kl"),
-        (True, {"teacher_l2": ROSE, "frechet": FELL}, True, "fell: frechet"),
-        (True, {"teacher_l2": FELL, "frechet": FELL_PERHAPS}, False, "did not fall beyond chance: frechet"),
-        (True, {"teacher_l2": FELL, "frechet": FELL, "sliced_wasserstein": ROSE}, False, "rose: sliced_wasserstein"),
-        (True, {"teacher_l2": ROSE, "sliced_wasserstein": FELL}, True, "fell: sliced_wasserstein"),
+        (
+            False,
+            {"teacher_l2": FELL, "frechet": FELL, "sliced_wasserstein": ROSE_PERHAPS},
+            "accepted",
+            "fell: teacher_l2",
+        ),
+        (False, {"teacher_l2": FELL, "frechet": FELL, "frechet_features": ROSE}, "rejected", "rose: frechet_features"),
+        (False, {"teacher_l2": FELL, "frechet": FELL, "kl": ROSE}, "rejected", "rose: kl"),
+        (False, {"teacher_l2": FELL, "frechet": FELL, "frechet_to_data": ROSE}, "accepted", "fell: teacher_l2"),
+        (True, {"teacher_l2": ROSE, "frechet": FELL}, "accepted", "fell: frechet"),
+        (True, {"teacher_l2": FELL, "frechet": FELL_PERHAPS}, "undecided", "did not fall beyond chance: frechet"),
+        (
+            True,
+            {"teacher_l2": FELL, "frechet": FELL, "sliced_wasserstein": ROSE},
+            "rejected",
+            "rose: sliced_wasserstein",
+        ),
+        (True, {"teacher_l2": ROSE, "sliced_wasserstein": FELL}, "accepted", "fell: sliced_wasserstein"),
     ],
 )
-def test_a_schedule_is_better_if_what_decides_fell_and_nothing_rose(
-    adds_noise: bool, intervals: dict[str, tuple[float, float]], better: bool, reason: str
+def test_a_schedule_is_accepted_if_what_decides_fell_and_nothing_rose(
+    adds_noise: bool, intervals: dict[str, tuple[float, float]], verdict: str, reason: str
 ) -> None:
     evaluation = evaluation_of(adds_noise, **intervals)
-    assert evaluation.better is better
+    assert evaluation.verdict == verdict
+    assert evaluation.better == (verdict == "accepted")
     assert evaluation.reason.startswith(reason + " 1 before")
+
+
+def ring_experiment(guidance: Guidance, seed: int = 0) -> Experiment:
+    return Experiment(load_builtin("mixture-ring"), guidance, SAMPLERS["ddim"], seed=seed)
+
+
+def test_guided_samples_are_compared_with_the_teachers_and_the_data_are_information() -> None:
+    """Ten steps are nearer to the teacher than five, while guidance takes both away from the data."""
+    guided = ring_experiment(Guidance("classifier-free", 7.5))
+    schedule = guided.model.noise_schedule
+    grid, few = make_timesteps(schedule, 10, "quadratic"), make_timesteps(schedule, 10)
+    evaluation = guided.evaluate(grid, torch.ones(10, dtype=torch.float64), 512)
+    teacher = guided.teach(guided.seeds(512, EVALUATION_SEEDS), guided.conditions(512, EVALUATION_SEEDS), 100)
+    tuned, untuned = (
+        guided.sample(guided.seeds(512, EVALUATION_SEEDS), guided.conditions(512, EVALUATION_SEEDS), timesteps)
+        for timesteps in (grid, few)
+    )
+    frechet, to_data = evaluation.metrics["frechet"], evaluation.metrics["frechet_to_data"]
+    assert frechet.before == pytest.approx(frechet_distance(untuned, teacher))
+    assert frechet.after == pytest.approx(frechet_distance(tuned, teacher))
+    assert guided.model.reference is not None
+    assert to_data.after == pytest.approx(frechet_distance(tuned, guided.model.reference))
+    assert to_data.teacher == pytest.approx(frechet_distance(teacher, guided.model.reference))
+    unguided = ring_experiment(Guidance("uncond", 1.0)).evaluate(grid, torch.ones(10, dtype=torch.float64), 64)
+    assert "frechet_to_data" not in unguided.metrics
+
+
+@pytest.mark.parametrize(
+    ("inner", "num_samples", "verdict"),
+    [(None, 64, "undecided"), ([0.6, 0.3, 0.1, 0.03], 16, "accepted"), ([0.99, 0.98, 0.97, 0.96], 16, "rejected")],
+)
+def test_an_undecided_evaluation_takes_more_noises_up_to_its_bound(
+    inner: list[float] | None, num_samples: int, verdict: str
+) -> None:
+    experiment = ring_experiment(Guidance("uncond", 1.0))
+    grid = make_timesteps(experiment.model.noise_schedule, 5)
+    if inner is not None:
+        grid[1:-1] = torch.tensor(inner, dtype=torch.float64)
+    t_ratios = torch.ones(5, dtype=torch.float64)
+    evaluation = experiment.evaluate(grid, t_ratios, 16, 20, max_num_samples=64)
+    assert (evaluation.verdict, evaluation.num_samples) == (verdict, num_samples)
+    at_once = experiment.evaluate(grid, t_ratios, num_samples, 20)
+    for name, metric in at_once.metrics.items():
+        found = evaluation.metrics[name]
+        assert (found.before, found.after) == pytest.approx((metric.before, metric.after))
 
 
 def test_samples_that_are_not_finite_are_worse_and_still_go_into_json() -> None:
@@ -226,7 +300,7 @@ def test_samples_that_are_not_finite_are_worse_and_still_go_into_json() -> None:
     evaluation = evaluate(sample, torch.tensor([1.0, 0.1]), torch.tensor([0.9]), teacher, None)
     assert not evaluation.better
     figures = json.loads(json.dumps(evaluation.to_dict(), allow_nan=False))
-    assert (figures["better"], figures["score"]) == (False, None)
+    assert (figures["verdict"], figures["better"], figures["score"]) == ("rejected", False, None)
     assert figures["metrics"]["teacher_l2"]["before"] == pytest.approx(math.sqrt(2))
     assert figures["metrics"]["teacher_l2"]["after"] is None
 

@@ -47,7 +47,7 @@ STYLES = {
 
 
 def quality(group: Group, outcomes: list[Outcome]) -> bytes:
-    """`metrics_of` a group against the network's evaluations; hollow where rejected."""
+    """`metrics_of` a group against the network's evaluations; hollow where not accepted."""
     figure = _figure(10.5, 4.4)
     axes: list[Axes] = list(figure.subplots(1, 2))
     outcomes = [o for o in outcomes if not o.is_duplicate]
@@ -55,16 +55,16 @@ def quality(group: Group, outcomes: list[Outcome]) -> bytes:
     for ax, metric in zip(axes, metrics_of(outcomes), strict=True):
         for entrant, style in STYLES.items():
             points = [
-                (o.nfe, o.figure(metric), o.verdict == "rejected")
+                (o.nfe, o.figure(metric), o.is_turned_down)
                 for o in outcomes
                 if o.entrant == entrant and o.figure(metric) is not None
             ]
             if not points:
                 continue
-            x, y, rejected = zip(*sorted(points), strict=True)
+            x, y, turned_down = zip(*sorted(points), strict=True)
             ax.plot(x, y, style.line, color=style.color, linewidth=style.width, zorder=2 + style.width)
             for hollow in (False, True):
-                chosen = [i for i, is_rejected in enumerate(rejected) if is_rejected == hollow]
+                chosen = [i for i, is_turned_down in enumerate(turned_down) if is_turned_down == hollow]
                 face = "white" if hollow else style.color
                 ax.plot(
                     [x[i] for i in chosen],
@@ -81,7 +81,7 @@ def quality(group: Group, outcomes: list[Outcome]) -> bytes:
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.yaxis.set_minor_formatter(NullFormatter())
-    _legend(figure, _entrants(outcomes), "hollow: rejected")
+    _legend(figure, _entrants(outcomes), "hollow: not accepted")
     figure.suptitle(str(group), x=0.01, ha="left", weight="bold")
     return _png(figure)
 

@@ -34,10 +34,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Cell:
-    """An entrant's entry in one place of a table; a rejected schedule is marked."""
+    """An entrant's entry in one place of a table; one that is not accepted is marked."""
 
     figures: tuple[Figure, ...]
-    is_rejected: bool = False
+    is_turned_down: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def group_table(comparison: Comparison, group: Group, outcomes: list[Outcome]) -
             return Cell((Figure("n/a" if outcome.evaluation is None else "= untuned"),))
         figures = [(outcome.figure(metric), best[outcome.setting.num_steps, metric]) for metric in metrics]
         shown = tuple(Figure(_number(value), value is not None and value == lowest) for value, lowest in figures)
-        return Cell(shown, outcome.verdict == "rejected")
+        return Cell(shown, outcome.is_turned_down)
 
     rows = {
         entrant: [cell(cells[entrant, num_steps]) for num_steps in comparison.plan.num_steps]
@@ -133,8 +133,8 @@ def to_markdown(table: Table) -> str:
     lines = [f"### {table.title}", "", table.caption, ""]
     lines += [_row(table.header), _row(["---", *["---:"] * (len(table.header) - 1)])]
     lines += [_row([entrant, *map(_markdown_cell, cells)]) for entrant, cells in table.rows.items()]
-    if any(cell.is_rejected for cells in table.rows.values() for cell in cells):
-        lines += ["", "† rejected: not better than untuned beyond chance, or worse in some figure."]
+    if any(cell.is_turned_down for cells in table.rows.values() for cell in cells):
+        lines += ["", "† not accepted: not better than untuned beyond chance, or perhaps worse in some figure."]
     lines += [f"\n{note}" for note in table.notes]
     return "\n".join(lines) + "\n"
 
@@ -212,4 +212,4 @@ def _row(cells: Iterable[str]) -> str:
 
 def _markdown_cell(cell: Cell) -> str:
     figures = [f"**{figure.text}**" if figure.is_best else figure.text for figure in cell.figures]
-    return " / ".join(figures) + (" †" if cell.is_rejected else "")
+    return " / ".join(figures) + (" †" if cell.is_turned_down else "")

@@ -53,7 +53,7 @@ class Outcome:
 
     Attributes:
         evaluation: against the baseline; None if the entrant does not apply.
-        reason: why it was accepted, rejected, or does not apply; or `SAME`.
+        reason: why it was accepted, rejected, left undecided, or does not apply; or `SAME`.
         nfe: the network's evaluations for one sample, guidance aside.
         tuning_calls: samples put through the network while tuning; tuning_seconds: of one core's time. What several
             entrants share counts for each.
@@ -72,12 +72,17 @@ class Outcome:
     solver_table: SolverTable | None = None
 
     @property
-    def verdict(self) -> Literal["baseline", "accepted", "rejected", "not applicable"]:
+    def verdict(self) -> Literal["baseline", "accepted", "undecided", "rejected", "not applicable"]:
         if self.evaluation is None:
             return "not applicable"
         if self.reason == SAME:
             return "baseline"
-        return "accepted" if self.evaluation.better else "rejected"
+        return self.evaluation.verdict
+
+    @property
+    def is_turned_down(self) -> bool:
+        """Whether it was evaluated and is not accepted."""
+        return self.verdict in {"undecided", "rejected"}
 
     @property
     def is_duplicate(self) -> bool:
@@ -202,9 +207,10 @@ class Trial:
         self.target = None if teaching.tuning is None else torch.from_numpy(teaching.tuning)
         self.target_cost = teaching.cost
         self.experiment, self.effort = bench.experiment, bench.effort
-        is_guided = self.experiment.guidance.type != "uncond"
-        mixture = None if is_guided else self.experiment.model.mixture
-        measured = None if self.experiment.model.reference is None else _measures(setting.group.model, is_guided)
+        is_conditional = self.experiment.guidance.type != "uncond"
+        mixture = None if is_conditional else self.experiment.model.mixture
+        has_data = self.experiment.model.reference is not None and not self.experiment.guidance.guides
+        measured = _measures(setting.group.model, is_conditional) if has_data else None
         self.measures = measured or data_measures(self.teacher_samples, self.experiment.model.features, mixture)
         # KL takes longer than all else in more dimensions.
         small = mixture is not None and math.prod(mixture.sample_shape) <= MAX_WASSERSTEIN_DIMENSION
@@ -240,7 +246,7 @@ class Trial:
         """Paths of the teacher, the baseline and the entrant nearest to the teacher; None if the sampler adds noise."""
         if self.experiment.adds_noise:
             return None
-        tuned = [o for o in outcomes if o.verdict in {"accepted", "rejected"}]
+        tuned = [o for o in outcomes if o.verdict == "accepted" or o.is_turned_down]
         closest = sorted(tuned, key=lambda o: o.figure("teacher_l2") or math.inf)[:1]
         teacher = teacher_timesteps(self.bench.noise_schedule, self.effort.teacher_num_steps)
         paths = {"teacher": self._paths(teacher, torch.ones(len(teacher) - 1), None)}
@@ -342,8 +348,8 @@ def _in_plane(num_steps: int, paths: dict[str, Tensor], data: Tensor | None) -> 
 
 
 @cache
-def _measures(model_name: str, is_guided: bool) -> dict[str, Measure]:
+def _measures(model_name: str, is_conditional: bool) -> dict[str, Measure]:
     """Distances to a model's data."""
     model = load_model(model_name)
     assert model.reference is not None
-    return data_measures(model.reference, model.features, None if is_guided else model.mixture)
+    return data_measures(model.reference, model.features, None if is_conditional else model.mixture)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,12 @@ from timetuner_core.models.mixtures import GaussianMixture
 
 NUM_RESAMPLES = 1000
 FRECHET_METRICS = ("frechet", "frechet_features")
+# A Fréchet distance does no harm if its change is, with 95 % confidence, below this share of the untuned one's.
+FRECHET_MARGIN = 0.05
+# Guided samples are not meant to be distributed as the data, so this figure decides nothing.
+INFORMATION = ("frechet_to_data",)
+
+Verdict = Literal["accepted", "rejected", "undecided"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ class Metric:
 
     Attributes:
         stock: that of the grid which diffusers takes by default, untuned; None if it was not measured.
+        teacher: that of the teacher's samples; None if it was not measured.
     """
 
     name: str
@@ -79,6 +86,7 @@ class Metric:
     after: float
     change: PairedComparison
     stock: float | None = None
+    teacher: float | None = None
 
     def __str__(self) -> str:
         interval = f"95 % interval of the change {self.change.low:.3g} to {self.change.high:.3g}"
@@ -91,13 +99,15 @@ class Evaluation:
 
     Attributes:
         metrics: by name: `teacher_l2`, `sliced_wasserstein`, and, where they could be measured, `frechet`,
-            `frechet_features`, `wasserstein`, `kl`.
+            `frechet_features`, `wasserstein`, `kl`, `frechet_to_data`.
         adds_noise: whether the sampler does. Then no sample of it is meant to be the teacher's, and the distance
             of distributions decides: the first of `frechet`, `frechet_features` and `sliced_wasserstein`.
+        num_samples: how many noises it is from.
     """
 
     metrics: Mapping[str, Metric]
     adds_noise: bool = False
+    num_samples: int = 0
 
     @property
     def teacher_l2_before(self) -> float:
@@ -132,31 +142,50 @@ class Evaluation:
         return self.deciding.after / self.deciding.before if self.deciding.before > 0 else 1.0
 
     @property
-    def better(self) -> bool:
-        """Whether tuning helped beyond chance, and harmed nothing.
+    def verdict(self) -> Verdict:
+        """Whether tuning helped and harmed nothing, each beyond chance.
 
-        The deciding metric's interval is below 0, the Fréchet distances are not up at all, and no other metric's
-        interval is above 0. Nor is the distance to the data above that of diffusers' own time grid.
+        `rejected`: an interval lies above 0, a figure is not finite, or a distance of distributions is above that of
+        diffusers' own time grid.
+        `undecided`: the deciding metric's interval holds 0, or a Fréchet distance rose and its interval reaches above
+        the margin, so that only more samples can tell.
         """
-        return self._objection is None
+        if self._harm is not None:
+            return "rejected"
+        return "accepted" if self._doubt is None else "undecided"
+
+    @property
+    def better(self) -> bool:
+        """Whether it is accepted."""
+        return self.verdict == "accepted"
 
     @property
     def reason(self) -> str:
-        """Why it is better, or is not: the metric that says so, and its figures."""
-        return f"fell: {self.deciding}" if self._objection is None else self._objection
+        """Why it is accepted, rejected or undecided: the metric that says so, and its figures."""
+        return self._harm or self._doubt or f"fell: {self.deciding}"
 
     @property
-    def _objection(self) -> str | None:
-        deciding = self.deciding
-        if not deciding.change.significantly_lower:
-            return f"did not fall beyond chance: {deciding}"
-        for metric in self.metrics.values():
-            if metric.name == "teacher_l2" and self.adds_noise:
-                continue
-            is_frechet = metric.name in FRECHET_METRICS
-            if metric.change.significantly_higher or (is_frechet and metric.change.mean > 0):
+    def _judged(self) -> list[Metric]:
+        """The metrics that may reject it."""
+        left_out = (*INFORMATION, "teacher_l2") if self.adds_noise else INFORMATION
+        return [metric for metric in self.metrics.values() if metric.name not in left_out]
+
+    @property
+    def _harm(self) -> str | None:
+        for metric in self._judged:
+            if not math.isfinite(metric.after) or metric.change.significantly_higher:
                 return f"rose: {metric}"
         return self._worse_than_stock()
+
+    @property
+    def _doubt(self) -> str | None:
+        if not self.deciding.change.significantly_lower:
+            return f"did not fall beyond chance: {self.deciding}"
+        for metric in self._judged:
+            within_margin = metric.change.high <= FRECHET_MARGIN * metric.before
+            if metric.name in FRECHET_METRICS and metric.change.mean > 0 and not within_margin:
+                return f"may have risen: {metric}"
+        return None
 
     def _worse_than_stock(self) -> str | None:
         names = [name for name in FRECHET_METRICS if name in self.metrics] or ["sliced_wasserstein"]
@@ -168,8 +197,8 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """A form that JSON takes; figures that are not finite are None."""
         metrics = {name: _finite(asdict(metric)) for name, metric in self.metrics.items()}
-        verdict = {"better": self.better, "reason": self.reason, "score": self.score, "adds_noise": self.adds_noise}
-        return _finite(verdict) | {"metrics": metrics}
+        names = ("verdict", "better", "reason", "score", "adds_noise", "num_samples")
+        return _finite({name: getattr(self, name) for name in names}) | {"metrics": metrics}
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
@@ -188,21 +217,29 @@ def compare(
     after: Mapping[str, Estimate],
     *,
     stock: Mapping[str, Estimate] | None = None,
+    teacher: Mapping[str, Estimate] | None = None,
     adds_noise: bool = False,
 ) -> Evaluation:
     """Two samplers' figures, by `measure`, from the same noise in the same order. Raises: see `bootstrap`.
 
     Args:
         stock: those of diffusers' own time grid; the distance to a teacher is none of them.
+        teacher: those of the teacher's samples, where they say something.
     """
     stocks = {name: estimate.value for name, estimate in (stock or {}).items() if name != "teacher_l2"}
+    teachers = {name: estimate.value for name, estimate in (teacher or {}).items()}
     metrics = {
         name: Metric(
-            name, before[name].value, after[name].value, bootstrap(before[name], after[name]), stocks.get(name)
+            name,
+            before[name].value,
+            after[name].value,
+            bootstrap(before[name], after[name]),
+            stocks.get(name),
+            teachers.get(name),
         )
         for name in before
     }
-    return Evaluation(metrics, adds_noise)
+    return Evaluation(metrics, adds_noise, len(before["teacher_l2"].influence) if "teacher_l2" in before else 0)
 
 
 def evaluate(
@@ -212,6 +249,7 @@ def evaluate(
     teacher_samples: Tensor,
     reference: Tensor | None,
     *,
+    data: Tensor | None = None,
     untuned_timesteps: Tensor | None = None,
     stock_timesteps: Tensor | None = None,
     features: Callable[[Tensor], Tensor] | None = None,
@@ -225,6 +263,7 @@ def evaluate(
         untuned_timesteps: the untuned sampler's grid; default the same.
         stock_timesteps: diffusers' own grid, whose samples a better schedule's must not be worse than; None for none.
         teacher_samples: `(B, ...)`. reference: data `(P, ...)`; None compares with the teacher's samples.
+        data: `(P, ...)`, to which distances are information only, as the samples are not meant to be distributed so.
         features, mixture: see `data_measures`; a mixture only if its samples are what is asked for, without
             guidance.
         kl: like `sample`, but gives `sampler_kl` of that schedule.
@@ -232,10 +271,17 @@ def evaluate(
     """
     untuned = timesteps if untuned_timesteps is None else untuned_timesteps
     measures = data_measures(teacher_samples if reference is None else reference, features, mixture)
+    taught: dict[str, Estimate] = {}
+    if data is not None:
+        informing = {f"{name}_to_data": distance for name, distance in data_measures(data).items()}
+        informing = {name: distance for name, distance in informing.items() if name in INFORMATION}
+        measures |= informing
+        taught = {name: distance(teacher_samples) for name, distance in informing.items()}
 
     def figures(timesteps: Tensor, t_ratios: Tensor | None, *, with_kl: bool = True) -> dict[str, Estimate]:
         kl_terms = kl(timesteps, t_ratios) if kl is not None and with_kl else None
         return measure(sample(timesteps, t_ratios), teacher_samples, measures, kl_terms)
 
     stock = None if stock_timesteps is None else figures(stock_timesteps, None, with_kl=False)
-    return compare(figures(untuned, None), figures(timesteps, t_ratios), stock=stock, adds_noise=adds_noise)
+    before, after = figures(untuned, None), figures(timesteps, t_ratios)
+    return compare(before, after, stock=stock, teacher=taught, adds_noise=adds_noise)
