@@ -94,6 +94,8 @@ class TuningProgress:
         if self.phase.done >= self.phase.total and self.phase.name in ("teacher", "start"):
             self._current += 1
         phase = self.phase
+        if phase.name == "evaluation" and phase.done >= phase.total:
+            phase.total *= 2  # An undecided evaluation doubles its noises.
         if not (phase.name == "tuning" and self.stores_itself):
             phase.done = min(phase.total, phase.done + 1)
         if self.store is not None and time.monotonic() - self._stored > self._save_seconds:

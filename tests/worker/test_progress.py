@@ -16,12 +16,14 @@ from service.shared.settings import Settings
 from tests.conftest import MakeDatabaseUrl
 from worker.runtime import Runtime
 from worker.tuning import run_tuning_job
+from worker.tuning_progress import Phase, TuningProgress
 
-SMALL = {"num_samples": 64, "teacher_num_steps": 20, "batch_size": 16}
+SMALL = {"num_samples": 64, "max_num_samples": 64, "teacher_num_steps": 20, "batch_size": 16}
 PER_STEP = {"population_size": 64, "total_iters": 8, "data": "generated", "teacher_num_steps": 10}
 TUNERS: dict[str, dict[str, Any]] = {
     "end to end": {"total_iters": 20, "population_size": 32, "teacher_num_steps": 20},
     "from a given grid": {"total_iters": 20, "population_size": 32, "teacher_num_steps": 20, "start": "given"},
+    "solver": {"objective": "solver", "total_iters": 4, "population_size": 32, "teacher_num_steps": 20},
     "per step": {"objective": "next_eps", "tune_type": "sequential", "tolerance": 1e-6, **PER_STEP},
     "ays": {"objective": "ays", "num_candidates": 8, "population_size": 64, "num_samples": 16},
     "gits": {"objective": "gits", "num_candidates": 8, "population_size": 32},
@@ -30,6 +32,7 @@ TUNERS: dict[str, dict[str, Any]] = {
 }
 PHASES = {
     "end to end": ["teacher", "start", "tuning", "evaluation"],
+    "solver": ["teacher", "start", "tuning", "evaluation"],
     "from a given grid": ["teacher", "tuning", "evaluation"],
     "per step": ["teacher", "tuning", "evaluation"],
 }
@@ -46,7 +49,7 @@ def settings(make_database_url: MakeDatabaseUrl, tmp_path: Path) -> Settings:
 @pytest.mark.parametrize(
     "name",
     [
-        *("end to end", "per step", "ays", "grid"),
+        *("end to end", "solver", "per step", "ays", "grid"),
         *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("from a given grid", "gits", "dmn")),
     ],
 )
@@ -82,6 +85,16 @@ def test_all_phases_count_and_none_is_long_without_progress(name: str, settings:
     assert all(event["remaining_seconds"] >= 0 for event in events[1:])
     assert all(f">{name} <span" in page for name in expected)
     assert "so far" in page
+
+
+def test_an_evaluation_that_takes_more_noises_says_how_many_calls_are_left() -> None:
+    progress = TuningProgress([Phase("tuning", 1), Phase("evaluation", 2)], save_seconds=60)
+    progress.enter("evaluation")
+    for _ in range(3):
+        progress.count()
+    assert (progress.phase.done, progress.phase.total) == (3, 4)
+    assert progress.remaining_seconds is not None
+    assert progress.remaining_seconds > 0
 
 
 def progress_events(settings: Settings, job_id: str) -> list[dict[str, Any]]:
