@@ -44,6 +44,7 @@ from service.shared.sampler_facts import installed_samplers
 from service.shared.settings import Settings
 from service.state import open_state
 from service.tuning_jobs import endpoints as tuning_jobs
+from service.tuning_jobs.following import TuningEvents
 from service.web import endpoints as web
 from service.web import forms as web_forms
 from service.web.error_pages import ErrorPageMiddleware
@@ -68,6 +69,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         with open_state(settings) as state:
             app.state.timetuner, app.state.access = state, access_state(state)
             app.state.samples = samples = samples_state(state)
+            app.state.tuning_events = TuningEvents(state.registry)
             metrics.registry.register(QueueCollector(state.registry, samples.admission))
             listening = asyncio.create_task(samples.events.run())
             threading.Thread(target=installed_samplers, daemon=True).start()  # No request should wait for it.
