@@ -22,11 +22,12 @@ from timetuner_core.clipping import CLIP_RULES, Clipping
 def get_requested_model(session: Session, model_id: str, where: str = "body") -> Model:
     """The model that a request's body or query names. Raises: InvalidError, naming the field."""
     model = session.get(Model, model_id)
-    if model is None:
+    if model is None or model.deleted_at is not None:
         if reason := why_not_ready(session, model_id):
             raise InvalidError(reason, (where, "model"), model_id)
         accepted = "the id of a registered model, as GET /v1/models lists them"
-        named = session.scalar(select(Model.id).where(Model.name == model_id).order_by(Model.id.desc()).limit(1))
+        of_name = select(Model.id).where(Model.name == model_id, Model.deleted_at.is_(None))
+        named = session.scalar(of_name.order_by(Model.id.desc()).limit(1))
         if named is not None:
             accepted = f"an id; that of the newest model of this name is {named!r}"
         raise InvalidError(f"no model {model_id!r}; accepted: {accepted}", (where, "model"), model_id)

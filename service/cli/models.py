@@ -86,11 +86,16 @@ def show(model: ModelName, url: Url = None, as_json: AsJson = False) -> None:
 
 
 @models.command()
-def rm(model: ModelName, url: Url = None, as_json: AsJson = False) -> None:
-    """Delete a model that no schedule and no job refers to, or one that was refused."""
+def rm(
+    model: ModelName,
+    cascade: Annotated[bool, typer.Option("--cascade", help="Delete its schedules and their aliases, too.")] = False,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Delete a model and its files, or one that was refused. Jobs that are over and stored samples remain."""
     with connected(url) as client:
         model_id = find_model(client, model)
-        client.models.delete(model_id)
+        client.models.delete(model_id, cascade=cascade)
     if as_json:
         print_json({"deleted": model_id})
     else:

@@ -163,9 +163,12 @@ class AsyncModels:
         """A model that was handed in, ready or not."""
         return self._bound(await self._client.send(calls.get_model(model)))
 
-    async def delete(self, model: str) -> None:
-        """Delete a model that no schedule and no job refers to, or one that was refused."""
-        await self._client.send(calls.delete_model(model))
+    async def delete(self, model: str, *, cascade: bool = False) -> None:
+        """Delete a model and its files, or one that was refused. Jobs that are over and stored samples remain.
+
+        Raises: ApiError, if jobs use it that are not over, or if it has schedules and `cascade` is not set.
+        """
+        await self._client.send(calls.delete_model(model, cascade))
 
     def _bound(self, fields: ModelRegistrationFields) -> "AsyncModelRegistration":
         registration = AsyncModelRegistration.model_construct(**dict(fields))

@@ -130,8 +130,9 @@ def get_model(model: str) -> Call[ModelRegistrationFields]:
     return Call("get_model", "GET", _path("/v1/models", model), _reader(ModelRegistrationFields))
 
 
-def delete_model(model: str) -> Call[None]:
-    return Call("delete_model", "DELETE", _path("/v1/models", model), _nothing)
+def delete_model(model: str, cascade: bool = False) -> Call[None]:
+    params = {"cascade": True} if cascade else {}
+    return Call("delete_model", "DELETE", _path("/v1/models", model), _nothing, params=params)
 
 
 def submit_tuning_job(request: TuningJobRequest) -> Call[TuningJobFields]:

@@ -161,9 +161,12 @@ class Models:
         """A model that was handed in, ready or not."""
         return self._bound(self._client.send(calls.get_model(model)))
 
-    def delete(self, model: str) -> None:
-        """Delete a model that no schedule and no job refers to, or one that was refused."""
-        self._client.send(calls.delete_model(model))
+    def delete(self, model: str, *, cascade: bool = False) -> None:
+        """Delete a model and its files, or one that was refused. Jobs that are over and stored samples remain.
+
+        Raises: ApiError, if jobs use it that are not over, or if it has schedules and `cascade` is not set.
+        """
+        self._client.send(calls.delete_model(model, cascade))
 
     def _bound(self, fields: ModelRegistrationFields) -> "ModelRegistration":
         registration = ModelRegistration.model_construct(**dict(fields))

@@ -219,7 +219,7 @@ def list_models(
     """The registered models, newest first; or the models that were handed in and wait, or were refused."""
     with state.registry.read() as session:
         if model_state == "ready":
-            models, cursor = newest_first(session, select(Model), Model.id, page)
+            models, cursor = newest_first(session, select(Model).where(Model.deleted_at.is_(None)), Model.id, page)
             return ModelPage(items=[ModelOut.model_validate(row) for row in models], next_cursor=cursor)
         states = [job_state for job_state, shown in STATES.items() if shown == model_state]
         rows, cursor = newest_registrations(session, states, page)
@@ -241,6 +241,15 @@ def get_model(model_id: PathId, state: State) -> ModelOut | ModelRegistrationOut
     dependencies=[WRITES],
     responses=error_responses(NotFoundError, ConflictError),
 )
-def delete_model(caller: MayWriteModels, model_id: PathId, state: State) -> None:
-    """Delete a model that no schedule and no job refers to, or one that was refused."""
-    logic.delete_model(state.registry, caller, state.artifacts, model_id)
+def delete_model(
+    caller: MayWriteModels,
+    model_id: PathId,
+    state: State,
+    cascade: Annotated[bool, Query(description="Delete its schedules and their aliases, too.")] = False,
+) -> None:
+    """Delete a model and its files, or one that was refused.
+
+    It is refused while jobs use the model that are not over, and, without `cascade`, while it has schedules; 409 names
+    them. Jobs that are over and stored samples remain.
+    """
+    logic.delete_model(state.registry, caller, state.artifacts, model_id, cascade)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from fastapi.concurrency import run_in_threadpool
-from sqlalchemy import exists, select
+from sqlalchemy import Select, delete, select
 from sqlalchemy.orm import Session
 from ulid import ULID
 
@@ -21,8 +21,16 @@ from service.models.registrations import find_handed_in, refusal_of
 from service.registry.database import Registry
 from service.registry.jobs import count_queued
 from service.registry.models import find_model, open_registration, why_not_ready
-from service.registry.tables import Model, ModelRegistration, SampleJob, Schedule, TuningJob
-from service.registry.types import new_id
+from service.registry.tables import (
+    FINAL_STATES,
+    Model,
+    ModelRegistration,
+    SampleJob,
+    Schedule,
+    ScheduleAlias,
+    TuningJob,
+)
+from service.registry.types import new_id, utc_now
 from service.shared.artifacts import ArtifactStore
 from service.shared.settings import Settings
 from service.state import AppState
@@ -30,6 +38,7 @@ from timetuner_core.catalog import BUILTIN_FOLDERS, builtin_specs
 from timetuner_core.models.folder_files import ModelFormatError, check_files, folder_hash
 
 LOOK_INTERVAL_SECONDS = 0.1  # A waiting request looks this often whether a worker has described its model.
+MAX_NAMED = 10  # A refusal names so many of each kind.
 
 
 class HandedIn(NamedTuple):
@@ -163,18 +172,26 @@ def _check_room(session: Session, max_queued_jobs: int) -> None:
 def get_model(session: Session, model_id: str) -> Model:
     """The model of an id. Raises: NotFoundError; ConflictError, if it was handed in and is not ready."""
     model = session.get(Model, model_id)
-    if model is None:
+    if model is None or model.deleted_at is not None:
         if reason := why_not_ready(session, model_id):
             raise ConflictError(reason)
         raise NotFoundError(f"no model {model_id!r}; accepted: an id that GET /v1/models lists")
     return model
 
 
-def delete_model(registry: Registry, caller: Caller, artifacts: ArtifactStore, model_id: str) -> None:
-    """Delete a model nothing refers to, or the registration of one that was refused; its files included.
+def delete_model(
+    registry: Registry, caller: Caller, artifacts: ArtifactStore, model_id: str, cascade: bool = False
+) -> None:
+    """Delete a model and its files, or the registration of one that was refused.
+
+    Jobs that are over and stored samples remain. The model's row does, too, as they name it.
+
+    Args:
+        cascade: delete the model's schedules and their aliases, too.
 
     Raises:
-        NotFoundError, ConflictError.
+        NotFoundError.
+        ConflictError: a job that is not over uses the model, or it has schedules and `cascade` is not set.
     """
     with registry.write() as session:
         refused = session.get(ModelRegistration, model_id, with_for_update=True)
@@ -183,15 +200,37 @@ def delete_model(registry: Registry, caller: Caller, artifacts: ArtifactStore, m
             artifact: str | None = refused.artifact
         else:
             model = get_model(session, model_id)
-            for referrer in (Schedule, TuningJob, SampleJob):
-                if session.scalar(select(exists().where(referrer.model_id == model_id))):
-                    name = referrer.__tablename__
-                    raise ConflictError(f"model {model_id!r} has {name}; accepted: a model without any")
-            session.delete(model)
+            # New jobs and schedules refer to the row, so they wait for this lock.
+            session.refresh(model, with_for_update=True)
+            _check_unused(session, model_id, cascade)
+            session.execute(delete(ScheduleAlias).where(ScheduleAlias.model_id == model_id))
+            model.deleted_at = utc_now()
             artifact = model.source.get("artifact")
         caller.record(session, "delete_model", model_id)
     if artifact:
         artifacts.remove(artifact)
+
+
+def _check_unused(session: Session, model_id: str, cascade: bool) -> None:
+    """Refuse to delete a model that is used, and name what uses it. Raises: ConflictError."""
+    using: list[str] = []
+    for job_class, kind in ((TuningJob, "tuning job"), (SampleJob, "sampling job")):
+        jobs = select(job_class.id).where(job_class.model_id == model_id, job_class.state.not_in(FINAL_STATES))
+        if job_class is SampleJob:
+            jobs = jobs.where(SampleJob.parent_id.is_(None))
+        using += _named(session, jobs, kind)
+    accepted = "a model whose jobs are over (cancel them, or wait)" if using else "cascade=true deletes them, too"
+    if not cascade:
+        using += _named(session, select(Schedule.id).where(Schedule.model_id == model_id), "schedule")
+    if using:
+        raise ConflictError(f"model {model_id!r} is used by {', '.join(using)}; accepted: {accepted}")
+
+
+def _named(session: Session, ids: Select[str], kind: str) -> list[str]:
+    """The first few of some rows by name, such as "schedule 'sch_1'", and whether there are more."""
+    found = session.scalars(ids.limit(MAX_NAMED + 1)).all()
+    more = [f"more {kind}s"] if len(found) > MAX_NAMED else []
+    return [f"{kind} {row_id!r}" for row_id in found[:MAX_NAMED]] + more
 
 
 def _insert(registry: Registry, caller: Caller, model: Model, once: Once | None) -> tuple[Model, bool]:

@@ -33,7 +33,8 @@ def find_handed_in(session: Session, model_id: str) -> Model | ModelRegistration
     registration = session.get(ModelRegistration, model_id)
     if registration is None or registration.state == JobState.SUCCEEDED:
         own_id = model_id if registration is None else registration.model_id
-        return session.get(Model, own_id)
+        model = session.get(Model, own_id)
+        return None if model is None or model.deleted_at is not None else model
     return registration
 
 

@@ -11,8 +11,8 @@ from service.registry.tables import FINAL_STATES, AuditEntry, JobState, Model, M
 
 
 def find_model(session: Session, content_hash: str) -> Model | None:
-    """The model with this content."""
-    return session.scalar(select(Model).where(Model.content_hash == content_hash))
+    """The model with this content, unless it was deleted."""
+    return session.scalar(select(Model).where(Model.content_hash == content_hash, Model.deleted_at.is_(None)))
 
 
 def open_registration(session: Session, content_hash: str) -> ModelRegistration | None:
@@ -66,6 +66,6 @@ def why_not_ready(session: Session, model_id: str) -> str | None:
 
 def old_registrations(session: Session, before: datetime, limit: int) -> list[tuple[ModelRegistration, bool]]:
     """Registrations that were over before a time, each with whether a model has its files."""
-    has_files = exists().where(Model.id == ModelRegistration.id)
+    has_files = exists().where(Model.id == ModelRegistration.id, Model.deleted_at.is_(None))
     query = select(ModelRegistration, has_files).where(ModelRegistration.finished_at < before).limit(limit)
     return [(registration, used) for registration, used in session.execute(query)]

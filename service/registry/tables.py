@@ -6,7 +6,7 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, MetaData, String, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, MetaData, String, UniqueConstraint, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from service.registry.types import ExactDecimal, UtcDateTime, new_id, utc_now
@@ -22,6 +22,7 @@ class JobState(StrEnum):
     CANCELLED = "cancelled"
 
 
+_NOT_DELETED = text("deleted_at IS NULL")
 FINAL_STATES = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 
 
@@ -53,16 +54,24 @@ class Base(DeclarativeBase):
 
 
 class Model(Base):
-    """A frozen network. `spec` describes it to users; `source` says how a worker loads it."""
+    """A frozen network. `spec` describes it to users; `source` says how a worker loads it.
+
+    The row of a model that was deleted has a `deleted_at`. It remains, because jobs and schedules name it, and only
+    their history shows it. Its files are gone.
+    """
 
     __tablename__ = "models"
+    __table_args__ = (
+        Index(None, "content_hash", unique=True, sqlite_where=_NOT_DELETED, postgresql_where=_NOT_DELETED),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("mdl"))
     name: Mapped[str]
-    content_hash: Mapped[str] = mapped_column(unique=True)
+    content_hash: Mapped[str]
     source: Mapped[dict[str, Any]]  # {"builtin": name} or {"artifact": folder, "ignored_files": names}
     spec: Mapped[dict[str, Any]]
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
+    deleted_at: Mapped[datetime | None]
 
     @property
     def ignored_files(self) -> list[str]:

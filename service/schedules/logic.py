@@ -12,7 +12,7 @@ from service.http.errors import ConflictError, InvalidError, NotFoundError
 from service.models.logic import get_model
 from service.registry.database import Registry
 from service.registry.schedules import next_version
-from service.registry.tables import SampleJob, Schedule, ScheduleAlias, ScheduleStatus
+from service.registry.tables import Model, SampleJob, Schedule, ScheduleAlias, ScheduleStatus
 from service.request_checks import check_setting, check_timesteps, get_requested_model
 from service.schedules.schemas import ScheduleImport, ScheduleQuery
 from service.shared.job_requests import SamplingSetting
@@ -25,7 +25,8 @@ RESERVED_ALIASES = ("auto", "none")
 def get_schedule(session: Session, schedule_id: str) -> Schedule:
     """A schedule and its evaluation. Raises: NotFoundError."""
     schedule = session.get(Schedule, schedule_id, options=[joinedload(Schedule.evaluation)])
-    if schedule is None:
+    # The schedules of a deleted model remain as rows, because samples name them, and are shown to nobody.
+    if schedule is None or session.get_one(Model, schedule.model_id).deleted_at is not None:
         raise NotFoundError(f"no schedule {schedule_id!r}; accepted: an id that GET /v1/schedules lists")
     return schedule
 
@@ -42,6 +43,9 @@ def newest(session: Session, query: ScheduleQuery) -> tuple[Sequence[Schedule], 
     indexed = next(names for names in Schedule.LISTED_BY if given.keys() >= set(names))
     others = [name for name in given if name not in indexed]
     scan = select(Schedule.id).filter_by(**{name: given[name] for name in indexed}).order_by(Schedule.id.desc())
+    # What is hidden is left out here, so that no cursor names it.
+    hidden = select(Model.id).where(Model.deleted_at.is_not(None))
+    scan = scan.where(Schedule.model_id.not_in(hidden))
     if query.cursor is not None:
         scan = scan.where(Schedule.id < query.cursor)
 

@@ -55,7 +55,7 @@ def read_query(request: Request, query: type[Query]) -> Query:
 def overview(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
     page = PageQuery(limit=ROWS_ON_OVERVIEW)
     with state.registry.read() as session:
-        models, _ = newest_first(session, select(Model), Model.id, page)
+        models, _ = newest_first(session, views.models(), Model.id, page)
         jobs, _ = jobs_logic.newest(session, caller, None, page)
         schedules, _ = schedules_logic.newest(session, ScheduleQuery(limit=ROWS_ON_OVERVIEW))
         context = {
@@ -72,7 +72,7 @@ def overview(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
 @router.get("/models")
 def models(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
     with state.registry.read() as session:
-        rows, cursor = newest_first(session, select(Model), Model.id, read_query(request, PageQuery))
+        rows, cursor = newest_first(session, views.models(), Model.id, read_query(request, PageQuery))
         counts = {model.id: views.count_schedules(session, model.id) for model in rows}
         unready, _ = newest_registrations(session, list(STATES), PageQuery(limit=UNREADY_MODELS))
         registrations = [ModelRegistrationOut.of(row) for row in unready]
@@ -191,7 +191,7 @@ def _names(session: Session, rows: Any) -> dict[str, str]:
 
 
 def _choices(session: Session) -> list[Model]:
-    return list(session.scalars(select(Model).order_by(Model.id.desc()).limit(MODELS_IN_FORM)))
+    return list(session.scalars(views.models().order_by(Model.id.desc()).limit(MODELS_IN_FORM)))
 
 
 def _chosen(session: Session, model_id: str | None, choices: list[Model]) -> Model | None:

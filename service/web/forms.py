@@ -11,7 +11,7 @@ from service.access.cookies import COOKIE, check_same_origin
 from service.access.state import Access
 from service.http.errors import InvalidError, UnauthenticatedError
 from service.http.fields import PathId
-from service.models.logic import register_builtin
+from service.models import logic as models_logic
 from service.models.schemas import BuiltinModelRequest
 from service.registry.tables import TuningJob
 from service.schedules import logic as schedules_logic
@@ -47,8 +47,20 @@ class TuningForm(SamplingSetting):
 def register(
     form: Annotated[BuiltinModelRequest, Form()], caller: MayWriteModels, state: State, request: Request
 ) -> Response:
-    model, _ = register_builtin(state.registry, caller, form.builtin, form.name)
+    model, _ = models_logic.register_builtin(state.registry, caller, form.builtin, form.name)
     return see(request, f"/models/{model.id}")
+
+
+@router.post("/models/{model_id}/delete", dependencies=[WRITES])
+def delete_model(
+    model_id: PathId,
+    caller: MayWriteModels,
+    state: State,
+    request: Request,
+    cascade: Annotated[bool, Form()] = False,
+) -> Response:
+    models_logic.delete_model(state.registry, caller, state.artifacts, model_id, cascade)
+    return see(request, "/models")
 
 
 @router.post("/jobs", dependencies=[WRITES])

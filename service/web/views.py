@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
 from service.registry.tables import Model, Schedule, ScheduleAlias, TuningJob
@@ -72,6 +72,11 @@ def tuner_of(schedule: Schedule) -> str:
     tuner = schedule.provenance.get("tuner")
     objective = tuner.get("objective") if isinstance(tuner, dict) else None
     return objective if isinstance(objective, str) else OBJECTIVE_OF_IMPORTED
+
+
+def models() -> Select[Model]:
+    """A query of all models."""
+    return select(Model).where(Model.deleted_at.is_(None))
 
 
 def aliases_of(session: Session, schedules: Iterable[Schedule]) -> dict[str, list[str]]:

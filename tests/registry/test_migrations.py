@@ -19,7 +19,8 @@ from service.registry.tables import Base, JobState, Schedule, TuningJob
 
 pytestmark = pytest.mark.both_engines
 
-MODEL = "INSERT INTO models VALUES ('mdl_1', 'm', 'hash', '{}', '{}', '2026-01-01')"
+MODEL = """INSERT INTO models (id, name, content_hash, source, spec, created_at)
+    VALUES ('mdl_1', 'm', 'hash', '{}', '{}', '2026-01-01')"""
 # Processes of the release before go on writing while they are replaced. Their code is gone, so their statements are
 # kept here as text: every column that they write, and none that came later.
 RELEASE_BEFORE = "0012"
