@@ -106,6 +106,7 @@ class TuningJobRequest(Setting, total=False):
     tuner: EndToEndTuner | NextEpsTuner | TeacherStepTuner | AysTuner | GitsTuner | DmnTuner | GridTuner
     evaluation: EvaluationRequest
     seed: int
+    private: bool
     webhook_url: str | None
 
 
@@ -130,6 +131,7 @@ class ScheduleImport(Setting, total=False):
     timesteps: Required[Sequence[float]]
     t_ratios: Required[Sequence[float]]
     provenance: dict[str, Any]
+    private: bool
 
 
 class ScheduleFilters(SettingOptions, total=False):

@@ -53,7 +53,26 @@ class Base(DeclarativeBase):
     }
 
 
-class Model(Base):
+PUBLIC = ""
+
+
+class CanBePrivate:
+    """The columns of what one API key may have for itself.
+
+    Attributes:
+        owner: the key that made it; null if none was needed, and of what older versions stored.
+        private_to: the one key that sees it, beside those that may administer; `PUBLIC`: every key sees it.
+    """
+
+    owner: Mapped[str | None]
+    private_to: Mapped[str] = mapped_column(default=PUBLIC, server_default=PUBLIC)
+
+    @property
+    def private(self) -> bool:
+        return self.private_to != PUBLIC
+
+
+class Model(CanBePrivate, Base):
     """A frozen network. `spec` describes it to users; `source` says how a worker loads it.
 
     The row of a model that was deleted has a `deleted_at`. It remains, because jobs and schedules name it, and only
@@ -62,7 +81,14 @@ class Model(Base):
 
     __tablename__ = "models"
     __table_args__ = (
-        Index(None, "content_hash", unique=True, sqlite_where=_NOT_DELETED, postgresql_where=_NOT_DELETED),
+        Index(
+            "ix_models_content_hash",
+            "content_hash",
+            "private_to",
+            unique=True,
+            sqlite_where=_NOT_DELETED,
+            postgresql_where=_NOT_DELETED,
+        ),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("mdl"))
@@ -221,7 +247,7 @@ class OfSetting:
     clipping: Mapped[str] = mapped_column(default="own", server_default="own")  # "own": as the model's scheduler does.
 
 
-class Schedule(OfSetting, Base):
+class Schedule(OfSetting, CanBePrivate, Base):
     """A tuned few-step schedule, its place in the registry, and its evaluation.
 
     `score` is the metric that decides, tuned over untuned: below 1 is better. Imported schedules have neither score
@@ -232,9 +258,9 @@ class Schedule(OfSetting, Base):
     # Lists are indexed by these sets of filters, the narrowest first.
     LISTED_BY = (("model_id", "num_steps"), ("model_id",), ())
     __table_args__ = (
-        UniqueConstraint(*OfSetting.KEY, "version", name="uq_schedules_version"),
-        Index("ix_schedules_resolve", *OfSetting.KEY, "status", "score", "id"),
-        *_list_indexes("schedules", LISTED_BY, (*OfSetting.KEY, "status")),
+        UniqueConstraint(*OfSetting.KEY, "private_to", "version", name="uq_schedules_version"),
+        Index("ix_schedules_resolve", *OfSetting.KEY, "private_to", "status", "score", "id"),
+        *_list_indexes("schedules", LISTED_BY, (*OfSetting.KEY, "status", "private_to")),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("sch"))
@@ -252,13 +278,17 @@ class Schedule(OfSetting, Base):
 
 
 class ScheduleVersion(OfSetting, Base):
-    """The newest version that a setting ever had. Deleted schedules keep their versions, which are not given again."""
+    """The newest version that a setting ever had. Deleted schedules keep their versions, which are not given again.
+
+    Each key counts its private schedules for itself: a gap between versions would tell of others' schedules.
+    """
 
     __tablename__ = "schedule_versions"
-    __table_args__ = (UniqueConstraint(*OfSetting.KEY, name="uq_schedule_versions_setting"),)
+    __table_args__ = (UniqueConstraint(*OfSetting.KEY, "private_to", name="uq_schedule_versions_setting"),)
 
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id", ondelete="CASCADE"))
+    private_to: Mapped[str] = mapped_column(default=PUBLIC, server_default=PUBLIC)
     newest: Mapped[int]
 
 
@@ -337,7 +367,7 @@ class SampleJob(Job):
     artifact_row: Mapped[int] = mapped_column(default=0)
 
 
-class ModelRegistration(Job):
+class ModelRegistration(CanBePrivate, Job):
     """A model that was handed in, until a worker has loaded and described it.
 
     The model gets this row's id, unless its content is that of a registered model. `request` is
@@ -349,7 +379,6 @@ class ModelRegistration(Job):
     __table_args__ = (Index(None, "state"),)
 
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("mdl"))
-    owner: Mapped[str | None]  # the API key that asked; null: none was needed
     name: Mapped[str]
     content_hash: Mapped[str] = mapped_column(index=True)
     artifact: Mapped[str]  # the folder of its files

@@ -40,6 +40,7 @@ class TuningForm(SamplingSetting):
     """A tuning job of a few fields. All others have their defaults."""
 
     clipping: Annotated[ClippingText | None, BeforeValidator(lambda text: text or None)] = None
+    private: bool = False
     objective: Literal[tuple(OBJECTIVES)] = "end_to_end"  # type: ignore[valid-type]
 
 
@@ -47,7 +48,7 @@ class TuningForm(SamplingSetting):
 def register(
     form: Annotated[BuiltinModelRequest, Form()], caller: MayWriteModels, state: State, request: Request
 ) -> Response:
-    model, _ = models_logic.register_builtin(state.registry, caller, form.builtin, form.name)
+    model, _ = models_logic.register_builtin(state.registry, caller, form.builtin, form.name, private=form.private)
     return see(request, f"/models/{model.id}")
 
 
@@ -87,8 +88,8 @@ def set_alias(
     request: Request,
 ) -> Response:
     with state.registry.write() as session:
-        schedule = schedules_logic.get_schedule(session, schedule_id)
-        schedules_logic.set_alias(session, schedule.model_id, name, schedule_id)
+        schedule = schedules_logic.get_schedule(session, caller, schedule_id)
+        schedules_logic.set_alias(session, caller, schedule.model_id, name, schedule_id)
         caller.record(session, "set_alias", f"{schedule.model_id}/{name}")
     return see(request, f"/schedules/{schedule_id}")
 
@@ -98,8 +99,8 @@ def delete_alias(
     schedule_id: PathId, name: Annotated[Identifier, Form()], caller: MayWriteModels, state: State, request: Request
 ) -> Response:
     with state.registry.write() as session:
-        schedule = schedules_logic.get_schedule(session, schedule_id)
-        schedules_logic.delete_alias(session, schedule.model_id, name)
+        schedule = schedules_logic.get_schedule(session, caller, schedule_id)
+        schedules_logic.delete_alias(session, caller, schedule.model_id, name)
         caller.record(session, "delete_alias", f"{schedule.model_id}/{name}")
     return see(request, f"/schedules/{schedule_id}")
 

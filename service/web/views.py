@@ -4,9 +4,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Select, func, select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from service.access.callers import Caller
+from service.access.visibility import is_visible
 from service.registry.tables import Model, Schedule, ScheduleAlias, TuningJob
 from service.shared.job_requests import ALWAYS, OWN_CLIPPING
 from service.shared.sampler_facts import sampler_facts
@@ -74,11 +76,6 @@ def tuner_of(schedule: Schedule) -> str:
     return objective if isinstance(objective, str) else OBJECTIVE_OF_IMPORTED
 
 
-def models() -> Select[Model]:
-    """A query of all models."""
-    return select(Model).where(Model.deleted_at.is_(None))
-
-
 def aliases_of(session: Session, schedules: Iterable[Schedule]) -> dict[str, list[str]]:
     """The aliases of schedules, by the schedule's id."""
     ids = [schedule.id for schedule in schedules]
@@ -89,9 +86,10 @@ def aliases_of(session: Session, schedules: Iterable[Schedule]) -> dict[str, lis
     return found
 
 
-def count_schedules(session: Session, model_id: str) -> str:
-    """The number of a model's schedules as text, counted up to `MAX_COUNTED`."""
-    some = select(Schedule.id).where(Schedule.model_id == model_id).limit(MAX_COUNTED + 1).subquery()
+def count_schedules(session: Session, caller: Caller, model_id: str) -> str:
+    """The number of a model's schedules that the caller sees, as text, counted up to `MAX_COUNTED`."""
+    seen = select(Schedule.id).where(Schedule.model_id == model_id, is_visible(caller, Schedule))
+    some = seen.limit(MAX_COUNTED + 1).subquery()
     count = session.scalar(select(func.count()).select_from(some)) or 0
     return f"{count}" if count <= MAX_COUNTED else f"more than {MAX_COUNTED}"
 
