@@ -17,6 +17,7 @@ from starlette.staticfiles import StaticFiles
 from service import health
 from service.access import endpoints as audit
 from service.access.authentication import AuthenticationMiddleware
+from service.access.forwarded import ForwardedMiddleware
 from service.access.state import access_state
 from service.http import openapi
 from service.http.body_limit import BodyLimitMiddleware
@@ -125,6 +126,7 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, paths: l
     app.add_middleware(RequestIdMiddleware)
     app.add_middleware(ErrorPageMiddleware)
     app.add_middleware(SecurityHeadersMiddleware)
+    app.add_middleware(ForwardedMiddleware, trusted_hosts=settings.forwarded_allow_ips)
 
 
 def _complete_openapi(app: FastAPI) -> None:
