@@ -24,6 +24,7 @@ from sqlalchemy import event, func, insert, select, text
 from sqlalchemy.orm import Session
 from ulid import ULID
 
+from service.access.callers import ANYBODY
 from service.registry.database import Registry
 from service.registry.schedules import next_version
 from service.registry.tables import EvaluationRow, Model, Schedule, ScheduleStatus
@@ -191,7 +192,9 @@ def measure_lookups(registry: Registry, rows: int, count: int) -> None:
         f"resolve, {POPULAR_VERSIONS:,} versions": [POPULAR] * count,
         f"resolve, {POPULAR_VERSIONS:,} versions, all rejected": [REJECTED] * count,
     }.items():
-        report(what, timed(registry, [lambda session, s=setting: logic.resolve(session, s) for setting in wanted]))
+        report(
+            what, timed(registry, [lambda session, s=setting: logic.resolve(session, ANYBODY, s) for setting in wanted])
+        )
     if not registry.is_sqlite:
         report("resolve, stored settings, within the server", server_times(registry, several))
     report("SELECT 1, for comparison", timed(registry, count * [lambda session: session.execute(text("SELECT 1"))]))
@@ -212,9 +215,9 @@ def measure_lists(registry: Registry, count: int) -> None:
         cells = []
         for cursor in (None, *ids):
             query = ScheduleQuery(**filters, cursor=cursor)
-            times = timed(registry, count * [lambda session, q=query: logic.newest(session, q)])
+            times = timed(registry, count * [lambda session, q=query: logic.newest(session, ANYBODY, q)])
             with registry.read() as session:
-                rows, _ = logic.newest(session, query)
+                rows, _ = logic.newest(session, ANYBODY, query)
             cells.append(f"{percentiles(times)} ({len(rows)})")
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 

@@ -17,6 +17,7 @@ from starlette.staticfiles import StaticFiles
 from service import health
 from service.access import endpoints as audit
 from service.access.authentication import AuthenticationMiddleware
+from service.access.forwarded import ForwardedMiddleware
 from service.access.state import access_state
 from service.http import openapi
 from service.http.body_limit import BodyLimitMiddleware
@@ -44,6 +45,7 @@ from service.shared.sampler_facts import installed_samplers
 from service.shared.settings import Settings
 from service.state import open_state
 from service.tuning_jobs import endpoints as tuning_jobs
+from service.tuning_jobs.following import TuningEvents
 from service.web import endpoints as web
 from service.web import forms as web_forms
 from service.web.error_pages import ErrorPageMiddleware
@@ -68,6 +70,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         with open_state(settings) as state:
             app.state.timetuner, app.state.access = state, access_state(state)
             app.state.samples = samples = samples_state(state)
+            app.state.tuning_events = TuningEvents(state.registry)
             metrics.registry.register(QueueCollector(state.registry, samples.admission))
             listening = asyncio.create_task(samples.events.run())
             threading.Thread(target=installed_samplers, daemon=True).start()  # No request should wait for it.
@@ -123,6 +126,7 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, paths: l
     app.add_middleware(RequestIdMiddleware)
     app.add_middleware(ErrorPageMiddleware)
     app.add_middleware(SecurityHeadersMiddleware)
+    app.add_middleware(ForwardedMiddleware, trusted_hosts=settings.forwarded_allow_ips)
 
 
 def _complete_openapi(app: FastAPI) -> None:

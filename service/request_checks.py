@@ -5,9 +5,10 @@ from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from service.access.callers import Caller
+from service.access.visibility import visible_model, visible_models, visible_registration
 from service.http.errors import InvalidError, TooManyRequestsError
 from service.registry.jobs import count_queued
 from service.registry.models import why_not_ready
@@ -19,14 +20,16 @@ from service.shared.settings import Settings
 from timetuner_core.clipping import CLIP_RULES, Clipping
 
 
-def get_requested_model(session: Session, model_id: str, where: str = "body") -> Model:
+def get_requested_model(session: Session, caller: Caller, model_id: str, where: str = "body") -> Model:
     """The model that a request's body or query names. Raises: InvalidError, naming the field."""
-    model = session.get(Model, model_id)
+    model = visible_model(session, caller, model_id)
     if model is None:
-        if reason := why_not_ready(session, model_id):
+        registration = visible_registration(session, caller, model_id)
+        if registration is not None and (reason := why_not_ready(session, registration)):
             raise InvalidError(reason, (where, "model"), model_id)
         accepted = "the id of a registered model, as GET /v1/models lists them"
-        named = session.scalar(select(Model.id).where(Model.name == model_id).order_by(Model.id.desc()).limit(1))
+        of_name = visible_models(caller).where(Model.name == model_id)
+        named = session.scalar(of_name.with_only_columns(Model.id).order_by(Model.id.desc()).limit(1))
         if named is not None:
             accepted = f"an id; that of the newest model of this name is {named!r}"
         raise InvalidError(f"no model {model_id!r}; accepted: {accepted}", (where, "model"), model_id)

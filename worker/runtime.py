@@ -41,6 +41,10 @@ class ChangedModelError(Exception):
     """A model's files are not those that were registered."""
 
 
+class DeletedModelError(Exception):
+    """A model was deleted while a job on it was submitted, or before damaged samples of it were to be made again."""
+
+
 class Runtime:
     """The state of a worker process. The first task makes it."""
 
@@ -212,6 +216,8 @@ class Runtime:
     def _load(self, model_id: str) -> DiffusionModel:
         with self.registry.read() as session:
             row = session.get_one(Model, model_id)
+        if row.deleted_at is not None:
+            raise DeletedModelError(f"model {row.name!r} ({row.id}) was deleted; accepted: a job on another model")
         settings, source = self.settings, row.source
         dtype: torch.dtype = getattr(torch, settings.dtype)
         options: Any = {"dtype": dtype, "channels_last": settings.channels_last, "compile": settings.compile}

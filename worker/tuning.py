@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from service.registry.jobs import add_event, finish
 from service.registry.schedules import next_version
-from service.registry.tables import EvaluationRow, JobState, Schedule, ScheduleStatus, TuningJob
+from service.registry.tables import PUBLIC, EvaluationRow, JobState, Schedule, ScheduleStatus, TuningJob
 from service.shared.job_requests import TuningJobRequest
 from service.shared.telemetry import TRACER
 from timetuner_core.evaluation.verdict import Evaluation, Metric
@@ -62,10 +62,13 @@ def _schedule_row(
     session: Session, job: TuningJob, request: TuningJobRequest, state: TuningState, result: Evaluation
 ) -> Schedule:
     key = request.key()
+    private_to = (job.owner or PUBLIC) if request.private else PUBLIC
     return Schedule(
         **key,
         job_id=job.id,
-        version=next_version(session, key),
+        owner=job.owner,
+        private_to=private_to,
+        version=next_version(session, key, private_to),
         status=ScheduleStatus.ACCEPTED if result.better else ScheduleStatus.REJECTED,
         score=_no_nan(result.score),
         timesteps=state.timesteps.tolist(),

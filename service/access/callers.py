@@ -13,9 +13,9 @@ from fastapi.security import HTTPBearer, SecurityScopes
 from sqlalchemy import insert
 from sqlalchemy.orm import Session
 
-from service.http.errors import ForbiddenError, KeyLimitError, UnauthenticatedError
+from service.http.errors import ForbiddenError, InvalidError, KeyLimitError, UnauthenticatedError
 from service.registry.keys import Scope, charge, is_valid
-from service.registry.tables import ApiKey, AuditEntry, SampleJob, TuningJob
+from service.registry.tables import PUBLIC, ApiKey, AuditEntry, SampleJob, TuningJob
 from service.registry.types import utc_now
 
 CALLER_IN_SCOPE = "timetuner.caller"  # The authentication middleware puts the caller into the ASGI scope by this name.
@@ -44,6 +44,15 @@ class Caller:
     def sees(self, job: TuningJob | SampleJob) -> bool:
         """Whether a job is the caller's to see. Endpoints answer as if other jobs did not exist."""
         return job.owner == self.owner or self.may(Scope.ADMIN)
+
+    def private_to(self, private: bool) -> str:
+        """The `private_to` of what the caller makes. Raises: InvalidError, if it has no key to be private to."""
+        if not private:
+            return PUBLIC
+        if self.key is None:
+            detail = "private is true, but this request has no API key; accepted: false, or a request with an API key"
+            raise InvalidError(detail, ("body", "private"), True)
+        return self.key.id
 
     def is_still_valid(self, session: Session) -> bool:
         """Whether the caller's key was not revoked and has not expired since the request began."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from service.cli.connection import Url, connected
-from service.cli.options import ModelName, find_model
+from service.cli.options import ModelName, Private, find_model
 from service.cli.output import NOT_FOUND, AsJson, CommandError, Limit, print_facts, print_json, print_table
 from service.client.choices import ModelState
 
@@ -27,6 +27,7 @@ Source = Annotated[
 def import_(
     source: Source,
     name: Annotated[str | None, typer.Option(help="[the built-in's or the file's]")] = None,
+    private: Private = False,
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait for a worker: print the model's id.")] = False,
     url: Url = None,
     as_json: AsJson = False,
@@ -38,13 +39,13 @@ def import_(
         raise CommandError(f"there is no file or folder {source!r}; accepted: {accepted}", NOT_FOUND)
     with connected(url, outlives=detach) as client:
         if not is_there:
-            model = client.models.create(builtin=source, name=name)
+            model = client.models.create(builtin=source, name=name, private=private)
         elif detach:
-            registration = client.models.submit(archive=source, name=name)
+            registration = client.models.submit(archive=source, name=name, private=private)
             print_json(registration) if as_json else typer.echo(registration.id)
             return
         else:
-            model = client.models.create(archive=source, name=name)
+            model = client.models.create(archive=source, name=name, private=private)
     _show(model, as_json)
 
 
@@ -86,11 +87,16 @@ def show(model: ModelName, url: Url = None, as_json: AsJson = False) -> None:
 
 
 @models.command()
-def rm(model: ModelName, url: Url = None, as_json: AsJson = False) -> None:
-    """Delete a model that no schedule and no job refers to, or one that was refused."""
+def rm(
+    model: ModelName,
+    cascade: Annotated[bool, typer.Option("--cascade", help="Delete its schedules and their aliases, too.")] = False,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Delete a model and its files, or one that was refused. Jobs that are over and stored samples remain."""
     with connected(url) as client:
         model_id = find_model(client, model)
-        client.models.delete(model_id)
+        client.models.delete(model_id, cascade=cascade)
     if as_json:
         print_json({"deleted": model_id})
     else:

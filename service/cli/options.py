@@ -54,6 +54,9 @@ def assignment(text: str) -> tuple[str, Any]:
         return name, value
 
 
+Private = Annotated[bool, typer.Option("--private", help="Only your API key, and admins, see it.")]
+
+
 def find_model(client: "TimeTuner", name: str) -> str:
     """The id of a model, which is given by its id or its name. The newest of a name counts. Raises: CommandError."""
     if name.startswith("mdl_"):

@@ -18,6 +18,7 @@ from service.cli.options import (
     GuidanceType,
     ModelName,
     NumSteps,
+    Private,
     SamplerName,
     find_model,
     given,
@@ -141,6 +142,7 @@ def export(
 def import_(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A file that `export` wrote.")],
     model: Annotated[str | None, typer.Option(help="A model's id or name. [the file's]")] = None,
+    private: Private = False,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
@@ -149,6 +151,8 @@ def import_(
     with connected(url) as client:
         if model is not None:
             content["model"] = find_model(client, model)
+        if private:
+            content["private"] = True
         schedule = client.schedules.import_(**content)
     if as_json:
         print_json(schedule)
@@ -186,7 +190,20 @@ def show_schedule(schedule: "Schedule") -> None:
     """Print a schedule without its provenance."""
     print_facts(
         schedule.model_dump(
-            include={"id", "job", "model", "sampler", "clipping", "num_steps", "eta", "version", "status", "score"}
+            include={
+                "id",
+                "owner",
+                "private",
+                "job",
+                "model",
+                "sampler",
+                "clipping",
+                "num_steps",
+                "eta",
+                "version",
+                "status",
+                "score",
+            }
         )
         | {"guidance": _guidance(schedule), "timesteps": schedule.timesteps, "t_ratios": schedule.t_ratios}
         | ({} if schedule.solver_table is None else {"solver_table": schedule.solver_table})

@@ -74,6 +74,7 @@ def api(
     config = uvicorn.Config(
         "service.app:create_app",
         factory=True,
+        proxy_headers=False,  # The application has uvicorn's middleware for them itself, and adds headers to it.
         http=BoundedHttpProtocol,
         ws="none",
         server_header=False,

@@ -17,6 +17,7 @@ from service.cli.options import (
     GuidanceType,
     ModelName,
     NumSteps,
+    Private,
     SamplerName,
     Timesteps,
     assignment,
@@ -53,6 +54,7 @@ def tune(
         typer.Option(parser=assignment, metavar="NAME=VALUE", help="A field of the evaluation; may be repeated."),
     ] = [],  # noqa: B006
     seed: Annotated[int | None, typer.Option(help="[0]")] = None,
+    private: Private = False,
     webhook_url: Annotated[str | None, typer.Option(help="URL that is told of the job's end.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show each step's ratio as it is tuned.")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait: print the job's id.")] = False,
@@ -76,6 +78,7 @@ def tune(
         tuner=given(objective=objective) | dict(tuner) or None,
         evaluation=dict(evaluation) or None,
         seed=seed,
+        private=private or None,
         webhook_url=webhook_url,
     )
     with connected(url, outlives=detach) as client:

@@ -133,21 +133,29 @@ class AsyncModels:
         self._client = client
 
     async def create(
-        self, *, builtin: str | None = None, archive: Path | str | None = None, name: str | None = None
+        self,
+        *,
+        builtin: str | None = None,
+        archive: Path | str | None = None,
+        name: str | None = None,
+        private: bool = False,
     ) -> Model:
         """Register a model: a built-in one, or a diffusers-format folder, or an archive (zip, tar, tar.gz) of one.
 
-        It waits until a worker has described the model. Raises: ApiError, if the model is refused.
+        It waits until a worker has described the model. Only this client's API key, and admins, see a `private` one.
+        Raises: ApiError, if the model is refused.
         """
-        made = await self._client.send(calls.register_model(builtin, archive, name))
+        made = await self._client.send(calls.register_model(builtin, archive, name, private))
         return made if isinstance(made, Model) else await self._bound(made).wait()
 
-    async def submit(self, *, archive: Path | str, name: str | None = None) -> "AsyncModelRegistration":
+    async def submit(
+        self, *, archive: Path | str, name: str | None = None, private: bool = False
+    ) -> "AsyncModelRegistration":
         """Hand in a folder or an archive; `wait()` for the model."""
-        return self._bound(await self._client.send(calls.submit_model(archive, name)))
+        return self._bound(await self._client.send(calls.submit_model(archive, name, private)))
 
     def list(self, *, limit: int = 50) -> AsyncIterator[Model]:
-        """All models that are ready, newest first; `limit` is a page's."""
+        """All models that are ready and that the key may see, newest first; `limit` is a page's."""
         return self._client.pages(calls.list_models(limit))
 
     async def registrations(self, *, state: UnreadyState, limit: int = 50) -> "AsyncIterator[AsyncModelRegistration]":
@@ -163,9 +171,12 @@ class AsyncModels:
         """A model that was handed in, ready or not."""
         return self._bound(await self._client.send(calls.get_model(model)))
 
-    async def delete(self, model: str) -> None:
-        """Delete a model that no schedule and no job refers to, or one that was refused."""
-        await self._client.send(calls.delete_model(model))
+    async def delete(self, model: str, *, cascade: bool = False) -> None:
+        """Delete a model and its files, or one that was refused. Jobs that are over and stored samples remain.
+
+        Raises: ApiError, if jobs use it that are not over, or if it has schedules and `cascade` is not set.
+        """
+        await self._client.send(calls.delete_model(model, cascade))
 
     def _bound(self, fields: ModelRegistrationFields) -> "AsyncModelRegistration":
         registration = AsyncModelRegistration.model_construct(**dict(fields))

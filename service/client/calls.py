@@ -95,12 +95,12 @@ class Call(Generic[T]):
 
 
 def register_model(
-    builtin: str | None, archive: Path | str | None, name: str | None
+    builtin: str | None, archive: Path | str | None, name: str | None, private: bool = False
 ) -> Call[Model | ModelRegistrationFields]:
     """The model, or its registration if the service does not wait any longer."""
     if (builtin is None) == (archive is None):
         raise TypeError("accepted: either builtin or archive")
-    fields = {"builtin": builtin, "name": name}
+    fields = {"builtin": builtin, "name": name, "private": private or None}
     given = {key: value for key, value in fields.items() if value is not None}
     path = None if archive is None else Path(archive)
     slowness = 1 if path is None else UPLOAD_SLOWNESS  # The service reads all weights before it answers.
@@ -109,8 +109,9 @@ def register_model(
     return _made_once(call)
 
 
-def submit_model(archive: Path | str, name: str | None) -> Call[ModelRegistrationFields]:
-    given = {} if name is None else {"name": name}
+def submit_model(archive: Path | str, name: str | None, private: bool = False) -> Call[ModelRegistrationFields]:
+    fields = {"name": name, "private": private or None}
+    given = {key: value for key, value in fields.items() if value is not None}
     read, headers = _reader(ModelRegistrationFields), {"Prefer": "respond-async"}
     call = Call("register_model", "POST", "/v1/models", read, json=given, archive=Path(archive), headers=headers)
     return _made_once(replace(call, slowness=UPLOAD_SLOWNESS))
@@ -130,8 +131,9 @@ def get_model(model: str) -> Call[ModelRegistrationFields]:
     return Call("get_model", "GET", _path("/v1/models", model), _reader(ModelRegistrationFields))
 
 
-def delete_model(model: str) -> Call[None]:
-    return Call("delete_model", "DELETE", _path("/v1/models", model), _nothing)
+def delete_model(model: str, cascade: bool = False) -> Call[None]:
+    params = {"cascade": True} if cascade else {}
+    return Call("delete_model", "DELETE", _path("/v1/models", model), _nothing, params=params)
 
 
 def submit_tuning_job(request: TuningJobRequest) -> Call[TuningJobFields]:

@@ -116,6 +116,7 @@ class TuningJobRequest(Setting, total=False):
     tuner: EndToEndTuner | SolverTuner | NextEpsTuner | TeacherStepTuner | AysTuner | GitsTuner | DmnTuner | GridTuner
     evaluation: EvaluationRequest
     seed: int
+    private: bool
     webhook_url: str | None
 
 
@@ -148,6 +149,7 @@ class ScheduleImport(Setting, total=False):
     t_ratios: Required[Sequence[float]]
     solver_table: SolverTable | None
     provenance: dict[str, Any]
+    private: bool
 
 
 class ScheduleFilters(SettingOptions, total=False):

@@ -50,6 +50,8 @@ class Model(BaseModel):
     name: str
     content_hash: str
     state: Literal["ready"] = "ready"
+    owner: str | None = None
+    private: bool = False
     ignored_files: list[str] = Field(default_factory=list)
     spec: ModelSpec
     created_at: datetime
@@ -62,6 +64,8 @@ class ModelRegistrationFields(BaseModel):
     name: str
     content_hash: str
     state: ModelState = "ready"
+    owner: str | None = None
+    private: bool = False
     ignored_files: list[str] = Field(default_factory=list)
     problem: Problem | None = None
     spec: ModelSpec | None = None
@@ -130,6 +134,8 @@ class Schedule(BaseModel):
     """A time grid with a ratio per step. Notebooks show it as a table with a picture."""
 
     id: str
+    owner: str | None = None
+    private: bool = False
     job: str | None
     model: str
     sampler: str
@@ -163,8 +169,11 @@ class Schedule(BaseModel):
         return scheduler
 
     def to_import(self) -> ScheduleImport:
-        """The fields that import this schedule elsewhere: `client.schedules.import_(**schedule.to_import())`."""
-        kept: ScheduleImport = self.model_dump(mode="json", include=set(ScheduleImport.__annotations__))  # type: ignore[assignment]
+        """The fields that import this schedule elsewhere: `client.schedules.import_(**schedule.to_import())`.
+
+        Whether it is private there is for the one who imports it to say.
+        """
+        kept: ScheduleImport = self.model_dump(mode="json", include=set(ScheduleImport.__annotations__) - {"private"})  # type: ignore[assignment]
         return kept
 
     def _repr_html_(self) -> str:

@@ -89,7 +89,10 @@ class NotAcceptableError(ServiceError):
 
 class ConflictError(ServiceError):
     status = HTTPStatus.CONFLICT
-    example = "model 'mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W' has schedules; accepted: a model without any"
+    example = (
+        "model 'mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W' is used by schedule 'sch_01JD3K5V8Q2M4N6P7R9S0T1V2W'; "
+        "accepted: cascade=true deletes them, too"
+    )
 
 
 class TooLargeError(ServiceError):

@@ -25,6 +25,10 @@ TuningJobId = Annotated[str, Field(examples=["job_01JD3K5V8Q2M4N6P7R9S0T1V2W"])]
 ScheduleId = Annotated[str, Field(examples=["sch_01JD3K5V8Q2M4N6P7R9S0T1V2W"])]
 SampleJobId = Annotated[str, Field(examples=["smp_01JD3K5V8Q2M4N6P7R9S0T1V2W"])]
 KeyId = Annotated[str, Field(examples=["key_01JD3K5V8Q2M4N6P7R9S0T1V2W"])]
+Owner = Annotated[
+    KeyId | None, Field(description="The API key that made it; null if none was needed, or an older version made it.")
+]
+Private = Annotated[bool, Field(description="Whether only its owner, and admins, see it.")]
 RequestId = Annotated[str, Field(examples=[EXAMPLE_REQUEST_ID])]
 Fault = Annotated[str | None, Field(examples=[None])]
 Time = Annotated[datetime, Field(examples=["2026-11-26T03:00:00Z"])]

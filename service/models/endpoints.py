@@ -10,11 +10,11 @@ from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import ValidationError
-from sqlalchemy import select
 from starlette.datastructures import UploadFile
 
-from service.access.callers import MayWriteModels, needs
+from service.access.callers import AnyCaller, Caller, MayWriteModels
 from service.access.idempotency import GivenKey
+from service.access.visibility import visible_models
 from service.http.errors import (
     ConflictError,
     InvalidError,
@@ -30,6 +30,7 @@ from service.http.validation import FieldsError
 from service.models import logic
 from service.models.registrations import newest_registrations
 from service.models.schemas import (
+    PRIVATE_MODEL,
     STATES,
     BuiltinModelRequest,
     ModelOut,
@@ -45,6 +46,7 @@ from service.state import WRITES, AppState, State
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
 MULTIPART = "multipart/form-data"
+BOOLEANS = {"true": True, "false": False}
 UPLOADS = CapacityLimiter(2)  # Two archives are unpacked at once. Others wait without a thread.
 REQUEST_BODY: dict[str, Any] = {
     "requestBody": {
@@ -66,6 +68,7 @@ REQUEST_BODY: dict[str, Any] = {
                             "description": "A zip, tar or tar.gz of a diffusers-format folder.",
                         },
                         "name": {"type": "string", "maxLength": 200, "pattern": PRINTABLE},
+                        "private": {"type": "string", "enum": [*BOOLEANS], "description": PRIVATE_MODEL},
                     },
                 }
             },
@@ -93,6 +96,7 @@ class Registration(NamedTuple):
     archive: UploadFile | None
     name: str | None
     asked_name: str | None
+    private: bool
 
 
 async def _parse(request: Request) -> Registration:
@@ -105,7 +109,7 @@ async def _parse(request: Request) -> Registration:
         except ValidationError as error:
             raise FieldsError(error, "body", BuiltinModelRequest, await _json(request)) from None
         check_fields(await request.body())
-        return Registration(builtin, None, None, builtin.name)
+        return Registration(builtin, None, None, builtin.name, builtin.private)
     if content_type != MULTIPART:
         accepted = f"{JSON_TYPE} for a built-in model, {MULTIPART} for an archive"
         raise UnsupportedMediaTypeError(
@@ -115,14 +119,18 @@ async def _parse(request: Request) -> Registration:
     archive, name = form.get("archive"), form.get("name")
     if not isinstance(archive, UploadFile):
         raise InvalidError("archive is missing; accepted: a zip, tar or tar.gz file", ("body", "archive"))
-    if unknown := form.keys() - {"archive", "name"}:
+    if unknown := form.keys() - {"archive", "name", "private"}:
         field = min(unknown)[:100]
-        raise InvalidError(f"there is no field {field!r}; accepted: archive, name", ("body", field))
+        raise InvalidError(f"there is no field {field!r}; accepted: archive, name, private", ("body", field))
     asked_name = name if isinstance(name, str) and name else None
     name = asked_name or archive.filename or "model"
     if len(name) > 200 or not re.fullmatch(PRINTABLE, name):
         raise InvalidError("accepted as name: up to 200 printable characters", ("body", "name"), name[:300])
-    return Registration(None, archive, name, asked_name)
+    private = form.get("private", "false")
+    if not isinstance(private, str) or private not in BOOLEANS:
+        given = private if isinstance(private, str) else "a file"
+        raise InvalidError(f"private is {given[:100]!r}; accepted: true or false", ("body", "private"), given[:100])
+    return Registration(None, archive, name, asked_name, BOOLEANS[private])
 
 
 @router.post(
@@ -152,21 +160,21 @@ async def register_model(
     takes long, the answer is 202 with the registration's state; its `Location` gives the model once it is `ready`, or
     the problem if it is `refused`.
     """
-    builtin, archive, name, asked_name = parsed
+    builtin, archive, name, asked_name, private = parsed
     if builtin is not None:
         model, created = await state.run_write(
-            logic.register_builtin, state.registry, caller, builtin.builtin, builtin.name, idempotency_key
+            logic.register_builtin, state.registry, caller, builtin.builtin, builtin.name, idempotency_key, private
         )
         return _registered(response, model, created, asked_name)
     assert archive is not None and name is not None
     hand_in = partial(
         logic.hand_in_archive, state.registry, caller, state.artifacts, archive.file, name, state.settings
     )
-    handed_in = await to_thread.run_sync(hand_in, idempotency_key, limiter=UPLOADS)
+    handed_in = await to_thread.run_sync(hand_in, idempotency_key, private, limiter=UPLOADS)
     respond_async, seconds = read_preference(prefer, state.settings.max_wait_seconds)
-    found = await _described(state, handed_in.found, 0 if respond_async else seconds)
+    found = await _described(state, caller, handed_in.found, 0 if respond_async else seconds)
     if handed_in.once is not None:
-        await state.run_write(logic.remember, state.registry, handed_in.once, found)
+        await state.run_write(logic.remember, state.registry, caller, handed_in.once, found)
     if isinstance(found, Model):
         created = handed_in.is_new and found.id == handed_in.found.id
         return _registered(response, found, created, asked_name, handed_in.ignored_files)
@@ -199,16 +207,19 @@ def _registered(
     return answer if ignored_files is None else answer.model_copy(update={"ignored_files": ignored_files})
 
 
-async def _described(state: AppState, found: Model | ModelRegistration, seconds: float) -> Model | ModelRegistration:
+async def _described(
+    state: AppState, caller: Caller, found: Model | ModelRegistration, seconds: float
+) -> Model | ModelRegistration:
     """The model that a worker makes of a registration, or the registration after `seconds`."""
     if isinstance(found, Model):
         return found
     await run_in_threadpool(state.bus.announce_models)
-    return await logic.wait_for_model(state, found.id, seconds)
+    return await logic.wait_for_model(state, caller, found.id, seconds)
 
 
-@router.get("", operation_id="list_models", dependencies=[needs()], responses=error_responses(InvalidError))
+@router.get("", operation_id="list_models", responses=error_responses(InvalidError))
 def list_models(
+    caller: AnyCaller,
     state: State,
     page: PageParams,
     model_state: Annotated[
@@ -216,21 +227,24 @@ def list_models(
         Query(alias="state", description="`ready` lists models; another state lists models that are not ready."),
     ] = "ready",
 ) -> ModelPage | ModelRegistrationPage:
-    """The registered models, newest first; or the models that were handed in and wait, or were refused."""
+    """The registered models, newest first; or the models that were handed in and wait, or were refused.
+
+    Private ones are listed for the key that registered them, and for an admin.
+    """
     with state.registry.read() as session:
         if model_state == "ready":
-            models, cursor = newest_first(session, select(Model), Model.id, page)
+            models, cursor = newest_first(session, visible_models(caller), Model.id, page)
             return ModelPage(items=[ModelOut.model_validate(row) for row in models], next_cursor=cursor)
         states = [job_state for job_state, shown in STATES.items() if shown == model_state]
-        rows, cursor = newest_registrations(session, states, page)
+        rows, cursor = newest_registrations(session, caller, states, page)
         return ModelRegistrationPage(items=[ModelRegistrationOut.of(row) for row in rows], next_cursor=cursor)
 
 
-@router.get("/{model_id}", operation_id="get_model", dependencies=[needs()], responses=error_responses(NotFoundError))
-def get_model(model_id: PathId, state: State) -> ModelOut | ModelRegistrationOut:
+@router.get("/{model_id}", operation_id="get_model", responses=error_responses(NotFoundError))
+def get_model(caller: AnyCaller, model_id: PathId, state: State) -> ModelOut | ModelRegistrationOut:
     """One model; or what became so far of one that was handed in: its `state`, and its `problem` if it was refused."""
     with state.registry.read() as session:
-        found = logic.get_handed_in(session, model_id)
+        found = logic.get_handed_in(session, caller, model_id)
         return ModelOut.model_validate(found) if isinstance(found, Model) else ModelRegistrationOut.of(found)
 
 
@@ -241,6 +255,15 @@ def get_model(model_id: PathId, state: State) -> ModelOut | ModelRegistrationOut
     dependencies=[WRITES],
     responses=error_responses(NotFoundError, ConflictError),
 )
-def delete_model(caller: MayWriteModels, model_id: PathId, state: State) -> None:
-    """Delete a model that no schedule and no job refers to, or one that was refused."""
-    logic.delete_model(state.registry, caller, state.artifacts, model_id)
+def delete_model(
+    caller: MayWriteModels,
+    model_id: PathId,
+    state: State,
+    cascade: Annotated[bool, Query(description="Delete its schedules and their aliases, too.")] = False,
+) -> None:
+    """Delete a model and its files, or one that was refused.
+
+    It is refused while jobs use the model that are not over, and, without `cascade`, while it has schedules; 409 names
+    them. Jobs that are over and stored samples remain.
+    """
+    logic.delete_model(state.registry, caller, state.artifacts, model_id, cascade)

@@ -9,20 +9,30 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from fastapi.concurrency import run_in_threadpool
-from sqlalchemy import exists, select
+from sqlalchemy import Select, delete, not_, select
 from sqlalchemy.orm import Session
 from ulid import ULID
 
 from service.access.callers import Caller
 from service.access.idempotency import Once, make_once
+from service.access.visibility import is_visible, visible_model, visible_registration
 from service.http.errors import ConflictError, InvalidError, NotFoundError, TooManyRequestsError
 from service.models.archive import LOC, unpack
 from service.models.registrations import find_handed_in, refusal_of
 from service.registry.database import Registry
 from service.registry.jobs import count_queued
+from service.registry.keys import Scope
 from service.registry.models import find_model, open_registration, why_not_ready
-from service.registry.tables import Model, ModelRegistration, SampleJob, Schedule, TuningJob
-from service.registry.types import new_id
+from service.registry.tables import (
+    FINAL_STATES,
+    Model,
+    ModelRegistration,
+    SampleJob,
+    Schedule,
+    ScheduleAlias,
+    TuningJob,
+)
+from service.registry.types import new_id, utc_now
 from service.shared.artifacts import ArtifactStore
 from service.shared.settings import Settings
 from service.state import AppState
@@ -30,6 +40,7 @@ from timetuner_core.catalog import BUILTIN_FOLDERS, builtin_specs
 from timetuner_core.models.folder_files import ModelFormatError, check_files, folder_hash
 
 LOOK_INTERVAL_SECONDS = 0.1  # A waiting request looks this often whether a worker has described its model.
+MAX_NAMED = 10  # A refusal names so many of each kind.
 
 
 class HandedIn(NamedTuple):
@@ -49,14 +60,29 @@ class HandedIn(NamedTuple):
 
 
 def register_builtin(
-    registry: Registry, caller: Caller, builtin: str, name: str | None, idempotency_key: str | None = None
+    registry: Registry,
+    caller: Caller,
+    builtin: str,
+    name: str | None,
+    idempotency_key: str | None = None,
+    private: bool = False,
 ) -> tuple[Model, bool]:
-    """The built-in's row and whether it was made now: registering it again finds the same row."""
+    """The built-in's row and whether it was made now: registering it again finds the same row.
+
+    Raises: InvalidError, if it is to be private and the caller has no key.
+    """
     folder = BUILTIN_FOLDERS.get(builtin)
     content_hash = folder_hash(folder) if folder else hashlib.sha256(f"builtin:{builtin}".encode()).hexdigest()
     spec = builtin_specs()[builtin]
-    model = Model(name=name or builtin, content_hash=content_hash, source={"builtin": builtin}, spec=spec)
-    return _insert(registry, caller, model, Once.of(caller, "register_model", idempotency_key, content_hash))
+    model = Model(
+        name=name or builtin,
+        content_hash=content_hash,
+        source={"builtin": builtin},
+        spec=spec,
+        owner=caller.owner,
+        private_to=caller.private_to(private),
+    )
+    return _insert(registry, caller, model, _once(caller, idempotency_key, content_hash, private))
 
 
 def hand_in_archive(
@@ -67,6 +93,7 @@ def hand_in_archive(
     name: str,
     settings: Settings,
     idempotency_key: str | None = None,
+    private: bool = False,
 ) -> HandedIn:
     """Check an uploaded archive as far as its files can be read without PyTorch, and keep it for a worker to describe.
 
@@ -74,6 +101,7 @@ def hand_in_archive(
         InvalidError, TooLargeError, TooManyRequestsError, ConflictError: nothing was kept.
         NotFoundError: what the same request made before has been deleted.
     """
+    private_to = caller.private_to(private)
     staging = Path(tempfile.mkdtemp(prefix="timetuner-upload-"))
     try:
         ignored_files = unpack(file, staging, 2 * settings.max_body_bytes)
@@ -82,10 +110,10 @@ def hand_in_archive(
         except ModelFormatError as error:
             raise InvalidError(str(error), (*LOC, error.field)) from None
         content_hash = folder_hash(staging)
-        once = Once.of(caller, "register_model", idempotency_key, content_hash)
+        once = _once(caller, idempotency_key, content_hash, private)
         with registry.read() as session:
-            found = _made_before(session, once) or find_model(session, content_hash)
-            if found := found or open_registration(session, content_hash):
+            found = _made_before(session, caller, once) or find_model(session, content_hash, private_to)
+            if found := found or open_registration(session, content_hash, private_to):
                 return HandedIn(found, False, once, ignored_files)
             _check_room(session, settings.max_queued_jobs)
         key = f"models/{ULID()}"  # The key is new, because the same content may be deleted at this moment.
@@ -95,6 +123,7 @@ def hand_in_archive(
     registration = ModelRegistration(
         id=new_id("mdl"),
         owner=caller.owner,
+        private_to=private_to,
         name=name,
         content_hash=content_hash,
         artifact=key,
@@ -110,7 +139,9 @@ def hand_in_archive(
     return HandedIn(registration, True, once, ignored_files)
 
 
-async def wait_for_model(state: AppState, registration_id: str, seconds: float) -> Model | ModelRegistration:
+async def wait_for_model(
+    state: AppState, caller: Caller, registration_id: str, seconds: float
+) -> Model | ModelRegistration:
     """The model of a registration, once a worker has described it; the registration, if none has within `seconds`.
 
     Raises:
@@ -120,35 +151,40 @@ async def wait_for_model(state: AppState, registration_id: str, seconds: float) 
     """
     deadline = time.monotonic() + seconds
     while True:
-        found = await run_in_threadpool(_outcome, state.registry, registration_id)
+        found = await run_in_threadpool(_outcome, state.registry, caller, registration_id)
         if isinstance(found, Model) or time.monotonic() >= deadline:
             return found
         await asyncio.sleep(LOOK_INTERVAL_SECONDS)
 
 
-def remember(registry: Registry, once: Once, answered: Model | ModelRegistration) -> None:
+def remember(registry: Registry, caller: Caller, once: Once, answered: Model | ModelRegistration) -> None:
     """Have the request's key stand for what it made. Raises: ConflictError, if the key was used with another."""
-    make_once(registry, once, get_handed_in, lambda _session: answered)
+    make_once(registry, once, lambda session, made: get_handed_in(session, caller, made), lambda _session: answered)
 
 
-def get_handed_in(session: Session, model_id: str) -> Model | ModelRegistration:
+def get_handed_in(session: Session, caller: Caller, model_id: str) -> Model | ModelRegistration:
     """The model of an id, or what became of its registration so far. Raises: NotFoundError."""
-    found = find_handed_in(session, model_id)
+    found = find_handed_in(session, caller, model_id)
     if found is None:
         raise NotFoundError(f"no model {model_id!r}; accepted: an id that GET /v1/models lists")
     return found
 
 
-def _made_before(session: Session, once: Once | None) -> Model | ModelRegistration | None:
+def _once(caller: Caller, idempotency_key: str | None, content_hash: str, private: bool) -> Once | None:
+    request = f"{content_hash} private" if private else content_hash
+    return Once.of(caller, "register_model", idempotency_key, request)
+
+
+def _made_before(session: Session, caller: Caller, once: Once | None) -> Model | ModelRegistration | None:
     """What the same request made. Raises: ConflictError, if its key was used with another; NotFoundError."""
     made = None if once is None else once.found(session)
-    return None if made is None else get_handed_in(session, made)
+    return None if made is None else get_handed_in(session, caller, made)
 
 
-def _outcome(registry: Registry, registration_id: str) -> Model | ModelRegistration:
+def _outcome(registry: Registry, caller: Caller, registration_id: str) -> Model | ModelRegistration:
     """The registration's model, or the registration if it is not over. Raises: the error of a refused one."""
     with registry.read() as session:
-        found = get_handed_in(session, registration_id)
+        found = get_handed_in(session, caller, registration_id)
         if isinstance(found, ModelRegistration) and (refusal := refusal_of(found)):
             raise refusal
         return found
@@ -160,38 +196,85 @@ def _check_room(session: Session, max_queued_jobs: int) -> None:
         raise TooManyRequestsError(f"{queued} models wait to be described; accepted: fewer than {max_queued_jobs}")
 
 
-def get_model(session: Session, model_id: str) -> Model:
+def get_model(session: Session, caller: Caller, model_id: str) -> Model:
     """The model of an id. Raises: NotFoundError; ConflictError, if it was handed in and is not ready."""
-    model = session.get(Model, model_id)
+    model = visible_model(session, caller, model_id)
     if model is None:
-        if reason := why_not_ready(session, model_id):
+        registration = visible_registration(session, caller, model_id)
+        if registration is not None and (reason := why_not_ready(session, registration)):
             raise ConflictError(reason)
         raise NotFoundError(f"no model {model_id!r}; accepted: an id that GET /v1/models lists")
     return model
 
 
-def delete_model(registry: Registry, caller: Caller, artifacts: ArtifactStore, model_id: str) -> None:
-    """Delete a model nothing refers to, or the registration of one that was refused; its files included.
+def delete_model(
+    registry: Registry, caller: Caller, artifacts: ArtifactStore, model_id: str, cascade: bool = False
+) -> None:
+    """Delete a model and its files, or the registration of one that was refused.
+
+    Jobs that are over and stored samples remain. The model's row does, too, as they name it.
+
+    Args:
+        cascade: delete the model's schedules and their aliases, too.
 
     Raises:
-        NotFoundError, ConflictError.
+        NotFoundError.
+        ConflictError: a job that is not over uses the model, or it has schedules and `cascade` is not set.
     """
     with registry.write() as session:
-        refused = session.get(ModelRegistration, model_id, with_for_update=True)
+        refused = visible_registration(session, caller, model_id, lock=True)
         if refused is not None and refusal_of(refused) is not None:
             session.delete(refused)
             artifact: str | None = refused.artifact
         else:
-            model = get_model(session, model_id)
-            for referrer in (Schedule, TuningJob, SampleJob):
-                if session.scalar(select(exists().where(referrer.model_id == model_id))):
-                    name = referrer.__tablename__
-                    raise ConflictError(f"model {model_id!r} has {name}; accepted: a model without any")
-            session.delete(model)
+            model = get_model(session, caller, model_id)
+            # New jobs and schedules refer to the row, so they wait for this lock.
+            session.refresh(model, with_for_update=True)
+            _check_unused(session, caller, model_id, cascade)
+            session.execute(delete(ScheduleAlias).where(ScheduleAlias.model_id == model_id))
+            model.deleted_at = utc_now()
             artifact = model.source.get("artifact")
         caller.record(session, "delete_model", model_id)
     if artifact:
         artifacts.remove(artifact)
+
+
+def _check_unused(session: Session, caller: Caller, model_id: str, cascade: bool) -> None:
+    """Refuse to delete a model that is used, and name what uses it as far as the caller sees it. Raises: ConflictError.
+
+    Private schedules of other keys are never deleted with a model, except by an admin.
+    """
+    using: list[str] = []
+    hidden = False
+    for job_class, kind in ((TuningJob, "tuning job"), (SampleJob, "sampling job")):
+        jobs = select(job_class.id).where(job_class.model_id == model_id, job_class.state.not_in(FINAL_STATES))
+        if job_class is SampleJob:
+            jobs = jobs.where(SampleJob.parent_id.is_(None))
+        if not caller.may(Scope.ADMIN):
+            hidden |= _any(session, jobs.where(job_class.owner.is_distinct_from(caller.owner)))
+            jobs = jobs.where(job_class.owner == caller.owner)
+        using += _named(session, jobs, kind)
+    schedules = select(Schedule.id).where(Schedule.model_id == model_id)
+    hidden |= _any(session, schedules.where(not_(is_visible(caller, Schedule))))
+    accepted = "a model whose jobs are over (cancel them, or wait)" if using else "cascade=true deletes them, too"
+    if hidden:
+        using.append("jobs or schedules of other API keys")
+        accepted = "a model whose jobs are over, and that is nobody else's; or a key that has 'admin'"
+    if not cascade:
+        using += _named(session, schedules.where(is_visible(caller, Schedule)), "schedule")
+    if using:
+        raise ConflictError(f"model {model_id!r} is used by {', '.join(using)}; accepted: {accepted}")
+
+
+def _any(session: Session, ids: Select[str]) -> bool:
+    return session.scalar(ids.limit(1)) is not None
+
+
+def _named(session: Session, ids: Select[str], kind: str) -> list[str]:
+    """The first few of some rows by name, such as "schedule 'sch_1'", and whether there are more."""
+    found = session.scalars(ids.limit(MAX_NAMED + 1)).all()
+    more = [f"more {kind}s"] if len(found) > MAX_NAMED else []
+    return [f"{kind} {row_id!r}" for row_id in found[:MAX_NAMED]] + more
 
 
 def _insert(registry: Registry, caller: Caller, model: Model, once: Once | None) -> tuple[Model, bool]:
@@ -200,7 +283,7 @@ def _insert(registry: Registry, caller: Caller, model: Model, once: Once | None)
 
     def make(session: Session) -> Model:
         nonlocal created
-        found = find_model(session, model.content_hash)
+        found = find_model(session, model.content_hash, model.private_to)
         created = found is None
         if found is not None:
             return found
@@ -209,4 +292,4 @@ def _insert(registry: Registry, caller: Caller, model: Model, once: Once | None)
         caller.record(session, "register_model", model.id)
         return model
 
-    return make_once(registry, once, get_model, make)[0], created
+    return make_once(registry, once, lambda session, made: get_model(session, caller, made), make)[0], created

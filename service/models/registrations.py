@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from service.access.callers import Caller
+from service.access.visibility import is_visible, visible_model, visible_registration
 from service.http.errors import InvalidError, JobFailedError, ServiceError
 from service.http.fields import PageQuery, newest_first
 from service.models.archive import LOC
@@ -25,21 +27,20 @@ def refusal_of(registration: ModelRegistration) -> ServiceError | None:
     return JobFailedError(f"the model could not be described: {error}")
 
 
-def find_handed_in(session: Session, model_id: str) -> Model | ModelRegistration | None:
+def find_handed_in(session: Session, caller: Caller, model_id: str) -> Model | ModelRegistration | None:
     """The model of an id, or the registration that is not over or was refused; of the same content, the other's model.
 
-    None if there is neither, or if the model has been deleted.
+    None if there is neither, if the caller may not see it, or if the model has been deleted.
     """
-    registration = session.get(ModelRegistration, model_id)
+    registration = visible_registration(session, caller, model_id)
     if registration is None or registration.state == JobState.SUCCEEDED:
-        own_id = model_id if registration is None else registration.model_id
-        return session.get(Model, own_id)
+        return visible_model(session, caller, model_id if registration is None else registration.model_id)
     return registration
 
 
 def newest_registrations(
-    session: Session, states: Sequence[JobState], page: PageQuery
+    session: Session, caller: Caller, states: Sequence[JobState], page: PageQuery
 ) -> tuple[Sequence[ModelRegistration], str | None]:
-    """One page of the registrations in some states, newest first, and the cursor of the next."""
-    query = select(ModelRegistration).where(ModelRegistration.state.in_(states))
+    """One page of the registrations in some states that the caller sees, newest first, and the cursor of the next."""
+    query = select(ModelRegistration).where(ModelRegistration.state.in_(states), is_visible(caller, ModelRegistration))
     return newest_first(session, query, ModelRegistration.id, page)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.http.errors import Problem
-from service.http.fields import ModelId, NextCursor, Time
+from service.http.fields import ModelId, NextCursor, Owner, Private, Time
 from service.models.registrations import refusal_of
 from service.registry.tables import JobState, ModelRegistration
 from service.shared.fields import PRINTABLE
@@ -21,6 +21,9 @@ STATES: dict[JobState, RegistrationState] = {
 }
 
 
+PRIVATE_MODEL = "Only the API key that registers it, and admins, see the model and what is made with it."
+
+
 class BuiltinModelRequest(BaseModel):
     """Register a model that comes with the package."""
 
@@ -30,6 +33,7 @@ class BuiltinModelRequest(BaseModel):
     name: str | None = Field(
         None, min_length=1, max_length=200, pattern=PRINTABLE, description="Default: the built-in's own name."
     )
+    private: bool = Field(False, description=PRIVATE_MODEL)
 
 
 class ModelSpec(BaseModel):
@@ -94,6 +98,8 @@ class ModelOut(BaseModel):
     name: str = Field(examples=["digits8"])
     content_hash: str = Field(examples=["sha256:9f86d081884c7d65"])
     state: Literal["ready"] = "ready"
+    owner: Owner
+    private: Private
     ignored_files: IgnoredFiles
     spec: ModelSpec
     created_at: Time
@@ -114,12 +120,14 @@ class ModelRegistrationOut(BaseModel):
     problem: Problem | None = Field(
         examples=[None], description="Why it was refused, as the answer to a request that waits says it."
     )
+    owner: Owner
+    private: Private
     ignored_files: IgnoredFiles
     created_at: Time
 
     @classmethod
     def of(cls, registration: ModelRegistration) -> Self:
-        names = ("id", "name", "content_hash", "ignored_files", "created_at")
+        names = ("id", "name", "content_hash", "owner", "private", "ignored_files", "created_at")
         refusal = refusal_of(registration)
         return cls(
             **{name: getattr(registration, name) for name in names},

@@ -70,9 +70,14 @@ def revoke_key(session: Session, key_id: str) -> ApiKey | None:
 
 def is_valid(session: Session, key_id: str) -> bool:
     """Whether a key was neither revoked nor has expired."""
-    now = utc_now()
-    unexpired = or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > now)
-    return bool(session.scalar(select(exists().where(ApiKey.id == key_id, ApiKey.revoked_at.is_(None), unexpired))))
+    return bool(valid_keys(session, [key_id]))
+
+
+def valid_keys(session: Session, key_ids: Collection[str]) -> set[str]:
+    """Those of some keys that were neither revoked nor have expired."""
+    unexpired = or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > utc_now())
+    query = select(ApiKey.id).where(ApiKey.id.in_(key_ids), ApiKey.revoked_at.is_(None), unexpired)
+    return set(session.scalars(query))
 
 
 def jobs_of_revoked_keys(session: Session, job_class: type[TuningJob | SampleJob], limit: int = 100) -> Sequence[str]:

@@ -28,7 +28,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session, aliased
 
 from service.registry.jobs import Claim, claimed_by, finish, hand_back
-from service.registry.tables import FINAL_STATES, JobState, RegistryChanges, SampleJob
+from service.registry.tables import FINAL_STATES, JobState, Model, RegistryChanges, SampleJob
 from service.registry.types import FromNow, first_id, utc_now
 
 # Jobs of models that a worker has loaded go before others, until one of the others has waited this long.
@@ -349,7 +349,8 @@ def models_sampled_last(session: Session, count: int) -> list[tuple[str, dict[st
     that are being sampled it is not known yet, unless a worker was lost with them.
     """
     known = or_(SampleJob.state.in_(FINAL_STATES), SampleJob.losses > 0)
-    used = select(SampleJob).where(SampleJob.started_at.is_not(None), SampleJob.num_parts == 0, known)
+    used = select(SampleJob).join(Model).where(Model.deleted_at.is_(None))
+    used = used.where(SampleJob.started_at.is_not(None), SampleJob.num_parts == 0, known)
     last: dict[str, SampleJob] = {}
     for job in session.scalars(used.order_by(SampleJob.id.desc()).limit(1000)):
         last.setdefault(job.model_id, job)

@@ -6,7 +6,7 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, MetaData, String, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, MetaData, String, UniqueConstraint, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from service.registry.types import ExactDecimal, UtcDateTime, new_id, utc_now
@@ -22,6 +22,7 @@ class JobState(StrEnum):
     CANCELLED = "cancelled"
 
 
+_NOT_DELETED = text("deleted_at IS NULL")
 FINAL_STATES = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 
 
@@ -55,17 +56,51 @@ class Base(DeclarativeBase):
     }
 
 
-class Model(Base):
-    """A frozen network. `spec` describes it to users; `source` says how a worker loads it."""
+PUBLIC = ""
+
+
+class CanBePrivate:
+    """The columns of what one API key may have for itself.
+
+    Attributes:
+        owner: the key that made it; null if none was needed, and of what older versions stored.
+        private_to: the one key that sees it, beside those that may administer; `PUBLIC`: every key sees it.
+    """
+
+    owner: Mapped[str | None]
+    private_to: Mapped[str] = mapped_column(default=PUBLIC, server_default=PUBLIC)
+
+    @property
+    def private(self) -> bool:
+        return self.private_to != PUBLIC
+
+
+class Model(CanBePrivate, Base):
+    """A frozen network. `spec` describes it to users; `source` says how a worker loads it.
+
+    The row of a model that was deleted has a `deleted_at`. It remains, because jobs and schedules name it, and only
+    their history shows it. Its files are gone.
+    """
 
     __tablename__ = "models"
+    __table_args__ = (
+        Index(
+            "ix_models_content_hash",
+            "content_hash",
+            "private_to",
+            unique=True,
+            sqlite_where=_NOT_DELETED,
+            postgresql_where=_NOT_DELETED,
+        ),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("mdl"))
     name: Mapped[str]
-    content_hash: Mapped[str] = mapped_column(unique=True)
+    content_hash: Mapped[str]
     source: Mapped[dict[str, Any]]  # {"builtin": name} or {"artifact": folder, "ignored_files": names}
     spec: Mapped[dict[str, Any]]
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
+    deleted_at: Mapped[datetime | None]
 
     @property
     def ignored_files(self) -> list[str]:
@@ -216,7 +251,7 @@ class OfSetting:
     clipping: Mapped[str] = mapped_column(default="own", server_default="own")  # "own": as the model's scheduler does.
 
 
-class Schedule(OfSetting, Base):
+class Schedule(OfSetting, CanBePrivate, Base):
     """A tuned few-step schedule, its place in the registry, and its evaluation.
 
     `score` is the metric that decides, tuned over untuned: below 1 is better. Imported schedules have neither score
@@ -227,9 +262,9 @@ class Schedule(OfSetting, Base):
     # Lists are indexed by these sets of filters, the narrowest first.
     LISTED_BY = (("model_id", "num_steps"), ("model_id",), ())
     __table_args__ = (
-        UniqueConstraint(*OfSetting.KEY, "version", name="uq_schedules_version"),
-        Index("ix_schedules_resolve", *OfSetting.KEY, "status", "score", "id"),
-        *_list_indexes("schedules", LISTED_BY, (*OfSetting.KEY, "status")),
+        UniqueConstraint(*OfSetting.KEY, "private_to", "version", name="uq_schedules_version"),
+        Index("ix_schedules_resolve", *OfSetting.KEY, "private_to", "status", "score", "id"),
+        *_list_indexes("schedules", LISTED_BY, (*OfSetting.KEY, "status", "private_to")),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("sch"))
@@ -248,13 +283,17 @@ class Schedule(OfSetting, Base):
 
 
 class ScheduleVersion(OfSetting, Base):
-    """The newest version that a setting ever had. Deleted schedules keep their versions, which are not given again."""
+    """The newest version that a setting ever had. Deleted schedules keep their versions, which are not given again.
+
+    Each key counts its private schedules for itself: a gap between versions would tell of others' schedules.
+    """
 
     __tablename__ = "schedule_versions"
-    __table_args__ = (UniqueConstraint(*OfSetting.KEY, name="uq_schedule_versions_setting"),)
+    __table_args__ = (UniqueConstraint(*OfSetting.KEY, "private_to", name="uq_schedule_versions_setting"),)
 
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id", ondelete="CASCADE"))
+    private_to: Mapped[str] = mapped_column(default=PUBLIC, server_default=PUBLIC)
     newest: Mapped[int]
 
 
@@ -335,7 +374,7 @@ class SampleJob(Job):
     artifact_row: Mapped[int] = mapped_column(default=0)
 
 
-class ModelRegistration(Job):
+class ModelRegistration(CanBePrivate, Job):
     """A model that was handed in, until a worker has loaded and described it.
 
     The model gets this row's id, unless its content is that of a registered model. `request` is
@@ -347,7 +386,6 @@ class ModelRegistration(Job):
     __table_args__ = (Index(None, "state"),)
 
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("mdl"))
-    owner: Mapped[str | None]  # the API key that asked; null: none was needed
     name: Mapped[str]
     content_hash: Mapped[str] = mapped_column(index=True)
     artifact: Mapped[str]  # the folder of its files

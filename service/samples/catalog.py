@@ -2,7 +2,10 @@
 
 from sqlalchemy.orm import Session
 
+from service.access.callers import Caller
+from service.access.visibility import may_see
 from service.http.errors import InvalidError
+from service.registry.keys import Scope
 from service.registry.samples import changes
 from service.registry.tables import Model, Schedule
 from service.request_checks import get_requested_model
@@ -30,36 +33,38 @@ class Catalog:
             self._changes = now
             self._models, self._schedules = {}, {}
 
-    def model(self, session: Session, model_id: str) -> Model:
+    def model(self, session: Session, caller: Caller, model_id: str) -> Model:
         """Raises: InvalidError."""
-        if model_id not in self._models:
-            model = get_requested_model(session, model_id)
+        model = self._models.get(model_id)
+        if model is None or not may_see(caller, model):
+            model = get_requested_model(session, caller, model_id)
             session.expunge(model)
             self._models[model_id] = model
-        return self._models[model_id]
+        return model
 
-    def schedule(self, session: Session, request: SampleRequest) -> Schedule | None:
+    def schedule(self, session: Session, caller: Caller, request: SampleRequest) -> Schedule | None:
         """The schedule that a request is sampled with, None for untuned. Raises: InvalidError."""
-        key = str((request.schedule, request.timesteps == "default", request.key()))
+        whose = (caller.owner, caller.may(Scope.ADMIN))  # What a caller sees decides what is found.
+        key = str((whose, request.schedule, request.timesteps == "default", request.key()))
         if key not in self._schedules:
             if len(self._schedules) >= MAX_CACHED_SCHEDULES:
                 self._schedules = {}
-            schedule = _schedule(session, request)
+            schedule = _schedule(session, caller, request)
             if schedule is not None:
                 session.expunge(schedule)
             self._schedules[key] = schedule
         return self._schedules[key]
 
 
-def _schedule(session: Session, request: SampleRequest) -> Schedule | None:
+def _schedule(session: Session, caller: Caller, request: SampleRequest) -> Schedule | None:
     if request.schedule == "none":
         return None
     if request.timesteps != "default":
         message = "timesteps is for untuned sampling; accepted: 'default', or schedule 'none'"
         raise InvalidError(message, ("body", "timesteps"), request.timesteps)
     if request.schedule == "auto":
-        return resolve(session, request)[0]
-    schedule = find_for_sampling(session, request.model, request.schedule)
+        return resolve(session, caller, request)[0]
+    schedule = find_for_sampling(session, caller, request.model, request.schedule)
     # A schedule may be used with another guidance than it was tuned for, but not with another sampler or step number.
     if (schedule.sampler, schedule.num_steps) != (request.sampler, request.num_steps):
         message = f"schedule {schedule.id!r} is for {schedule.num_steps} steps of {schedule.sampler}"

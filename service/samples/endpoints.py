@@ -26,9 +26,8 @@ from service.http.errors import (
 )
 from service.http.fields import JSON_TYPE, PathId, require_json
 from service.http.preferences import Prefer, read_preference
-from service.models.logic import get_model
 from service.registry.samples import LATE, Ended, sample_again
-from service.registry.tables import FINAL_STATES, JobState, SampleJob
+from service.registry.tables import FINAL_STATES, JobState, Model, SampleJob
 from service.registry.types import new_id
 from service.samples.content import negotiate
 from service.samples.reading import cancel_job, end_of, read_job
@@ -227,5 +226,6 @@ def _image_shape(state: AppState, samples: SamplesState, model_id: str) -> list[
     """The image shape of a model, which never changes."""
     if model_id not in samples.image_shapes:
         with state.registry.read() as session:
-            samples.image_shapes[model_id] = get_model(session, model_id).spec["image_shape"]
+            # The model may have been deleted, and its samples are there still.
+            samples.image_shapes[model_id] = session.get_one(Model, model_id).spec["image_shape"]
     return samples.image_shapes[model_id]

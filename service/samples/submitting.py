@@ -95,7 +95,7 @@ def _new(
 
 def _make_job(session: Session, settings: Settings, catalog: Catalog, submission: Submission) -> SampleJob:
     request = submission.request
-    model = catalog.model(session, request.model)
+    model = catalog.model(session, submission.caller, request.model)
     if submission.accept is not None:
         negotiate(submission.accept, model.spec["image_shape"])
     check_setting(model.spec, request)
@@ -107,7 +107,7 @@ def _make_job(session: Session, settings: Settings, catalog: Catalog, submission
     if request.uncond_condition is None:
         takes_arrays = model.spec["condition_shape"] is not None
         check_uncond(model.spec, request, "uncond_condition" if takes_arrays else "guidance_scale 1")
-    schedule = catalog.schedule(session, request)
+    schedule = catalog.schedule(session, submission.caller, request)
     stored = request.model_copy(update={"class_labels": labels}).model_dump(mode="json")
     deadline, schedule_id = request.deadline_seconds, None if schedule is None else schedule.id
     return SampleJob(
@@ -167,8 +167,10 @@ def _charge(
         if new and key is not None and key.pixel_steps_per_day is not None:
             limited[key.id].append(i)
     for key_id, indices in sorted(limited.items()):
-        requests = [submissions[i].request for i in indices]
-        costs = [sampling_cost(request, catalog.model(session, request.model)) for request in requests]
+        limited_by = [submissions[i] for i in indices]
+        costs = [
+            sampling_cost(each.request, catalog.model(session, each.caller, each.request.model)) for each in limited_by
+        ]
         for i, cost, left in zip(indices, costs, charge(session, key_id, costs), strict=True):
             key = submissions[i].caller.key
             if left is not None and key is not None:

@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Path, Response
 from sqlalchemy.orm import Session
 
-from service.access.callers import MayWriteModels, needs
+from service.access.callers import AnyCaller, MayWriteModels
 from service.access.idempotency import GivenKey, Once, make_once
 from service.http.errors import ConflictError, InvalidError, NotFoundError, UnsupportedMediaTypeError, error_responses
 from service.http.fields import PathId, require_json
@@ -30,14 +30,13 @@ from service.state import WRITES, State
 router = APIRouter(tags=["schedules"])
 
 AliasName = Annotated[str, Path(pattern=ALIAS, description="Such as `production`.")]
-READS = [needs()]
 
 
-@router.get("/v1/schedules", operation_id="list_schedules", dependencies=READS, responses=error_responses(InvalidError))
-def list_schedules(state: State, query: ScheduleFilters) -> SchedulePage:
-    """Stored schedules that match every filter given, newest first."""
+@router.get("/v1/schedules", operation_id="list_schedules", responses=error_responses(InvalidError))
+def list_schedules(caller: AnyCaller, state: State, query: ScheduleFilters) -> SchedulePage:
+    """Stored schedules that match every filter given, newest first: all that are not private, and the caller's own."""
     with state.registry.read() as session:
-        rows, cursor = logic.newest(session, query)
+        rows, cursor = logic.newest(session, caller, query)
         return SchedulePage(items=[ScheduleOut.model_validate(row) for row in rows], next_cursor=cursor)
 
 
@@ -55,11 +54,11 @@ def import_schedule(
     once = Once.of(caller, "import_schedule", idempotency_key, body.model_dump_json())
 
     def make(session: Session) -> Schedule:
-        schedule = logic.import_schedule(session, body)
+        schedule = logic.import_schedule(session, caller, body)
         caller.record(session, "import_schedule", schedule.id)
         return schedule
 
-    schedule, _ = make_once(state.registry, once, logic.get_schedule, make)
+    schedule, _ = make_once(state.registry, once, lambda session, made: logic.get_schedule(session, caller, made), make)
     response.headers["Location"] = f"/v1/schedules/{schedule.id}"
     return ScheduleOut.model_validate(schedule)
 
@@ -67,27 +66,25 @@ def import_schedule(
 @router.get(
     "/v1/schedules/resolve",
     operation_id="resolve_schedule",
-    dependencies=READS,
     responses=error_responses(InvalidError),
 )
-def resolve_schedule(state: State, query: ResolveParams) -> Resolution:
+def resolve_schedule(caller: AnyCaller, state: State, query: ResolveParams) -> Resolution:
     """The schedule that sampling with `schedule: "auto"` would use, and why."""
     with state.registry.read() as session:
-        check_setting(get_requested_model(session, query.model, where="query").spec, query, where="query")
-        schedule, reason = logic.resolve(session, query)
+        check_setting(get_requested_model(session, caller, query.model, where="query").spec, query, where="query")
+        schedule, reason = logic.resolve(session, caller, query)
         return Resolution(schedule=schedule and ScheduleOut.model_validate(schedule), reason=reason)
 
 
 @router.get(
     "/v1/schedules/{schedule_id}",
     operation_id="get_schedule",
-    dependencies=READS,
     responses=error_responses(NotFoundError),
 )
-def get_schedule(schedule_id: PathId, state: State) -> ScheduleOut:
+def get_schedule(caller: AnyCaller, schedule_id: PathId, state: State) -> ScheduleOut:
     """One schedule, with its evaluation."""
     with state.registry.read() as session:
-        return ScheduleOut.model_validate(logic.get_schedule(session, schedule_id))
+        return ScheduleOut.model_validate(logic.get_schedule(session, caller, schedule_id))
 
 
 @router.delete(
@@ -105,13 +102,12 @@ def delete_schedule(caller: MayWriteModels, schedule_id: PathId, state: State) -
 @router.get(
     "/v1/models/{model_id}/aliases",
     operation_id="list_aliases",
-    dependencies=READS,
     responses=error_responses(NotFoundError, ConflictError),
 )
-def list_aliases(model_id: PathId, state: State) -> AliasList:
+def list_aliases(caller: AnyCaller, model_id: PathId, state: State) -> AliasList:
     """The names given to a model's schedules."""
     with state.registry.read() as session:
-        return AliasList(items=[AliasOut.model_validate(alias) for alias in logic.aliases(session, model_id)])
+        return AliasList(items=[AliasOut.model_validate(alias) for alias in logic.aliases(session, caller, model_id)])
 
 
 @router.put(
@@ -123,9 +119,9 @@ def list_aliases(model_id: PathId, state: State) -> AliasList:
 def set_alias(caller: MayWriteModels, model_id: PathId, name: AliasName, body: AliasRequest, state: State) -> AliasOut:
     """Give one of a model's schedules a name, or move the name to another one."""
     with state.registry.write() as session:
-        get_model(session, model_id)
+        get_model(session, caller, model_id)
         caller.record(session, "set_alias", f"{model_id}/{name}")
-        return AliasOut.model_validate(logic.set_alias(session, model_id, name, body.schedule))
+        return AliasOut.model_validate(logic.set_alias(session, caller, model_id, name, body.schedule))
 
 
 @router.delete(
@@ -138,5 +134,5 @@ def set_alias(caller: MayWriteModels, model_id: PathId, name: AliasName, body: A
 def delete_alias(caller: MayWriteModels, model_id: PathId, name: AliasName, state: State) -> None:
     """Take a name away from its schedule."""
     with state.registry.write() as session:
-        logic.delete_alias(session, model_id, name)
+        logic.delete_alias(session, caller, model_id, name)
         caller.record(session, "delete_alias", f"{model_id}/{name}")

@@ -8,6 +8,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, aliased, joinedload
 
 from service.access.callers import Caller
+from service.access.visibility import hidden_models, is_visible, realms, visible_model, visible_schedule
 from service.http.errors import ConflictError, InvalidError, NotFoundError
 from service.models.logic import get_model
 from service.registry.database import Registry
@@ -23,16 +24,19 @@ MAX_COUNTED = 100
 RESERVED_ALIASES = ("auto", "none")
 
 
-def get_schedule(session: Session, schedule_id: str) -> Schedule:
-    """A schedule and its evaluation. Raises: NotFoundError."""
-    schedule = session.get(Schedule, schedule_id, options=[joinedload(Schedule.evaluation)])
+def get_schedule(session: Session, caller: Caller, schedule_id: str) -> Schedule:
+    """A schedule that the caller sees, and its evaluation. Raises: NotFoundError."""
+    found = session.get(Schedule, schedule_id, options=[joinedload(Schedule.evaluation)])
+    schedule = visible_schedule(session, caller, found)
     if schedule is None:
         raise NotFoundError(f"no schedule {schedule_id!r}; accepted: an id that GET /v1/schedules lists")
     return schedule
 
 
-def newest(session: Session, query: ScheduleQuery) -> tuple[Sequence[Schedule], str | None]:
-    """One page of the schedules that match every filter given, by falling id, and the cursor of the next.
+def newest(session: Session, caller: Caller, query: ScheduleQuery) -> tuple[Sequence[Schedule], str | None]:
+    """One page of the schedules that the caller sees and that match every filter given, and the cursor of the next.
+
+    They come by falling id.
 
     However few match, at most `MAX_SCANNED` entries of one index are looked at. So a page before the last may have
     fewer than `limit` rows, or none.
@@ -43,6 +47,8 @@ def newest(session: Session, query: ScheduleQuery) -> tuple[Sequence[Schedule], 
     indexed = next(names for names in Schedule.LISTED_BY if given.keys() >= set(names))
     others = [name for name in given if name not in indexed]
     scan = select(Schedule.id).filter_by(**{name: given[name] for name in indexed}).order_by(Schedule.id.desc())
+    # What is hidden is left out here, so that no cursor names it.
+    scan = scan.where(Schedule.model_id.not_in(hidden_models(caller)), is_visible(caller, Schedule))
     if query.cursor is not None:
         scan = scan.where(Schedule.id < query.cursor)
 
@@ -63,10 +69,19 @@ def newest(session: Session, query: ScheduleQuery) -> tuple[Sequence[Schedule], 
     return rows, session.scalar(scan.offset(MAX_SCANNED - 1).limit(1)) if others else None
 
 
-def resolve(session: Session, setting: SamplingSetting) -> tuple[Schedule | None, str]:
-    """The best accepted schedule for exactly this setting, or None for untuned, and the reason."""
-    schedule, num_rejected = session.execute(_best(), setting.key()).one()
-    if schedule is not None:
+def resolve(session: Session, caller: Caller, setting: SamplingSetting) -> tuple[Schedule | None, str]:
+    """The best accepted schedule for exactly this setting, or None for untuned, and the reason.
+
+    It is one of the public schedules and of those that are private to the caller's own key, for admins, too.
+    """
+    found = [
+        session.execute(_best(), setting.key() | {"private_to": private_to}).one() for private_to in realms(caller)
+    ]
+    accepted = [schedule for schedule, _ in found if schedule is not None]
+    num_rejected = sum(count for _, count in found)
+    if accepted:
+        lowest = min(schedule.score or 0.0 for schedule in accepted)
+        schedule = max((one for one in accepted if one.score == lowest), key=lambda one: one.id)
         return schedule, f"version {schedule.version}: the lowest score of the accepted schedules, {schedule.score:.4f}"
     counted = f"{num_rejected}" if num_rejected <= MAX_COUNTED else f"more than {MAX_COUNTED}"
     return None, f"untuned: no accepted schedule for this setting ({counted} rejected)"
@@ -74,13 +89,14 @@ def resolve(session: Session, setting: SamplingSetting) -> tuple[Schedule | None
 
 @cache  # Making the statement takes longer than running it.
 def _best() -> Select[Schedule | None, int]:
-    """One row for a setting's key: the best accepted schedule, or None, and how many were rejected if there is none.
+    """One row for a setting's key and a `private_to`: the best accepted schedule, or None, and how many were rejected.
 
+    They are counted only where none was accepted.
     The best has the lowest score, and is the newest of equals. Rejected schedules are counted no further than needed.
 
     It is one query. Each part reads one end of a range of `ix_schedules_resolve`, however many versions there are.
     """
-    of_setting = [getattr(Schedule, name) == bindparam(name) for name in Schedule.KEY]
+    of_setting = [getattr(Schedule, name) == bindparam(name) for name in (*Schedule.KEY, "private_to")]
     is_accepted = and_(*of_setting, Schedule.status == ScheduleStatus.ACCEPTED)
     lowest = select(func.min(Schedule.score)).where(is_accepted).scalar_subquery()
     accepted = select(Schedule).where(is_accepted, Schedule.score == lowest).order_by(Schedule.id.desc()).limit(1)
@@ -93,16 +109,18 @@ def _best() -> Select[Schedule | None, int]:
     return query.options(joinedload(best.evaluation))
 
 
-def import_schedule(session: Session, request: ScheduleImport) -> Schedule:
+def import_schedule(session: Session, caller: Caller, request: ScheduleImport) -> Schedule:
     """Store a schedule made elsewhere as the next version of its setting. Raises: InvalidError."""
-    spec = get_requested_model(session, request.model).spec
+    spec = get_requested_model(session, caller, request.model).spec
     check_setting(spec, request)
     _check_table(request)
     _check_grid(request, spec["T"], spec.get("t_min", 0.0))  # Models registered by older versions have no t_min.
-    key = request.key()
+    key, private_to = request.key(), caller.private_to(request.private)
     schedule = Schedule(
         **key,
-        version=next_version(session, key),
+        owner=caller.owner,
+        private_to=private_to,
+        version=next_version(session, key, private_to),
         status=ScheduleStatus.IMPORTED,
         timesteps=request.timesteps,
         t_ratios=request.t_ratios,
@@ -124,7 +142,7 @@ def delete_schedule(registry: Registry, caller: Caller, schedule_id: str) -> Non
     conflict = ConflictError(f"schedule {schedule_id!r} has aliases or samples; accepted: one without any")
     try:
         with registry.write() as session:
-            schedule = get_schedule(session, schedule_id)
+            schedule = get_schedule(session, caller, schedule_id)
             for referrer in (ScheduleAlias, SampleJob):
                 if session.scalar(select(exists().where(referrer.schedule_id == schedule_id))):
                     raise conflict
@@ -170,38 +188,43 @@ def _check_table(request: ScheduleImport) -> None:
         raise InvalidError(message, ("body", "eta"), float(request.eta))
 
 
-def find_for_sampling(session: Session, model_id: str, name: str) -> Schedule:
+def find_for_sampling(session: Session, caller: Caller, model_id: str, name: str) -> Schedule:
     """The schedule a sampling request names, by id or alias. Raises: InvalidError."""
     schedule = session.get(Schedule, name)
     if schedule is None and (alias := session.get(ScheduleAlias, (model_id, name))):
         schedule = session.get(Schedule, alias.schedule_id)
+    schedule = visible_schedule(session, caller, schedule)
     if schedule is None or schedule.model_id != model_id:
         accepted = "'auto', 'none', or the id or alias of a schedule of this model"
         raise InvalidError(f"no schedule {name!r} for this model; accepted: {accepted}", ("body", "schedule"), name)
     return schedule
 
 
-def set_alias(session: Session, model_id: str, name: str, schedule_id: str) -> ScheduleAlias:
+def set_alias(session: Session, caller: Caller, model_id: str, name: str, schedule_id: str) -> ScheduleAlias:
     """Point a model's alias at one of its schedules. Raises: InvalidError."""
     if name in RESERVED_ALIASES:
         raise InvalidError(f"name is {name!r}; accepted: any but {RESERVED_ALIASES}", ("path", "name"), name)
-    schedule = session.get(Schedule, schedule_id)
+    model, schedule = get_model(session, caller, model_id), session.get(Schedule, schedule_id)
+    schedule = visible_schedule(session, caller, schedule)
     if schedule is None or schedule.model_id != model_id:
         accepted = "the id of a schedule of this model"
         raise InvalidError(f"no schedule {schedule_id!r}; accepted: {accepted}", ("body", "schedule"), schedule_id)
+    if schedule.private and not model.private:
+        message = f"schedule {schedule_id!r} is private, and everybody sees the names of this model's schedules"
+        raise InvalidError(f"{message}; accepted: one that is not private", ("body", "schedule"), schedule_id)
     return session.merge(ScheduleAlias(model_id=model_id, name=name, schedule_id=schedule_id))
 
 
-def aliases(session: Session, model_id: str) -> Sequence[ScheduleAlias]:
+def aliases(session: Session, caller: Caller, model_id: str) -> Sequence[ScheduleAlias]:
     """A model's aliases by name. Raises: NotFoundError."""
-    get_model(session, model_id)
+    get_model(session, caller, model_id)
     return session.scalars(select(ScheduleAlias).filter_by(model_id=model_id).order_by(ScheduleAlias.name)).all()
 
 
-def delete_alias(session: Session, model_id: str, name: str) -> None:
+def delete_alias(session: Session, caller: Caller, model_id: str, name: str) -> None:
     """Delete a model's alias. Raises: NotFoundError."""
     alias = session.get(ScheduleAlias, (model_id, name))
-    if alias is None:
+    if alias is None or visible_model(session, caller, model_id) is None:
         raise NotFoundError(
             f"no alias {name!r} of model {model_id!r}; accepted: one that GET /v1/models/{model_id}/aliases lists"
         )

@@ -6,10 +6,17 @@ from typing import Annotated, Any, Literal
 from fastapi import Query
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
 
-from service.http.fields import ModelId, PageQuery, ScheduleId, Time, TuningJobId
+from service.http.fields import ModelId, Owner, PageQuery, Private, ScheduleId, Time, TuningJobId
 from service.registry.tables import ScheduleStatus
 from service.shared.fields import Eta, ExactNumber, GuidanceScale, Identifier, NumSteps
-from service.shared.job_requests import OWN_CLIPPING, ClippingText, GuidanceTime, SamplerName, SamplingSetting
+from service.shared.job_requests import (
+    OWN_CLIPPING,
+    PRIVATE_SCHEDULE,
+    ClippingText,
+    GuidanceTime,
+    SamplerName,
+    SamplingSetting,
+)
 from timetuner_core.catalog import GuidanceType
 
 MAX_DEPTH = 20
@@ -103,6 +110,8 @@ class ScheduleOut(BaseModel):
     model_config = ConfigDict(from_attributes=True)
 
     id: ScheduleId
+    owner: Owner
+    private: Private
     job: TuningJobId | None = Field(validation_alias="job_id")
     model: ModelId = Field(validation_alias="model_id")
     sampler: str = Field(examples=["ddim"])
@@ -154,6 +163,7 @@ class ScheduleImport(SamplingSetting):
     provenance: dict[str, FiniteJson] = Field(
         examples=[{"made_by": "another registry"}], default_factory=dict, description="How it was made."
     )
+    private: bool = PRIVATE_SCHEDULE
 
 
 class SchedulePage(BaseModel):

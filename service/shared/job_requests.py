@@ -134,6 +134,9 @@ def _any_of(schema: dict[str, Any]) -> None:
     schema["anyOf"] = schema.pop("oneOf")
 
 
+PRIVATE_SCHEDULE = Field(False, description="Only the API key that makes the schedule, and admins, see and use it.")
+
+
 class TuningJobRequest(SamplingSetting):
     """Tune one schedule."""
 
@@ -146,6 +149,7 @@ class TuningJobRequest(SamplingSetting):
     tuner: AnyTuner = Field(default_factory=EndToEndTuner, json_schema_extra=_any_of)
     evaluation: EvaluationRequest = Field(default_factory=EvaluationRequest)
     seed: Seed = 0
+    private: bool = PRIVATE_SCHEDULE
     webhook_url: WebhookUrl | None = WEBHOOK_URL
 
     @model_validator(mode="after")

@@ -43,6 +43,9 @@ class Settings(BaseSettings):
     artifacts_url: str = ""  # The default is a folder in the home.
     broker_url: str = Field("redis://127.0.0.1:6379/0", pattern=f"^{BROKER_URL}$")
     auth: Literal["auto", "on", "off"] = "auto"  # `auto` needs API keys once there is one.
+    forwarded_allow_ips: str = (
+        "127.0.0.1"  # Proxies whose headers say who asks: addresses and networks by commas, or *.
+    )
     device: str = Field("auto", pattern=f"^({DEVICE})$")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # The type of networks. Samples stay float32.
     channels_last: bool = False

@@ -1,6 +1,5 @@
 """/v1/tuning-jobs"""
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Annotated
 
@@ -25,6 +24,7 @@ from service.shared.job_requests import TuningJobRequest
 from service.shared.queue import publish
 from service.state import WRITES, AppState, State
 from service.tuning_jobs import logic
+from service.tuning_jobs.following import Events, TuningEvents
 from service.tuning_jobs.schemas import (
     EventOut,
     EventPage,
@@ -37,7 +37,6 @@ from service.tuning_jobs.schemas import (
 router = APIRouter(prefix="/v1/tuning-jobs", tags=["tuning jobs"])
 
 SSE_TYPE = "text/event-stream"
-EVENT_POLL_SECONDS = 0.25
 EVENTS = {"type": "string", "examples": ['id: 3\nevent: progress\ndata: {"id": 3, "type": "progress"}\n\n']}
 MAX_EVENT_ID = 2**63 - 1  # The column is a 64-bit integer.
 
@@ -109,6 +108,7 @@ async def list_tuning_job_events(
     caller: AnyCaller,
     job_id: PathId,
     state: State,
+    tuning_events: Events,
     accept: Annotated[str, Header(include_in_schema=False)] = JSON_TYPE,
     after: Annotated[int, Query(ge=0, le=MAX_EVENT_ID, description="Only events with a greater id.")] = 0,
     last_event_id: Annotated[str | None, Header(description="The same as `after`. SSE clients send it.")] = None,
@@ -118,7 +118,7 @@ async def list_tuning_job_events(
         after = min(int(last_event_id[:20]), MAX_EVENT_ID)
     if SSE_TYPE in accept:
         await run_in_threadpool(_read_events, state, caller, job_id, after)  # A 404 must come before the stream begins.
-        return EventSourceResponse(_stream(state, caller, job_id, after))
+        return EventSourceResponse(_stream(state, tuning_events, caller, job_id, after))
     events, _ = await run_in_threadpool(_read_events, state, caller, job_id, after)
     return Response(EventPage(items=events).model_dump_json(), media_type=JSON_TYPE)
 
@@ -133,12 +133,17 @@ def _read_events(state: AppState, caller: Caller, job_id: str, after: int) -> tu
     return events, over and len(events) < 1000
 
 
-async def _stream(state: AppState, caller: Caller, job_id: str, after: int) -> AsyncIterator[ServerSentEvent]:
-    while True:
-        events, over = await run_in_threadpool(_read_events, state, caller, job_id, after)
-        for event in events:
-            after = event.id
-            yield ServerSentEvent(event.model_dump_json(), event=event.type, id=str(event.id))
-        if over:
-            return
-        await asyncio.sleep(EVENT_POLL_SECONDS)
+async def _stream(
+    state: AppState, tuning_events: TuningEvents, caller: Caller, job_id: str, after: int
+) -> AsyncIterator[ServerSentEvent]:
+    with tuning_events.follow(job_id, caller, after) as follower:
+        while True:
+            # The flag is cleared before reading: an event that comes meanwhile sets it again.
+            follower.has_news.clear()
+            events, over = await run_in_threadpool(_read_events, state, caller, job_id, follower.last_id)
+            for event in events:
+                yield ServerSentEvent(event.model_dump_json(), event=event.type, id=str(event.id))
+                follower.last_id = event.id
+            if over:
+                return
+            await follower.has_news.wait()

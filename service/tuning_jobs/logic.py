@@ -51,9 +51,10 @@ def submit(
 
     def make(session: Session) -> TuningJob:
         check_room(session, settings.max_queued_jobs, caller.owner)
-        model = get_requested_model(session, request.model)
+        model = get_requested_model(session, caller, request.model)
         _check(request, model.spec)
         calls = _check_size(request, model.spec, settings)
+        caller.private_to(request.private)
         check_webhook(request.webhook_url, settings)
         caller.charge(session, calls * math.prod(model.spec["sample_shape"]))
         job = TuningJob(

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from service.access.callers import AnyCaller
+from service.access.callers import AnyCaller, Caller
+from service.access.visibility import visible_models
 from service.http.errors import InvalidError
 from service.http.fields import PageQuery, PathId, newest_first
 from service.http.validation import FieldsError
@@ -55,12 +56,12 @@ def read_query(request: Request, query: type[Query]) -> Query:
 def overview(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
     page = PageQuery(limit=ROWS_ON_OVERVIEW)
     with state.registry.read() as session:
-        models, _ = newest_first(session, select(Model), Model.id, page)
+        models, _ = newest_first(session, visible_models(caller), Model.id, page)
         jobs, _ = jobs_logic.newest(session, caller, None, page)
-        schedules, _ = schedules_logic.newest(session, ScheduleQuery(limit=ROWS_ON_OVERVIEW))
+        schedules, _ = schedules_logic.newest(session, caller, ScheduleQuery(limit=ROWS_ON_OVERVIEW))
         context = {
             "models": models,
-            "counts": {model.id: views.count_schedules(session, model.id) for model in models},
+            "counts": {model.id: views.count_schedules(session, caller, model.id) for model in models},
             "jobs": jobs,
             "schedules": schedules,
             "names": _names(session, (*jobs, *schedules)),
@@ -72,9 +73,9 @@ def overview(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
 @router.get("/models")
 def models(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
     with state.registry.read() as session:
-        rows, cursor = newest_first(session, select(Model), Model.id, read_query(request, PageQuery))
-        counts = {model.id: views.count_schedules(session, model.id) for model in rows}
-        unready, _ = newest_registrations(session, list(STATES), PageQuery(limit=UNREADY_MODELS))
+        rows, cursor = newest_first(session, visible_models(caller), Model.id, read_query(request, PageQuery))
+        counts = {model.id: views.count_schedules(session, caller, model.id) for model in rows}
+        unready, _ = newest_registrations(session, caller, list(STATES), PageQuery(limit=UNREADY_MODELS))
         registrations = [ModelRegistrationOut.of(row) for row in unready]
     context = {"models": rows, "counts": counts, "cursor": cursor, "registrations": registrations}
     return render(request, "models.html", caller, builtins=BUILTINS, **context)
@@ -83,16 +84,16 @@ def models(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
 @router.get("/models/{model_id}")
 def model(model_id: PathId, request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
     with state.registry.read() as session:
-        row = get_handed_in(session, model_id)
+        row = get_handed_in(session, caller, model_id)
         if not isinstance(row, Model):
             return render(request, "registration.html", caller, registration=ModelRegistrationOut.of(row))
-        schedules, _ = schedules_logic.newest(session, ScheduleQuery(model=model_id, limit=ROWS_ON_OVERVIEW))
+        schedules, _ = schedules_logic.newest(session, caller, ScheduleQuery(model=model_id, limit=ROWS_ON_OVERVIEW))
         context = {
             "model": row,
-            "count": views.count_schedules(session, model_id),
+            "count": views.count_schedules(session, caller, model_id),
             "schedules": schedules,
             "aliases": views.aliases_of(session, schedules),
-            "of_model": schedules_logic.aliases(session, model_id),
+            "of_model": schedules_logic.aliases(session, caller, model_id),
         }
     samplers, names = sampler_names(), {row.id: row.name}
     objectives = views.OBJECTIVES
@@ -124,13 +125,13 @@ def job(job_id: PathId, request: Request, caller: AnyCaller, state: State) -> HT
 def schedules(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
     query = read_query(request, ScheduleQuery)
     with state.registry.read() as session:
-        rows, cursor = schedules_logic.newest(session, query)
+        rows, cursor = schedules_logic.newest(session, caller, query)
         context = {
             "schedules": rows,
             "cursor": cursor,
             "names": _names(session, rows),
             "aliases": views.aliases_of(session, rows),
-            "models": _choices(session),
+            "models": _choices(session, caller),
         }
     options = {"samplers": sampler_names(), "guidance_types": get_args(GuidanceType), "statuses": ScheduleStatus}
     given = query.model_dump(mode="json", exclude_none=True, exclude={"cursor", "limit"})
@@ -140,7 +141,7 @@ def schedules(request: Request, caller: AnyCaller, state: State) -> HTMLResponse
 @router.get("/schedules/{schedule_id}")
 def schedule(schedule_id: PathId, request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
     with state.registry.read() as session:
-        row = schedules_logic.get_schedule(session, schedule_id)
+        row = schedules_logic.get_schedule(session, caller, schedule_id)
         context = {
             "schedule": row,
             "model": session.get_one(Model, row.model_id),
@@ -156,10 +157,10 @@ def compare(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
     """Compare the newest schedules of a model that share a setting: the most common one, unless another is named."""
     asked = request.query_params
     with state.registry.read() as session:
-        choices = _choices(session)
-        chosen = _chosen(session, asked.get("model"), choices)
+        choices = _choices(session, caller)
+        chosen = _chosen(session, caller, asked.get("model"), choices)
         query = ScheduleQuery(model=chosen.id if chosen else None, limit=COMPARED_SCHEDULES)
-        rows = schedules_logic.newest(session, query)[0] if chosen else []
+        rows = schedules_logic.newest(session, caller, query)[0] if chosen else []
         aliases = views.aliases_of(session, rows)
     rows = [row for row in rows if row.evaluation is not None]
     groups = [group for group, _ in Counter(map(views.group_of, rows)).most_common()]
@@ -178,8 +179,8 @@ def compare(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
 @router.get("/playground")
 def playground(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
     with state.registry.read() as session:
-        choices = _choices(session)
-        chosen = _chosen(session, request.query_params.get("model"), choices)
+        choices = _choices(session, caller)
+        chosen = _chosen(session, caller, request.query_params.get("model"), choices)
     samplers = sampler_names()
     return render(request, "playground.html", caller, models=choices, chosen=chosen, samplers=samplers, views=views)
 
@@ -190,14 +191,14 @@ def _names(session: Session, rows: Any) -> dict[str, str]:
     return {row.id: row.name for row in session.execute(query)}
 
 
-def _choices(session: Session) -> list[Model]:
-    return list(session.scalars(select(Model).order_by(Model.id.desc()).limit(MODELS_IN_FORM)))
+def _choices(session: Session, caller: Caller) -> list[Model]:
+    return list(session.scalars(visible_models(caller).order_by(Model.id.desc()).limit(MODELS_IN_FORM)))
 
 
-def _chosen(session: Session, model_id: str | None, choices: list[Model]) -> Model | None:
+def _chosen(session: Session, caller: Caller, model_id: str | None, choices: list[Model]) -> Model | None:
     """The model that the query names, or the newest. Raises: InvalidError."""
     if model_id:
-        return get_requested_model(session, model_id, "query")
+        return get_requested_model(session, caller, model_id, "query")
     return choices[0] if choices else None
 
 

@@ -11,7 +11,7 @@ from service.access.cookies import COOKIE, check_same_origin
 from service.access.state import Access
 from service.http.errors import InvalidError, UnauthenticatedError
 from service.http.fields import PathId
-from service.models.logic import register_builtin
+from service.models import logic as models_logic
 from service.models.schemas import BuiltinModelRequest
 from service.registry.tables import TuningJob
 from service.schedules import logic as schedules_logic
@@ -40,6 +40,7 @@ class TuningForm(SamplingSetting):
     """A tuning job of a few fields. All others have their defaults."""
 
     clipping: Annotated[ClippingText | None, BeforeValidator(lambda text: text or None)] = None
+    private: bool = False
     objective: Literal[tuple(OBJECTIVES)] = "end_to_end"  # type: ignore[valid-type]
 
 
@@ -47,8 +48,20 @@ class TuningForm(SamplingSetting):
 def register(
     form: Annotated[BuiltinModelRequest, Form()], caller: MayWriteModels, state: State, request: Request
 ) -> Response:
-    model, _ = register_builtin(state.registry, caller, form.builtin, form.name)
+    model, _ = models_logic.register_builtin(state.registry, caller, form.builtin, form.name, private=form.private)
     return see(request, f"/models/{model.id}")
+
+
+@router.post("/models/{model_id}/delete", dependencies=[WRITES])
+def delete_model(
+    model_id: PathId,
+    caller: MayWriteModels,
+    state: State,
+    request: Request,
+    cascade: Annotated[bool, Form()] = False,
+) -> Response:
+    models_logic.delete_model(state.registry, caller, state.artifacts, model_id, cascade)
+    return see(request, "/models")
 
 
 @router.post("/jobs", dependencies=[WRITES])
@@ -75,8 +88,8 @@ def set_alias(
     request: Request,
 ) -> Response:
     with state.registry.write() as session:
-        schedule = schedules_logic.get_schedule(session, schedule_id)
-        schedules_logic.set_alias(session, schedule.model_id, name, schedule_id)
+        schedule = schedules_logic.get_schedule(session, caller, schedule_id)
+        schedules_logic.set_alias(session, caller, schedule.model_id, name, schedule_id)
         caller.record(session, "set_alias", f"{schedule.model_id}/{name}")
     return see(request, f"/schedules/{schedule_id}")
 
@@ -86,8 +99,8 @@ def delete_alias(
     schedule_id: PathId, name: Annotated[Identifier, Form()], caller: MayWriteModels, state: State, request: Request
 ) -> Response:
     with state.registry.write() as session:
-        schedule = schedules_logic.get_schedule(session, schedule_id)
-        schedules_logic.delete_alias(session, schedule.model_id, name)
+        schedule = schedules_logic.get_schedule(session, caller, schedule_id)
+        schedules_logic.delete_alias(session, caller, schedule.model_id, name)
         caller.record(session, "delete_alias", f"{schedule.model_id}/{name}")
     return see(request, f"/schedules/{schedule_id}")
 

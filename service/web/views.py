@@ -7,6 +7,8 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from service.access.callers import Caller
+from service.access.visibility import is_visible
 from service.registry.tables import Model, Schedule, ScheduleAlias, TuningJob
 from service.shared.job_requests import ALWAYS, OWN_CLIPPING
 from service.shared.sampler_facts import sampler_facts
@@ -85,9 +87,10 @@ def aliases_of(session: Session, schedules: Iterable[Schedule]) -> dict[str, lis
     return found
 
 
-def count_schedules(session: Session, model_id: str) -> str:
-    """The number of a model's schedules as text, counted up to `MAX_COUNTED`."""
-    some = select(Schedule.id).where(Schedule.model_id == model_id).limit(MAX_COUNTED + 1).subquery()
+def count_schedules(session: Session, caller: Caller, model_id: str) -> str:
+    """The number of a model's schedules that the caller sees, as text, counted up to `MAX_COUNTED`."""
+    seen = select(Schedule.id).where(Schedule.model_id == model_id, is_visible(caller, Schedule))
+    some = seen.limit(MAX_COUNTED + 1).subquery()
     count = session.scalar(select(func.count()).select_from(some)) or 0
     return f"{count}" if count <= MAX_COUNTED else f"more than {MAX_COUNTED}"
 

@@ -151,6 +151,13 @@ def test_refusals_are_one_line_and_a_code(
         (["models", "import", "nope"], {}, 2, "builtin: Input should be 'digits8'"),
         (["tune", gratings, "--num-steps", "3", "--sampler", "nope"], {}, 2, "sampler"),
         (["models", "rm", gratings], {}, 1, "409 Conflict"),
+        (["models", "import", "digits8", "--private"], {}, 2, "private is true, but this request has no API key"),
+        (
+            ["tune", gratings, "--num-steps", "3", "--private"],
+            {},
+            2,
+            "private is true, but this request has no API key",
+        ),
         (["models", "list"], {"TIMETUNER_URL": guarded}, 4, "a valid API key"),
         (["models", "import", "digits8"], as_reader, 4, "403 Forbidden"),
         (["sample", ring, "--num-steps", "2"], {}, 2, "accepted for this model, whose samples are no images: .npy"),

@@ -19,12 +19,12 @@ from timetuner_core.samplers import sampler_names
 
 SETTING: requests.Setting = {"model": "m", "num_steps": 1}
 CALLS: list[Call[Any]] = [
-    calls.register_model("digits8", None, "n"),
-    calls.submit_model("a.zip", "n"),
+    calls.register_model("digits8", None, "n", True),
+    calls.submit_model("a.zip", "n", True),
     calls.list_models(1),
     calls.list_model_registrations("refused", 1),
     calls.get_model("i"),
-    calls.delete_model("i"),
+    calls.delete_model("i", True),
     calls.submit_tuning_job({**SETTING}),
     calls.list_tuning_jobs("queued", 1),
     calls.get_tuning_job("i"),

@@ -15,11 +15,12 @@ from sqlalchemy.exc import IntegrityError
 from service.registry.database import Registry, SchemaError, alembic_config
 from service.registry.jobs import claim, finish, renew
 from service.registry.schedules import next_version
-from service.registry.tables import Base, JobState, Schedule, TuningJob
+from service.registry.tables import Base, JobState, Model, Schedule, TuningJob
 
 pytestmark = pytest.mark.both_engines
 
-MODEL = "INSERT INTO models VALUES ('mdl_1', 'm', 'hash', '{}', '{}', '2026-01-01')"
+MODEL = """INSERT INTO models (id, name, content_hash, source, spec, created_at)
+    VALUES ('mdl_1', 'm', 'hash', '{}', '{}', '2026-01-01')"""
 # Processes of the release before go on writing while they are replaced. Their code is gone, so their statements are
 # kept here as text: every column that they write, and none that came later.
 RELEASE_BEFORE = "0012"
@@ -139,6 +140,18 @@ def test_the_release_before_works_on_the_new_schema_until_it_is_replaced(empty: 
     # The upgrade can be undone, and the release before works again.
     command.downgrade(config, RELEASE_BEFORE)
     execute(empty, JOB.format(id="job_5"))
+
+
+def test_nothing_that_is_private_is_handed_to_a_release_that_would_show_it(empty: Registry) -> None:
+    empty.upgrade()
+    execute(empty, MODEL)
+    with empty.write() as session:
+        session.get_one(Model, "mdl_1").private_to = "key_1"
+    config = alembic_config(empty.url.render_as_string(hide_password=False))
+    with pytest.raises(RuntimeError, match="models has private rows; accepted: none"):
+        command.downgrade(config, "0016")
+    with empty.read() as session:
+        assert session.get_one(Model, "mdl_1").private
 
 
 def test_upgrading_twice_changes_nothing(empty: Registry) -> None:

@@ -12,9 +12,10 @@ import pytest
 from sqlalchemy import event, insert, inspect, text
 from sqlalchemy.orm import Session
 
+from service.access.callers import ANYBODY, Caller
 from service.registry.database import Registry
 from service.registry.schedules import next_version
-from service.registry.tables import EvaluationRow, Model, Schedule, ScheduleStatus
+from service.registry.tables import ApiKey, EvaluationRow, Model, Schedule, ScheduleStatus
 from service.schedules import logic
 from service.schedules.schemas import ScheduleQuery
 from service.shared.job_requests import SamplingSetting
@@ -172,7 +173,7 @@ def pages(registry: Registry, filters: dict[str, Any], limit: int) -> Iterator[l
     cursor = None
     while True:
         with registry.read() as session:
-            rows, cursor = logic.newest(session, ScheduleQuery(**filters, limit=limit, cursor=cursor))
+            rows, cursor = logic.newest(session, ANYBODY, ScheduleQuery(**filters, limit=limit, cursor=cursor))
         yield [row.id for row in rows]
         if cursor is None:
             return
@@ -203,7 +204,8 @@ def test_pages_hold_every_schedule_that_matches_once_newest_first_however_few_on
 def test_a_page_is_read_in_the_order_of_an_index_of_its_filters(
     filled: Registry, filters: dict[str, Any], cursor: str | None
 ) -> None:
-    plans = plans_of(filled, lambda session: logic.newest(session, ScheduleQuery(**filters, cursor=cursor)))
+    caller = Caller(ApiKey(id="key_1", scopes=[]))  # An admin sees all, so that nothing need be left out.
+    plans = plans_of(filled, lambda session: logic.newest(session, caller, ScheduleQuery(**filters, cursor=cursor)))
     first = tuple(name for name in ("model", "num_steps") if name in filters) if "model" in filters else ()
     expected = (*(name.replace("model", "model_id") for name in first), "id")
     scan, _, *position = plans  # The plans between them find the rows of the page by their ids.
@@ -211,7 +213,7 @@ def test_a_page_is_read_in_the_order_of_an_index_of_its_filters(
         assert [index[: len(expected)] for index in plan.indexes] == [expected]
         assert not plan.sorts  # it stops when the page is full
     if filters:  # all other filters are decided by the index
-        assert set(scan.indexes[0]) == {"id", *Schedule.KEY, "status"}
+        assert set(scan.indexes[0]) == {"id", *Schedule.KEY, "status", "private_to"}
 
 
 @pytest.mark.parametrize(
@@ -220,17 +222,17 @@ def test_a_page_is_read_in_the_order_of_an_index_of_its_filters(
 def test_resolving_is_one_query_that_reads_an_index_and_sorts_nothing(
     filled: Registry, setting: SamplingSetting
 ) -> None:
-    (plan,) = plans_of(filled, lambda session: logic.resolve(session, setting))
-    assert set(plan.indexes) == {(*Schedule.KEY, "status", "score", "id"), ("schedule_id",)}
+    (plan,) = plans_of(filled, lambda session: logic.resolve(session, ANYBODY, setting))
+    assert set(plan.indexes) == {(*Schedule.KEY, "private_to", "status", "score", "id"), ("schedule_id",)}
     assert (plan.whole_tables, plan.sorts) == ([], False)
 
 
 def test_the_next_version_is_read_off_an_index(filled: Registry) -> None:
     _, stored, ever = plans_of(filled, lambda session: next_version(session, SETTING.key()))
-    assert stored.indexes == [(*Schedule.KEY, "version")]
+    assert stored.indexes == [(*Schedule.KEY, "private_to", "version")]
     assert (stored.whole_tables, stored.sorts) == ([], False)
     if filled.is_sqlite:  # PostgreSQL reads a small table as a whole
-        assert (ever.indexes, ever.whole_tables) == ([Schedule.KEY], [])
+        assert (ever.indexes, ever.whole_tables) == ([(*Schedule.KEY, "private_to")], [])
     assert not ever.sorts
 
 
@@ -239,7 +241,7 @@ def resolved(registry: Registry) -> Callable[[list[dict[str, Any]]], tuple[Sched
     def resolve(schedules: list[dict[str, Any]]) -> tuple[Schedule | None, str]:
         add(registry, schedules)
         with registry.read() as session:
-            return logic.resolve(session, SETTING)
+            return logic.resolve(session, ANYBODY, SETTING)
 
     return resolve
 

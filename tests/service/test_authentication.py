@@ -261,8 +261,13 @@ def test_no_web_page_elsewhere_can_use_an_api_that_asks_for_no_key(client: httpx
     assert client.get("/v1/models").json() == before
 
 
-def test_nobody_elsewhere_can_use_an_api_that_asks_for_no_key_by_a_proxy_here(client: httpx.Client) -> None:
-    answer = client.get("/v1/models", headers={"X-Forwarded-For": "203.0.113.7"})
+@pytest.mark.parametrize(
+    "header", [("X-Forwarded-For", "203.0.113.7"), ("Forwarded", "for=203.0.113.7"), ("X-Real-IP", "203.0.113.7")]
+)
+def test_nobody_elsewhere_can_use_an_api_that_asks_for_no_key_by_a_proxy_here(
+    client: httpx.Client, header: tuple[str, str]
+) -> None:
+    answer = client.get("/v1/models", headers=dict([header]))
     assert_problem(answer, 403, accepted="203.0.113.7; accepted: this machine")
 
 

@@ -146,7 +146,7 @@ def test_the_same_content_is_kept_once_and_deleted_with_its_model(stack: Stack, 
 def test_a_model_in_use_is_not_deleted(stack: Stack) -> None:
     model = stack.register("mixture-ring")
     job = stack.submit(model, num_steps=3, tuner={"total_iters": 1}, evaluation={"num_samples": 16})
-    assert_problem(stack.client.delete(f"/v1/models/{model}"), 409, accepted="a model without any")
+    assert_problem(stack.client.delete(f"/v1/models/{model}"), 409, accepted="a model whose jobs are over")
     assert stack.client.get(f"/v1/models/{model}").status_code == 200
     stack.finished(job)
 

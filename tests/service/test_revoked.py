@@ -18,6 +18,7 @@ from service.samples.waiting import stream_events
 from service.shared.job_requests import SampleRequest
 from service.shared.queue import celery_app
 from service.tuning_jobs.endpoints import _stream
+from service.tuning_jobs.following import TuningEvents
 from tests.registry.conftest import model_id, registry  # noqa: F401
 from tests.worker.in_process import BROKER_URL, InProcess
 from worker.dispatcher import dispatch_once
@@ -86,7 +87,7 @@ def test_streams_of_a_revoked_key_end(
     if kind == "sampling":
         stream = stream_events(state, samples, caller, "smp_another_running")
     else:
-        stream = _stream(state, caller, "job_another_running", 0)
+        stream = _stream(state, TuningEvents(registry), caller, "job_another_running", 0)
 
     async def follow() -> float:
         async def read() -> None:

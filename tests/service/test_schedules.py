@@ -156,7 +156,7 @@ def test_a_bad_query_is_refused(client: httpx.Client, path: str, query: Json, st
 
 def exported(schedule: Json, **changes: object) -> Json:
     """The part of a schedule that its owner takes along to another registry."""
-    not_taken = {"id", "job", "version", "status", "score", "evaluation", "created_at"}
+    not_taken = {"id", "owner", "job", "version", "status", "score", "evaluation", "created_at"}
     return {**{name: value for name, value in schedule.items() if name not in not_taken}, **changes}
 
 

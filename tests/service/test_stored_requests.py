@@ -51,7 +51,8 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
 @pytest.mark.parametrize("row", [*TUNING.values(), *SAMPLE.values()], ids=[*TUNING, *SAMPLE])
 def test_a_stored_request_is_read_whole_and_unknown_fields_are_ignored(row: Json) -> None:
     request_class = TuningJobRequest if "tuner" in row else SampleRequest
-    read = {**row, "clipping": None}  # The field is younger; null is what those requests were sampled with.
+    # These fields are younger. Requests were sampled, and schedules shown, as their defaults say.
+    read = {**row, "clipping": None} | ({"private": False} if "tuner" in row else {})
     assert request_class.stored(row).model_dump(mode="json") == read
     assert request_class.stored(with_unknown_fields(row)).model_dump(mode="json") == read
 
@@ -85,6 +86,22 @@ def test_a_stored_tuning_request_is_run(runtime: Runtime, objective: str, monkey
         assert schedule.evaluation.num_samples == row["evaluation"]["num_samples"]
         assert schedule.evaluation.seed == row["seed"]
         assert len(schedule.timesteps) == row["num_steps"] + 1
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_schedule_is_as_private_as_its_job_asked_for(
+    runtime: Runtime, private: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TunedSampler, "check_teacher", lambda _: None)
+    row = next(row for row in TUNING.values() if row["tuner"]["objective"] == "dmn")
+    with runtime.registry.write() as session:
+        job = TuningJob(model_id=MODEL_ID, owner="key_1", request={**row, "private": private}, schedule=None)
+        session.add(job)
+    assert runtime.run(TuningJob, job.id, run_tuning_job)
+    with runtime.registry.read() as session:
+        schedule = session.get_one(TuningJob, job.id).schedule
+        assert schedule is not None
+        assert (schedule.owner, schedule.private_to) == ("key_1", "key_1" if private else "")
 
 
 def job_of(row: Json) -> SampleJob:
