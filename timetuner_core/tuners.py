@@ -225,8 +225,8 @@ class SolverTuner(Tuner):
         "others."
     )
     total_iters: int = option(10, "At most; it ends after three without improvement.", ge=1, le=1000)
-    population_size: int = population_size_option(256, "Initial noises to tune on.")
-    teacher_num_steps: int = teacher_option()
+    population_size: int = population_size_option(128, "Initial noises to tune on.")
+    teacher_num_steps: int = option(100, ge=1, le=1000)
 
     def check(self, setting: TunedSetting) -> None:
         if setting.calls_per_step != 1:
