@@ -1,6 +1,6 @@
 """Untuned samples of networks that were trained for a few minutes, from where our grids and diffusers' own start.
 
-    python -m benchmarks.starting_time [--iterations 500] [--num-steps 5]
+    python -m benchmarks.starting_time [--iterations 1500] [--num-steps 5]
 
 A U-Net of 1.3 million weights learns to predict eps on the 1,797 handwritten digits of the package, at 16 x 16. After a
 few minutes its eps is a few hundredths wrong, which is divided by alpha_t where sampling starts.
@@ -75,7 +75,7 @@ def samples(model: DiffusionModel, num_steps: int) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--iterations", type=int, default=500)
+    parser.add_argument("--iterations", type=int, default=1500)
     parser.add_argument("--num-steps", type=int, default=5)
     parser.add_argument("--schedules", nargs="+", default=["linear", "squaredcos_cap_v2"])
     options = parser.parse_args()

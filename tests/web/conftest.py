@@ -53,11 +53,14 @@ def world(stack: Stack) -> World:
             store(session, model, 4, "end_to_end", 0.8),
             store(session, model, 8, "end_to_end", 0.7),
             store(session, model, 4, "dmn", 1.1),
-            store(session, points, 3, "end_to_end", 0.4),
+            store(session, points, 3, "solver", 0.4),
         ]
     schedules = [stack.client.get(f"/v1/schedules/{id}").json() for id in ids]
     assert stack.client.put(f"/v1/models/{model}/aliases/production", json={"schedule": ids[0]}).is_success
     return World(stack, str(stack.client.base_url).rstrip("/"), model, points, schedules)
+
+
+LEARNED = {"a": [0.75, 0.5, 0.0], "b": [[0.25], [0.125, 0.375], [-0.0625, 0.5, 0.5625]]}
 
 
 def store(session: Session, model_id: str, num_steps: int, objective: str, score: float) -> str:
@@ -100,6 +103,7 @@ def store(session: Session, model_id: str, num_steps: int, objective: str, score
         score=score,
         timesteps=[1 - 0.999 * step / num_steps for step in range(num_steps + 1)],
         t_ratios=ratios,
+        solver_table=LEARNED if objective == "solver" else None,
         provenance={"tuner": request.model_dump(mode="json")["tuner"], "seed": 0},
     )
     session.add(schedule)
@@ -122,6 +126,7 @@ def store(session: Session, model_id: str, num_steps: int, objective: str, score
                 name: {"before": factor * before, "after": factor * after, **change}
                 for name, factor in (("teacher_l2", 1), ("sliced_wasserstein", 0.25))
             },
+            verdict="accepted" if score < 1 else "undecided",
             reason="as the test has it",
             wall_time_seconds=12.5,
             network_calls=123_456,

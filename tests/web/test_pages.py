@@ -102,6 +102,16 @@ def test_a_schedule_shows_its_figures_its_curves_and_pictures_from_the_same_nois
         expect(code.filter(has_text=text)).to_have_count(1)
 
 
+def test_a_schedule_shows_its_learned_solver_and_whether_it_is_undecided(world: World, page: Page) -> None:
+    page.goto(f"{world.url}/schedules/{world.schedules[3]['id']}")
+    rows = page.get_by_role("region", name="Learned solver").get_by_role("row")
+    expect(rows.nth(3)).to_contain_text("-0.0625")
+    expect(page.locator(".badge").first).to_have_text("accepted")
+    page.goto(f"{world.url}/schedules/{world.schedules[2]['id']}")
+    expect(page.locator(".badge").first).to_have_text("undecided")
+    expect(page.get_by_role("region", name="Learned solver")).to_have_count(0)
+
+
 def test_an_alias_is_set_and_removed(world: World, page: Page) -> None:
     schedule = world.schedules[1]
     page.goto(f"{world.url}/schedules/{schedule['id']}")
