@@ -428,7 +428,7 @@ def walk_in_one(engine: Engine) -> None:
         wait_until(lambda: client.get("/readyz").is_success, "readiness", HEALTH_SECONDS)
         model = client.post("/v1/models", json={"builtin": "mixture-ring"}).raise_for_status().json()["id"]
         request = {"model": model, "num_steps": 5, "num_images": 4, "seed": 1}
-        client.post("/v1/samples", json=request, headers={"Accept": "image/png"}).raise_for_status()
+        client.post("/v1/samples", json=request, headers={"Accept": "application/x-npy"}).raise_for_status()
     started = time.monotonic()
     engine.podman("stop", "--time=60", "all")
     status = engine.podman("inspect", "--format={{.State.ExitCode}}", "all")
