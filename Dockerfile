@@ -3,9 +3,15 @@
 # and, where the container is given one (`--gpus all`), on an NVIDIA GPU.
 #
 #   docker build --target server -t timetuner-server . && docker build --target worker -t timetuner-worker .
-FROM python:3.11-slim AS wheel
+#
+# The base is Debian 12 with Python 3.11, in the version that the digest names; docs/containers.md says how to renew it.
+ARG PYTHON=docker.io/library/python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
+FROM ${PYTHON} AS pip
+RUN python -m venv /opt/pip
+ENV PATH=/opt/pip/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+
+FROM pip AS wheel
 WORKDIR /src
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 COPY requirements/build.lock requirements/
 RUN pip install --require-hashes -r requirements/build.lock
 COPY pyproject.toml README.md LICENSE timetuner.py ./
@@ -15,24 +21,15 @@ COPY timetuner_core timetuner_core
 COPY migrations migrations
 RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
 
-FROM python:3.11-slim AS server-packages
-RUN python -m venv /opt/timetuner
-ENV PATH=/opt/timetuner/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+FROM pip AS server-packages
+RUN python -m venv --without-pip /opt/timetuner
 # First what seldom changes.
 COPY requirements/server.lock /tmp/
-RUN pip install --require-hashes -r /tmp/server.lock
+RUN pip --python /opt/timetuner/bin/python install --require-hashes -r /tmp/server.lock
 COPY --from=wheel /wheels /wheels
-RUN pip install --no-deps /wheels/*.whl
+RUN pip --python /opt/timetuner/bin/python install --no-deps /wheels/*.whl
 
-FROM python:3.11-slim AS worker-packages
-RUN python -m venv /opt/timetuner
-ENV PATH=/opt/timetuner/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-COPY requirements/worker.lock /tmp/
-RUN pip install --require-hashes -r /tmp/worker.lock
-COPY --from=wheel /wheels /wheels
-RUN pip install --no-deps /wheels/*.whl
-
-FROM python:3.11-slim AS confined
+FROM ${PYTHON} AS confined
 # Nothing of the image need be written to: state is in /data, caches of libraries in /tmp.
 RUN useradd --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin timetuner \
     && install -d -o timetuner -g timetuner /data /data/tmp
@@ -49,6 +46,13 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
 FROM confined AS server
 COPY --from=server-packages /opt/timetuner /opt/timetuner
 CMD ["timetuner", "api", "--host", "0.0.0.0"]
+
+FROM pip AS worker-packages
+RUN python -m venv --without-pip /opt/timetuner
+COPY requirements/worker.lock /tmp/
+RUN pip --python /opt/timetuner/bin/python install --require-hashes -r /tmp/worker.lock
+COPY --from=wheel /wheels /wheels
+RUN pip --python /opt/timetuner/bin/python install --no-deps /wheels/*.whl
 
 FROM confined AS worker
 COPY --from=worker-packages /opt/timetuner /opt/timetuner

@@ -3,7 +3,7 @@ BIN := .venv/bin
 IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 REDOCLY := @redocly/cli@2.77.0
 
-.PHONY: demo up test test-all chaos fuzz soak lint openapi docs format bench audit lock
+.PHONY: demo up test test-all chaos containers fuzz soak lint openapi docs format bench audit lock
 
 demo: $(INSTALLED)  ## the main job, end to end; writes demo.png
 	$(BIN)/python examples/demo.py
@@ -37,8 +37,11 @@ format: $(INSTALLED)
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-chaos: $(INSTALLED)  ## processes killed at random while they work; a quarter of an hour
+chaos: $(INSTALLED)  ## parts that fail at random while they work; half an hour
 	$(BIN)/python -m tests.chaos
+
+containers: $(INSTALLED)  ## build the images and run docker-compose.yml without Docker; needs root on Debian (docs/containers.md)
+	$(BIN)/python tools/containers.py
 
 fuzz: $(INSTALLED)  ## 20,000 requests of all kinds against the OpenAPI document; 10 to 30 minutes
 	$(BIN)/python -m tests.fuzz

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class Stack:
         install(packages, "own_untunable", UNTUNABLE)
         self.environment = {**os.environ, **environment, "PYTHONPATH": str(packages)}
         self.registry = Registry(database_url)
-        port, guarded_port = free_port(), free_port()
+        port, guarded_port, up_port = free_port(), free_port(), free_port()
         self._commands = {
             "broker": command,
             "dispatcher": [sys.executable, "-m", "worker.dispatcher"],
@@ -91,7 +91,10 @@ class Stack:
         more_workers = {f"worker {k}": [sys.executable, "-m", "worker", "--queues", "tuning"] for k in (2, 3)}
         self._started_at_first = list(self._commands)
         self._commands |= more_workers
-        # The same, but for those who have a key.
+        # All that serves once more, beside the others, as one process tree.
+        self._commands["up"] = [sys.executable, "-m", "service", "up", "--port", str(up_port)]
+        self.up_url = f"http://127.0.0.1:{up_port}"
+        # The same API, but for those who have a key.
         self._commands["guarded api"] = [sys.executable, "-m", "service", "api", "--port", str(guarded_port)]
         self.guarded_url = f"http://127.0.0.1:{guarded_port}"
         self.celery = celery_app(environment["BROKER_URL"])
@@ -209,8 +212,11 @@ class Stack:
 
 
 @contextmanager
-def deployment(engine: str, *more: str, **settings: str) -> Iterator[Stack]:
-    """One for scripts, with `more` processes and the environment changed; it logs to a file, which goes with it."""
+def deployment(engine: str, *more: str, packages: Mapping[str, str] | None = None, **settings: str) -> Iterator[Stack]:
+    """One for scripts, with `more` processes and the environment changed; it logs to a file, which goes with it.
+
+    `packages` are installed for it: the names of modules, and their sources.
+    """
     home = Path(tempfile.mkdtemp(prefix="timetuner-"))
     with ExitStack() as exits:
         exits.callback(shutil.rmtree, home, ignore_errors=True)
@@ -221,6 +227,8 @@ def deployment(engine: str, *more: str, **settings: str) -> Iterator[Stack]:
         stack = Stack(home, url)
         stack.registry.upgrade()
         stack.environment |= settings
+        for module, source in (packages or {}).items():
+            install(home / "packages", module, source)
         stack.client.timeout = httpx.Timeout(SCRIPT_SECONDS)
         stack.logs, stack.forks = home / "log", False
         stack.start_all()

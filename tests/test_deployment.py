@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -73,6 +74,17 @@ def test_only_workers_have_the_image_with_pytorch() -> None:
         lock = (ROOT / "requirements" / f"{target}.lock").read_text()
         assert bool(re.search(r"^(torch|diffusers|nvidia\S*)==", lock, re.MULTILINE)) == has_torch
         assert not re.search(r"^(pytest|mypy|ruff|hatchling)==", lock, re.MULTILINE)
+
+
+def test_the_images_of_others_are_named_by_their_digests() -> None:
+    stages = re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE)
+    bases = dict(re.findall(r"^ARG (\w+)=(\S+)$", DOCKERFILE, re.MULTILINE))
+    used = {base for base in re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE) if base not in stages}
+    assert used == {f"${{{name}}}" for name in bases}
+    theirs = [service["image"] for name, service in SERVICES.items() if name not in OURS]
+    assert theirs
+    for image in (*bases.values(), *theirs):
+        assert re.fullmatch(r"[\w./-]+:[\w.-]+@sha256:[0-9a-f]{64}", image), image
 
 
 def test_the_images_have_the_versions_that_are_tested() -> None:
@@ -200,6 +212,15 @@ def test_all_of_them_together_serve(deployment: Deployment) -> None:
             "/v1/samples", json={"model": model, "num_steps": 2}, headers={"Accept": "application/json"}
         )
         assert samples.status_code == 200, samples.text
+
+
+def test_all_of_them_end_with_status_0_when_they_are_stopped(deployment: Deployment) -> None:
+    for name in RUN_HERE:
+        wait_until(partial(deployment.is_healthy, name), f"health of {name}")
+    deployment.stop()
+    assert {name: process.poll() for name, process in deployment.processes.items()} == dict.fromkeys(
+        deployment.processes, 0
+    )
 
 
 def test_every_service_of_ours_is_run_here_or_is_a_twin_of_one_that_is() -> None:

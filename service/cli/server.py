@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import signal
 import socket
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -83,7 +85,9 @@ def api(
         timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
     )
     server = uvicorn.Server(config)
-    with suppress(KeyboardInterrupt):  # The server has stopped in order, and raises it again.
+    # The server stops in order, and raises the signal again: a SIGTERM would then end the process with status 143.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with suppress(KeyboardInterrupt):
         server.run(sockets)
     if not server.started:
         raise typer.Exit(FAILED)

@@ -33,21 +33,21 @@ def sampler_facts(name: str) -> SamplerFacts:
 def installed_samplers() -> dict[str, dict[str, Any]]:
     """The facts, or the `error`, of each sampler that an installed package adds.
 
-    The first call takes seconds: it loads the packages, which need PyTorch, in a process of its own.
+    The first call takes seconds: it loads the packages, which need PyTorch, in a process of its own. If that process
+    cannot be run or does not end in time, all have that error, and the next call tries again.
     """
     with _lock:
-        return _installed_samplers()
+        try:
+            return _installed_samplers()
+        except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+            return {name: {"error": str(error)} for name in sampler_names() if name not in SAMPLER_FACTS}
 
 
 @cache
 def _installed_samplers() -> dict[str, dict[str, Any]]:
-    installed = [name for name in sampler_names() if name not in SAMPLER_FACTS]
-    if not installed:
+    if all(name in SAMPLER_FACTS for name in sampler_names()):
         return {}
     command = python("-m", "timetuner_core.samplers")
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=LOAD_SECONDS)
-        facts: dict[str, dict[str, Any]] = json.loads(run.stdout.splitlines()[-1])
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
-        return {name: {"error": str(error)} for name in installed}
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=LOAD_SECONDS)
+    facts: dict[str, dict[str, Any]] = json.loads(run.stdout.splitlines()[-1])
     return facts
