@@ -148,11 +148,12 @@ class Experiment:
         *,
         solver_table: SolverTable | None = None,
         max_num_samples: int | None = None,
+        before_more: Callable[[], None] = lambda: None,
     ) -> Evaluation:
         """A schedule against the sampler's default grid, untuned, on `num_samples` noises that no tuner has seen.
 
         The grid that diffusers takes by default for the model is measured, too, as no worse schedule is accepted.
-        While the verdict is undecided, the noises are doubled, up to `max_num_samples`.
+        While the verdict is undecided, the noises are doubled, up to `max_num_samples`, after a call of `before_more`.
         Guided samples are compared with the teacher's: their distance to the data is information.
         """
         most = num_samples if max_num_samples is None else max(num_samples, max_num_samples)
@@ -190,6 +191,7 @@ class Experiment:
             )
             if evaluation.verdict != "undecided" or count == most:
                 return evaluation
+            before_more()
             count = min(2 * count, most)
 
     def sample(

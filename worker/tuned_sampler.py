@@ -9,7 +9,7 @@ from service.shared.job_requests import TuningJobRequest
 from timetuner_core.evaluation.teacher_check import TeacherError
 from timetuner_core.evaluation.verdict import Evaluation
 from timetuner_core.samplers import get_sampler
-from timetuner_core.tuners import DataTuner
+from timetuner_core.tuners import DataTuner, SolverTuner
 from timetuner_core.tuning.problem import TuningProblem, TuningState
 from timetuner_core.tuning_setup import Experiment
 from worker.conversion import guidance_of, timesteps_of
@@ -64,8 +64,8 @@ class TunedSampler:
             checks_teacher=checks_teacher and not resumed,
         )
         self.progress = TuningProgress(phases, runtime.settings.save_seconds)
-        # A search for a grid has one iteration, so that only its network calls tell how far it is.
-        self.progress.stores_itself = self.tuner.iterations > 1
+        # Only network calls tell how far a search for a grid is, which has one iteration, or a solver, whose are long.
+        self.progress.stores_itself = self.tuner.iterations > 1 and not isinstance(self.tuner, SolverTuner)
         self.timesteps = timesteps_of(request, self.experiment.model.noise_schedule)
 
     @property
@@ -106,6 +106,7 @@ class TunedSampler:
             how.teacher_num_steps,
             solver_table=state.solver_table,
             max_num_samples=how.most_samples,
+            before_more=self.progress.evaluate_more,
         )
 
     def _problem(self) -> TuningProblem:

@@ -94,8 +94,6 @@ class TuningProgress:
         if self.phase.done >= self.phase.total and self.phase.name in ("teacher", "start"):
             self._current += 1
         phase = self.phase
-        if phase.name == "evaluation" and phase.done >= phase.total:
-            phase.total *= 2  # An undecided evaluation doubles its noises.
         if not (phase.name == "tuning" and self.stores_itself):
             phase.done = min(phase.total, phase.done + 1)
         if self.store is not None and time.monotonic() - self._stored > self._save_seconds:
@@ -107,6 +105,10 @@ class TuningProgress:
         while self.phase.name != name:
             self.phase.done = self.phase.total
             self._current += 1
+
+    def evaluate_more(self) -> None:
+        """Count as many calls again for the evaluation, which is undecided and doubles its noises."""
+        self.phase.total *= 2
 
     def tuned(self, share: float) -> None:
         """Note which part of all iterations is done. Until the first is, the phase stays what it was."""
