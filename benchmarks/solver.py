@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from timetuner_core.catalog import GridName
+from timetuner_core.catalog import NAMED_GRIDS
 from timetuner_core.compare.plan import parse_guidance
 from timetuner_core.evaluation.distances import teacher_l2
 from timetuner_core.grids import make_timesteps
@@ -27,7 +27,6 @@ from timetuner_core.tuning_setup import EVALUATION_SEEDS, Experiment
 SAMPLER = "dpmpp_2m"
 NUM_SAMPLES = 512
 TEACHER_NUM_STEPS = 100
-GRIDS: tuple[GridName, ...] = ("uniform", "quadratic", "log_snr", "edm")
 # A row that Adam sends through the network is watched twice, as the step is recomputed for its backward pass. That
 # pass counts as two more.
 ROWS_PER_WATCHED_ROW_OF_ADAM = 2
@@ -72,7 +71,7 @@ class Bench:
         return float(teacher_l2(samples, self.taught).mean())
 
     def untuned(self) -> float:
-        return min(self.distance(make_timesteps(self.schedule, self.num_steps, grid)) for grid in GRIDS)
+        return min(self.distance(make_timesteps(self.schedule, self.num_steps, grid)) for grid in NAMED_GRIDS)
 
     def tune(self, tuner: EndToEndTuner | SolverTuner, measured_every: int) -> Result:
         grid = make_timesteps(self.schedule, self.num_steps)

@@ -36,6 +36,11 @@ class SamplerFacts:
     takes_eta: bool = False
     rowwise: bool = False
 
+    @property
+    def is_table(self) -> bool:
+        """Whether its steps are a table of coefficients, which can be learned: one call each, and no noise."""
+        return self.calls_per_step == 1 and not self.stochastic
+
     def network_calls(self, timesteps: Sequence[float]) -> int:
         """Number of network calls over a grid of `num_steps + 1` times."""
         saved = self.calls_per_step - 1 if float(timesteps[-1]) == 0 else 0

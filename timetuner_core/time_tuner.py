@@ -145,7 +145,7 @@ class TimeTuner:
         }
         intermediates: dict[str, list[Tensor]] = {"x_t": [x], "x0_pred": []}
         steps = sample_steps(step_fn, x, grid, ratios, **step_kwargs)
-        for i, (x_s, x0) in enumerate(tqdm(steps, get_sampler(sampler).name, len(ratios), disable=not verbose)):
+        for i, (x_s, x0) in enumerate(tqdm(steps, step_fn.sampler.name, len(ratios), disable=not verbose)):
             x = x_s
             if return_intermediates:
                 intermediates["x_t"].append(x_s)

@@ -71,6 +71,14 @@ def teacher_option(description: str | None = None) -> Any:
     return option(50, description, ge=1, le=1000)
 
 
+def start_option() -> Any:
+    return option(
+        None,
+        "The grid to begin with: `timesteps`, or the named one whose samples are nearest; null: the latter "
+        "unless `timesteps` are given.",
+    )
+
+
 def num_candidates_option() -> Any:
     return option(None, "Times to choose from; null: enough.", ge=2, le=4096)
 
@@ -83,6 +91,7 @@ class Tuner:
         label: a line for people to choose it by.
         population: what `TuningProblem.population` must hold: data x0, initial noise x_T, or anything.
         matches_results: whether it compares end results, which a sampler that adds noise makes different each time.
+        has_long_iterations: whether one may take minutes, so that its network calls tell how far it is.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (pydantic's own name)
@@ -90,6 +99,7 @@ class Tuner:
     label: ClassVar[str]
     population: ClassVar[Population]
     matches_results: ClassVar[bool] = False
+    has_long_iterations: ClassVar[bool] = False
     if TYPE_CHECKING:
         # Each tuner declares its own name, in its own place among the fields: stored requests keep their order.
         objective: str
@@ -137,25 +147,16 @@ class Tuner:
 
 
 @dataclass(kw_only=True)
-class EndToEndTuner(Tuner):
-    """All steps together, so that the sampler's result matches a many-step teacher's. Needs no data."""
+class TeacherMatchingTuner(Tuner):
+    """A tuner that brings the sampler's result to a many-step teacher's, from the same initial noise. Needs no data."""
 
-    label = "end to end: grid and ratios together, against a teacher"
     population = "noise"
     matches_results = True
-
-    objective: Literal["end_to_end"] = "end_to_end"
-    parameters: Parameters = option("both", "What is learned: one ratio per step, the grid, or both.")
-    start: Literal["given", "best"] | None = option(
-        None,
-        "The grid to begin with: `timesteps`, or the named one whose samples are nearest; null: the latter "
-        "unless `timesteps` are given.",
-    )
-    batch_size: int = batch_size_option()
-    lr: float = option(1e-2, "Adam's learning rate, falling to 0.", gt=0, le=1)
-    total_iters: int = option(100, ge=1, le=10_000)
-    population_size: int = population_size_option(256, "Initial noises to tune on.")
-    teacher_num_steps: int = teacher_option()
+    if TYPE_CHECKING:
+        # Each tuner declares its options itself, in their own places among the fields, and with their own defaults.
+        start: Literal["given", "best"] | None
+        total_iters: int
+        teacher_num_steps: int
 
     def check(self, setting: TunedSetting) -> None:
         if self.start == "best" and setting.timesteps_given:
@@ -164,6 +165,40 @@ class EndToEndTuner(Tuner):
     def teacher_steps(self, setting: TunedSetting) -> int | None:
         return self.teacher_num_steps
 
+    @property
+    def iterations(self) -> int:
+        return self.total_iters
+
+    def teacher_timesteps(self, problem: "TuningProblem") -> "Tensor":
+        """The teacher's grid, `(teacher_num_steps + 1,)`."""
+        from timetuner_core.grids import teacher_timesteps
+
+        return teacher_timesteps(problem.noise_schedule, self.teacher_num_steps)
+
+    def starts(self, problem: "TuningProblem") -> "list[Tensor]":
+        """The grids to begin with the best of: those of all names, or none if the problem's own is to be kept."""
+        from timetuner_core.catalog import GridName
+        from timetuner_core.grids import make_timesteps
+
+        names = get_args(GridName) if self.start == "best" else ()
+        return [make_timesteps(problem.noise_schedule, problem.num_steps, name) for name in names]
+
+
+@dataclass(kw_only=True)
+class EndToEndTuner(TeacherMatchingTuner):
+    """All steps together, so that the sampler's result matches a many-step teacher's. Needs no data."""
+
+    label = "end to end: grid and ratios together, against a teacher"
+
+    objective: Literal["end_to_end"] = "end_to_end"
+    parameters: Parameters = option("both", "What is learned: one ratio per step, the grid, or both.")
+    start: Literal["given", "best"] | None = start_option()
+    batch_size: int = batch_size_option()
+    lr: float = option(1e-2, "Adam's learning rate, falling to 0.", gt=0, le=1)
+    total_iters: int = option(100, ge=1, le=10_000)
+    population_size: int = population_size_option(256, "Initial noises to tune on.")
+    teacher_num_steps: int = teacher_option()
+
     def samples_at_once(self, setting: TunedSetting) -> int:
         return self.batch_size
 
@@ -171,10 +206,6 @@ class EndToEndTuner(Tuner):
         forward_and_recomputed = 2
         steps = self.total_iters * setting.num_steps
         return forward_and_recomputed * self.batch_size * steps * setting.calls_per_step
-
-    @property
-    def iterations(self) -> int:
-        return self.total_iters
 
     def run(
         self,
@@ -186,40 +217,33 @@ class EndToEndTuner(Tuner):
         recompute: bool = True,
     ) -> "Iterator[TuningState]":
         """See `tune_end_to_end` for `target` and `recompute`."""
-        from timetuner_core.grids import teacher_timesteps
         from timetuner_core.tuning.end_to_end import tune_end_to_end
 
-        schedule = problem.noise_schedule
         return tune_end_to_end(
             problem,
             state,
-            teacher_timesteps(schedule, self.teacher_num_steps),
+            self.teacher_timesteps(problem),
             self.parameters,
             lr=self.lr,
             total_iters=self.total_iters,
-            starts=named_grids(problem) if self.start == "best" else (),
+            starts=self.starts(problem),
             target=target,
             recompute=recompute,
         )
 
 
 @dataclass(kw_only=True)
-class SolverTuner(Tuner):
+class SolverTuner(TeacherMatchingTuner):
     """Grid, ratios and the solver's coefficients together, against a many-step teacher, from forward calls alone.
 
     Needs no data and no backward pass.
     """
 
     label = "solver: grid, ratios and coefficients, against a teacher, without a backward pass"
-    population = "noise"
-    matches_results = True
+    has_long_iterations = True
 
     objective: Literal["solver"]
-    start: Literal["given", "best"] | None = option(
-        None,
-        "The grid to begin with: `timesteps`, or the named one whose samples are nearest; null: the latter "
-        "unless `timesteps` are given.",
-    )
+    start: Literal["given", "best"] | None = start_option()
     batch_size: int = batch_size_option(
         "Samples per iteration for the derivatives, and per network batch; candidates are compared on twice as many "
         "others."
@@ -231,11 +255,7 @@ class SolverTuner(Tuner):
     def check(self, setting: TunedSetting) -> None:
         if setting.calls_per_step != 1:
             raise OptionError(self, "objective", "another, for a sampler that calls the network twice per step")
-        if self.start == "best" and setting.timesteps_given:
-            raise OptionError(self, "start", "'given' where timesteps are given")
-
-    def teacher_steps(self, setting: TunedSetting) -> int | None:
-        return self.teacher_num_steps
+        super().check(setting)
 
     def samples_at_once(self, setting: TunedSetting) -> int:
         """The samples of all difference quotients, each with the predictions of all its steps."""
@@ -243,10 +263,6 @@ class SolverTuner(Tuner):
 
     def network_samples(self, setting: TunedSetting) -> int:
         return self.total_iters * self.batch_size * rows_per_sample(setting.num_steps)
-
-    @property
-    def iterations(self) -> int:
-        return self.total_iters
 
     def run(
         self,
@@ -257,16 +273,14 @@ class SolverTuner(Tuner):
         target: "Tensor | None" = None,
     ) -> "Iterator[TuningState]":
         """See `tune_solver` for `target`."""
-        from timetuner_core.grids import teacher_timesteps
         from timetuner_core.tuning.solver import tune_solver
 
-        schedule = problem.noise_schedule
         return tune_solver(
             problem,
             state,
-            teacher_timesteps(schedule, self.teacher_num_steps),
+            self.teacher_timesteps(problem),
             total_iters=self.total_iters,
-            starts=named_grids(problem) if self.start == "best" else (),
+            starts=self.starts(problem),
             target=target,
         )
 
@@ -527,14 +541,3 @@ AnyTuner: TypeAlias = (
 TUNERS: dict[str, type[AnyTuner]] = {
     get_args(tuner.__annotations__["objective"])[0]: tuner for tuner in get_args(AnyTuner)
 }
-
-# The tuners that may begin with the best of the named grids.
-STARTING_FROM_BEST = (EndToEndTuner, SolverTuner)
-
-
-def named_grids(problem: "TuningProblem") -> "list[Tensor]":
-    """The grids of all names, of the problem's number of steps."""
-    from timetuner_core.catalog import GridName
-    from timetuner_core.grids import make_timesteps
-
-    return [make_timesteps(problem.noise_schedule, problem.num_steps, name) for name in get_args(GridName)]

@@ -173,6 +173,8 @@ class Experiment:
                 kl_terms[is_tuned] = (tuned if is_tuned else self).kl_terms(timesteps, ratios)
             return kl_terms[is_tuned]
 
+        untuned = make_timesteps(self.model.noise_schedule, len(timesteps) - 1)
+        stock = self.model.stock_timesteps(len(timesteps) - 1)
         count = num_samples
         while True:
             evaluation = evaluate(
@@ -182,8 +184,8 @@ class Experiment:
                 held_out.first(count, "teacher", lambda s, c: self.teach(s, c, teacher_num_steps).cpu()),
                 None if self.guidance.guides else self.model.reference,
                 data=self.model.reference if self.guidance.guides else None,
-                untuned_timesteps=make_timesteps(self.model.noise_schedule, len(timesteps) - 1),
-                stock_timesteps=self.model.stock_timesteps(len(timesteps) - 1),
+                untuned_timesteps=untuned,
+                stock_timesteps=stock,
                 features=self.model.features,
                 mixture=mixture,
                 kl=None if mixture is None or self.adds_noise else kl,

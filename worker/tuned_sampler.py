@@ -9,7 +9,7 @@ from service.shared.job_requests import TuningJobRequest
 from timetuner_core.evaluation.teacher_check import TeacherError
 from timetuner_core.evaluation.verdict import Evaluation
 from timetuner_core.samplers import get_sampler
-from timetuner_core.tuners import DataTuner, SolverTuner
+from timetuner_core.tuners import DataTuner
 from timetuner_core.tuning.problem import TuningProblem, TuningState
 from timetuner_core.tuning_setup import Experiment
 from worker.conversion import guidance_of, timesteps_of
@@ -65,7 +65,7 @@ class TunedSampler:
         )
         self.progress = TuningProgress(phases, runtime.settings.save_seconds)
         # Only network calls tell how far a search for a grid is, which has one iteration, or a solver, whose are long.
-        self.progress.stores_itself = self.tuner.iterations > 1 and not isinstance(self.tuner, SolverTuner)
+        self.progress.stores_itself = self.tuner.iterations > 1 and not self.tuner.has_long_iterations
         self.timesteps = timesteps_of(request, self.experiment.model.noise_schedule)
 
     @property

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from service.shared.job_requests import TuningJobRequest
 from service.shared.sampler_facts import sampler_facts
 from timetuner_core.catalog import GridName
-from timetuner_core.tuners import STARTING_FROM_BEST, TEACHER_CHECK_RUNS, TEACHER_CHECK_SAMPLES, TunedSetting
+from timetuner_core.tuners import TEACHER_CHECK_RUNS, TEACHER_CHECK_SAMPLES, TeacherMatchingTuner, TunedSetting
 
 PhaseName = Literal["teacher", "start", "tuning", "evaluation"]
 
@@ -42,7 +42,7 @@ def phases_of(
     is_data = tuner.population == "data"
     batches = math.ceil(population / (evaluation.batch_size if is_data else batch_size))
     teacher = batches * (tuner.teacher_steps(setting) or 0) * facts.calls_per_step
-    starts = len(get_args(GridName)) if isinstance(tuner, STARTING_FROM_BEST) and tuner.start == "best" else 0
+    starts = len(get_args(GridName)) if isinstance(tuner, TeacherMatchingTuner) and tuner.start == "best" else 0
     start = 0 if resumed else batches * starts * num_steps * facts.calls_per_step
     tuning = math.ceil(tuner.network_samples(setting) / batch_size)
     if checks_teacher:

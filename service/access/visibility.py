@@ -15,7 +15,7 @@ def may_see(caller: Caller, row: CanBePrivate) -> bool:
 
     A schedule of a private model is as private as the model, whatever its own row says: see `visible_schedule`.
     """
-    return row.private_to in (PUBLIC, caller.owner) or caller.may(Scope.ADMIN)
+    return row.private_to in realms(caller) or caller.may(Scope.ADMIN)
 
 
 def visible_model(session: Session, caller: Caller, model_id: str | None) -> Model | None:

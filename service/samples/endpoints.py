@@ -43,8 +43,6 @@ from service.state import WRITES, AppState, State
 
 logger = logging.getLogger(__name__)
 
-logger = logging.getLogger(__name__)
-
 router = APIRouter(prefix="/v1/samples", tags=["samples"])
 Accept = Annotated[str, Header(include_in_schema=False)]
 

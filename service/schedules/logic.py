@@ -179,8 +179,7 @@ def _check_table(request: ScheduleImport) -> None:
     if lengths != list(range(1, request.num_steps + 1)):
         message = f"solver_table.b has rows of {lengths} values; accepted: {request.num_steps} rows, of 1, 2 and so on"
         raise InvalidError(message, ("body", "solver_table", "b"))
-    facts = sampler_facts(request.sampler)
-    if facts.stochastic or facts.calls_per_step != 1:
+    if not sampler_facts(request.sampler).is_table:
         message = "accepted, with a solver_table: a sampler without noise that calls the network once per step"
         raise InvalidError(f"sampler is {request.sampler!r}; {message}", ("body", "sampler"), request.sampler)
     if request.eta != 0:

@@ -20,7 +20,7 @@ from service.shared.sampler_facts import sampler_facts
 from service.shared.webhook_url import WEBHOOK_URL, WebhookUrl
 from timetuner_core.catalog import GridName, GuidanceType, sampler_names
 from timetuner_core.clipping import Clipping, clipping_text
-from timetuner_core.tuners import STARTING_FROM_BEST, TUNERS, EndToEndTuner
+from timetuner_core.tuners import TUNERS, EndToEndTuner, TeacherMatchingTuner
 
 
 def _known_sampler(name: str) -> str:
@@ -155,7 +155,7 @@ class TuningJobRequest(SamplingSetting):
     @model_validator(mode="after")
     def _choose_start(self) -> Self:
         """Set the default, so that the stored request holds it."""
-        if isinstance(self.tuner, STARTING_FROM_BEST) and self.tuner.start is None:
+        if isinstance(self.tuner, TeacherMatchingTuner) and self.tuner.start is None:
             self.tuner.start = "best" if self.timesteps == "default" else "given"
         return self
 

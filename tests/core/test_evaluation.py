@@ -246,8 +246,8 @@ def test_a_schedule_is_accepted_if_what_decides_fell_and_nothing_rose(
     assert evaluation.reason.startswith(reason + " 1 before")
 
 
-def ring_experiment(guidance: Guidance, seed: int = 0) -> Experiment:
-    return Experiment(load_builtin("mixture-ring"), guidance, SAMPLERS["ddim"], seed=seed)
+def ring_experiment(guidance: Guidance) -> Experiment:
+    return Experiment(load_builtin("mixture-ring"), guidance, SAMPLERS["ddim"])
 
 
 def test_guided_samples_are_compared_with_the_teachers_and_the_data_are_information() -> None:

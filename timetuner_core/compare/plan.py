@@ -12,7 +12,7 @@ from timetuner_core.models.loading import BUILTINS, DiffusionModel, ModelFormatE
 from timetuner_core.samplers import Sampler, sampler_names
 from timetuner_core.sampling.generate import Guidance
 from timetuner_core.sampling.starting_time import find_starting_time
-from timetuner_core.tuners import TUNERS, AnyTuner, Parameters
+from timetuner_core.tuners import TUNERS, AnyTuner, Parameters, TeacherMatchingTuner
 from timetuner_core.tuning.solver_columns import rows_per_sample
 
 BASELINE = "untuned"
@@ -66,6 +66,11 @@ class Entrant:
     objective: str
     grid: GridName | Literal["best"] = "default"
     parameters: Parameters = "t_ratios"
+
+    @property
+    def follows_teacher(self) -> bool:
+        """Whether its tuner needs a teacher's samples of the noise that tuning sees."""
+        return issubclass(TUNERS[self.objective], TeacherMatchingTuner)
 
     def tuner(self, effort: Effort, sampler: Sampler, num_steps: int) -> AnyTuner:
         """The tuner with the options that `effort` allows. A search takes all its samples in one batch."""

@@ -35,7 +35,7 @@ from timetuner_core.evaluation.verdict import Evaluation, compare
 from timetuner_core.grids import make_timesteps, teacher_timesteps
 from timetuner_core.samplers import get_sampler, sample_steps
 from timetuner_core.samplers.solver_table import SolverTable
-from timetuner_core.tuners import STARTING_FROM_BEST, EndToEndTuner, SolverTuner
+from timetuner_core.tuners import EndToEndTuner, SolverTuner, TeacherMatchingTuner
 from timetuner_core.tuning.problem import TuningState
 from timetuner_core.tuning_setup import EVALUATION_SEEDS, TUNING_SEEDS, Experiment
 
@@ -146,7 +146,7 @@ class SettingResult:
 
 
 def teach(plan: Plan, group: Group) -> Teaching:
-    return Bench(plan, group).teach(any(ENTRANTS[name].objective in {"end_to_end", "solver"} for name in plan.entrants))
+    return Bench(plan, group).teach(any(ENTRANTS[name].follows_teacher for name in plan.entrants))
 
 
 def run_setting(plan: Plan, setting: ComparedSetting, teaching: Teaching) -> SettingResult:
@@ -263,7 +263,7 @@ class Trial:
         effort = self.effort
         tuner = entrant.tuner(effort, self.experiment.sampler, self.setting.num_steps)
         timesteps, shared = self._best_start if entrant.grid == "best" else (self._start(entrant.grid), Cost())
-        if isinstance(tuner, STARTING_FROM_BEST):
+        if isinstance(tuner, TeacherMatchingTuner):
             shared += self.target_cost
 
         def tune() -> TuningState:

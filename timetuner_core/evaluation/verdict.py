@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from timetuner_core.evaluation.distances import (
+    MAX_FRECHET_DIMENSION,
     Estimate,
+    Frechet,
     data_measures,
     mean_estimate,
     measure,
@@ -21,7 +23,7 @@ FRECHET_METRICS = ("frechet", "frechet_features")
 # A Fréchet distance does no harm if its change is, with 95 % confidence, below this share of the untuned one's.
 FRECHET_MARGIN = 0.05
 # Guided samples are not meant to be distributed as the data, so this figure decides nothing.
-INFORMATION = ("frechet_to_data",)
+FRECHET_TO_DATA = "frechet_to_data"
 
 Verdict = Literal["accepted", "rejected", "undecided"]
 
@@ -167,7 +169,7 @@ class Evaluation:
     @property
     def _judged(self) -> list[Metric]:
         """The metrics that may reject it."""
-        left_out = (*INFORMATION, "teacher_l2") if self.adds_noise else INFORMATION
+        left_out = (FRECHET_TO_DATA, "teacher_l2") if self.adds_noise else (FRECHET_TO_DATA,)
         return [metric for metric in self.metrics.values() if metric.name not in left_out]
 
     @property
@@ -272,11 +274,9 @@ def evaluate(
     untuned = timesteps if untuned_timesteps is None else untuned_timesteps
     measures = data_measures(teacher_samples if reference is None else reference, features, mixture)
     taught: dict[str, Estimate] = {}
-    if data is not None:
-        informing = {f"{name}_to_data": distance for name, distance in data_measures(data).items()}
-        informing = {name: distance for name, distance in informing.items() if name in INFORMATION}
-        measures |= informing
-        taught = {name: distance(teacher_samples) for name, distance in informing.items()}
+    if data is not None and data[0].numel() <= MAX_FRECHET_DIMENSION:
+        measures[FRECHET_TO_DATA] = to_data = Frechet.to(data)
+        taught[FRECHET_TO_DATA] = to_data(teacher_samples)
 
     def figures(timesteps: Tensor, t_ratios: Tensor | None, *, with_kl: bool = True) -> dict[str, Estimate]:
         kl_terms = kl(timesteps, t_ratios) if kl is not None and with_kl else None

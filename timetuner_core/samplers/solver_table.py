@@ -119,7 +119,7 @@ def solver_of(sampler: str, table: SolverTable | None, num_steps: int) -> Sample
 
 def _check_is_table(sampler: Sampler) -> None:
     """Raises: ValueError."""
-    if sampler.stochastic or sampler.calls_per_step != 1:
+    if not sampler.facts.is_table:
         accepted = "one without noise that calls the network once per step"
         raise ValueError(f"sampler is {sampler.name!r}; accepted, as a table: {accepted}")
 
