@@ -41,7 +41,7 @@ from service.samples.admission import AdmissionMiddleware
 from service.samples.state import samples_state
 from service.schedules import endpoints as schedules
 from service.shared import telemetry
-from service.shared.sampler_facts import installed_samplers
+from service.shared.sampler_facts import load_installed_samplers
 from service.shared.settings import Settings
 from service.state import open_state
 from service.tuning_jobs import endpoints as tuning_jobs
@@ -73,7 +73,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             app.state.tuning_events = TuningEvents(state.registry)
             metrics.registry.register(QueueCollector(state.registry, samples.admission))
             listening = asyncio.create_task(samples.events.run())
-            threading.Thread(target=installed_samplers, daemon=True).start()  # No request should wait for it.
+            threading.Thread(target=load_installed_samplers, daemon=True).start()  # No request should wait for it.
             gc.freeze()  # Objects loaded by now stay. Collections that went through them would delay all requests.
             yield
             listening.cancel()

@@ -16,6 +16,7 @@ from starlette.routing import Match
 
 from service.http.validation import FieldsError, close_match, describe, printable
 from service.shared.logs import request_id
+from service.shared.sampler_facts import SamplersUnknownError
 
 Location = tuple[str | int, ...]
 MAX_SHOWN_PATH = 200
@@ -139,6 +140,14 @@ class ImagesLostError(ServiceError):
     headers = {"Retry-After": "2"}  # noqa: RUF012
 
 
+class SamplersUnloadedError(ServiceError):
+    """A request that names an installed package's sampler, while this API could not load those packages."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    example = "the samplers of installed packages cannot be loaded now (timed out after 120 seconds)"
+    headers = {"Retry-After": "10"}  # noqa: RUF012
+
+
 class DeadlineError(ServiceError):
     """A request whose deadline passed before a worker was free."""
 
@@ -193,6 +202,11 @@ def install_error_handlers(app: FastAPI, routes: Collection[APIRoute]) -> None:
             hint = f"did you mean {meant!r}? " if meant else ""
             detail = f"there is nothing at {path!r}; {hint}accepted: the paths that /docs lists"
         return problem_response(error.status_code, detail, headers=headers)
+
+    @app.exception_handler(SamplersUnknownError)
+    def samplers_unloaded(request: Request, error: SamplersUnknownError) -> Response:
+        detail = f"{error}; accepted: the same request, later"
+        return service_error(request, SamplersUnloadedError(detail))
 
     @app.exception_handler(IntegrityError)
     def changed_meanwhile(_request: Request, _error: IntegrityError) -> Response:

@@ -11,7 +11,7 @@ from service.access.callers import Caller
 from service.access.visibility import is_visible
 from service.registry.tables import Model, Schedule, ScheduleAlias, TuningJob
 from service.shared.job_requests import ALWAYS, OWN_CLIPPING
-from service.shared.sampler_facts import sampler_facts
+from service.shared.sampler_facts import SamplersUnknownError, sampler_facts
 from service.tuning_jobs.logic import events_after
 from service.web.charts import Chart, Series, make_chart
 from timetuner_core.tuners import TUNERS
@@ -62,10 +62,10 @@ def guidance_of(schedule: Schedule) -> str:
 
 
 def network_calls(schedule: Schedule) -> int | None:
-    """Network calls per image, or None if the sampler's package is not installed any more."""
+    """Network calls per image, or None if the sampler's package is not installed any more, or not loaded yet."""
     try:
         sampler = sampler_facts(schedule.sampler)
-    except ValueError:
+    except (ValueError, SamplersUnknownError):
         return None
     guided = schedule.guidance_type == "classifier-free" and schedule.guidance_scale != 1
     return sampler.network_calls(schedule.timesteps) * (2 if guided else 1)

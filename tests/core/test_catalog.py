@@ -34,7 +34,11 @@ def test_facts_of_installed_samplers_are_read_without_loading_them_here(
     try:
         with monkeypatch.context() as busy:  # A machine that is too busy just now: the failure is not remembered.
             busy.setattr(facts, "LOAD_SECONDS", 0.001)
-            with pytest.raises(ValueError, match=r"'own_midpoint' cannot be loaded .*timed out"):
+            with pytest.raises(facts.SamplersUnknownError, match=r"cannot be loaded now .*timed out"):
+                facts.sampler_facts("own_midpoint")
+        with monkeypatch.context() as server:  # The server's image has no PyTorch: no later try would do better.
+            server.setattr(facts, "python", lambda *_: [sys.executable, "-S", "-c", "import torch"])
+            with pytest.raises(ValueError, match=r"'own_midpoint' cannot be loaded .*No module named 'torch'"):
                 facts.sampler_facts("own_midpoint")
         own = facts.sampler_facts("own_midpoint")
         assert (own.order, own.calls_per_step, own.takes_eta) == (2, 2, False)

@@ -11,8 +11,10 @@ import pytest
 from starlette.testclient import TestClient
 
 from service.app import create_app
+from service.shared import sampler_facts
 from service.shared.settings import Settings
 from tests.conftest import MakeDatabaseUrl
+from tests.packages import MIDPOINT, install
 from timetuner_core.catalog import BUNDLED
 
 JOBS, SAMPLES = "/v1/tuning-jobs", "/v1/samples"
@@ -119,3 +121,19 @@ def test_content_that_is_registered_already_is_not_given_another_name(api: TestC
     files = {"archive": ("model.tar.gz", buffer.getvalue())}
     assert api.post("/v1/models", files=files).json() == {**digits, "ignored_files": ["README.md"]}
     assert api.post("/v1/models", files=files, data={"name": "my-digits"}).status_code == 409
+
+
+def test_a_sampler_whose_package_cannot_be_loaded_now_is_tried_again_later(
+    api: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy machine is no fault of the request: 422 would tell its sender never to send it again."""
+    install(tmp_path, "own_midpoint", MIDPOINT)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sampler_facts, "LOAD_SECONDS", 0.001)
+    sampler_facts._installed_samplers.cache_clear()
+    try:
+        answer = api.post(JOBS, json={"model": "mdl_1", "num_steps": 5, "sampler": "own_midpoint"})
+    finally:
+        sampler_facts._installed_samplers.cache_clear()
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "10")
+    assert "the samplers of installed packages cannot be loaded now" in answer.json()["detail"]
