@@ -20,8 +20,9 @@ from torch import Tensor
 from service.shared.settings import Settings
 from timetuner_core.grids import make_timesteps
 from timetuner_core.models.loading import BUILTINS, load_builtin, load_folder
+from timetuner_core.sampling.batch_size import largest_useful_size
 from timetuner_core.sampling.generate import Guidance, generate
-from timetuner_core.sampling.same_bits import all_sizes, steady_sizes
+from timetuner_core.sampling.same_bits import sizes_without_padding, steady_sizes
 from worker.runtime import pick_device
 
 MODEL = "digits8"
@@ -77,10 +78,13 @@ class Sampler:
     def worker_sizes(self) -> tuple[int, ...]:
         """The batch sizes that a worker of these settings uses, and pads to."""
         guidance, settings = self.guidance, Settings()
-        max_size = settings.sample_batch_size
-        if not settings.same_bits:
-            return all_sizes(max_size)
-        return steady_sizes(self.model, guidance.type, max_size, self.device, guided=guidance.guides)
+        if settings.same_bits:
+            return steady_sizes(self.model, guidance.type, settings.part_size, self.device, guided=guidance.guides)
+        most = settings.sample_batch_size
+        if most == "auto":
+            seconds = settings.batch_step_seconds
+            most = largest_useful_size(self.model, guidance.type, self.device, seconds, guided=guidance.guides)
+        return sizes_without_padding(most, torch.device(self.device))
 
 
 def _npy(image: np.ndarray) -> bytes:

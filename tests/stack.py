@@ -73,6 +73,9 @@ class Stack:
             "MAX_PIXEL_STEPS": "1000000",
             "MAX_QUEUE_SECONDS": "3600",  # samples may have to wait for other tests' tuning, on a busy machine
             "OMP_NUM_THREADS": "1",
+            # Tests compare images of different batches, and know how many images a worker samples at once.
+            "SAME_BITS": "true",
+            "SAMPLE_BATCH_SIZE": "24",
         }
         packages = home / "packages"
         packages.mkdir()

@@ -26,8 +26,9 @@ from service.shared.signals import Bus
 from timetuner_core.models.folder_files import folder_hash
 from timetuner_core.models.loading import DiffusionModel, load_builtin, load_folder
 from timetuner_core.models.out_of_memory import is_out_of_memory
+from timetuner_core.sampling.batch_size import largest_useful_size
 from timetuner_core.sampling.generate import Guidance
-from timetuner_core.sampling.same_bits import all_sizes, steady_sizes
+from timetuner_core.sampling.same_bits import all_sizes, sizes_without_padding, steady_sizes
 from timetuner_core.tuning.problem import TuningProblem
 from worker import metrics
 from worker.conversion import guidance_of
@@ -59,6 +60,7 @@ class Runtime:
         self.bus = Bus(celery, settings.broker_url)
         self._models: OrderedDict[str, DiffusionModel] = OrderedDict()  # The model used last is the last.
         self._sizes: dict[Hashable, tuple[int, ...]] = {}
+        self.most_rows = settings.part_size  # How many rows are sampled at once of what was sampled last.
         self.give_way: Callable[[], None] = lambda: None  # Tuning calls it to let urgent work go first.
         self._problem: tuple[str, TuningProblem] | None = None
         self.stopping = stopping or threading.Event()  # Once it is set, jobs are handed back.
@@ -108,26 +110,23 @@ class Runtime:
             self.bus.unmark_warming(place)
 
     def batch_sizes(self, model_id: str, guidance: Guidance, condition_shape: tuple[int, ...] | None) -> Sequence[int]:
-        """The batch sizes that give a sample the same bits, for this device and such requests.
+        """The batch sizes at which this worker runs such requests. With `same_bits`, those at which bits agree.
 
-        Without `same_bits`, all sizes are allowed.
+        `most_rows` becomes the most rows that suit them.
         """
-        most = self.settings.sample_batch_size
         key = _sizes_key(model_id, guidance, condition_shape)
-        if key not in self._sizes and not self.settings.same_bits:
-            self._sizes[key] = all_sizes(most)
         if key not in self._sizes:
-            sizes = self._steady_sizes(model_id, guidance, condition_shape)
-            self._sizes[key] = sizes
-            found = {"model": model_id, "guidance": guidance.type, "batch_sizes": sizes}
-            if sizes[-1] == most:
-                logger.info("batch sizes with the same bits", extra=found)
+            if self.settings.same_bits:
+                self._sizes[key] = self._steady_sizes(model_id, guidance, condition_shape)
+            elif self.settings.sample_batch_size == "auto":
+                most = self._useful_size(model_id, guidance, condition_shape)
+                self._sizes[key] = sizes_without_padding(most, self.device)
             else:
-                advice = (
-                    "no larger batches have the same bits: steps of %d rows take several calls, but for SAME_BITS=false"
-                )
-                logger.warning(advice, most, extra=found)
-        return self._sizes[key]
+                self._sizes[key] = sizes_without_padding(self.settings.sample_batch_size, self.device)
+        sizes = self._sizes[key]
+        is_found = self.settings.sample_batch_size == "auto" and not self.settings.same_bits
+        self.most_rows = sizes[-1] if is_found else self.settings.part_size
+        return sizes
 
     def keep_batch_sizes(
         self, model_id: str, guidance: Guidance, condition_shape: tuple[int, ...] | None, sizes: Sequence[int]
@@ -140,17 +139,37 @@ class Runtime:
     ) -> tuple[int, ...]:
         """Try batches up to the largest that memory holds. Raises: the errors of the network."""
         model, (*_, guided, length) = self.load_model(model_id), _sizes_key(model_id, guidance, condition_shape)
-        largest_first = all_sizes(self.settings.sample_batch_size)[::-1]
-        for most in largest_first:
+        limit = self.settings.part_size
+        for most in all_sizes(limit)[::-1]:
             try:
-                return steady_sizes(model, guidance.type, most, self.device, guided=guided, condition_length=length)
+                sizes = steady_sizes(model, guidance.type, most, self.device, guided=guided, condition_length=length)
             except Exception as error:
                 if most == 1 or not is_out_of_memory(error):
                     raise
                 logger.warning("memory does not hold a batch of %d of model %s", most, model_id)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            found = {"model": model_id, "guidance": guidance.type, "batch_sizes": sizes}
+            if sizes[-1] == limit:
+                logger.info("batch sizes with the same bits", extra=found)
+            else:
+                advice = (
+                    "no larger batches have the same bits: steps of %d rows take several calls, but for SAME_BITS=false"
+                )
+                logger.warning(advice, limit, extra=found)
+            return sizes
         raise AssertionError("the size 1 is always tried")
+
+    def _useful_size(self, model_id: str, guidance: Guidance, condition_shape: tuple[int, ...] | None) -> int:
+        """The largest batch that pays, within `batch_step_seconds`. Raises: the errors of the network."""
+        model, (*_, guided, length) = self.load_model(model_id), _sizes_key(model_id, guidance, condition_shape)
+        seconds = self.settings.batch_step_seconds
+        most = largest_useful_size(model, guidance.type, self.device, seconds, guided=guided, condition_length=length)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        logger.info("batches have up to %d rows", most, extra={"model": model_id, "guidance": guidance.type})
+        return most
 
     def problem(self, tuning_job_id: str, make: Callable[[], TuningProblem]) -> TuningProblem:
         """The problem of a tuning job. That of the last job is kept for its next task."""

@@ -46,6 +46,7 @@ class Cohort:
     """A rolling batch, and the jobs whose rows are in it, by their ids.
 
     Attributes:
+        most: how many rows this worker samples at once with this model.
         followed: requests of those jobs whose steps are published, as somebody may follow them.
         is_warm: whether it has made a step. The first one may compile the network.
     """
@@ -53,6 +54,7 @@ class Cohort:
     key: Hashable
     model_id: str
     batch: RollingBatch
+    most: int
     claims: dict[str, SampleClaim] = field(default_factory=dict)
     followed: dict[str, SampleRequest] = field(default_factory=dict)
     is_warm: bool = False
@@ -135,13 +137,18 @@ class SampleServer:
         return served and not self.stopping
 
     @property
+    def _most(self) -> int:
+        """How many rows are sampled at once: what suits all models at work, or the model that was used last."""
+        return min((cohort.most for cohort in self._cohorts), default=self._runtime.most_rows)
+
+    @property
     def _room(self) -> int:
-        return self._runtime.settings.sample_batch_size - sum(len(cohort.batch.rows) for cohort in self._cohorts)
+        return self._most - sum(len(cohort.batch.rows) for cohort in self._cohorts)
 
     def _is_time_to_take(self) -> bool:
         """Whether enough of the batch is free, or the last claim is some steps ago."""
         room = self._room
-        if 0 < room < int(self._runtime.settings.sample_batch_size * MIN_FREE_SHARE):
+        if 0 < room < int(self._most * MIN_FREE_SHARE):
             return self._steps_since_taking >= MAX_STEPS_BETWEEN_CLAIMS
         return True
 
@@ -210,14 +217,15 @@ class SampleServer:
         key += [guidance.rescale, guidance.interval, request.clipping, *shapes]
         table = None if schedule is None else schedule.solver_table
         sampler = sampler_of(request, schedule)
+        sizes = self._runtime.batch_sizes(*sizes_of)
         batch = RollingBatch(
             model,
             sampler,
             guidance,
             eta,
-            self._runtime.batch_sizes(*sizes_of),
+            sizes,
             self._runtime.device,
-            max(self._runtime.settings.sample_batch_size, len(rows)),  # A larger job takes several calls a step.
+            max(sizes[-1], self._most, len(rows)),  # More rows than the largest size take several calls a step.
             partial(self._runtime.keep_batch_sizes, *sizes_of),
         )
         if not batch.mixes_steps:
@@ -226,7 +234,7 @@ class SampleServer:
             if cohort.key == tuple(key) and cohort.batch.room >= len(rows):
                 break
         else:
-            cohort = Cohort(tuple(key), claim.job.model_id, batch)
+            cohort = Cohort(tuple(key), claim.job.model_id, batch, self._runtime.most_rows)
             self._cohorts.append(cohort)
         cohort.add(claim, request, rows)
 

@@ -68,7 +68,7 @@ def submit_all(
         _reuse(session, [job for _, job in _new(submissions, outcomes)], settings.keep_samples_days)
         _charge(session, catalog, submissions, outcomes)
         new = _new(submissions, outcomes)
-        parts = [part for _, job in new for part in split_into_parts(job, settings.sample_batch_size)]
+        parts = [part for _, job in new for part in split_into_parts(job, settings.part_size)]
         add_samples(session, [*(job for _, job in new), *parts])
         record_all(session, "sample", [(submission.caller, job.id) for submission, job in new])
         for submission, job in new:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -20,9 +20,12 @@ BROKER_URL = r"(redis|rediss|redis\+socket|rediss\+socket|unix)://.*"
 ACCEPTED = {
     "database_url": "sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE",
     "broker_url": "redis://HOST:PORT/NUMBER or redis+socket://FILE",
+    "sample_batch_size": "auto, or 1 to 1024",
     "device": "auto, cpu, cuda, cuda:0, cuda:1, ...",
     "webhook_secret": "whsec_ and at least 32 characters of base64",
 }
+# Workers begin with this many images at once, and split requests for more, where no number is set.
+DEFAULT_BATCH_SIZE = 24
 SECRETS = ("webhook_secret",)
 PASSWORD = re.compile(r"(?<=://)[^/@]*:[^/]*@")
 
@@ -54,9 +57,11 @@ class Settings(BaseSettings):
     # A worker keeps models loaded up to this size together, beside the one that it is using.
     max_model_bytes: int = Field(8 * 2**30, ge=0)
     warm_models: int = Field(1, ge=0)  # A starting worker loads this many of the models that were sampled last.
-    sample_batch_size: int = Field(24, ge=1, le=1024)  # A worker samples this many images at once.
+    # A worker samples this many images at once. `auto` finds the number for each model, by timing the network.
+    sample_batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
+    batch_step_seconds: float = Field(0.25, gt=0)  # A step of a batch whose size was found takes about this at most.
     # Images have the same bits whatever is sampled with them. If false, they may differ by rounding.
-    same_bits: bool = True
+    same_bits: bool = False
 
     metrics_port: int = Field(0, ge=0, le=65535)  # The port of a worker's metrics; 0 serves none.
     dispatcher_metrics_port: int = Field(0, ge=0, le=65535)
@@ -103,9 +108,14 @@ class Settings(BaseSettings):
         try:
             super().__init__(**given)
         except ValidationError as error:
-            raise SettingsError(list(_lines(error))) from None
+            raise SettingsError(list(dict.fromkeys(_lines(error)))) from None
         except UnreadableError as error:
             raise SettingsError([_unreadable(error)]) from None
+
+    @property
+    def part_size(self) -> int:
+        """A request for more images is split into parts of so many. Workers that find their sizes begin with it."""
+        return DEFAULT_BATCH_SIZE if self.sample_batch_size == "auto" else self.sample_batch_size
 
     def model_post_init(self, _context: object) -> None:
         home = self.timetuner_home.absolute()

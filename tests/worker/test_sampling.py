@@ -97,7 +97,7 @@ def test_a_job_whose_images_are_not_finite_fails_and_no_other_of_its_batch(monke
     jobs = {owner: SampleJob(id=owner, num_images=1, num_parts=0) for owner in labels}
     batch.add([Row(x, 7, timesteps, torch.ones(2), condition=torch.tensor(label)) for x, label in labels.items()])
     claims: Any = {owner: SimpleNamespace(job_id=owner, job=job) for owner, job in jobs.items()}
-    cohort, server, handed_in = Cohort("key", "mdl", batch, claims), SampleServer(cast(Any, None)), []
+    cohort, server, handed_in = Cohort("key", "mdl", batch, 4, claims), SampleServer(cast(Any, None)), []
     monkeypatch.setattr(server, "_submit", lambda ends, images, leases: handed_in.append((ends, images)))
     for _ in range(2):
         server._hand_in(cohort, batch.step(), cast(Any, None))

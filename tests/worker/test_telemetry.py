@@ -74,8 +74,9 @@ def watched(
         "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.server_port}",
         "OTEL_BSP_SCHEDULE_DELAY": "100",
         "METRICS_PORT": str(free_port()),
-        "SAME_BITS": "false",
     }
+    for name in ("SAME_BITS", "SAMPLE_BATCH_SIZE"):  # Here they have their defaults.
+        del stack.environment[name]
     stack.start_all()
     stack.wait_until_ready()
     yield stack

@@ -90,8 +90,8 @@ class RollingBatch:
     """Rows of one model, sampler and kind of guidance, moved on together: by one network batch per step if one holds
     them all.
 
-    A row's bits depend on its request alone, not on its company: batches are padded to one of `batch_sizes`, between
-    which the network's rows do not differ (see `batching.steady_sizes`).
+    Batches are padded to one of `batch_sizes`. Where the network's rows do not differ between these, which
+    `same_bits.steady_sizes` finds, a row's bits depend on its request alone. Otherwise they also depend on its company.
 
     Where a network batch raises an error, its halves are tried, down to single rows: only rows that fail alone have
     failed. Where memory runs out, the batch size that was too large is removed from `batch_sizes`.

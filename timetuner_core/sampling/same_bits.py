@@ -28,12 +28,20 @@ PROBES = 2
 DEFAULT_CONDITION_LENGTH = 77
 
 # A function of the indices `(B,)` of samples: the network's outputs for them, each `(B, ...)`.
-_Network = Callable[[Tensor], tuple[Tensor, ...]]
+Network = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 def all_sizes(max_size: int) -> tuple[int, ...]:
     """Those of `BATCH_SIZES` below `max_size`, and `max_size`, whatever they do to a sample's bits."""
     return (*(size for size in BATCH_SIZES if size < max_size), max_size)
+
+
+def sizes_without_padding(max_size: int, device: torch.device) -> tuple[int, ...]:
+    """Every size on a processor, where each further row takes time, and `all_sizes` elsewhere.
+
+    A GPU starts the same kernels for a few rows more, and keeps memory and choices of kernels for each size.
+    """
+    return tuple(range(1, max_size + 1)) if device.type == "cpu" else all_sizes(max_size)
 
 
 @torch.no_grad()
@@ -71,7 +79,7 @@ def steady_sizes(
     networks = [
         network
         for _ in range(PROBES)
-        for network in _networks(model, guidance_type, guided, device, condition_length, generator)
+        for network in probe_networks(model, guidance_type, guided, device, condition_length, generator)
     ]
     order = torch.cat([torch.arange(SAMPLES), torch.randint(SAMPLES, (max_size,), generator=generator)])
     largest: list[Tensor] | None = None
@@ -84,7 +92,7 @@ def steady_sizes(
     return tuple(sizes[::-1])
 
 
-def _answers(networks: list[_Network], order: Tensor, expected: list[Tensor] | None) -> list[Tensor] | None:
+def _answers(networks: list[Network], order: Tensor, expected: list[Tensor] | None) -> list[Tensor] | None:
     """Each network's answers `(SAMPLES, bytes)` in batches of this size; None if they depend on the position or the
     others in the batch, or are not as expected."""
     answers = []
@@ -101,15 +109,18 @@ def _answers(networks: list[_Network], order: Tensor, expected: list[Tensor] | N
     return answers
 
 
-def _networks(
+def probe_networks(
     model: DiffusionModel,
     guidance_type: GuidanceType,
     guided: bool | None,
     device: torch.device | str,
     condition_length: int | None,
     generator: torch.Generator,
-) -> list[_Network]:
-    """The network in every way that it will be called, and the decoder, on `SAMPLES` random samples."""
+) -> list[Network]:
+    """The network in every way that it will be called, and the decoder, on `SAMPLES` random samples.
+
+    Each is a function of the indices `(B,)` of samples, and gives tensors `(B, ...)`.
+    """
     schedule = model.noise_schedule
     t = schedule.t_min + (schedule.T - schedule.t_min) * torch.rand((), generator=generator, dtype=torch.float64)
     seeds = torch.randint(2**32, (SAMPLES,), generator=generator).tolist()
