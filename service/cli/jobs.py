@@ -1,6 +1,7 @@
 """`timetuner jobs`: tuning jobs, and sampling jobs by their ids."""
 
 import json
+from collections.abc import Iterable
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,13 +22,15 @@ JobId = Annotated[str, typer.Argument(metavar="ID", help="A job's id.")]
 @jobs.command(name="list")
 def list_(
     state: Annotated[JobState | None, typer.Option(help="Only those in this state.")] = None,
+    samples: Annotated[bool, typer.Option("--samples", help="List sampling jobs in place of tuning jobs.")] = False,
     limit: Limit = None,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """List tuning jobs, newest first."""
+    """List tuning jobs, or sampling jobs, newest first."""
     with connected(url) as client:
-        found = list(islice(client.tuning_jobs.list(state=state), limit))
+        listed: Iterable[Any] = (client.samples if samples else client.tuning_jobs).list(state=state)
+        found = list(islice(listed, limit))
     if as_json:
         print_json(found)
         return

@@ -346,6 +346,18 @@ class AsyncSampleJobs:
         """Queue a sampling job; `wait()` for it. Those who wait in `create` are served first."""
         return self._bound(await self._client.send(calls.submit_samples(request)))
 
+    async def list(
+        self,
+        *,
+        state: JobState | None = None,
+        model: str | None = None,
+        schedule: str | None = None,
+        limit: int = 50,
+    ) -> "AsyncIterator[AsyncSampleJob]":
+        """The caller's jobs, newest first; `model` and `schedule` are ids, and `limit` is a page's."""
+        async for fields in self._client.pages(calls.list_sample_jobs(state, model, schedule, limit)):
+            yield self._bound(fields)
+
     async def get(self, job: str) -> "AsyncSampleJob":
         return self._bound(await self._client.send(calls.get_sample_job(job)))
 

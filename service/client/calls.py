@@ -206,6 +206,14 @@ def submit_samples(request: SampleRequest) -> Call[SampleJobFields]:
     return _made_once(call)
 
 
+def list_sample_jobs(
+    state: str | None, model: str | None, schedule: str | None, limit: int
+) -> Call[Page[SampleJobFields]]:
+    filters = {"state": state, "model": model, "schedule": schedule}
+    params = {"limit": limit} | {name: value for name, value in filters.items() if value is not None}
+    return Call("list_sample_jobs", "GET", "/v1/samples", _reader(Page[SampleJobFields]), params=params)
+
+
 def get_sample_job(job: str) -> Call[SampleJobFields]:
     return Call("get_sample_job", "GET", _path("/v1/samples", job), _reader(SampleJobFields))
 

@@ -340,6 +340,18 @@ class SampleJobs:
         """Queue a sampling job; `wait()` for it. Those who wait in `create` are served first."""
         return self._bound(self._client.send(calls.submit_samples(request)))
 
+    def list(
+        self,
+        *,
+        state: JobState | None = None,
+        model: str | None = None,
+        schedule: str | None = None,
+        limit: int = 50,
+    ) -> "Iterator[SampleJob]":
+        """The caller's jobs, newest first; `model` and `schedule` are ids, and `limit` is a page's."""
+        for fields in self._client.pages(calls.list_sample_jobs(state, model, schedule, limit)):
+            yield self._bound(fields)
+
     def get(self, job: str) -> "SampleJob":
         return self._bound(self._client.send(calls.get_sample_job(job)))
 

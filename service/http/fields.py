@@ -13,7 +13,7 @@ from sqlalchemy import Select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from service.http.errors import EXAMPLE_REQUEST_ID, InvalidError, UnsupportedMediaTypeError
-from service.registry.tables import AuditEntry, Model, ModelRegistration, TuningJob
+from service.registry.tables import AuditEntry, Model, ModelRegistration, SampleJob, TuningJob
 from service.shared.fields import IDENTIFIER, Identifier
 
 JSON_TYPE = "application/json"
@@ -73,7 +73,7 @@ class PageQuery(BaseModel):
 
 
 PageParams = Annotated[PageQuery, Query()]
-Row = TypeVar("Row", AuditEntry, Model, ModelRegistration, TuningJob)
+Row = TypeVar("Row", AuditEntry, Model, ModelRegistration, SampleJob, TuningJob)
 
 
 def newest_first(

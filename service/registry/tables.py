@@ -356,7 +356,11 @@ class SampleJob(Job):
     """
 
     __tablename__ = "sample_jobs"
-    __table_args__ = (Index(None, "state", "priority", "id"), Index(None, "owner", "priority", "started_at"))
+    __table_args__ = (
+        Index(None, "state", "priority", "id"),
+        Index(None, "owner", "priority", "started_at"),
+        Index(None, "owner", "id"),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("smp"))
     owner: Mapped[str | None]  # The API key that asked, or null if none was needed.

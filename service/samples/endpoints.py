@@ -5,7 +5,7 @@ import logging
 import time
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from sse_starlette import EventSourceResponse
 
@@ -24,19 +24,20 @@ from service.http.errors import (
     UnsupportedMediaTypeError,
     error_responses,
 )
-from service.http.fields import JSON_TYPE, PathId, require_json
+from service.http.fields import JSON_TYPE, PageParams, PathId, require_json
 from service.http.preferences import Prefer, read_preference
 from service.registry.samples import LATE, Ended, sample_again
 from service.registry.tables import FINAL_STATES, JobState, Model, SampleJob
 from service.registry.types import new_id
 from service.samples.content import negotiate
-from service.samples.reading import cancel_job, end_of, read_job
-from service.samples.schemas import SampleJobOut
+from service.samples.reading import cancel_job, end_of, newest, read_job
+from service.samples.schemas import SampleJobOut, SampleJobPage
 from service.samples.state import Samples, SamplesState
 from service.samples.submitting import Submission
 from service.samples.waiting import stream_events, wait_for_end
 from service.shared import telemetry
 from service.shared.artifacts import DamagedArtifactError
+from service.shared.fields import Identifier
 from service.shared.image_formats import FORMATS
 from service.shared.job_requests import SampleRequest
 from service.state import WRITES, AppState, State
@@ -115,6 +116,21 @@ async def sample(
             except ImagesLostError:
                 job = await run_in_threadpool(read_job, state, caller, job.id)
     return _accepted(await run_in_threadpool(read_job, state, caller, job.id))
+
+
+@router.get("", operation_id="list_sample_jobs", responses=error_responses(InvalidError))
+def list_sample_jobs(
+    caller: AnyCaller,
+    state: State,
+    page: PageParams,
+    job_state: Annotated[JobState | None, Query(alias="state")] = None,
+    model: Annotated[Identifier | None, Query(description="Only jobs of the model with this id.")] = None,
+    schedule: Annotated[Identifier | None, Query(description="Only jobs that used the schedule with this id.")] = None,
+) -> SampleJobPage:
+    """The caller's sampling jobs, of an admin all, newest first, until their samples are deleted."""
+    with state.registry.read() as session:
+        rows, cursor = newest(session, caller, job_state, model, schedule, page)
+        return SampleJobPage(items=[SampleJobOut.model_validate(row) for row in rows], next_cursor=cursor)
 
 
 @router.get("/{job_id}", operation_id="get_sample_job", responses=error_responses(NotFoundError))

@@ -1,12 +1,17 @@
 """Reading a caller's sampling jobs."""
 
+from collections.abc import Sequence
+
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from service.access.callers import Caller
 from service.http.errors import NotFoundError
+from service.http.fields import PageQuery, newest_first
 from service.registry.jobs import request_cancel
+from service.registry.keys import Scope
 from service.registry.samples import Ended, ended
-from service.registry.tables import FINAL_STATES, SampleJob
+from service.registry.tables import FINAL_STATES, JobState, SampleJob
 from service.state import AppState
 
 
@@ -18,6 +23,27 @@ def get_job(session: Session, caller: Caller, job_id: str, with_for_update: bool
             f"no sampling job {job_id!r}; accepted: an id that POST /v1/samples gave, until its samples are deleted"
         )
     return job
+
+
+def newest(
+    session: Session,
+    caller: Caller,
+    state: JobState | None,
+    model_id: str | None,
+    schedule_id: str | None,
+    page: PageQuery,
+) -> tuple[Sequence[SampleJob], str | None]:
+    """One page of the jobs the caller sees, newest first, and the cursor of the next. Parts of jobs are left out."""
+    query = select(SampleJob).where(SampleJob.parent_id.is_(None))
+    if not caller.may(Scope.ADMIN):
+        query = query.where(SampleJob.owner == caller.owner)
+    if state is not None:
+        query = query.where(SampleJob.state == state)
+    if model_id is not None:
+        query = query.where(SampleJob.model_id == model_id)
+    if schedule_id is not None:
+        query = query.where(SampleJob.schedule_id == schedule_id)
+    return newest_first(session, query, SampleJob.id, page)
 
 
 def end_of(job: SampleJob) -> Ended:

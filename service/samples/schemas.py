@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, computed_field
 
-from service.http.fields import Fault, KeyId, ModelId, RequestId, SampleJobId, ScheduleId, Time
+from service.http.fields import Fault, KeyId, ModelId, NextCursor, RequestId, SampleJobId, ScheduleId, Time
 from service.registry.tables import JobState
 from service.shared.job_requests import SampleRequest
 
@@ -32,3 +32,8 @@ class SampleJobOut(BaseModel):
     @property
     def content(self) -> str | None:
         return f"/v1/samples/{self.id}/content" if self.state == JobState.SUCCEEDED else None
+
+
+class SampleJobPage(BaseModel):
+    items: list[SampleJobOut]
+    next_cursor: NextCursor

@@ -13,8 +13,9 @@ from service.http.fields import PageQuery
 from service.models.logic import register_builtin
 from service.registry.database import Registry
 from service.registry.keys import Scope, any_key, charge, create_key, find_key, list_keys, revoke_key
-from service.registry.tables import ApiKey, AuditEntry, JobState, TuningJob
+from service.registry.tables import ApiKey, AuditEntry, JobState, SampleJob, TuningJob
 from service.registry.types import utc_now
+from service.samples.reading import newest as newest_samples
 from service.tuning_jobs.logic import newest
 from tests.registry.test_schedules import plans_of
 
@@ -139,5 +140,34 @@ def test_a_page_of_ones_own_jobs_is_found_by_their_owner_however_many_others_hav
 
     (plan, *_) = plans_of(registry, read)
     assert [index[0] for index in plan.indexes if index != ("job_id",)] == ["owner"]
+    if registry.is_sqlite:  # PostgreSQL may rather sort as few as these
+        assert not plan.sorts
+
+
+def test_a_page_of_ones_own_sampling_jobs_is_found_by_their_owner(registry: Registry, model_id: str) -> None:
+    """Every hundredth job is one's own, and every other one of these is a part of the one before."""
+    key, _ = new_key(registry)
+    common = {"model_id": model_id, "request": {}, "request_hash": "", "num_images": 1}
+    rows = [
+        {
+            **common,
+            "id": f"smp_{k:05d}",
+            "owner": f"key_{k % 10}" if k % 100 else key.id,
+            "parent_id": f"smp_{k - 100:05d}" if k % 200 == 100 else None,
+        }
+        for k in range(6000)
+    ]
+    with registry.write() as session:
+        session.execute(insert(SampleJob), rows)
+    with registry.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("ANALYZE"))
+    expected = [f"smp_{k:05d}" for k in range(5800, -1, -200)][:20]
+
+    def read(session: Session) -> None:
+        jobs, cursor = newest_samples(session, Caller(key), None, None, None, PageQuery(limit=20, cursor=None))
+        assert ([job.id for job in jobs], cursor) == (expected, expected[-1])
+
+    (plan, *_) = plans_of(registry, read)
+    assert [index[0] for index in plan.indexes] == ["owner"]
     if registry.is_sqlite:  # PostgreSQL may rather sort as few as these
         assert not plan.sorts

@@ -80,6 +80,7 @@ RULES: dict[str, frozenset[str] | None] = {
     "submit_tuning_job": frozenset({"tune"}),
     "cancel_tuning_job": frozenset({"tune"}),
     "sample": frozenset({"sample"}),
+    "list_sample_jobs": READING,
     "get_sample_job": READING,
     "get_sample_content": READING,
     "follow_sample_job": READING,

@@ -59,13 +59,14 @@ NAMING: dict[str, tuple[str, str, dict[str, Any]]] = {
     "page: schedules": ("GET", "/schedules?model=ID", {}),
 }
 # Operations that name nothing, whose answers hold what the caller sees; or nothing that could be private.
-LISTING = {"list_models", "list_tuning_jobs", "list_audit"}
+LISTING = {"list_models", "list_tuning_jobs", "list_sample_jobs", "list_audit"}
 NAMELESS = {"register_model", "health", "readiness", "metrics"}
 LISTS = (
     "/v1/models",
     "/v1/models?state=queued",
     "/v1/schedules",
     "/v1/tuning-jobs",
+    "/v1/samples",
     "/metrics",
     "/",
     "/models",

@@ -119,6 +119,27 @@ def test_respond_async_answers_at_once_and_the_content_follows(stack: Stack, rin
     assert content.content == post(stack, **body).content
 
 
+def test_jobs_are_listed_newest_first_by_what_they_are_of(stack: Stack, ring: str, digits: str) -> None:
+    def listed(**filters: Any) -> list[str]:
+        found: list[str] = []
+        cursor: Json = {}
+        while True:
+            page = stack.client.get("/v1/samples", params={"limit": 2, **filters, **cursor}).json()
+            found += [job["id"] for job in page["items"]]
+            if page["next_cursor"] is None or len(found) >= 4:
+                return found
+            cursor = {"cursor": page["next_cursor"]}
+
+    made = [post(stack, model=model, num_steps=1, seed=70 + k) for k, model in enumerate((ring, digits, ring, ring))]
+    first, second, third, fourth = (answer.headers["content-location"].split("/")[3] for answer in made)
+    assert listed() == [fourth, third, second, first]
+    assert listed(model=ring)[:3] == [fourth, third, first]
+    assert listed(state="failed", model=digits) == []
+    assert listed(schedule="sch_nope") == []
+    assert_problem(stack.client.get("/v1/samples", params={"state": "done"}), 422, "state", "succeeded")
+    assert_problem(stack.client.get("/v1/samples", params={"limit": 0}), 422, "limit")
+
+
 LONG: Json = {"num_steps": 1000, "num_images": 15}
 
 
