@@ -10,7 +10,9 @@ depends_on = None
 
 def upgrade() -> None:
     op.create_index("ix_sample_jobs_owner_id", "sample_jobs", ["owner", "id"])
+    op.create_index("ix_sample_jobs_state_owner", "sample_jobs", ["state", "owner"])
 
 
 def downgrade() -> None:
+    op.drop_index("ix_sample_jobs_state_owner", "sample_jobs")
     op.drop_index("ix_sample_jobs_owner_id", "sample_jobs")

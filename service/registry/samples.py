@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import (
     CTE,
     ColumnElement,
+    Connection,
     Float,
     Row,
     Select,
@@ -25,7 +26,7 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
 from service.registry.jobs import Claim, claimed_by, finish, hand_back
 from service.registry.tables import FINAL_STATES, JobState, Model, RegistryChanges, SampleJob
@@ -131,12 +132,32 @@ def _first(jobs: Select[Any]) -> Select[Any]:
     return jobs.limit(bindparam("most")).with_for_update(of=_ROWS, skip_locked=True)
 
 
+def _several_flows() -> Select[Any]:
+    """Whether more than one flow may be queued: the least and the greatest owner and priority are read off indexes.
+
+    Requests that were split are queued while their parts are, and have their owner and priority.
+    """
+    queued = SampleJob.state == JobState.QUEUED
+
+    def first(column: InstrumentedAttribute[Any], order: ColumnElement[Any]) -> ColumnElement[Any]:
+        return select(column).where(queued, column.is_not(None)).order_by(order).limit(1).scalar_subquery()
+
+    def ends_differ(column: InstrumentedAttribute[Any]) -> ColumnElement[bool]:
+        return func.coalesce(first(column, column.asc()) != first(column, column.desc()), False)
+
+    # Both columns are of an index. SQLite would look for `SELECT *` in the table.
+    unowned = select(SampleJob.state).where(queued, SampleJob.owner.is_(None)).limit(1).scalar_subquery()
+    some_unowned = and_(first(SampleJob.owner, SampleJob.owner.asc()).is_not(None), unowned.is_not(None))
+    return select(or_(ends_differ(SampleJob.priority), ends_differ(SampleJob.owner), some_unowned))
+
+
 # Statements are made once: a worker claims every few steps, and making a statement takes longer than running it.
-_NUM_FLOWS = select(func.count()).select_from(
-    select(_OWNER, SampleJob.priority).where(_WAITS).distinct().limit(2).subquery()
-)
-_NEXT = _first(select(_ROWS).where(_WAITS).order_by(_URGENCY, _BY_MODEL, SampleJob.id))
-_NEXT_OF_FLOWS = _first(_next_jobs_of_flows())  # It gives the same where there is one flow, in five times the time.
+_SEVERAL_FLOWS = _several_flows()
+# Jobs of one flow have one priority, so that those which have aged are just the oldest. An index has them in order.
+_PREFERRED = or_(_HELD, SampleJob.created_at < bindparam("impatient_since"))
+_OF_ONE_FLOW = select(_ROWS).where(_WAITS).order_by(SampleJob.priority, SampleJob.id)
+_NEXT_PREFERRED, _NEXT_OTHERS = _first(_OF_ONE_FLOW.where(_PREFERRED)), _first(_OF_ONE_FLOW.where(~_PREFERRED))
+_NEXT_OF_FLOWS = _first(_next_jobs_of_flows())  # It gives the same where there is one flow, in many times the time.
 _ADD = insert(_ROWS)
 _CLAIM = (
     update(_ROWS)
@@ -187,8 +208,7 @@ def claim_samples(
         "aged_since": now - timedelta(seconds=AGEING_SECONDS),
     }
     connection = session.connection()
-    has_flows = (connection.scalar(_NUM_FLOWS) or 0) > 1
-    candidates: Any = connection.execute(_NEXT_OF_FLOWS if has_flows else _NEXT, parameters).all()
+    candidates = _candidates(connection, parameters)
     allowed = set(models)
     taken: list[SampleJob] = []
     late: list[SampleJob] = []
@@ -340,6 +360,15 @@ def forgotten_parents(session: Session) -> list[str]:
 def samples_wait(session: Session) -> bool:
     """Whether any sampling job is queued for a worker."""
     return bool(session.scalar(_WAITING))
+
+
+def _candidates(connection: Connection, parameters: dict[str, Any]) -> Sequence[Any]:
+    """The rows of the next jobs in order, `most` of them if there are as many. They are locked."""
+    if connection.scalar(_SEVERAL_FLOWS):
+        return connection.execute(_NEXT_OF_FLOWS, parameters).all()
+    preferred = connection.execute(_NEXT_PREFERRED, parameters).all()
+    missing = parameters["most"] - len(preferred)
+    return [*preferred, *(connection.execute(_NEXT_OTHERS, parameters | {"most": missing}).all() if missing else [])]
 
 
 def models_sampled_last(session: Session, count: int) -> list[tuple[str, dict[str, Any]]]:

@@ -8,7 +8,7 @@ from threading import Barrier
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import insert, select, text
 
 from service.http.errors import InvalidError
 from service.registry.database import Registry
@@ -35,6 +35,7 @@ from service.samples.catalog import Catalog
 from service.samples.submitting import Submission, submit_all
 from service.shared.job_requests import SampleRequest
 from service.shared.settings import Settings
+from tests.registry.test_schedules import Plan, statements_of
 
 pytestmark = pytest.mark.both_engines
 
@@ -221,6 +222,23 @@ def test_a_model_to_be_loaded_comes_by_itself_as_others_may_have_to_go_for_it(
     assert taken(registry) == [held]
     assert taken(registry) == [other]
     assert taken(registry, models=[model_id, other_model]) == [also_held, another_other]
+
+
+def test_a_long_queue_of_one_key_is_read_in_the_order_of_an_index(registry: Registry, model_id: str) -> None:
+    """Else each claim would sort the queue: of 10,000 jobs it took seven times as long as of 300."""
+    common = {"model_id": model_id, "request": {}, "request_hash": "", "num_images": 1, "priority": 1}
+    rows = [common | {"id": f"smp_{k:05d}", "state": JobState.QUEUED} for k in range(3000)]
+    with registry.write() as session:
+        session.execute(insert(SampleJob), rows)
+    with registry.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("ANALYZE"))
+    with statements_of(registry) as sent, registry.write() as session:
+        claims, _, more = claim_samples(session, "w", LEASE_SECONDS, 24, ["mdl_other"], only_these=False)
+    assert ([claim.job_id for claim in claims], more) == ([f"smp_{k:05d}" for k in range(24)], True)
+    if registry.is_sqlite:  # PostgreSQL may rather sort as few as these.
+        plans = [Plan(registry, *statement) for statement in sent]
+        assert len(plans) >= 2
+        assert not any(plan.sorts or plan.whole_tables for plan in plans)
 
 
 def test_keys_take_turns_however_many_jobs_one_of_them_has(registry: Registry, add: Callable[..., str]) -> None:

@@ -136,7 +136,7 @@ class Plan:
         self.sorts |= "TEMP B-TREE" in detail
         if index := re.search(r"INDEX (\w+)", detail):
             self.indexes.append(self.columns[index[1]])
-        elif table := re.match(r"SCAN (schedules|evaluations)", detail):
+        elif table := re.match(r"SCAN (schedules|evaluations|sample_jobs)", detail):
             self.whole_tables.append(table[1])
 
     def _add_postgresql(self, node: dict[str, Any]) -> None:
