@@ -2,14 +2,21 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from timetuner_core.catalog import GridName
-from timetuner_core.grids import Timesteps, check_t_ratios, check_timesteps, make_timesteps, teacher_timesteps
+from timetuner_core.grids import (
+    Timesteps,
+    check_t_ratios,
+    check_timesteps,
+    make_timesteps,
+    start_grids,
+    teacher_timesteps,
+)
 from timetuner_core.guided_model import GuidedModel
 from timetuner_core.noise_schedule import NoiseSchedule
 from timetuner_core.samplers import Generators, Sampler, SamplerStep, StepFn, get_sampler, sample_steps
@@ -278,7 +285,7 @@ class TimeTuner:
             "both",
             lr=lr,
             total_iters=total_iters,
-            starts=[make_timesteps(self.noise_schedule, num_steps, name) for name in get_args(GridName)],
+            starts=start_grids(self.noise_schedule, num_steps),
         )
         t_ratios = _last_ratios(tuned, state, total_iters + math.ceil(len(x) / batch_size) + 1, verbose)
         return state.timesteps, t_ratios
