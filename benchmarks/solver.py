@@ -187,7 +187,7 @@ def table(results: dict[tuple[str, Setting], dict[str, Any]]) -> str:
             pairs = zip(solver["rows"], solver["distances"], strict=True)
             reached = [rows for rows, distance in pairs if distance <= end]
             shares.append(reached[0] / whole if reached else float("inf"))
-        figures = " | ".join(f"{middle(ends[name]):.3f}" for name in ends)
+        figures = " | ".join(f"{middle(ends[name]):.3g}" for name in ends)
         spread = f"{middle(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         costs = " | ".join(f"{middle(rows[name]):,.0f}" for name in rows)
         setting_text = f"{model} | {guidance} | {num_steps} | {len(settings)}"

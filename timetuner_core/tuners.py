@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 
-from timetuner_core.catalog import NAMED_GRIDS
-from timetuner_core.tuning.solver_columns import rows_per_sample, solver_columns
+from timetuner_core.catalog import NAMED_GRIDS, SamplerFacts
+from timetuner_core.tuning.solver_columns import rows_per_sample, samples_held
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -273,8 +273,8 @@ class SolverTuner(TeacherMatchingTuner):
         super().check(setting)
 
     def samples_at_once(self, setting: TunedSetting) -> int:
-        """The samples of all difference quotients, each with the predictions of all its steps."""
-        return self.batch_size * (len(solver_columns(setting.num_steps)) + 1) * (setting.num_steps + 1)
+        """A network batch, or the runs of one sample's difference quotients: of large samples, each has its turn."""
+        return max(self.batch_size, samples_held(setting.num_steps))
 
     def network_samples(self, setting: TunedSetting) -> int:
         return self.total_iters * self.batch_size * rows_per_sample(setting.num_steps)
@@ -557,3 +557,13 @@ AnyTuner: TypeAlias = (
 TUNERS: dict[str, type[AnyTuner]] = {
     get_args(tuner.__annotations__["objective"])[0]: tuner for tuner in get_args(AnyTuner)
 }
+
+# With more steps, learning the solver takes more calls than `end_to_end` does, and no gain has been measured.
+MAX_STEPS_OF_DEFAULT_SOLVER = 10
+
+
+def default_tuner(num_steps: int, sampler: SamplerFacts, eta: float) -> AnyTuner:
+    """The tuner of a job that names none: `solver` where it applies and its gain is known, else `end_to_end`."""
+    if sampler.is_table and eta == 0 and num_steps <= MAX_STEPS_OF_DEFAULT_SOLVER:
+        return SolverTuner(objective="solver")
+    return EndToEndTuner()
