@@ -29,8 +29,9 @@ MAX_TIME_MOVE = 0.4  # Two neighbours that meet halfway would both move by 0.5 o
 FIRST_DAMPING = 1e-2
 DAMPING_FACTOR = 8.0
 MIN_DAMPING, MAX_DAMPING = 1e-8, 1e8
-MAX_VALUES_HELD = 2**24  # The values of samples and predictions that are in memory at once, unless one row has more.
 MAX_FRUITLESS = 3  # It ends after so many iterations without a better candidate.
+
+MAX_VALUES_HELD = 2**24  # The values of samples and predictions that are in memory at once, unless one row has more.
 
 
 @dataclass(frozen=True)
