@@ -1,15 +1,25 @@
 """A learned solver against grid and ratios learned by Adam: the distance to the teacher, and what it costs.
 
-    python -m benchmarks.solver [--models digits8 …] [--num-steps 5 …] [--seeds 5] [--guidance uncond …]
+    python -m benchmarks.solver solver.jsonl [--models digits8 …] [--num-steps 5 …] [--seeds 3] [--guidance uncond …]
+    python -m benchmarks.solver solver.jsonl --table
 
 Each tuner has its defaults, the sampler is dpmpp_2m, and both start from the best named grid. Schedules are judged by
-one teacher of 100 steps on 512 noises that no tuner has seen. A row is one sample put through the network once; a
-backward pass counts as two, and a step that is recomputed for it as one.
+one teacher of 100 steps on 512 noises that no tuner has seen. A row is one sample put through the network once, two
+if it is guided; a backward pass counts as two, and a step that is recomputed for it as one.
+
+Results are appended to the file as they come, the cheapest settings first. A run continues where one before was cut.
 """
 
 import argparse
+import itertools
+import json
 import statistics
-from dataclasses import dataclass
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,35 +30,51 @@ from timetuner_core.evaluation.distances import teacher_l2
 from timetuner_core.grids import make_timesteps
 from timetuner_core.models.loading import load_builtin
 from timetuner_core.samplers import get_sampler
-from timetuner_core.tuners import EndToEndTuner, SolverTuner
+from timetuner_core.tuners import EndToEndTuner, SolverTuner, TunedSetting
 from timetuner_core.tuning.problem import TuningState
-from timetuner_core.tuning_setup import EVALUATION_SEEDS, Experiment
+from timetuner_core.tuning_setup import EVALUATION_SEEDS, TUNING_SEEDS, Experiment
 
 SAMPLER = "dpmpp_2m"
 NUM_SAMPLES = 512
 TEACHER_NUM_STEPS = 100
-# A row that Adam sends through the network is watched twice, as the step is recomputed for its backward pass. That
-# pass counts as two more.
-ROWS_PER_WATCHED_ROW_OF_ADAM = 2
+# Adam's step is recomputed for its backward pass, so that a row is watched twice. The pass counts as two more.
+ROWS_PER_WATCHED_ROW = {"end_to_end": 2, "solver": 1}
+TUNERS = {
+    "end_to_end": EndToEndTuner(start="best"),
+    "solver": SolverTuner(objective="solver", start="best"),
+}
+MODELS = ["mixture-ring", "mixture-gratings", "digits8", "digits32-ldm"]
+
+
+class Setting(NamedTuple):
+    model: str
+    guidance: str
+    num_steps: int
+    seed: int
 
 
 @dataclass(frozen=True)
 class Result:
-    """The held-out distance after some rows through the network, once per iteration."""
+    """What a tuner found in a setting.
 
+    Attributes:
+        rows: rows through the network up to each iteration that was measured; the teacher and the choice of a start
+            are not among them.
+        distances: the held-out distances there.
+        cpu_seconds: the tuner's time, with the choice of a start and without the teacher.
+    """
+
+    tuner: str
+    setting: Setting
     rows: list[int]
     distances: list[float]
-
-    def rows_until(self, distance: float) -> int | None:
-        """The rows after which the distance is at most so much; None if it never is."""
-        reached = [rows for rows, found in zip(self.rows, self.distances, strict=True) if found <= distance]
-        return reached[0] if reached else None
+    cpu_seconds: float
 
 
 class Bench:
-    """One model, guidance, number of steps and seed."""
+    """One model and guidance with one seed, and its teachers."""
 
-    def __init__(self, model: str, guidance: str, num_steps: int, seed: int) -> None:
+    def __init__(self, model: str, guidance: str, seed: int) -> None:
         self.rows = 0
 
         def count(num_samples: int) -> None:
@@ -56,80 +82,117 @@ class Bench:
 
         loaded = load_builtin(model).watched(count)
         self.experiment = Experiment(loaded, parse_guidance(guidance), get_sampler(SAMPLER), seed=seed)
-        self.num_steps = num_steps
         self.schedule = loaded.noise_schedule
         self.seeds = self.experiment.seeds(NUM_SAMPLES, EVALUATION_SEEDS)
         self.condition = self.experiment.conditions(NUM_SAMPLES, EVALUATION_SEEDS)
         self.taught = self.experiment.teach(self.seeds, self.condition, TEACHER_NUM_STEPS, decode=False)
 
+    @cache  # noqa: B019 (a bench lives as long as the process)
+    def target(self, size: int, num_steps: int) -> Tensor:
+        """What a tuner's teacher makes of its population."""
+        experiment = self.experiment
+        seeds, condition = experiment.seeds(size, TUNING_SEEDS), experiment.conditions(size, TUNING_SEEDS)
+        return experiment.teach(seeds, condition, num_steps, decode=False)
+
     def distance(self, timesteps: Tensor, state: TuningState | None = None) -> float:
         """The mean distance to the teacher on held-out noise; untuned without a state."""
         experiment, t_ratios = self.experiment, None
         if state is not None:
-            experiment, t_ratios = experiment.with_solver(state.solver_table, self.num_steps), state.t_ratios
+            experiment, t_ratios = experiment.with_solver(state.solver_table, len(timesteps) - 1), state.t_ratios
         samples = experiment.sample(self.seeds, self.condition, timesteps, t_ratios, decode=False)
         return float(teacher_l2(samples, self.taught).mean())
 
-    def untuned(self) -> float:
-        return min(self.distance(make_timesteps(self.schedule, self.num_steps, grid)) for grid in NAMED_GRIDS)
+    def untuned(self, setting: Setting) -> Result:
+        grids = [make_timesteps(self.schedule, setting.num_steps, grid) for grid in NAMED_GRIDS]
+        return Result("untuned", setting, [0], [min(map(self.distance, grids))], 0.0)
 
-    def tune(self, tuner: EndToEndTuner | SolverTuner, measured_every: int) -> Result:
-        grid = make_timesteps(self.schedule, self.num_steps)
+    def tune(self, name: str, setting: Setting) -> Result:
+        tuner, grid = TUNERS[name], make_timesteps(self.schedule, setting.num_steps)
+        target = self.target(tuner.population_size, tuner.teacher_num_steps)
         problem = self.experiment.problem("noise", grid, tuner.population_size, tuner.batch_size)
-        state, result, rows = TuningState.start(grid), Result([], []), 0
-        before = None
-        for _ in tuner.run(problem, state):
+        state, rows, result = TuningState.start(grid), 0, Result(name, setting, [], [], 0.0)
+        measured_every = tuner.total_iters if name == "end_to_end" else 1
+        before, seconds, begun = self.rows, 0.0, time.process_time()
+        for _ in tuner.run(problem, state, target=target):
+            seconds += time.process_time() - begun
             iteration = int(state.iterations.max())
-            if iteration == 0:
-                before = self.rows  # The teacher and the choice of a start cost both tuners the same.
-                continue
-            assert before is not None
-            rows += self.rows - before
-            if iteration % measured_every == 0 or bool(state.done.all()):
-                result.rows.append(rows * (ROWS_PER_WATCHED_ROW_OF_ADAM if isinstance(tuner, EndToEndTuner) else 1))
+            rows += self.rows - before if iteration else 0
+            if iteration and (iteration % measured_every == 0 or bool(state.done.all())):
+                result.rows.append(rows * ROWS_PER_WATCHED_ROW[name])
                 result.distances.append(self.distance(state.timesteps, state))
-            before = self.rows
-        return result
+            before, begun = self.rows, time.process_time()
+        return Result(name, setting, result.rows, result.distances, seconds)
+
+
+def cost(setting: Setting) -> float:
+    """What a setting costs, about, for an order in which the cheap and the first seeds come first."""
+    tuned = TunedSetting(setting.num_steps)
+    rows = sum(tuner.network_samples(tuned) for tuner in TUNERS.values())
+    per_row = (1 if setting.model.startswith("digits") else 0.04) * (1 if setting.guidance == "uncond" else 2)
+    return rows * per_row * (1 + setting.seed)
+
+
+def read(path: Path) -> dict[tuple[str, Setting], dict[str, Any]]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    results = [json.loads(line) for line in lines]
+    return {(result["tuner"], Setting(*result["setting"])): result for result in results}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["digits8", "mixture-gratings", "mixture-ring", "digits32-ldm"])
-    parser.add_argument("--num-steps", nargs="+", type=int, default=[3, 5, 10])
-    parser.add_argument("--guidance", nargs="+", default=["uncond"])
-    parser.add_argument("--seeds", type=int, default=5)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--table", action="store_true", help="only print the table of the results")
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--num-steps", nargs="+", type=int, default=[3, 5, 6, 8, 10, 20])
+    parser.add_argument("--guidance", nargs="+", default=["uncond", "cfg:2"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tuners", nargs="+", default=list(TUNERS), choices=list(TUNERS))
     options = parser.parse_args()
+    if options.table:
+        print(table(read(options.results)))
+        return
     torch.set_num_threads(1)
-    print(
-        "| model | guidance | calls | untuned | Adam | its rows | solver | its rows | distance, ratio | rows, ratio |"
-    )
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
-    for model in options.models:
-        for guidance in options.guidance:
-            for num_steps in options.num_steps:
-                print(_row(model, guidance, num_steps, options.seeds), flush=True)
+    known = read(options.results)
+    axes = (options.models, options.guidance, options.num_steps, range(options.seeds))
+    bench = cache(Bench)
+    for setting in sorted(itertools.starmap(Setting, itertools.product(*axes)), key=cost):
+        for name in ("untuned", *options.tuners):
+            if (name, setting) in known:
+                continue
+            here = bench(setting.model, setting.guidance, setting.seed)
+            result = here.untuned(setting) if name == "untuned" else here.tune(name, setting)
+            with options.results.open("a") as file:
+                file.write(json.dumps(asdict(result)) + "\n")
 
 
-def _row(model: str, guidance: str, num_steps: int, num_seeds: int) -> str:
-    """The medians over the seeds; in brackets the least and the greatest ratio of the distances."""
-    untuned, adam, adam_rows, solver, solver_rows, ratios, rows_ratios = ([] for _ in range(7))
-    for seed in range(num_seeds):
-        bench = Bench(model, guidance, num_steps, seed)
-        by_adam = bench.tune(EndToEndTuner(start="best"), 1000)
-        by_solver = bench.tune(SolverTuner(objective="solver", start="best"), 1)
-        untuned.append(bench.untuned())
-        adam.append(by_adam.distances[-1])
-        adam_rows.append(by_adam.rows[-1])
-        solver.append(by_solver.distances[-1])
-        solver_rows.append(by_solver.rows[-1])
-        ratios.append(solver[-1] / adam[-1])
-        reached = by_solver.rows_until(adam[-1])
-        rows_ratios.append(float("inf") if reached is None else reached / adam_rows[-1])
+def table(results: dict[tuple[str, Setting], dict[str, Any]]) -> str:
+    """Medians over the seeds that have all results; in brackets the least and the greatest ratio of the distances."""
+    lines = [
+        "| model | guidance | calls | seeds | untuned | Adam | solver | distance, ratio | Adam's rows | solver's rows"
+        " | rows, ratio |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    groups: dict[tuple[str, str, int], list[Setting]] = defaultdict(list)
+    for setting in sorted({setting for _, setting in results}):
+        if all((name, setting) in results for name in ("untuned", *TUNERS)):
+            groups[setting[:3]].append(setting)
     middle = statistics.median
-    spread = f"{middle(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    figures = f"{middle(untuned):.3f} | {middle(adam):.3f} | {middle(adam_rows):,.0f}"
-    figures += f" | {middle(solver):.3f} | {middle(solver_rows):,.0f} | {spread} | {middle(rows_ratios):.2f}"
-    return f"| {model} | {guidance} | {num_steps} | {figures} |"
+    for (model, guidance, num_steps), settings in groups.items():
+        found = {name: [results[name, setting] for setting in settings] for name in ("untuned", *TUNERS)}
+        ends = {name: [result["distances"][-1] for result in found[name]] for name in found}
+        rows = {name: [result["rows"][-1] for result in found[name]] for name in TUNERS}
+        ratios = [solver / adam for solver, adam in zip(ends["solver"], ends["end_to_end"], strict=True)]
+        shares = []
+        for solver, end, whole in zip(found["solver"], ends["end_to_end"], rows["end_to_end"], strict=True):
+            pairs = zip(solver["rows"], solver["distances"], strict=True)
+            reached = [rows for rows, distance in pairs if distance <= end]
+            shares.append(reached[0] / whole if reached else float("inf"))
+        figures = " | ".join(f"{middle(ends[name]):.3g}" for name in ends)
+        spread = f"{middle(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        costs = " | ".join(f"{middle(rows[name]):,.0f}" for name in rows)
+        setting_text = f"{model} | {guidance} | {num_steps} | {len(settings)}"
+        lines.append(f"| {setting_text} | {figures} | {spread} | {costs} | {middle(shares):.2f} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ SETTINGS: list[Json] = [
 TEACHER_NUM_STEPS = 100
 # Half of the service's defaults: two cores need two minutes.
 EFFORT: Json = {
-    "tuner": {"objective": "end_to_end", "total_iters": 60, "population_size": 128},
+    "tuner": {"objective": "solver", "total_iters": 4},
     "evaluation": {"num_samples": 256, "teacher_num_steps": TEACHER_NUM_STEPS},
 }
 IMAGES_PER_ROW = 10

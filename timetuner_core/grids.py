@@ -59,6 +59,12 @@ def _named_grid(noise_schedule: NoiseSchedule, ends: Tensor, num_steps: int, gri
     return torch.cat([ends[:1], rest])
 
 
+def start_grids(noise_schedule: NoiseSchedule, num_steps: int) -> list[Tensor]:
+    """The grids of all names, each once: `default` has another name, too, and one step leaves no choice."""
+    grids = [make_timesteps(noise_schedule, num_steps, name) for name in get_args(NamedGrid)]
+    return [grid for i, grid in enumerate(grids) if not any(torch.equal(grid, before) for before in grids[:i])]
+
+
 def grid_between(noise_schedule: NoiseSchedule, ends: Tensor, num_steps: int, grid: NamedGrid) -> Tensor:
     """`num_steps` steps between two times `(2,)`, float64, by the formulas of `make_timesteps`."""
     if grid == "uniform":

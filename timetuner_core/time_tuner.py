@@ -2,21 +2,30 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from timetuner_core.catalog import GridName
-from timetuner_core.grids import Timesteps, check_t_ratios, check_timesteps, make_timesteps, teacher_timesteps
+from timetuner_core.grids import (
+    Timesteps,
+    check_t_ratios,
+    check_timesteps,
+    make_timesteps,
+    start_grids,
+    teacher_timesteps,
+)
 from timetuner_core.guided_model import GuidedModel
 from timetuner_core.noise_schedule import NoiseSchedule
 from timetuner_core.samplers import Generators, Sampler, SamplerStep, StepFn, get_sampler, sample_steps
+from timetuner_core.samplers.solver_table import solver_of
 from timetuner_core.tuners import Optimizer, TuneType
 from timetuner_core.tuning.end_to_end import tune_end_to_end
 from timetuner_core.tuning.per_step import tune_per_step
 from timetuner_core.tuning.problem import TuningProblem, TuningState
+from timetuner_core.tuning.solver import tune_solver
 
 
 class TimeTuner:
@@ -278,10 +287,49 @@ class TimeTuner:
             "both",
             lr=lr,
             total_iters=total_iters,
-            starts=[make_timesteps(self.noise_schedule, num_steps, name) for name in get_args(GridName)],
+            starts=start_grids(self.noise_schedule, num_steps),
         )
         t_ratios = _last_ratios(tuned, state, total_iters + math.ceil(len(x) / batch_size) + 1, verbose)
         return state.timesteps, t_ratios
+
+    def optimize_solver(
+        self,
+        x: Tensor,
+        num_steps: int,
+        teacher_num_steps: int = 100,
+        total_iters: int = 10,
+        verbose: bool = False,
+        *,
+        sampler: str | Sampler = "ddim",
+        condition: Tensor | None = None,
+        batch_size: int = 16,
+        seed: int = 0,
+        **step_kwargs: Any,
+    ) -> tuple[Tensor, Tensor, Sampler]:
+        """Learn grid, ratios and the sampler's coefficients, without a backward pass: see `tuning.tune_solver`.
+
+        Args:
+            x: initial noise x_T to tune on, `(P, ...)`; condition: `(P, ...)` or None.
+            sampler: one without noise that calls the network once per step, or its name.
+
+        Returns:
+            timesteps `(num_steps + 1,)`, t_ratios `(num_steps,)` and the learned sampler, for `sample`.
+
+        Raises:
+            ValueError: what `get_timesteps` and `tuning.tune_solver` raise.
+        """
+        step_fn = self.step_fn(sampler)
+        problem = self._from_noise(x, step_fn, self.get_timesteps(num_steps), condition, batch_size, seed, step_kwargs)
+        state = TuningState.start(problem.timesteps)
+        tuned = tune_solver(
+            problem,
+            state,
+            teacher_timesteps(self.noise_schedule, teacher_num_steps),
+            total_iters=total_iters,
+            starts=start_grids(self.noise_schedule, num_steps),
+        )
+        t_ratios = _last_ratios(tuned, state, total_iters + math.ceil(len(x) / batch_size) + 1, verbose)
+        return state.timesteps, t_ratios, solver_of(step_fn.sampler.name, state.solver_table, num_steps)
 
     def _from_noise(
         self,

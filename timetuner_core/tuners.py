@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 
-from timetuner_core.tuning.solver_columns import rows_per_sample, solver_columns
+from timetuner_core.catalog import NAMED_GRIDS, SamplerFacts
+from timetuner_core.tuning.solver_columns import rows_per_sample, samples_held
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 # and on the grid that diffusers takes by default.
 TEACHER_CHECK_SAMPLES = 32
 TEACHER_CHECK_RUNS = 4
+# The KL divergence to a mixture is measured on at most so many samples: each needs a Jacobian.
+MAX_KL_SAMPLES = 128
 
 TuneType = Literal["sequential", "parallel"]
 Optimizer = Literal["gauss_newton", "adam"]
@@ -52,6 +55,11 @@ class OptionError(ValueError):
     def __init__(self, tuner: "Tuner", name: str, accepted: str) -> None:
         self.name, self.value, self.accepted = name, getattr(tuner, name), accepted
         super().__init__(f"{name} is {self.value!r}; accepted: {accepted}")
+
+
+def in_whole_batches(num_samples: int, batch_size: int) -> int:
+    """Samples in as many whole batches as hold `num_samples`."""
+    return math.ceil(num_samples / batch_size) * batch_size
 
 
 def option(default: Any, description: str | None = None, **bounds: float) -> Any:
@@ -116,7 +124,12 @@ class Tuner:
         return 0
 
     def network_samples(self, setting: TunedSetting) -> int:
-        """Samples put through the network at most, while tuning; guidance and teachers are not counted."""
+        """Samples put through the network at most, while tuning; guidance, teachers and starts are not counted."""
+        return 0
+
+    @property
+    def max_starts(self) -> int:
+        """Grids at most that the population is sampled on, to begin with the best of them."""
         return 0
 
     def tuned_steps(self, num_steps: int) -> list[int]:
@@ -166,6 +179,10 @@ class TeacherMatchingTuner(Tuner):
         return self.teacher_num_steps
 
     @property
+    def max_starts(self) -> int:
+        return len(NAMED_GRIDS) if self.start == "best" else 0
+
+    @property
     def iterations(self) -> int:
         return self.total_iters
 
@@ -177,11 +194,9 @@ class TeacherMatchingTuner(Tuner):
 
     def starts(self, problem: "TuningProblem") -> "list[Tensor]":
         """The grids to begin with the best of: those of all names, or none if the problem's own is to be kept."""
-        from timetuner_core.catalog import GridName
-        from timetuner_core.grids import make_timesteps
+        from timetuner_core.grids import start_grids
 
-        names = get_args(GridName) if self.start == "best" else ()
-        return [make_timesteps(problem.noise_schedule, problem.num_steps, name) for name in names]
+        return start_grids(problem.noise_schedule, problem.num_steps) if self.start == "best" else []
 
 
 @dataclass(kw_only=True)
@@ -258,8 +273,8 @@ class SolverTuner(TeacherMatchingTuner):
         super().check(setting)
 
     def samples_at_once(self, setting: TunedSetting) -> int:
-        """The samples of all difference quotients, each with the predictions of all its steps."""
-        return self.batch_size * (len(solver_columns(setting.num_steps)) + 1) * (setting.num_steps + 1)
+        """A network batch, or the runs of one sample's difference quotients: of large samples, each has its turn."""
+        return max(self.batch_size, samples_held(setting.num_steps))
 
     def network_samples(self, setting: TunedSetting) -> int:
         return self.total_iters * self.batch_size * rows_per_sample(setting.num_steps)
@@ -346,8 +361,13 @@ class PerStepTuner(DataTuner):
     def network_samples(self, setting: TunedSetting) -> int:
         residuals_per_batch = 2 if self.optimizer == "gauss_newton" else 1
         calls = self.target_calls(setting) + residuals_per_batch * self.residual_calls(setting)
-        carrying = self.population_size * setting.calls_per_step if self.tune_type == "sequential" else 0
-        return setting.num_steps * (self.batch_size * self.iterations * calls + carrying)
+        steps = len(self.tuned_steps(setting.num_steps))
+        tuning = steps * self.batch_size * self.iterations * calls
+        if self.tune_type == "parallel":
+            return tuning
+        # The population goes on from each step to the next one that is tuned.
+        population = in_whole_batches(self.population_size, self.batch_size)
+        return tuning + max(0, steps - 1) * population * setting.calls_per_step
 
     def target_calls(self, setting: TunedSetting) -> int:
         """Network calls for what a step's residual is measured against."""
@@ -441,11 +461,6 @@ def _check_candidates(tuner: "AysTuner | GitsTuner", setting: TunedSetting) -> N
         raise OptionError(tuner, "num_candidates", f"null, or more than num_steps, which is {setting.num_steps}")
 
 
-def _whole_batches(num_samples: int, batch_size: int) -> int:
-    """Samples in as many whole batches as hold `num_samples`."""
-    return math.ceil(num_samples / batch_size) * batch_size
-
-
 @dataclass(kw_only=True)
 class AysTuner(DataTuner, GridSearch):
     """Align Your Steps (Sabour, Fidler & Kreis 2024): the grid of least bound on the KL divergence."""
@@ -467,7 +482,7 @@ class AysTuner(DataTuner, GridSearch):
         return self.batch_size * self.candidates(setting.num_steps)
 
     def network_samples(self, setting: TunedSetting) -> int:
-        return self.candidates(setting.num_steps) * _whole_batches(self.num_samples, self.batch_size)
+        return self.candidates(setting.num_steps) * in_whole_batches(self.num_samples, self.batch_size)
 
     def search(self, problem: "TuningProblem") -> "Tensor":
         from timetuner_core.rivals.ays import ays_timesteps
@@ -498,7 +513,8 @@ class GitsTuner(GridSearch):
         return self.batch_size * self.candidates(setting.num_steps)
 
     def network_samples(self, setting: TunedSetting) -> int:
-        return self.candidates(setting.num_steps) * _whole_batches(self.population_size, self.batch_size)
+        steps = self.candidates(setting.num_steps) - 1
+        return steps * in_whole_batches(self.population_size, self.batch_size)
 
     def search(self, problem: "TuningProblem") -> "Tensor":
         from timetuner_core.rivals.gits import gits_timesteps
@@ -541,3 +557,13 @@ AnyTuner: TypeAlias = (
 TUNERS: dict[str, type[AnyTuner]] = {
     get_args(tuner.__annotations__["objective"])[0]: tuner for tuner in get_args(AnyTuner)
 }
+
+# With more steps, learning the solver takes more calls than `end_to_end` does, and no gain has been measured.
+MAX_STEPS_OF_DEFAULT_SOLVER = 10
+
+
+def default_tuner(num_steps: int, sampler: SamplerFacts, eta: float) -> AnyTuner:
+    """The tuner of a job that names none: `solver` where it applies and its gain is known, else `end_to_end`."""
+    if sampler.is_table and eta == 0 and num_steps <= MAX_STEPS_OF_DEFAULT_SOLVER:
+        return SolverTuner(objective="solver")
+    return EndToEndTuner()

@@ -16,7 +16,7 @@ from timetuner_core.models.loading import DiffusionModel
 from timetuner_core.samplers import Sampler, initial_noise, sample
 from timetuner_core.samplers.solver_table import SolverTable, solver_of
 from timetuner_core.sampling.generate import Guidance, generate
-from timetuner_core.tuners import TEACHER_CHECK_SAMPLES, Population
+from timetuner_core.tuners import MAX_KL_SAMPLES, TEACHER_CHECK_SAMPLES, Population
 from timetuner_core.tuning.problem import TuningProblem
 
 # Seeds of the noise that tuning and evaluation see: two ranges that neither meet each other nor, being
@@ -31,9 +31,6 @@ CHECKED_DATA = 512  # A teacher's samples are compared with as many data.
 # sigma_t / alpha_t. It has to be mostly noise, since sampling starts from noise alone.
 LATER_START = math.log(2)
 MAX_LAMBDA_OF_START = -2.0
-
-# KL is measured on at most this many samples: each needs a Jacobian.
-MAX_KL_SAMPLES = 128
 
 
 @dataclass
@@ -118,22 +115,29 @@ class Experiment:
         """Refuse a teacher that nothing can be judged by: see `TeacherSamples`. Raises: TeacherError."""
         seeds = self.seeds(TEACHER_CHECK_SAMPLES, EVALUATION_SEEDS)
         condition = self.conditions(TEACHER_CHECK_SAMPLES, EVALUATION_SEEDS)
+        samples = {
+            name: self._teach(seeds, condition, grid, decode=True).cpu()
+            for name, grid in self._checked_grids(teacher_num_steps).items()
+        }
+        TeacherSamples(**samples, data=self._checked_data()).check()
+
+    def check_calls(self, teacher_num_steps: int) -> int:
+        """The network calls, each of a batch, of `check_teacher`."""
+        calls = sum(map(self._teacher_calls, self._checked_grids(teacher_num_steps).values()))
+        return self._batches(TEACHER_CHECK_SAMPLES) * calls
+
+    def _checked_grids(self, teacher_num_steps: int) -> dict[str, Tensor]:
+        """The grids whose samples are compared, by their names in `TeacherSamples`."""
         schedule = self.model.noise_schedule
         grid = teacher_timesteps(schedule, teacher_num_steps)
         num_steps = len(grid) - 1
-
-        def teach(grid: Tensor | None) -> Tensor | None:
-            return None if grid is None else self._teach(seeds, condition, grid, decode=True).cpu()
-
-        samples = teach(grid)
-        assert samples is not None
-        TeacherSamples(
-            samples,
-            by_half=teach(make_timesteps(schedule, num_steps // 2)) if num_steps > 1 else None,
-            from_later=teach(self._later_grid(num_steps)),
-            by_stock=teach(self.model.stock_timesteps(num_steps)),
-            data=self._checked_data(),
-        ).check()
+        grids = {
+            "samples": grid,
+            "by_half": make_timesteps(schedule, num_steps // 2) if num_steps > 1 else None,
+            "from_later": self._later_grid(num_steps),
+            "by_stock": self.model.stock_timesteps(num_steps),
+        }
+        return {name: grid for name, grid in grids.items() if grid is not None}
 
     def with_solver(self, table: SolverTable | None, num_steps: int) -> "Experiment":
         """The same with a learned solver in the sampler's place; None is the sampler's own. Raises: `solver_of`'s."""
@@ -148,12 +152,13 @@ class Experiment:
         *,
         solver_table: SolverTable | None = None,
         max_num_samples: int | None = None,
-        before_more: Callable[[], None] = lambda: None,
+        before_more: Callable[[int, int], None] = lambda _from, _to: None,
     ) -> Evaluation:
         """A schedule against the sampler's default grid, untuned, on `num_samples` noises that no tuner has seen.
 
         The grid that diffusers takes by default for the model is measured, too, as no worse schedule is accepted.
-        While the verdict is undecided, the noises are doubled, up to `max_num_samples`, after a call of `before_more`.
+        While the verdict is undecided, the noises are doubled, up to `max_num_samples`, after a call of `before_more`
+        with their number so far and the next.
         Guided samples are compared with the teacher's: their distance to the data is information.
         """
         most = num_samples if max_num_samples is None else max(num_samples, max_num_samples)
@@ -188,13 +193,41 @@ class Experiment:
                 stock_timesteps=stock,
                 features=self.model.features,
                 mixture=mixture,
-                kl=None if mixture is None or self.adds_noise else kl,
+                kl=kl if self._measures_kl else None,
                 adds_noise=self.adds_noise,
             )
             if evaluation.verdict != "undecided" or count == most:
                 return evaluation
-            before_more()
+            before_more(count, min(2 * count, most))
             count = min(2 * count, most)
+
+    def evaluation_calls(self, num_steps: int, teacher_num_steps: int, start: int, end: int) -> int:
+        """The network calls, each of a batch, of `evaluate` for noises from number `start` to `end`."""
+        schedule = self.model.noise_schedule
+        default, stock = make_timesteps(schedule, num_steps), self.model.stock_timesteps(num_steps)
+        # The tuned grid ends where the default one does. diffusers' own may be that; then it is not sampled again.
+        sampled = [default, default]
+        if stock is not None and not torch.equal(stock, default):
+            sampled.append(stock)
+        teaching = self.teacher_calls(teacher_num_steps)
+        calls = self._batches(end - start) * (teaching + sum(map(self.sampler.network_calls, sampled)))
+        has_kl = start == 0 and self._measures_kl
+        return calls + (2 * self.sampler.network_calls(default) if has_kl else 0)
+
+    def teacher_calls(self, teacher_num_steps: int) -> int:
+        """The network calls of a teacher for one batch."""
+        return self._teacher_calls(teacher_timesteps(self.model.noise_schedule, teacher_num_steps))
+
+    def _teacher_calls(self, grid: Tensor) -> int:
+        return len(grid) - 1 if self.sampler.stochastic else self.sampler.network_calls(grid)
+
+    def _batches(self, num_samples: int) -> int:
+        return math.ceil(num_samples / self.rows_at_once)
+
+    @property
+    def _measures_kl(self) -> bool:
+        """Whether an evaluation has the KL divergence to a mixture."""
+        return self.model.mixture is not None and self.guidance.type == "uncond" and not self.adds_noise
 
     def sample(
         self,

@@ -54,15 +54,8 @@ class TunedSampler:
             request.evaluation.batch_size,
             runtime.device,
         )
-        model = self.experiment.model
         resumed = any(step.iterations for step in job.steps)
-        phases = phases_of(
-            request,
-            model.draw_data is not None,
-            model.stock_timesteps(request.num_steps) is not None,
-            resumed=resumed,
-            checks_teacher=checks_teacher and not resumed,
-        )
+        phases = phases_of(request, self.experiment, resumed=resumed, checks_teacher=checks_teacher and not resumed)
         self.progress = TuningProgress(phases, runtime.settings.save_seconds)
         # Only network calls tell how far a search for a grid is, which has one iteration, or a solver, whose are long.
         self.progress.stores_itself = self.tuner.iterations > 1 and not self.tuner.has_long_iterations
@@ -99,6 +92,11 @@ class TunedSampler:
     def evaluate(self, state: TuningState) -> Evaluation:
         """Evaluate the tuned sampler against the untuned one, on noise that tuning did not use."""
         how = self.request.evaluation
+
+        def before_more(start: int, end: int) -> None:
+            num_steps = self.request.num_steps
+            self.progress.evaluate_more(self.experiment.evaluation_calls(num_steps, how.teacher_num_steps, start, end))
+
         return self.experiment.evaluate(
             state.timesteps,
             state.t_ratios,
@@ -106,7 +104,7 @@ class TunedSampler:
             how.teacher_num_steps,
             solver_table=state.solver_table,
             max_num_samples=how.most_samples,
-            before_more=self.progress.evaluate_more,
+            before_more=before_more,
         )
 
     def _problem(self) -> TuningProblem:

@@ -4,12 +4,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from service.shared.job_requests import TuningJobRequest
-from service.shared.sampler_facts import sampler_facts
-from timetuner_core.catalog import GridName
-from timetuner_core.tuners import TEACHER_CHECK_RUNS, TEACHER_CHECK_SAMPLES, TeacherMatchingTuner, TunedSetting
+from timetuner_core.grids import start_grids
+from timetuner_core.tuners import TeacherMatchingTuner, TunedSetting
+from timetuner_core.tuning_setup import Experiment
 
 PhaseName = Literal["teacher", "start", "tuning", "evaluation"]
 
@@ -23,38 +23,35 @@ class Phase:
     done: int = 0
 
 
-def phases_of(
-    request: TuningJobRequest, has_data: bool, has_stock_grid: bool, *, resumed: bool, checks_teacher: bool
-) -> list[Phase]:
+def phases_of(request: TuningJobRequest, experiment: Experiment, *, resumed: bool, checks_teacher: bool) -> list[Phase]:
     """The phases of an attempt at a job, in order.
 
+    A tuner that stops early makes fewer calls than its phase has. One that makes none has 1, so that it is a phase.
+
     Args:
-        has_data: Data came with the model, so that no teacher has to generate any.
-        has_stock_grid: The samples of diffusers' own time grid are evaluated, too.
         resumed: An earlier attempt has begun to tune, so that the grid to start from is known.
         checks_teacher: The evaluation's teacher is checked first.
     """
     tuner, evaluation, num_steps = request.tuner, request.evaluation, request.num_steps
-    facts = sampler_facts(request.sampler)
-    setting = TunedSetting(num_steps, facts.calls_per_step, facts.history_length, has_data, False)
+    sampler, schedule = experiment.sampler, experiment.model.noise_schedule
+    has_data = experiment.model.draw_data is not None
+    setting = TunedSetting(num_steps, sampler.calls_per_step, sampler.history_length, has_data, False)
     batch_size = getattr(tuner, "batch_size", 1)
     population = getattr(tuner, "population_size", 0)
-    is_data = tuner.population == "data"
-    batches = math.ceil(population / (evaluation.batch_size if is_data else batch_size))
-    teacher = batches * (tuner.teacher_steps(setting) or 0) * facts.calls_per_step
-    starts = len(get_args(GridName)) if isinstance(tuner, TeacherMatchingTuner) and tuner.start == "best" else 0
-    start = 0 if resumed else batches * starts * num_steps * facts.calls_per_step
-    tuning = math.ceil(tuner.network_samples(setting) / batch_size)
+    batches = math.ceil(population / (evaluation.batch_size if tuner.population == "data" else batch_size))
+    teacher = start = 0
+    if teacher_num_steps := tuner.teacher_steps(setting):
+        teacher = batches * experiment.teacher_calls(teacher_num_steps)
     if checks_teacher:
-        checked = math.ceil(TEACHER_CHECK_SAMPLES / evaluation.batch_size) * evaluation.teacher_num_steps
-        teacher += int(checked * (TEACHER_CHECK_RUNS - 0.5 - (not has_stock_grid))) * facts.calls_per_step
-    sampled_steps = evaluation.teacher_num_steps + (2 + has_stock_grid) * num_steps
-    evaluating = math.ceil(evaluation.num_samples / evaluation.batch_size) * sampled_steps * facts.calls_per_step
+        teacher += experiment.check_calls(evaluation.teacher_num_steps)
+    if isinstance(tuner, TeacherMatchingTuner) and tuner.start == "best" and not resumed:
+        grids = start_grids(schedule, num_steps)
+        start = batches * sum(map(sampler.network_calls, grids)) if len(grids) > 1 else 0
     totals: dict[PhaseName, int] = {
         "teacher": teacher,
         "start": start,
-        "tuning": max(1, tuning),
-        "evaluation": evaluating,
+        "tuning": max(1, math.ceil(tuner.network_samples(setting) / batch_size)),
+        "evaluation": experiment.evaluation_calls(num_steps, evaluation.teacher_num_steps, 0, evaluation.num_samples),
     }
     return [Phase(name, total) for name, total in totals.items() if total]
 
@@ -106,9 +103,9 @@ class TuningProgress:
             self.phase.done = self.phase.total
             self._current += 1
 
-    def evaluate_more(self) -> None:
-        """Count as many calls again for the evaluation, which is undecided and doubles its noises."""
-        self.phase.total *= 2
+    def evaluate_more(self, calls: int) -> None:
+        """Count so many calls more for the evaluation, which is undecided and takes more noises."""
+        self.phase.total += calls
 
     def tuned(self, share: float) -> None:
         """Note which part of all iterations is done. Until the first is, the phase stays what it was."""

@@ -45,7 +45,9 @@ def tune(
     guidance_end: GuidanceEnd = None,
     eta: Eta = None,
     timesteps: Timesteps = None,
-    objective: Annotated[str | None, typer.Option(help="The tuner's objective. [end_to_end]")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="The tuner's objective. [the service's choice; with --tuner, end_to_end]")
+    ] = None,
     tuner: Annotated[
         list[Any], typer.Option(parser=assignment, metavar="NAME=VALUE", help="A field of the tuner; may be repeated.")
     ] = [],  # noqa: B006

@@ -20,7 +20,13 @@ from service.shared.sampler_facts import sampler_facts
 from service.shared.webhook_url import WEBHOOK_URL, WebhookUrl
 from timetuner_core.catalog import GridName, GuidanceType, sampler_names
 from timetuner_core.clipping import Clipping, clipping_text
-from timetuner_core.tuners import TUNERS, EndToEndTuner, TeacherMatchingTuner
+from timetuner_core.tuners import (
+    MAX_STEPS_OF_DEFAULT_SOLVER,
+    TUNERS,
+    EndToEndTuner,
+    TeacherMatchingTuner,
+    default_tuner,
+)
 
 
 def _known_sampler(name: str) -> str:
@@ -88,7 +94,7 @@ class SamplingSetting(BaseModel):
 
 
 def _objective(value: Any) -> str:
-    """The objective that a request names, or the default."""
+    """The objective that a tuner names; `end_to_end` if it has none, as clients of before `solver` mean that."""
     given = value.get("objective", "end_to_end") if isinstance(value, dict) else getattr(value, "objective", None)
     return str(given)
 
@@ -146,15 +152,23 @@ class TuningJobRequest(SamplingSetting):
     )
 
     timesteps: Timesteps = Field("default", description="The grid to tune on: a name, or num_steps + 1 times.")
-    tuner: AnyTuner = Field(default_factory=EndToEndTuner, json_schema_extra=_any_of)
+    tuner: AnyTuner = Field(
+        default_factory=EndToEndTuner,
+        json_schema_extra=_any_of,
+        description="How to tune. Left out: `solver`, for up to "
+        f"{MAX_STEPS_OF_DEFAULT_SOLVER} steps of a sampler without noise that calls the network once per step, else "
+        "`end_to_end`. A tuner without `objective` is `end_to_end`.",
+    )
     evaluation: EvaluationRequest = Field(default_factory=EvaluationRequest)
     seed: Seed = 0
     private: bool = PRIVATE_SCHEDULE
     webhook_url: WebhookUrl | None = WEBHOOK_URL
 
     @model_validator(mode="after")
-    def _choose_start(self) -> Self:
-        """Set the default, so that the stored request holds it."""
+    def _choose_defaults(self) -> Self:
+        """Set the defaults that depend on other fields, so that the stored request holds them."""
+        if "tuner" not in self.model_fields_set:
+            self.tuner = default_tuner(self.num_steps, sampler_facts(self.sampler), float(self.eta))
         if isinstance(self.tuner, TeacherMatchingTuner) and self.tuner.start is None:
             self.tuner.start = "best" if self.timesteps == "default" else "given"
         return self

@@ -27,7 +27,15 @@ from service.request_checks import (
 from service.shared.job_requests import TuningJobRequest
 from service.shared.sampler_facts import sampler_facts
 from service.shared.settings import Settings
-from timetuner_core.tuners import TEACHER_CHECK_RUNS, TEACHER_CHECK_SAMPLES, TUNERS, OptionError, TunedSetting
+from timetuner_core.tuners import (
+    MAX_KL_SAMPLES,
+    TEACHER_CHECK_RUNS,
+    TEACHER_CHECK_SAMPLES,
+    TUNERS,
+    OptionError,
+    TunedSetting,
+    in_whole_batches,
+)
 
 
 def submit(
@@ -181,11 +189,13 @@ def _check_size(request: TuningJobRequest, spec: dict[str, Any], settings: Setti
     if values > settings.max_tuning_batch_values:
         detail = f"tuning holds {values} values at once; accepted: {settings.max_tuning_batch_values}"
         raise TooLargeError(detail, ("body", "tuner", "batch_size"), getattr(tuner, "batch_size", None))
-    teaching = getattr(tuner, "population_size", 0) * (tuner.teacher_steps(setting) or 0)
+    population = in_whole_batches(getattr(tuner, "population_size", 0), getattr(tuner, "batch_size", 1))
+    steps = population * ((tuner.teacher_steps(setting) or 0) + tuner.max_starts * request.num_steps)
     # Besides the teacher, three kinds of samples are made: untuned, tuned, and on diffusers' own time grid.
-    evaluating = evaluation.most_samples * (evaluation.teacher_num_steps + 3 * request.num_steps)
-    evaluating += TEACHER_CHECK_SAMPLES * TEACHER_CHECK_RUNS * evaluation.teacher_num_steps
-    calls = guided * (setting.calls_per_step * (teaching + evaluating) + tuner.network_samples(setting))
+    steps += evaluation.most_samples * (evaluation.teacher_num_steps + 3 * request.num_steps)
+    steps += 2 * MAX_KL_SAMPLES * request.num_steps
+    steps += TEACHER_CHECK_SAMPLES * TEACHER_CHECK_RUNS * evaluation.teacher_num_steps
+    calls = guided * (setting.calls_per_step * steps + tuner.network_samples(setting))
     if calls > settings.max_tuning_calls:
         detail = f"the job puts {calls} samples through the network; accepted: {settings.max_tuning_calls}"
         total_iters = getattr(tuner, "total_iters", None)

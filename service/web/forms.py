@@ -22,7 +22,7 @@ from service.shared.queue import publish
 from service.state import WRITES, State
 from service.tuning_jobs import logic as jobs_logic
 from service.web.rendering import see
-from service.web.views import OBJECTIVES
+from service.web.views import DEFAULT_OBJECTIVE, OBJECTIVES
 
 
 async def _same_origin(request: Request) -> None:
@@ -41,7 +41,7 @@ class TuningForm(SamplingSetting):
 
     clipping: Annotated[ClippingText | None, BeforeValidator(lambda text: text or None)] = None
     private: bool = False
-    objective: Literal[tuple(OBJECTIVES)] = "end_to_end"  # type: ignore[valid-type]
+    objective: Literal[tuple(DEFAULT_OBJECTIVE | OBJECTIVES)] = ""  # type: ignore[valid-type]
 
 
 @router.post("/models", dependencies=[WRITES])
@@ -67,7 +67,8 @@ def delete_model(
 @router.post("/jobs", dependencies=[WRITES])
 def submit(form: Annotated[TuningForm, Form()], caller: MayTune, state: State, request: Request) -> Response:
     setting = form.model_dump(exclude={"objective"})
-    tuning = TuningJobRequest.model_validate({**setting, "tuner": {"objective": form.objective}})
+    tuner = {"tuner": {"objective": form.objective}} if form.objective else {}
+    tuning = TuningJobRequest.model_validate(setting | tuner)
     job, _ = jobs_logic.submit(state.registry, state.settings, caller, tuning, None)
     publish(state.celery, state.registry, TuningJob, [job.id])
     return see(request, f"/jobs/{job.id}")

@@ -28,6 +28,7 @@ METRICS = {
     "kl": "KL divergence",
 }
 OBJECTIVES = {name: tuner.label for name, tuner in TUNERS.items() if name != "grid"}
+DEFAULT_OBJECTIVE = {"": "the default: solver where it applies, else end to end"}
 OBJECTIVE_OF_IMPORTED = "imported"
 
 

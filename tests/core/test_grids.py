@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.core.conftest import linear_betas
 from timetuner_core import NoiseScheduleVP
 from timetuner_core.catalog import GridName
-from timetuner_core.grids import check_t_ratios, make_timesteps
+from timetuner_core.grids import check_t_ratios, make_timesteps, start_grids
 from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleEDM, NoiseScheduleFlow
 
 SCHEDULES: dict[str, NoiseSchedule] = {
@@ -158,3 +158,10 @@ def test_grids_of_as_many_steps_as_the_network_was_trained_on_call_it_at_its_own
 def test_a_bad_grid_is_refused_naming_what_is_accepted(schedule: str, num_steps: int, grid: Any, accepted: str) -> None:
     with pytest.raises(ValueError, match=re.escape(accepted)):
         make_timesteps(SCHEDULES[schedule], num_steps, grid)
+
+
+@every_schedule
+def test_the_grids_to_start_from_are_all_named_ones_without_repeats(schedule: NoiseSchedule) -> None:
+    starts = [tuple(grid.tolist()) for grid in start_grids(schedule, 5)]
+    named = {tuple(make_timesteps(schedule, 5, name).tolist()) for name in get_args(GridName)}
+    assert sorted(starts) == sorted(named)

@@ -21,6 +21,7 @@ from timetuner_core.samplers import SAMPLERS, Sampler, initial_noise, sample
 from timetuner_core.samplers.solver_table import SolverTable, solver_of
 from timetuner_core.sampling.generate import Guidance, generate
 from timetuner_core.sampling.rolling_batch import RollingBatch, Row
+from timetuner_core.tuning import solver as tuning_solver
 from timetuner_core.tuning.end_to_end import tune_end_to_end
 from timetuner_core.tuning.problem import TuningProblem, TuningState
 from timetuner_core.tuning.solver import Candidate, run_candidates, tune_solver
@@ -167,13 +168,25 @@ def test_a_pipelines_scheduler_follows_the_formula_also_after_saving(tmp_path: P
     assert torch.equal(*ends)
 
 
-def test_a_learned_solver_does_not_start_in_the_middle() -> None:
-    scheduler = learned_scheduler()
-    with pytest.raises(ValueError, match="accepted: 0, as a solver_table holds from its first step on"):
-        scheduler.set_begin_index(1)
-    x = normals(1, 1, 4, 4).float()
-    with pytest.raises(ValueError, match="the first step is number 2; accepted: 0"):
-        scheduler.step(x, scheduler.timesteps[2], x)
+@pytest.mark.parametrize("told_by", ["begin_index", "timestep"])
+def test_a_start_in_the_middle_takes_the_samplers_own_coefficients_and_the_next_from_the_first_step_the_table(
+    told_by: str,
+) -> None:
+    def run(scheduler: Any, first: int) -> Tensor:
+        scheduler.set_timesteps(4)
+        if told_by == "begin_index":
+            scheduler.set_begin_index(first)
+        x = normals(2, 1, 4, 4).float()
+        for t in scheduler.timesteps[first:]:
+            x = scheduler.step(torch.tanh(x + t / 1000), t, x).prev_sample
+        return x
+
+    learned = learned_scheduler()
+    config = {**learned.config, "solver_table": None}
+    own: Any = TimeTunerScheduler.from_config(config)
+    for first in (1, 3):
+        assert torch.equal(run(learned, first), run(own, first))
+    assert not torch.allclose(run(learned, 0), run(own, 0), atol=1e-3)
 
 
 # Learning
@@ -242,6 +255,23 @@ def test_a_learned_solver_beats_grid_and_ratios_by_adam_with_fewer_rows_and_no_g
     assert rows_through(by_solver) < rows_through(by_adam)
     distances = [held_out_distance(by_solver, state, teacher) for state in (solver, adam)]
     assert distances[0] < 0.7 * distances[1]
+
+
+def test_large_samples_are_learned_from_one_at_a_time_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    def learn() -> tuple[TuningState, int]:
+        problem = mixture_problem()
+        state = TuningState.start(problem.timesteps)
+        for _ in tune_solver(problem, state, make_timesteps(LINEAR, 20), total_iters=2):
+            pass
+        return state, rows_through(problem)
+
+    together, rows = learn()
+    monkeypatch.setattr(tuning_solver, "MAX_VALUES_HELD", 1)
+    one_by_one, same_rows = learn()
+    assert rows == same_rows
+    assert together.solver_table is not None
+    assert one_by_one.solver_table is not None
+    torch.testing.assert_close(one_by_one.solver_table.b, together.solver_table.b, atol=1e-9, rtol=1e-6)
 
 
 def test_learning_needs_a_deterministic_sampler_of_one_call_per_step() -> None:

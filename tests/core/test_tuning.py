@@ -442,6 +442,21 @@ def test_a_schedule_tuned_by_one_call_beats_tuned_ratios() -> None:
     assert error < 0.5 * held_out_distance(tuner, 5, ratios, held_out)
 
 
+def test_a_solver_learned_by_one_call_beats_a_tuned_schedule() -> None:
+    tuner = tuner_of(ring_mixture(), LINEAR)
+    x_T, held_out = normals(128, 2, seed=5), normals(512, 2, seed=1)
+    teacher = tuner.ddim_sample(held_out, 100)
+    options: Any = {"num_steps": 4, "batch_size": 16}
+    timesteps, t_ratios, sampler = tuner.optimize_solver(x_T, total_iters=4, **options)
+    by_solver = tuner.sample(held_out, timesteps=timesteps, t_ratios=t_ratios, sampler=sampler)
+    timesteps, t_ratios = tuner.optimize_schedule(x_T, tuner.ddim_step_fn, total_iters=40, **options)
+    by_schedule = tuner.ddim_sample(held_out, timesteps=timesteps, t_ratios=t_ratios)
+    errors = [float(teacher_l2(samples, teacher).mean()) for samples in (by_solver, by_schedule)]
+    assert errors[0] < 0.7 * errors[1]
+    with pytest.raises(ValueError, match="adds noise"):
+        tuner.optimize_solver(x_T, sampler="ddpm", **options)
+
+
 def test_tuning_starts_from_the_best_of_the_grids_offered() -> None:
     problem, state = small_problem(ring_mixture()), small_start()
     tuner = tuner_of(ring_mixture(), LINEAR)

@@ -8,8 +8,10 @@ from typing import Any
 import httpx
 import pytest
 
+from service.shared.job_requests import TuningJobRequest
 from tests.service.problems import assert_problem
 from tests.stack import Json, Stack
+from timetuner_core.tuners import MAX_STEPS_OF_DEFAULT_SOLVER
 
 QUICK: Json = {"tuner": {"total_iters": 2, "population_size": 16}, "evaluation": {"num_samples": 16}}
 LONG: Json = {"tuner": {"total_iters": 10_000}}
@@ -61,6 +63,45 @@ def test_a_job_makes_one_evaluated_schedule_that_says_how_it_was_made(
     assert schedule["provenance"]["seed"] == 3
     assert schedule["provenance"]["tuner"]["objective"] == tuner["objective"]
     assert (schedule["solver_table"] is None) == (tuner["objective"] != "solver")
+
+
+@pytest.mark.parametrize(
+    ("setting", "objective"),
+    [
+        ({}, "solver"),
+        ({"sampler": "dpmpp_3m", "num_steps": MAX_STEPS_OF_DEFAULT_SOLVER}, "solver"),
+        ({"num_steps": MAX_STEPS_OF_DEFAULT_SOLVER + 1}, "end_to_end"),
+        ({"sampler": "heun"}, "end_to_end"),
+        ({"sampler": "ddpm"}, "end_to_end"),
+        ({"eta": 1}, "end_to_end"),
+        ({"tuner": {}}, "end_to_end"),
+        ({"tuner": {"total_iters": 40}}, "end_to_end"),
+    ],
+)
+def test_a_request_without_a_tuner_learns_the_solver_where_that_applies(setting: Json, objective: str) -> None:
+    request = TuningJobRequest.model_validate({"model": "mdl_1", "num_steps": 5, **setting})
+    assert request.tuner.objective == objective
+    assert TuningJobRequest.stored(request.model_dump(mode="json")) == request
+
+
+def test_a_default_job_makes_a_learned_solver_that_auto_samples_with(stack: Stack, ring: str) -> None:
+    schedule = stack.tune(ring, num_steps=3, evaluation={"num_samples": 128})
+    assert (schedule["provenance"]["tuner"]["objective"], schedule["status"]) == ("solver", "accepted")
+    assert len(schedule["solver_table"]["a"]) == 3
+    found = stack.client.get("/v1/schedules/resolve", params={"model": ring, "num_steps": 3}).json()["schedule"]
+    assert found["id"] == schedule["id"]
+
+
+@pytest.mark.parametrize(("chosen", "objective"), [("", "solver"), ("end_to_end", "end_to_end")])
+def test_the_pages_form_leaves_the_choice_of_a_tuner_to_the_service(
+    stack: Stack, ring: str, chosen: str, objective: str
+) -> None:
+    form = {"model": ring, "num_steps": "2", "objective": chosen}
+    answer = stack.client.post("/jobs", data=form, headers={"Sec-Fetch-Site": "same-origin"})
+    assert answer.status_code == 303, answer.text
+    url = f"/v1{answer.headers['Location']}".replace("/jobs/", "/tuning-jobs/")
+    assert stack.client.get(url).json()["request"]["tuner"]["objective"] == objective
+    stack.client.post(f"{url}/cancel")
 
 
 @pytest.mark.parametrize("eta", [0, 1])

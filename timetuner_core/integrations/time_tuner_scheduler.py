@@ -63,7 +63,8 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         timesteps: `num_steps + 1` falling times in `[0, T]`. t_ratios: one per step; None is untuned.
         clipping: how x0 is clipped, as `clipping_text` writes it; None is as `base_scheduler` says.
         solver_table: a learned solver's coefficients, as `SolverTable.to_dict` writes them, in place of the sampler's
-            own. Such a solver starts at its first step: image-to-image pipelines need a `strength` of 1.
+            own. They hold from the first step on. An image-to-image pipeline of a `strength` below 1 starts later, and
+            takes the sampler's own coefficients on the schedule's grid, with its ratios.
 
     Attributes:
         timesteps: what the network is told at each step, `(num_steps,)`, float32.
@@ -105,11 +106,11 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise ValueError(f"sampler is {sampler!r}; accepted in a pipeline, one call per step: {accepted}")
         self._grid = check_timesteps(self.noise_schedule, timesteps)
         self._ratios = check_t_ratios(self.noise_schedule, self._grid, t_ratios)
-        self._starts_anywhere = solver_table is None
+        self._solver = self._sampler
         if solver_table is not None:
             if eta:
                 raise ValueError(f"eta is {eta}; accepted, with a solver_table: 0")
-            self._sampler = solver_of(sampler, SolverTable.from_dict(solver_table), len(self._ratios))
+            self._solver = solver_of(sampler, SolverTable.from_dict(solver_table), len(self._ratios))
         self.init_noise_sigma = self.noise_schedule.starting_std(self._grid[0])
         if self._is_flow and self.init_noise_sigma < MIN_FLOW_START:
             raise ValueError(
@@ -196,12 +197,13 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._begin_index: int | None = None
         self._step_index: int | None = None
         self._history: tuple[Past, ...] = ()
+        self._begins_in_the_middle = False
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start in the middle, as image-to-image pipelines do.
 
         Raises:
-            ValueError: no step is left, or a learned solver is to start in the middle.
+            ValueError: no step is left.
         """
         if not 0 <= begin_index < self.num_inference_steps:
             least = 1 / self.num_inference_steps
@@ -209,7 +211,6 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 f"begin_index is {begin_index}; accepted: 0 to {self.num_inference_steps - 1}; "
                 f"an image-to-image `strength` of {least:.3g} or more leaves a step"
             )
-        self._check_start(begin_index)
         self._begin_index, self._step_index = begin_index, None
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
@@ -255,7 +256,11 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         output, x_t = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (model_output, sample))
         if output.shape[1] == 2 * x_t.shape[1]:
             output = output.chunk(2, dim=1)[0]
-        step_fn = self._sampler.step_fn(self._model(output), self.noise_schedule)
+        if self._step_index is None:
+            self._begins_in_the_middle = i > 0
+        # A learned solver's later rows mix in predictions of all steps before, which a start in the middle lacks.
+        sampler = self._sampler if self._begins_in_the_middle else self._solver
+        step_fn = sampler.step_fn(self._model(output), self.noise_schedule)
         if generator == "not passed":
             if step_fn.adds_noise(self._eta):
                 raise ValueError(
@@ -264,8 +269,6 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                     "without noise, such as 'ddim' with eta 0"
                 )
             generator = None
-        if self._step_index is None:
-            self._check_start(i)
         t, s = self._grid[i], self._grid[i + 1]
         x_s, x0 = step_fn(x_t, t, s, t_ratio=self._ratios[i], eta=self._eta, generator=generator, history=self._history)
         self._history = remember(step_fn, self._history, Past(t, x_t, x0))
@@ -315,14 +318,6 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _check_count(self, field: str, count: int | None) -> None:
         if count not in (None, self.num_inference_steps):
             raise ValueError(f"{field} is {count}; accepted: {self.num_inference_steps}, the schedule's steps")
-
-    def _check_start(self, index: int) -> None:
-        """Raises: ValueError, if a learned solver is to start at another step than its first."""
-        if index and not self._starts_anywhere:
-            raise ValueError(
-                f"the first step is number {index}; accepted: 0, as a solver_table holds from its first step on; an "
-                "image-to-image `strength` of 1, or a schedule without a solver_table"
-            )
 
     def _next_step(self, timestep: Any) -> int:
         """The index of the step that is next. Raises: ValueError, if it is none, or if `timestep` is another's."""

@@ -98,7 +98,8 @@ def teach(
         target = torch.cat(parts)[: len(problem.population)]
     if starts and not bool(state.iterations.any()):
         taught = target
-        state.timesteps = min(starts, key=lambda grid: _mean_error(problem, grid, taught)).double().cpu().clone()
+        best = starts[0] if len(starts) == 1 else min(starts, key=lambda grid: _mean_error(problem, grid, taught))
+        state.timesteps = best.double().cpu().clone()
         yield state
     return target
 

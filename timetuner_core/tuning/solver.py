@@ -16,7 +16,7 @@ from timetuner_core.samplers.solver_table import SolverTable
 from timetuner_core.tuning.draws import keyed_generator
 from timetuner_core.tuning.end_to_end import teach
 from timetuner_core.tuning.problem import TuningProblem, TuningState, check_numbers
-from timetuner_core.tuning.solver_columns import COMPARED_PER_SAMPLE, NUM_DAMPINGS, Column, solver_columns
+from timetuner_core.tuning.solver_columns import COMPARED_PER_SAMPLE, NUM_DAMPINGS, Column, samples_held, solver_columns
 
 # One unit of each kind of number: a change of about so much is small, and of comparable effect.
 # A time's unit is a share of the way to its nearer neighbour.
@@ -30,6 +30,8 @@ FIRST_DAMPING = 1e-2
 DAMPING_FACTOR = 8.0
 MIN_DAMPING, MAX_DAMPING = 1e-8, 1e8
 MAX_FRUITLESS = 3  # It ends after so many iterations without a better candidate.
+
+MAX_VALUES_HELD = 2**24  # The values of samples and predictions that are in memory at once, unless one row has more.
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def tune_solver(
             damped = curvature + added * torch.eye(len(columns), dtype=torch.float64)
             units = -torch.linalg.solve(damped, gradient)
             candidates.append(current.moved(problem, columns, units.clamp(-MAX_UNITS, MAX_UNITS)))
-        losses = _residuals(problem, sampler, candidates, rows[1], taught).norm(dim=2).mean(dim=1)
+        losses = _mean_distances(problem, sampler, candidates, rows[1], taught)
         if not bool(losses.isfinite().any()):
             raise ArithmeticError("the network's answers led to NaN or infinite values")
         best = int(losses.nan_to_num(torch.inf).argmin())
@@ -149,26 +151,31 @@ def run_candidates(
     """The end results of K solvers from the same rows of the population, `(K, len(rows), ...)`.
 
     Args:
-        first_calls: the first call, for each solver, at which it differs from solver 0. The calls before are not made.
+        first_calls: the first call, for each solver, at which it differs from solver 0, rising. The calls before are
+            not made, and what they would give is not held.
     """
     grids = torch.stack([candidate.timesteps for candidate in candidates])
     t_ratios = torch.stack([candidate.t_ratios for candidate in candidates])
     offsets = torch.stack([candidate.offsets for candidate in candidates])
     table = SolverTable.of_sampler(sampler, problem.noise_schedule, grids).plus(offsets)
-    begins = torch.tensor(first_calls)
-    x_T = problem.population[rows]
-    x = x_T.expand(len(candidates), *x_T.shape)
+    # In step i, the first `acting[i]` solvers differ, and the others are still solver 0.
+    acting = [sum(first <= i for first in first_calls) for i in range(problem.num_steps)] + [len(candidates)]
+    x = _with_others(problem.population[rows][None], acting[0])
     x0s: list[Tensor] = []
     for i in range(problem.num_steps):
-        (acting,) = torch.nonzero(begins <= i, as_tuple=True)
-        predicted = _predict(problem, sampler, x[acting.to(x.device)], grids[acting, i], t_ratios[acting, i], rows)
-        x0 = predicted[:1].repeat(len(candidates), *[1] * x_T.ndim)
-        x0[acting.to(x.device)] = predicted
-        x0s.append(x0)
-        x = _like(table.a[:, i], x) * x
-        for j, past in enumerate(x0s):
-            x = x + _like(table.b[:, i, j], x) * past
+        known = slice(acting[i])
+        x0s.append(_predict(problem, sampler, x, grids[known, i], t_ratios[known, i], rows))
+        count = acting[i + 1]
+        x = _like(table.a[:count, i], x) * _with_others(x, count)
+        for j, x0 in enumerate(x0s):
+            if bool(table.b[:count, i, j].any()):
+                x = x + _like(table.b[:count, i, j], x) * _with_others(x0, count)
     return x
+
+
+def _with_others(values: Tensor, count: int) -> Tensor:
+    """Values of the first solvers `(K, ...)`, then those of solver 0 up to `count`."""
+    return torch.cat([values, values[:1].expand(count - len(values), *values.shape[1:])])
 
 
 def _predict(problem: TuningProblem, sampler: Sampler, x: Tensor, t: Tensor, t_ratios: Tensor, rows: Tensor) -> Tensor:
@@ -206,25 +213,37 @@ def _normal_equations(
         candidates.append(moved)
         amounts.append(float(units[k]))
     first_calls = [0, *(column.first_call for column in columns)]
-    residuals = _residuals(problem, sampler, candidates, rows, taught, first_calls).double().cpu()
-    residual = residuals[0]
-    jacobian = (residuals[1:] - residual) / torch.tensor(amounts, dtype=torch.float64)[:, None, None]
-    weight = 1 / residual.norm(dim=1).clamp(min=1e-12)
-    weighted = weight[:, None] * jacobian
-    return torch.einsum("psd,qsd->pq", weighted, jacobian), torch.einsum("psd,sd->p", weighted, residual)
+    curvature = torch.zeros(len(columns), len(columns), dtype=torch.float64)
+    gradient = torch.zeros(len(columns), dtype=torch.float64)
+    for group in _groups(problem, rows, samples_held(problem.num_steps)):
+        samples = run_candidates(problem, sampler, candidates, first_calls, group)
+        residuals = (samples - taught[group]).flatten(2).double().cpu()
+        residual = residuals[0]
+        jacobian = (residuals[1:] - residual) / torch.tensor(amounts, dtype=torch.float64)[:, None, None]
+        weight = 1 / residual.norm(dim=1).clamp(min=1e-12)
+        weighted = weight[:, None] * jacobian
+        curvature += torch.einsum("psd,qsd->pq", weighted, jacobian)
+        gradient += torch.einsum("psd,sd->p", weighted, residual)
+    return curvature, gradient
 
 
-def _residuals(
-    problem: TuningProblem,
-    sampler: Sampler,
-    candidates: Sequence[Candidate],
-    rows: Tensor,
-    taught: Tensor,
-    first_calls: Sequence[int] | None = None,
+def _mean_distances(
+    problem: TuningProblem, sampler: Sampler, candidates: Sequence[Candidate], rows: Tensor, taught: Tensor
 ) -> Tensor:
-    """`x0 - x0*` of each solver and row, `(K, len(rows), D)`."""
-    begins = [0] * len(candidates) if first_calls is None else first_calls
-    return (run_candidates(problem, sampler, candidates, begins, rows) - taught[rows]).flatten(2)
+    """The mean of `|| x0 - x0* ||` of each solver, `(K,)`."""
+    first_calls = [0] * len(candidates)
+    total = torch.zeros(len(candidates), dtype=torch.float64)
+    for group in _groups(problem, rows, len(candidates) * (problem.num_steps + 1)):
+        samples = run_candidates(problem, sampler, candidates, first_calls, group)
+        total += (samples - taught[group]).flatten(2).norm(dim=2).double().cpu().sum(dim=1)
+    return total / len(rows)
+
+
+def _groups(problem: TuningProblem, rows: Tensor, held_per_row: int) -> Iterator[Tensor]:
+    """The rows, as many at once as memory allows, at least one."""
+    values_per_row = held_per_row * problem.population[0].numel()
+    size = max(1, MAX_VALUES_HELD // values_per_row)
+    return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 def _draw(problem: TuningProblem, iteration: int) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,16 @@ def solver_columns(num_steps: int) -> list[Column]:
     return sorted(columns, key=lambda column: column.first_call)
 
 
+def jacobian_rows(num_steps: int) -> int:
+    """The rows that one sample's Jacobian puts through the network."""
+    return num_steps + sum(num_steps - column.first_call for column in solver_columns(num_steps))
+
+
 def rows_per_sample(num_steps: int) -> int:
     """The rows that one iteration puts through the network, at most, per sample of its Jacobian."""
-    jacobian = num_steps + sum(num_steps - column.first_call for column in solver_columns(num_steps))
-    return jacobian + COMPARED_PER_SAMPLE * (1 + NUM_DAMPINGS) * num_steps
+    return jacobian_rows(num_steps) + COMPARED_PER_SAMPLE * (1 + NUM_DAMPINGS) * num_steps
+
+
+def samples_held(num_steps: int) -> int:
+    """The samples in memory for one sample's Jacobian: each run's newest, and what it predicted where it differs."""
+    return jacobian_rows(num_steps) + len(solver_columns(num_steps)) + 1
