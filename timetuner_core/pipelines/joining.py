@@ -1,0 +1,193 @@
+"""Several calls of a network as one: their inputs are concatenated along the batch, and the answer is split."""
+
+import hashlib
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from timetuner_core.pipelines.kinds import ARGUMENTS_WITH_MORE_ROWS, ARGUMENTS_WITHOUT_ROWS, TIME_ARGUMENTS
+
+
+class NotSeparableError(Exception):
+    """An answer whose rows cannot be told apart."""
+
+
+class Leaf(NamedTuple):
+    """One value among a call's arguments.
+
+    Attributes:
+        role: `rows` are concatenated; a `time` is one number for all rows; the `same` have to agree between calls.
+    """
+
+    role: Literal["rows", "time", "same"]
+    value: Any
+
+
+@dataclass(frozen=True)
+class NetworkCall:
+    """One call of a network.
+
+    Attributes:
+        rows: the length of the batch; None where the first argument is no batch. Such a call is made alone.
+        structure: where the leaves are among the arguments.
+    """
+
+    rows: int | None
+    leaves: tuple[Leaf, ...]
+    structure: TreeSpec
+
+    @classmethod
+    def of(cls, network: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "NetworkCall":
+        names = [name for name in inspect.signature(type(network).forward).parameters if name != "self"]
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        first = next((value for name, value in arguments.items() if name not in TIME_ARGUMENTS), None)
+        lists = isinstance(first, list)  # Z-Image has a list with one tensor for each row in place of a batch.
+        rows = len(first) if isinstance(first, list) or (isinstance(first, Tensor) and first.ndim) else None
+
+        def is_list_of_rows(value: Any) -> bool:
+            batches = not lists and any(isinstance(each, Tensor) for each in value) if isinstance(value, list) else True
+            return not batches and len(value) == rows
+
+        leaves: list[Leaf] = []
+        structures = {}
+        for name, argument in sorted(arguments.items()):
+            values, structures[name] = tree_flatten(argument, is_leaf=is_list_of_rows)
+            leaves += [Leaf(_role(name, value, rows), value) for value in values]
+        _, structure = tree_flatten({name: tree_unflatten([0] * s.num_leaves, s) for name, s in structures.items()})
+        return cls(rows, tuple(leaves), structure)
+
+    @cached_property
+    def content(self) -> bytes:
+        """A digest of the whole input. Calls that have the same are answered alike."""
+        return content_of([str(self.structure), *[leaf.value for leaf in self.leaves]])
+
+    @cached_property
+    def kind(self) -> bytes:
+        """A digest of all that has to agree between calls that are made as one."""
+        parts: list[Any] = [str(self.structure)]
+        for role, value in self.leaves:
+            if role == "same":
+                parts.append(value)
+            elif role == "rows":
+                parts.append(_shapes_without_batch(value, self.rows or 1))
+            else:
+                parts.append(str(value.dtype) if isinstance(value, Tensor) else type(value).__name__)
+        return content_of(parts)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        arguments: dict[str, Any] = tree_unflatten([leaf.value for leaf in self.leaves], self.structure)
+        return arguments
+
+    @property
+    def device(self) -> torch.device:
+        return next(value.device for value in tree_leaves(self.arguments) if isinstance(value, Tensor) and value.ndim)
+
+
+def join(calls: Sequence[NetworkCall]) -> dict[str, Any]:
+    """The arguments of one call in place of several of one `kind`."""
+    if len(calls) == 1:
+        return calls[0].arguments
+    leaves = [_joined(calls, index) for index in range(len(calls[0].leaves))]
+    arguments: dict[str, Any] = tree_unflatten(leaves, calls[0].structure)
+    return arguments
+
+
+def split(answer: Any, rows: Sequence[int]) -> list[Any]:
+    """An answer for each of the calls that were made as one, which had so many rows.
+
+    Raises:
+        NotSeparableError: a part of the answer has another number of rows.
+    """
+    total = sum(rows)
+
+    def part(value: Any, own: slice) -> Any:
+        if isinstance(value, list) and len(value) == total:
+            return [each.clone() for each in value[own]]
+        if not isinstance(value, Tensor):
+            return value
+        if value.ndim == 0 or len(value) != total:
+            raise NotSeparableError(f"the answer to {total} rows has a part of shape {tuple(value.shape)}")
+        return value[own].clone()
+
+    def is_list_of_rows(value: Any) -> bool:
+        return isinstance(value, list) and len(value) == total and all(isinstance(each, Tensor) for each in value)
+
+    ends = torch.tensor(rows).cumsum(0).tolist()
+    slices = [slice(end - count, end) for end, count in zip(ends, rows, strict=True)]
+    return [tree_map(partial(part, own=own), answer, is_leaf=is_list_of_rows) for own in slices]
+
+
+def copied(answer: Any) -> Any:
+    """An answer with tensors of its own, which its receiver may change."""
+    return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, answer)
+
+
+def relative_difference(first: Any, second: Any) -> float:
+    """The largest difference of two answers' tensors, as a share of their largest value."""
+    pairs = zip(tree_leaves(first), tree_leaves(second), strict=True)
+    shares = [
+        float((a - b).abs().max()) / max(float(a.abs().max()), 1e-12)
+        for a, b in pairs
+        if isinstance(a, Tensor) and a.numel()
+    ]
+    return max(shares, default=0.0)
+
+
+def content_of(value: Any) -> bytes:
+    """A digest of a value. Objects that are neither tensors nor plain values are told apart by who they are."""
+    digest = hashlib.blake2b(digest_size=16)
+    leaves, structure = tree_flatten(value)
+    for each in (str(structure), *leaves):
+        if isinstance(each, Tensor):
+            digest.update(f"{each.dtype} {tuple(each.shape)} {each.device} ".encode())
+            values = torch.empty(each.numel(), dtype=each.dtype).copy_(each.detach().reshape(-1))
+            digest.update(values.view(torch.uint8).numpy().tobytes())
+        elif isinstance(each, str | int | float | None):
+            digest.update(f"{each!r} ".encode())
+        else:
+            digest.update(f"{type(each).__name__} {id(each)} ".encode())
+    return digest.digest()
+
+
+def _role(name: str, value: Any, rows: int | None) -> Literal["rows", "time", "same"]:
+    if rows is None or name in ARGUMENTS_WITHOUT_ROWS:
+        return "same"
+    if isinstance(value, Tensor) and value.ndim and len(value) == rows:
+        return "rows"
+    if isinstance(value, list) and len(value) == rows:
+        return "rows"
+    if name in TIME_ARGUMENTS and (isinstance(value, int | float) or value.numel() == 1):
+        return "time"
+    if name in ARGUMENTS_WITH_MORE_ROWS and isinstance(value, Tensor) and value.ndim and len(value) % rows == 0:
+        return "rows"
+    return "same"
+
+
+def _shapes_without_batch(value: Any, rows: int) -> Any:
+    if isinstance(value, Tensor):
+        return [str(value.dtype), str(value.device), len(value) // rows, *value.shape[1:]]
+    return [_shapes_without_batch(each[None], 1) if isinstance(each, Tensor) else str(each) for each in value[:1]]
+
+
+def _joined(calls: Sequence[NetworkCall], index: int) -> Any:
+    role, first = calls[0].leaves[index]
+    values = [call.leaves[index].value for call in calls]
+    if role == "same":
+        return first
+    if role == "time":
+        device = first.device if isinstance(first, Tensor) else calls[0].device
+        times = [torch.as_tensor(time, device=device).reshape(1) for time in values]
+        return torch.cat([time.expand(call.rows or 1) for time, call in zip(times, calls, strict=True)])
+    return torch.cat(values) if isinstance(first, Tensor) else [row for value in values for row in value]
+
+
+def sizes_of(calls: Iterable[NetworkCall]) -> list[int]:
+    """The rows of each call."""
+    return [call.rows or 1 for call in calls]
