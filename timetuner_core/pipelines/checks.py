@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from timetuner_core.models.schedulers import read_scheduler_config
-from timetuner_core.pipelines.kinds import DENOISERS, PIPELINES_WITHOUT_TEACHER, SCHEDULERS_WITHOUT_TEACHER
+from timetuner_core.pipelines.kinds import PIPELINES_WITHOUT_TEACHER, SCHEDULERS_WITHOUT_TEACHER, SHARED_NETWORKS
 from timetuner_core.samplers import SAMPLERS, Sampler, get_sampler
 
 # Arguments of pipelines that the tuner sets itself, or that would place the steps or change latents between them.
@@ -87,8 +87,8 @@ def check_tunable(pipeline: Any) -> None:
     name = config.get("base_scheduler", {}).get("_class_name", type(pipeline.scheduler).__name__)
     if name in SCHEDULERS_WITHOUT_TEACHER:
         raise ValueError(f"pipeline.scheduler is a {name}, for networks trained for few steps; accepted: {accepted}")
-    networks = [part for name in DENOISERS if (part := getattr(pipeline, name, None)) is not None]
-    if any(network.config.get("time_cond_proj_dim") for network in networks):
+    networks = [part for name in SHARED_NETWORKS if (part := getattr(pipeline, name, None)) is not None]
+    if any(getattr(network, "config", {}).get("time_cond_proj_dim") for network in networks):
         raise ValueError("the network is told the guidance scale, as LCM's is (time_cond_proj_dim); accepted: others")
     read_scheduler_config({**config, "_class_name": type(pipeline.scheduler).__name__})
     parameters = inspect.signature(type(pipeline).__call__).parameters

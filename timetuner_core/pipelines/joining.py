@@ -2,8 +2,9 @@
 
 import hashlib
 import inspect
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +13,9 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from timetuner_core.pipelines.kinds import ARGUMENTS_WITH_MORE_ROWS, ARGUMENTS_WITHOUT_ROWS, TIME_ARGUMENTS
+
+# Values whose text tells all of them.
+PLAIN = (str, int, float, type(None), torch.dtype, torch.device)
 
 
 class NotSeparableError(Exception):
@@ -35,19 +39,24 @@ class NetworkCall:
 
     Attributes:
         rows: the length of the batch; None where the first argument is no batch. Such a call is made alone.
+        has_lists: whether the batch is a list with one tensor for each row, as Z-Image has.
+        positional: the names of the arguments that are passed by position.
         structure: where the leaves are among the arguments.
     """
 
     rows: int | None
+    has_lists: bool
+    positional: tuple[str, ...]
     leaves: tuple[Leaf, ...]
     structure: TreeSpec
 
     @classmethod
     def of(cls, network: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "NetworkCall":
         names = [name for name in inspect.signature(type(network).forward).parameters if name != "self"]
-        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        positional = tuple(names[: len(args)])
+        arguments = {**dict(zip(positional, args, strict=True)), **kwargs}
         first = next((value for name, value in arguments.items() if name not in TIME_ARGUMENTS), None)
-        lists = isinstance(first, list)  # Z-Image has a list with one tensor for each row in place of a batch.
+        lists = isinstance(first, list)
         rows = len(first) if isinstance(first, list) or (isinstance(first, Tensor) and first.ndim) else None
 
         def is_list_of_rows(value: Any) -> bool:
@@ -60,7 +69,7 @@ class NetworkCall:
             values, structures[name] = tree_flatten(argument, is_leaf=is_list_of_rows)
             leaves += [Leaf(_role(name, value, rows), value) for value in values]
         _, structure = tree_flatten({name: tree_unflatten([0] * s.num_leaves, s) for name, s in structures.items()})
-        return cls(rows, tuple(leaves), structure)
+        return cls(rows, lists, positional, tuple(leaves), structure)
 
     @cached_property
     def content(self) -> bytes:
@@ -70,7 +79,7 @@ class NetworkCall:
     @cached_property
     def kind(self) -> bytes:
         """A digest of all that has to agree between calls that are made as one."""
-        parts: list[Any] = [str(self.structure)]
+        parts: list[Any] = [str(self.structure), *self.positional]
         for role, value in self.leaves:
             if role == "same":
                 parts.append(value)
@@ -81,34 +90,36 @@ class NetworkCall:
         return content_of(parts)
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        arguments: dict[str, Any] = tree_unflatten([leaf.value for leaf in self.leaves], self.structure)
-        return arguments
-
-    @property
     def device(self) -> torch.device:
-        return next(value.device for value in tree_leaves(self.arguments) if isinstance(value, Tensor) and value.ndim)
+        tensors = [leaf.value for leaf in self.leaves if isinstance(leaf.value, Tensor) and leaf.value.ndim]
+        return tensors[0].device
+
+    def on(self, network: Any) -> Any:
+        """The network's answer to the call."""
+        arguments = tree_unflatten([leaf.value for leaf in self.leaves], self.structure)
+        return network(*[arguments.pop(name) for name in self.positional], **arguments)
 
 
-def join(calls: Sequence[NetworkCall]) -> dict[str, Any]:
-    """The arguments of one call in place of several of one `kind`."""
-    if len(calls) == 1:
-        return calls[0].arguments
-    leaves = [_joined(calls, index) for index in range(len(calls[0].leaves))]
-    arguments: dict[str, Any] = tree_unflatten(leaves, calls[0].structure)
-    return arguments
+def join(calls: Sequence[NetworkCall]) -> NetworkCall:
+    """One call in place of several of one `kind`."""
+    leaves = [Leaf(first.role, _joined(calls, index)) for index, first in enumerate(calls[0].leaves)]
+    return replace(calls[0], rows=sum(sizes_of(calls)), leaves=tuple(leaves))
 
 
-def split(answer: Any, rows: Sequence[int]) -> list[Any]:
-    """An answer for each of the calls that were made as one, which had so many rows.
+def split(answer: Any, calls: Sequence[NetworkCall]) -> list[Any]:
+    """An answer for each of the calls that were made as one.
 
     Raises:
         NotSeparableError: a part of the answer has another number of rows.
     """
-    total = sum(rows)
+    sizes = sizes_of(calls)
+    total = sum(sizes)
+
+    def is_list_of_rows(value: Any) -> bool:
+        return calls[0].has_lists and isinstance(value, list) and len(value) == total
 
     def part(value: Any, own: slice) -> Any:
-        if isinstance(value, list) and len(value) == total:
+        if is_list_of_rows(value):
             return [each.clone() for each in value[own]]
         if not isinstance(value, Tensor):
             return value
@@ -116,11 +127,8 @@ def split(answer: Any, rows: Sequence[int]) -> list[Any]:
             raise NotSeparableError(f"the answer to {total} rows has a part of shape {tuple(value.shape)}")
         return value[own].clone()
 
-    def is_list_of_rows(value: Any) -> bool:
-        return isinstance(value, list) and len(value) == total and all(isinstance(each, Tensor) for each in value)
-
-    ends = torch.tensor(rows).cumsum(0).tolist()
-    slices = [slice(end - count, end) for end, count in zip(ends, rows, strict=True)]
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    slices = [slice(end - count, end) for end, count in zip(ends, sizes, strict=True)]
     return [tree_map(partial(part, own=own), answer, is_leaf=is_list_of_rows) for own in slices]
 
 
@@ -141,7 +149,7 @@ def relative_difference(first: Any, second: Any) -> float:
 
 
 def content_of(value: Any) -> bytes:
-    """A digest of a value. Objects that are neither tensors nor plain values are told apart by who they are."""
+    """A digest of a value. With an object that is neither a tensor nor a plain value, no two digests are equal."""
     digest = hashlib.blake2b(digest_size=16)
     leaves, structure = tree_flatten(value)
     for each in (str(structure), *leaves):
@@ -149,10 +157,10 @@ def content_of(value: Any) -> bytes:
             digest.update(f"{each.dtype} {tuple(each.shape)} {each.device} ".encode())
             values = torch.empty(each.numel(), dtype=each.dtype).copy_(each.detach().reshape(-1))
             digest.update(values.view(torch.uint8).numpy().tobytes())
-        elif isinstance(each, str | int | float | None):
+        elif isinstance(each, PLAIN):
             digest.update(f"{each!r} ".encode())
         else:
-            digest.update(f"{type(each).__name__} {id(each)} ".encode())
+            digest.update(secrets.token_bytes(16))
     return digest.digest()
 
 

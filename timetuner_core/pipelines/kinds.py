@@ -1,7 +1,8 @@
 """The table of what differs between pipelines: all else is asked of the pipeline itself."""
 
-# Attributes of a pipeline that hold the network which predicts noise, x0 or velocity. A pipeline may have several.
-DENOISERS = ("unet", "transformer", "transformer_2")
+# Attributes of a pipeline that hold the networks which are called in each step: those that predict noise, x0 or
+# velocity, and what they are controlled by. A pipeline has one or several.
+SHARED_NETWORKS = ("unet", "transformer", "transformer_2", "controlnet")
 
 # Attributes of a pipeline that hold networks whose answers depend on prompts alone.
 PROMPT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4", "bert")

@@ -11,7 +11,7 @@ from torch import Tensor
 from timetuner_core.integrations.time_tuner_scheduler import TimeTunerScheduler
 from timetuner_core.models.schedulers import read_scheduler_config
 from timetuner_core.pipelines.joining import content_of
-from timetuner_core.pipelines.kinds import DENOISERS
+from timetuner_core.pipelines.kinds import SHARED_NETWORKS
 
 # Arguments of a call that have a field of their own in a key. All others that change latents are under `call`.
 SIZES = ("height", "width", "num_frames")
@@ -53,8 +53,8 @@ class PipelineSchedule:
         Raises:
             ValueError: which fields of the key differ from the pipeline's.
         """
-        own = key_of(pipeline, self.key["guidance_scale"], {**self.key["sizes"], **self.key["call"]})
-        different = [] if override else _differences(self.key, own | {name: self.key[name] for name in _OF_THE_CALL})
+        own = key_of(pipeline, None, {}) | {name: self.key[name] for name in _OF_THE_CALL}
+        different = [] if override else _differences(self.key, own)
         if different:
             accepted = "a pipeline like the tuned one, or override=True"
             raise ValueError(f"the schedule belongs to another pipeline: {'; '.join(different)}; accepted: {accepted}")
@@ -92,19 +92,19 @@ def key_of(pipeline: Any, guidance_scale: float | None, call: Mapping[str, Any])
     Sizes and a guidance scale that are not given are None, the pipeline's default. Values that JSON does not take, such
     as images, are told by a digest.
     """
-    networks = {name: part for name in DENOISERS if (part := getattr(pipeline, name, None)) is not None}
+    networks = {name: part for name in SHARED_NETWORKS if (part := getattr(pipeline, name, None)) is not None}
     spec = read_scheduler_config({**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__})
     noise_schedule = spec.noise_schedule
     times = torch.linspace(noise_schedule.t_min, noise_schedule.T, 16, dtype=torch.float64)
     levels = torch.stack([noise_schedule.marginal_alpha(times), noise_schedule.marginal_std(times)])
     return {
         "pipeline": type(pipeline).__name__,
-        "denoisers": {name: _network_key(network) for name, network in networks.items()},
+        "networks": {name: _network_key(network) for name, network in networks.items()},
         "prediction": spec.model_type,
         "noise_schedule": content_of(levels.float().round(decimals=5)).hex(),
         "guidance_scale": guidance_scale,
         "sizes": {name: call[name] for name in SIZES if call.get(name) is not None},
-        "call": {name: _plain(value) for name, value in sorted(call.items()) if name not in SIZES},
+        "call": {name: _plain(name, value) for name, value in sorted(call.items()) if name not in SIZES},
     }
 
 
@@ -141,16 +141,20 @@ def _weights(network: Any) -> str:
     return digest.hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def _plain(name: str, value: Any) -> Any:
+    """An argument in a form that JSON takes. Raises: ValueError, for a value that cannot be told apart from others."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, list | tuple) and all(isinstance(each, bool | int | float | str | None) for each in value):
-        return list(value)
-    if hasattr(value, "tobytes"):  # A picture, or an array.
-        return hashlib.blake2b(value.tobytes(), digest_size=16).hexdigest()
+    if isinstance(value, list | tuple):
+        return [_plain(name, each) for each in value]
     if isinstance(value, Mapping):
-        return {str(name): _plain(each) for name, each in value.items()}
-    return content_of(value).hex()
+        return {str(key): _plain(name, each) for key, each in value.items()}
+    if isinstance(value, Tensor):
+        return content_of(value).hex()
+    if hasattr(value, "tobytes"):  # A picture, or an array of numpy.
+        return hashlib.blake2b(value.tobytes(), digest_size=16).hexdigest()
+    accepted = "numbers, texts, tensors, arrays, pictures, and lists or dictionaries of these"
+    raise ValueError(f"{name} is a {type(value).__name__}; accepted: {accepted}")
 
 
 def _differences(tuned: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> list[str]:

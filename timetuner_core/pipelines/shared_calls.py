@@ -12,8 +12,8 @@ import contextvars
 import copy
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
@@ -30,7 +30,7 @@ from timetuner_core.pipelines.joining import (
     sizes_of,
     split,
 )
-from timetuner_core.pipelines.kinds import DENOISERS, PROMPT_ENCODERS
+from timetuner_core.pipelines.kinds import PROMPT_ENCODERS, SHARED_NETWORKS
 
 MAX_BATCH = 16
 MAX_THREADS = 64
@@ -126,9 +126,10 @@ class SharedCalls:
             if value < 1:
                 raise ValueError(f"{name} is {value}; accepted: 1 or more")
         self.pipeline = pipeline
-        self.networks = {name: part for name in DENOISERS if (part := getattr(pipeline, name, None)) is not None}
+        self.networks = {name: part for name in SHARED_NETWORKS if (part := getattr(pipeline, name, None)) is not None}
         if not self.networks:
-            raise ValueError(f"{type(pipeline).__name__} has no denoiser; accepted: one of {', '.join(DENOISERS)}")
+            accepted = f"a pipeline with one of {', '.join(SHARED_NETWORKS)}"
+            raise ValueError(f"{type(pipeline).__name__} has no denoiser; accepted: {accepted}")
         self._max_batch, self._max_threads, self._check_rows = max_batch, max_threads, check_rows
         self._remembered: dict[tuple[str, bytes], Any] = {}
         self._prompts: dict[tuple[str, bytes], Any] = {}
@@ -143,7 +144,13 @@ class SharedCalls:
         return any(map(has_state, self.networks.values()))
 
     def submit(self, request: Request) -> Result:
-        """Queue a request; `step` moves it on. The result is filled in when the run ends."""
+        """Queue a request; `step` moves it on. The result is filled in when the run ends.
+
+        Raises:
+            ValueError: `torch.autocast` is on, which would not reach the run's thread.
+        """
+        if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+            raise ValueError("torch.autocast is on; accepted: a pipeline in its own precision, outside of it")
         run = _Run(self, request)
         self._waiting.append(run)
         return run.result
@@ -171,13 +178,15 @@ class SharedCalls:
         """Run requests to their ends. An error of one is its result's, and ends no other.
 
         Raises:
-            RunCancelledError: `is_cancelled` said so after a step. The runs are ended by the pipeline's interrupt, where
-                it has one, so that the state of caches and hooks is that after any other run.
+            RunCancelledError: `is_cancelled` said so after a step. The pipeline's interrupt ends the runs, where it has
+                one, so that the state of caches and hooks is that after any other run.
         """
         results = [self.submit(request) for request in requests]
         try:
-            while self.step():
-                if is_cancelled():
+            is_left = True
+            while is_left:
+                is_left = self.step()
+                if is_cancelled() and is_left:
                     self.cancel()
                     raise RunCancelledError("cancelled while the pipeline ran")
         finally:
@@ -186,9 +195,7 @@ class SharedCalls:
 
     def cancel(self) -> None:
         """End all runs at their next step, by the pipeline's interrupt; the calls of the present step are answered."""
-        for run in self._waiting:
-            run.result.error = RunCancelledError("cancelled before it began")
-        self._waiting.clear()
+        self._drop_waiting()
         for run in self._running:
             run.interrupt()
         while self._running:
@@ -200,7 +207,7 @@ class SharedCalls:
 
     def close(self) -> None:
         """End all threads, and put hooks and caches into the state they have after any run of the pipeline."""
-        self._waiting.clear()
+        self._drop_waiting()
         was_running = bool(self._running)
         for run in self._running:
             run.close()
@@ -208,6 +215,11 @@ class SharedCalls:
         self._prompts.clear()
         if was_running:
             self.pipeline.maybe_free_model_hooks()
+
+    def _drop_waiting(self) -> None:
+        for run in self._waiting:
+            run.result.error = RunCancelledError("cancelled before it began")
+        self._waiting.clear()
 
     def _end_runs(self) -> None:
         ended = [run for run in self._running if run.has_ended]
@@ -258,7 +270,7 @@ class SharedCalls:
         if len(calls) == 1 or not self._separable.get((network, kind), True):
             return [self._call_one(network, call) for call in calls]
         try:
-            answers = split(self._call(network, join(calls), sum(sizes_of(calls))), sizes_of(calls))
+            answers = split(self._call(network, join(calls)), calls)
         except Exception:  # Each call by itself tells whose error it is.
             return [self._call_one(network, call) for call in calls]
         if self._check_rows and (network, kind) not in self._separable:
@@ -274,15 +286,15 @@ class SharedCalls:
         try:
             if (call.rows or 1) > self._max_batch:
                 raise ValueError(f"max_batch is {self._max_batch}; accepted: {call.rows} or more, the rows of one run")
-            return self._call(network, call.arguments, call.rows or 1)
+            return self._call(network, call)
         except Exception as error:
             return error
 
-    def _call(self, network: str, arguments: dict[str, Any], rows: int) -> Any:
+    def _call(self, network: str, call: NetworkCall) -> Any:
         self.num_calls += 1
-        self.most_rows = max(self.most_rows, rows)
+        self.most_rows = max(self.most_rows, call.rows or 1)
         with torch.no_grad():
-            return self.networks[network](**arguments)
+            return call.on(self.networks[network])
 
     def encode(self, name: str, encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A text encoder's answer, from memory if it was asked the same lately."""
@@ -360,7 +372,8 @@ class _Run:
 
     def _work(self) -> None:
         try:
-            self.result.output = self._pipeline(**self.request.call)
+            with self._noted_steps():
+                self.result.output = self._pipeline(**self.request.call)
             if self._is_interrupted:
                 self.result.error = RunCancelledError("cancelled")
         except BaseException as error:  # It is the caller's to read. Nothing is above it in this thread.
@@ -378,7 +391,7 @@ class _Run:
         for name in PROMPT_ENCODERS:
             if isinstance(encoder := getattr(pipeline, name, None), torch.nn.Module):
                 replaced[name] = _Proxy(encoder, partial(shared.encode, name, encoder))
-        replaced["scheduler"] = self._observed(self.request.scheduler)
+        replaced["scheduler"] = self.request.scheduler
         # The pipeline's own hooks are freed once all runs have ended, and not under a run that goes on.
         replaced["maybe_free_model_hooks"] = lambda: None
         replaced["_progress_bar_config"] = {"disable": True}
@@ -388,9 +401,11 @@ class _Run:
     def _ask(self, name: str, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.ask(name, NetworkCall.of(network, args, kwargs))
 
-    def _observed(self, scheduler: Any) -> Any:
-        """The scheduler, whose steps are noted in the result."""
-        step = scheduler.step
+    @contextmanager
+    def _noted_steps(self) -> Iterator[None]:
+        """Note the scheduler's steps in the result; afterwards, the scheduler is as it was."""
+        scheduler = self.request.scheduler
+        step, own = scheduler.step, vars(scheduler).get("step")
 
         @wraps(step)
         def noted(*args: Any, **kwargs: Any) -> Any:
@@ -400,9 +415,14 @@ class _Run:
                 self.result.first_step = (getattr(scheduler, "_step_index", None) or 1) - 1
             return output
 
-        with suppress(AttributeError):
-            scheduler.step = noted
-        return scheduler
+        scheduler.step = noted
+        try:
+            yield
+        finally:
+            if own is None:
+                del scheduler.step
+            else:
+                scheduler.step = own
 
 
 class _Proxy:

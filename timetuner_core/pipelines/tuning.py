@@ -189,6 +189,7 @@ def tune_pipeline(
         before["native"] = look.native
     evaluation = _evaluate(runs, held_out, teacher, before, solvers.tuned(state.candidate))
     costs = {"network_calls": shared.num_calls, "largest_batch": shared.most_rows}
+    costs |= {"teacher_num_steps": teacher_num_steps}
     return PipelineSchedule(**solvers.fields_of(state.candidate), key=key, evaluation=evaluation | costs)
 
 
