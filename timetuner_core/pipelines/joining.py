@@ -3,9 +3,9 @@
 import hashlib
 import inspect
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -52,8 +52,7 @@ class NetworkCall:
 
     @classmethod
     def of(cls, network: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "NetworkCall":
-        names = [name for name in inspect.signature(type(network).forward).parameters if name != "self"]
-        positional = tuple(names[: len(args)])
+        positional = _argument_names(type(network).forward)[: len(args)]
         arguments = {**dict(zip(positional, args, strict=True)), **kwargs}
         first = next((value for name, value in arguments.items() if name not in TIME_ARGUMENTS), None)
         lists = isinstance(first, list)
@@ -162,6 +161,13 @@ def content_of(value: Any) -> bytes:
         else:
             digest.update(secrets.token_bytes(16))
     return digest.digest()
+
+
+@cache
+def _argument_names(forward: Hashable) -> tuple[str, ...]:
+    """The arguments of a network's `forward` without `self`."""
+    assert callable(forward)
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def _role(name: str, value: Any, rows: int | None) -> Literal["rows", "time", "same"]:

@@ -136,12 +136,8 @@ class SharedCalls:
         self._separable: dict[tuple[str, bytes], bool] = {}
         self._waiting: deque[_Run] = deque()
         self._running: list[_Run] = []
+        self._runs_alone = False
         self.num_calls = self.num_asked = self.most_rows = 0
-
-    @property
-    def runs_alone(self) -> bool:
-        """Whether requests run one after the other, as a cache of the network keeps the state of one."""
-        return any(map(has_state, self.networks.values()))
 
     def submit(self, request: Request) -> Result:
         """Queue a request; `step` moves it on. The result is filled in when the run ends.
@@ -157,7 +153,9 @@ class SharedCalls:
 
     def step(self) -> bool:
         """Move each running request on by one call of the network, and start waiting ones. Whether any is left."""
-        most = 1 if self.runs_alone else self._max_threads
+        if not self._running:
+            self._runs_alone = any(map(has_state, self.networks.values()))
+        most = 1 if self._runs_alone else self._max_threads
         while self._waiting and len(self._running) < most:
             run = self._waiting.popleft()
             self._running.append(run)
@@ -226,12 +224,12 @@ class SharedCalls:
         self._running = [run for run in self._running if not run.has_ended]
         for run in ended:
             run.join()
-        if ended and (not self._running or self.runs_alone):
+        if ended and (not self._running or self._runs_alone):
             self.pipeline.maybe_free_model_hooks()
 
     def _answer(self, runs: "Sequence[_Run]") -> None:
         """Answer what the runs ask, from memory or by as few calls of the networks as there can be."""
-        if self.runs_alone:
+        if self._runs_alone:
             for run in runs:
                 self.num_asked += 1
                 run.answer = self._call_one(run.network, run.asked_call)
