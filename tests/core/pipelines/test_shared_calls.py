@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
+from diffusers import FirstBlockCacheConfig, WanPipeline
 from torch import Tensor
 
 from tests.core.pipelines.kinds import KINDS, Kind
@@ -257,3 +257,24 @@ def test_autocast_is_refused_as_it_would_not_reach_the_threads() -> None:
     pipeline = kind.build()
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"torch.autocast is on; accepted: "):
         SharedCalls(pipeline).run([request(pipeline, kind, 2, 0)])
+
+
+def test_a_pipeline_with_two_networks_shares_the_calls_of_each() -> None:
+    """Wan 2.2 has a network for high and one for low noise."""
+    kind = by_name("wan")
+    parts = kind.parts()
+    low = copy.deepcopy(parts["transformer"])
+    with torch.no_grad():
+        low.proj_out.weight *= 0.5
+    pipeline = WanPipeline(**parts, transformer_2=low, boundary_ratio=0.9)
+    pipeline.set_progress_bar_config(disable=True)
+    requests = [request(pipeline, kind, num_steps, seed) for seed, num_steps in enumerate((4, 2))]
+    expected = [alone(pipeline, each) for each in requests]
+    one_network = alone(kind.build(), request(pipeline, kind, 4, 0))
+    assert not torch.allclose(expected[0], one_network, atol=1e-2)
+    shared = SharedCalls(pipeline, check_rows=False)
+    again = [request(pipeline, kind, num_steps, seed) for seed, num_steps in enumerate((4, 2))]
+    assert_all_close(shared.run(again), expected)
+    assert sorted(shared.networks) == ["transformer", "transformer_2"]
+    # Guided, a step takes two calls. In four steps, sigma is 1, 0.95, 0.88 and 0.7, and in two, 1 and 0.88.
+    assert shared.num_calls == 10
