@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
 
 from timetuner_core.pipelines.kinds import ARGUMENTS_WITH_MORE_ROWS, ARGUMENTS_WITHOUT_ROWS, TIME_ARGUMENTS
 
@@ -59,16 +59,14 @@ class NetworkCall:
         rows = len(first) if isinstance(first, list) or (isinstance(first, Tensor) and first.ndim) else None
 
         def is_list_of_rows(value: Any) -> bool:
-            batches = not lists and any(isinstance(each, Tensor) for each in value) if isinstance(value, list) else True
-            return not batches and len(value) == rows
+            if not isinstance(value, list) or len(value) != rows:
+                return False
+            return lists or not any(isinstance(each, Tensor) for each in value)
 
-        leaves: list[Leaf] = []
-        structures = {}
-        for name, argument in sorted(arguments.items()):
-            values, structures[name] = tree_flatten(argument, is_leaf=is_list_of_rows)
-            leaves += [Leaf(_role(name, value, rows), value) for value in values]
-        _, structure = tree_flatten({name: tree_unflatten([0] * s.num_leaves, s) for name, s in structures.items()})
-        return cls(rows, lists, positional, tuple(leaves), structure)
+        paths, structure = tree_flatten_with_path(dict(sorted(arguments.items())), is_leaf=is_list_of_rows)
+        keyed = [(path[0].key, value) for path, value in paths]  # type: ignore[attr-defined]
+        leaves = tuple(Leaf(_role(name, value, rows), value) for name, value in keyed)
+        return cls(rows, lists, positional, leaves, structure)
 
     @cached_property
     def content(self) -> bytes:
@@ -177,17 +175,20 @@ def _role(name: str, value: Any, rows: int | None) -> Literal["rows", "time", "s
         return "rows"
     if isinstance(value, list) and len(value) == rows:
         return "rows"
-    if name in TIME_ARGUMENTS and (isinstance(value, int | float) or value.numel() == 1):
+    is_number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+    if name in TIME_ARGUMENTS and is_number:
         return "time"
     if name in ARGUMENTS_WITH_MORE_ROWS and isinstance(value, Tensor) and value.ndim and len(value) % rows == 0:
         return "rows"
     return "same"
 
 
-def _shapes_without_batch(value: Any, rows: int) -> Any:
+def _shapes_without_batch(value: Any, rows: int) -> list[Any]:
+    """What batches of one kind have in common; a list of rows may hold several shapes."""
     if isinstance(value, Tensor):
         return [str(value.dtype), str(value.device), len(value) // rows, *value.shape[1:]]
-    return [_shapes_without_batch(each[None], 1) if isinstance(each, Tensor) else str(each) for each in value[:1]]
+    shapes = [_shapes_without_batch(each[None], 1) if isinstance(each, Tensor) else each for each in value]
+    return sorted({str(shape) for shape in shapes})
 
 
 def _joined(calls: Sequence[NetworkCall], index: int) -> Any:

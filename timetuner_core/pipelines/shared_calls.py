@@ -109,7 +109,7 @@ class SharedCalls:
             rows depend on each other by more than rounding, all calls of that kind are made alone.
 
     Attributes:
-        networks: the pipeline's denoisers, by name.
+        networks: those whose calls are shared, by name.
         num_calls: how often a network was called. num_asked: how often a run asked for one.
         most_rows: the rows of the largest call.
     """
@@ -143,8 +143,10 @@ class SharedCalls:
         """Queue a request; `step` moves it on. The result is filled in when the run ends.
 
         Raises:
-            ValueError: `torch.autocast` is on, which would not reach the run's thread.
+            ValueError: a scheduler that another run has, or `torch.autocast`, which would not reach the run's thread.
         """
+        if any(run.request.scheduler is request.scheduler for run in (*self._waiting, *self._running)):
+            raise ValueError("scheduler is that of another request; accepted: one for each request")
         if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
             raise ValueError("torch.autocast is on; accepted: a pipeline in its own precision, outside of it")
         run = _Run(self, request)
@@ -179,8 +181,8 @@ class SharedCalls:
             RunCancelledError: `is_cancelled` said so after a step. The pipeline's interrupt ends the runs, where it has
                 one, so that the state of caches and hooks is that after any other run.
         """
-        results = [self.submit(request) for request in requests]
         try:
+            results = [self.submit(request) for request in requests]
             is_left = True
             while is_left:
                 is_left = self.step()

@@ -252,6 +252,15 @@ def test_hooks_of_model_offload_are_freed_once_after_all_runs(monkeypatch: pytes
     assert freed == [threads]
 
 
+def test_a_scheduler_belongs_to_one_request() -> None:
+    kind = by_name("flux")
+    pipeline = kind.build()
+    requests = [request(pipeline, kind, 2, seed, scheduler=scheduler_of(pipeline, 2)) for seed in (0, 1)]
+    requests[1].scheduler = requests[0].scheduler
+    with pytest.raises(ValueError, match="scheduler is that of another request; accepted: one for each request"):
+        SharedCalls(pipeline).run(requests)
+
+
 def test_autocast_is_refused_as_it_would_not_reach_the_threads() -> None:
     kind = by_name("flux")
     pipeline = kind.build()
