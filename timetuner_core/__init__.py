@@ -1,4 +1,4 @@
-"""Timestep tuning for frozen diffusion models: schedules, model wrapper, samplers, tuners."""
+"""Timestep tuning for frozen diffusion models: schedules, model wrapper, samplers, tuners, whole pipelines."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -8,11 +8,19 @@ import timetuner_core.integrations.diffusers  # noqa: F401 (saved pipelines name
 if TYPE_CHECKING:
     from timetuner_core.guided_model import model_wrapper
     from timetuner_core.noise_schedule import NoiseScheduleVP
+    from timetuner_core.pipelines.schedule import PipelineSchedule
+    from timetuner_core.pipelines.tuning import tune_pipeline
     from timetuner_core.time_tuner import TimeTuner
 
-__all__ = ["NoiseScheduleVP", "TimeTuner", "model_wrapper"]
+__all__ = ["NoiseScheduleVP", "PipelineSchedule", "TimeTuner", "model_wrapper", "tune_pipeline"]
 
-_MODULES = {"NoiseScheduleVP": "noise_schedule", "TimeTuner": "time_tuner", "model_wrapper": "guided_model"}
+_MODULES = {
+    "NoiseScheduleVP": "noise_schedule",
+    "PipelineSchedule": "pipelines.schedule",
+    "TimeTuner": "time_tuner",
+    "model_wrapper": "guided_model",
+    "tune_pipeline": "pipelines.tuning",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -23,8 +23,9 @@ from timetuner_core.sampling.generate import Guidance, generate
 from timetuner_core.sampling.rolling_batch import RollingBatch, Row
 from timetuner_core.tuning import solver as tuning_solver
 from timetuner_core.tuning.end_to_end import tune_end_to_end
+from timetuner_core.tuning.levenberg import Candidate
 from timetuner_core.tuning.problem import TuningProblem, TuningState
-from timetuner_core.tuning.solver import Candidate, run_candidates, tune_solver
+from timetuner_core.tuning.solver import run_candidates, tune_solver
 from timetuner_core.tuning.solver_columns import rows_per_sample, solver_columns
 
 SCHEDULES: dict[str, NoiseSchedule] = {
@@ -214,7 +215,10 @@ def test_a_column_begins_where_its_number_acts(num_steps: int) -> None:
     """The results are those of whole runs, and the rows are counted exactly."""
     problem, columns = mixture_problem(num_steps), solver_columns(num_steps)
     base = untuned(problem, 0.99)
-    candidates = [base, *(base.moved(problem, columns, unit) for unit in torch.eye(len(columns), dtype=torch.float64))]
+    candidates = [
+        base,
+        *(base.moved(problem.ratio_bounds, columns, unit) for unit in torch.eye(len(columns), dtype=torch.float64)),
+    ]
     rows = torch.arange(3)
     short = run_candidates(problem, SAMPLERS["dpmpp_2m"], candidates, [0, *(c.first_call for c in columns)], rows)
     counted = rows_through(problem)
@@ -229,7 +233,7 @@ def test_moved_candidates_keep_their_grids_in_order_and_their_ratios_in_bounds()
     columns = solver_columns(6)
     candidate = untuned(problem, 1.0)
     for seed in range(20):
-        candidate = candidate.moved(problem, columns, 100 * normals(len(columns), seed=seed))
+        candidate = candidate.moved(problem.ratio_bounds, columns, 100 * normals(len(columns), seed=seed))
         assert bool((candidate.timesteps[1:] < candidate.timesteps[:-1]).all())
         told = candidate.timesteps[:-1] * candidate.t_ratios
         assert LINEAR.t_min * (1 - 1e-12) <= float(told.min()) <= float(told.max()) <= LINEAR.T

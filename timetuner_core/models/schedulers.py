@@ -140,17 +140,38 @@ def stock_timesteps(config: Mapping[str, Any], num_steps: int) -> Tensor | None:
         `(num_steps + 1,)`, float64, falling; None where the class has none of so many steps, or needs to know the size
         of the image (`use_dynamic_shifting`).
     """
+    scheduler = stock_scheduler(config)
+    if scheduler is None or scheduler.config.get("use_dynamic_shifting"):
+        return None
+    try:
+        scheduler.set_timesteps(num_steps)
+    except (ValueError, TypeError, IndexError):
+        return None
+    return grid_of(scheduler, read_scheduler_config(config).noise_schedule, num_steps)
+
+
+def stock_scheduler(config: Mapping[str, Any]) -> Any:
+    """A scheduler of diffusers for a configuration that `read_scheduler_config` reads, with one call per step.
+
+    Returns:
+        None where the class cannot be built.
+    """
     if config.get("_class_name") == "TimeTunerScheduler":
         config = config["base_scheduler"]
     name = config.get("_class_name", "DDPMScheduler")
-    noise_schedule = read_scheduler_config(config).noise_schedule
-    if config.get("use_dynamic_shifting"):
-        return None
+    read_scheduler_config(config)
     try:
-        scheduler = _class_of(GRID_STAND_INS.get(name, name)).from_config(dict(config))
-        scheduler.set_timesteps(num_steps)
-    except (ValueError, TypeError, ImportError, IndexError):
+        return _class_of(GRID_STAND_INS.get(name, name)).from_config(dict(config))
+    except (ValueError, TypeError, ImportError):
         return None
+
+
+def grid_of(scheduler: Any, noise_schedule: NoiseSchedule, num_steps: int) -> Tensor | None:
+    """The times of a scheduler of diffusers whose `set_timesteps` was called, on its own noise schedule.
+
+    Returns:
+        `(num_steps + 1,)`, float64, falling; None where they are not so many.
+    """
     sigmas: Tensor | None = getattr(scheduler, "sigmas", None)
     if sigmas is None or isinstance(noise_schedule, NoiseScheduleVP):
         times = noise_schedule.time_of_model_input(scheduler.timesteps.double())

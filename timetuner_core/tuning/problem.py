@@ -58,11 +58,22 @@ class TuningProblem:
         """Per step of a grid, the problem's own if none is given, the least and greatest ratio that keep
         conditioning within `[t_min, T]`, wherever from t to s the step calls the network."""
         timesteps = self.timesteps if timesteps is None else timesteps
-        t, s = timesteps[:-1], timesteps[1:]
         calls_on_the_way = isinstance(self.step_fn, SamplerStep) and self.step_fn.sampler.calls_per_step > 1
-        lowest = torch.where(s > 0, s, t) if calls_on_the_way else t
-        floor = lowest.clamp(max=self.noise_schedule.t_min)
-        return floor / lowest, self.noise_schedule.T / t
+        return ratio_bounds(self.noise_schedule, timesteps, calls_on_the_way=calls_on_the_way)
+
+
+def ratio_bounds(
+    noise_schedule: NoiseSchedule, timesteps: Tensor, *, calls_on_the_way: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Per step of a grid, the least and greatest ratio that keep conditioning within `[t_min, T]`.
+
+    Args:
+        calls_on_the_way: whether the network is called between t and s, too.
+    """
+    t, s = timesteps[:-1], timesteps[1:]
+    lowest = torch.where(s > 0, s, t) if calls_on_the_way else t
+    floor = lowest.clamp(max=noise_schedule.t_min)
+    return floor / lowest, noise_schedule.T / t
 
 
 @dataclass

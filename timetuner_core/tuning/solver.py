@@ -6,7 +6,7 @@ a run begins where the number first acts, since all calls before are those of th
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,58 +15,11 @@ from timetuner_core.samplers import Sampler, SamplerStep
 from timetuner_core.samplers.solver_table import SolverTable
 from timetuner_core.tuning.draws import keyed_generator
 from timetuner_core.tuning.end_to_end import teach
+from timetuner_core.tuning.levenberg import FIRST_DAMPING, MAX_FRUITLESS, NUM_CANDIDATES, Candidate, improve
 from timetuner_core.tuning.problem import TuningProblem, TuningState, check_numbers
-from timetuner_core.tuning.solver_columns import COMPARED_PER_SAMPLE, NUM_DAMPINGS, Column, samples_held, solver_columns
-
-# One unit of each kind of number: a change of about so much is small, and of comparable effect.
-# A time's unit is a share of the way to its nearer neighbour.
-UNITS = {"t_ratio": 0.02, "time": 0.1, "a": 0.02, "b": 0.05}
-QUOTIENT_UNITS = 0.25  # The step of a difference quotient.
-MAX_UNITS = 8.0  # The largest change of a number in one iteration.
-MAX_TIME_MOVE = 0.4  # Two neighbours that meet halfway would both move by 0.5 of the way.
-
-# The damping's share of the mean curvature. Each iteration tries it, and that divided and multiplied by a factor.
-FIRST_DAMPING = 1e-2
-DAMPING_FACTOR = 8.0
-MIN_DAMPING, MAX_DAMPING = 1e-8, 1e8
-MAX_FRUITLESS = 3  # It ends after so many iterations without a better candidate.
+from timetuner_core.tuning.solver_columns import COMPARED_PER_SAMPLE, samples_held, solver_columns
 
 MAX_VALUES_HELD = 2**24  # The values of samples and predictions that are in memory at once, unless one row has more.
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A solver as its tuner changes it, float64 on the CPU.
-
-    Attributes:
-        timesteps: `(num_steps + 1,)`. t_ratios: `(num_steps,)`.
-        offsets: `(num_steps, num_steps + 1)`, what is added to the sampler's own table on this grid; see
-            `SolverTable.plus`.
-    """
-
-    timesteps: Tensor
-    t_ratios: Tensor
-    offsets: Tensor
-
-    def moved(self, problem: TuningProblem, columns: Sequence[Column], units: Tensor) -> "Candidate":
-        """The candidate with each number changed by so many units `(len(columns),)`, within its bounds."""
-        timesteps, t_ratios, offsets = self.timesteps.clone(), self.t_ratios.clone(), self.offsets.clone()
-        steps = self.timesteps[:-1] - self.timesteps[1:]
-        nearer = torch.minimum(steps[:-1], steps[1:])
-        for column, amount in zip(columns, units.tolist(), strict=True):
-            change = amount * UNITS[column.kind]
-            if column.kind == "t_ratio":
-                t_ratios[column.i] += change
-            elif column.kind == "time":
-                share = max(-MAX_TIME_MOVE, min(MAX_TIME_MOVE, change))
-                timesteps[column.i] += share * nearer[column.i - 1]
-            else:
-                offsets[column.i, 0 if column.kind == "a" else 1 + column.j] += change
-        lower, upper = problem.ratio_bounds(timesteps)
-        return Candidate(timesteps, t_ratios.clamp(lower, upper), offsets)
-
-    def table(self, sampler: Sampler, problem: TuningProblem) -> SolverTable:
-        return SolverTable.of_sampler(sampler, problem.noise_schedule, self.timesteps).plus(self.offsets)
 
 
 @torch.no_grad()
@@ -107,27 +60,17 @@ def tune_solver(
     fruitless = int(state.memory[0, 1])
     for iteration in range(int(state.iterations.min()), total_iters):
         rows = _draw(problem, iteration)
-        curvature, gradient = _normal_equations(problem, sampler, current, columns, rows[0], taught)
-        dampings = [damping * DAMPING_FACTOR ** (k - 1) for k in range(NUM_DAMPINGS)]
-        candidates = [current]
-        for share in dampings:
-            added = share * float(curvature.diagonal().mean()) + 1e-300  # Numbers without any effect stay.
-            damped = curvature + added * torch.eye(len(columns), dtype=torch.float64)
-            units = -torch.linalg.solve(damped, gradient)
-            candidates.append(current.moved(problem, columns, units.clamp(-MAX_UNITS, MAX_UNITS)))
-        losses = _mean_distances(problem, sampler, candidates, rows[1], taught)
-        if not bool(losses.isfinite().any()):
-            raise ArithmeticError("the network's answers led to NaN or infinite values")
-        best = int(losses.nan_to_num(torch.inf).argmin())
-        current = candidates[best]
-        damping = dampings[best - 1] if best else damping * DAMPING_FACTOR**2
-        damping = min(max(damping, MIN_DAMPING), MAX_DAMPING)
-        fruitless = 0 if best else fruitless + 1
+        differentiated = partial(_residuals, problem, sampler, taught, rows[0], samples_held(problem.num_steps))
+        compared = partial(_residuals, problem, sampler, taught, rows[1], NUM_CANDIDATES * (problem.num_steps + 1))
+        current, loss, damping, is_fruitless = improve(
+            current, columns, damping, problem.ratio_bounds, differentiated, compared
+        )
+        fruitless = fruitless + 1 if is_fruitless else 0
 
         state.timesteps, state.t_ratios = current.timesteps, current.t_ratios
-        state.solver_table = current.table(sampler, problem)
+        state.solver_table = current.table(sampler, problem.noise_schedule)
         state.memory[:, 0], state.memory[:, 1] = damping, float(fruitless)
-        state.note(list(range(problem.num_steps)), losses[best].expand(problem.num_steps) / problem.num_steps)
+        state.note(list(range(problem.num_steps)), torch.full((problem.num_steps,), loss / problem.num_steps))
         state.done[:] = iteration + 1 >= total_iters or fruitless >= MAX_FRUITLESS
         yield state
         if bool(state.done.all()):
@@ -193,57 +136,24 @@ def _predict(problem: TuningProblem, sampler: Sampler, x: Tensor, t: Tensor, t_r
     return torch.cat(parts).reshape(num_solvers, num_rows, *x.shape[1:])
 
 
-def _normal_equations(
+def _residuals(
     problem: TuningProblem,
     sampler: Sampler,
-    current: Candidate,
-    columns: Sequence[Column],
-    rows: Tensor,
     taught: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """`sum_s J_s^T J_s / ||r_s||` `(P, P)` and `sum_s J_s^T r_s / ||r_s||` `(P,)`, by difference quotients."""
-    candidates, amounts = [current], []
-    for k in range(len(columns)):
-        units = torch.zeros(len(columns), dtype=torch.float64)
-        units[k] = QUOTIENT_UNITS
-        moved = current.moved(problem, columns, units)
-        if torch.equal(moved.t_ratios, current.t_ratios) and columns[k].kind == "t_ratio":
-            units[k] = -QUOTIENT_UNITS  # The ratio is at its upper bound.
-            moved = current.moved(problem, columns, units)
-        candidates.append(moved)
-        amounts.append(float(units[k]))
-    first_calls = [0, *(column.first_call for column in columns)]
-    curvature = torch.zeros(len(columns), len(columns), dtype=torch.float64)
-    gradient = torch.zeros(len(columns), dtype=torch.float64)
-    for group in _groups(problem, rows, samples_held(problem.num_steps)):
-        samples = run_candidates(problem, sampler, candidates, first_calls, group)
-        residuals = (samples - taught[group]).flatten(2).double().cpu()
-        residual = residuals[0]
-        jacobian = (residuals[1:] - residual) / torch.tensor(amounts, dtype=torch.float64)[:, None, None]
-        weight = 1 / residual.norm(dim=1).clamp(min=1e-12)
-        weighted = weight[:, None] * jacobian
-        curvature += torch.einsum("psd,qsd->pq", weighted, jacobian)
-        gradient += torch.einsum("psd,sd->p", weighted, residual)
-    return curvature, gradient
+    rows: Tensor,
+    held_per_row: int,
+    candidates: Sequence[Candidate],
+    first_calls: Sequence[int],
+) -> Iterator[Tensor]:
+    """`x0 - x0*` of each solver and row, `(K, S, D)`, in groups of as many rows as memory allows, at least one.
 
-
-def _mean_distances(
-    problem: TuningProblem, sampler: Sampler, candidates: Sequence[Candidate], rows: Tensor, taught: Tensor
-) -> Tensor:
-    """The mean of `|| x0 - x0* ||` of each solver, `(K,)`."""
-    first_calls = [0] * len(candidates)
-    total = torch.zeros(len(candidates), dtype=torch.float64)
-    for group in _groups(problem, rows, len(candidates) * (problem.num_steps + 1)):
-        samples = run_candidates(problem, sampler, candidates, first_calls, group)
-        total += (samples - taught[group]).flatten(2).norm(dim=2).double().cpu().sum(dim=1)
-    return total / len(rows)
-
-
-def _groups(problem: TuningProblem, rows: Tensor, held_per_row: int) -> Iterator[Tensor]:
-    """The rows, as many at once as memory allows, at least one."""
-    values_per_row = held_per_row * problem.population[0].numel()
-    size = max(1, MAX_VALUES_HELD // values_per_row)
-    return (rows[start : start + size] for start in range(0, len(rows), size))
+    Args:
+        held_per_row: how many samples and predictions of a row are in memory at once.
+    """
+    size = max(1, MAX_VALUES_HELD // (held_per_row * problem.population[0].numel()))
+    for start in range(0, len(rows), size):
+        group = rows[start : start + size]
+        yield (run_candidates(problem, sampler, candidates, first_calls, group) - taught[group]).flatten(2)
 
 
 def _draw(problem: TuningProblem, iteration: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,278 @@
+"""`tune_pipeline` on tiny pipelines of all kinds that have a many-step teacher."""
+
+import copy
+import inspect
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    CogVideoXDDIMScheduler,
+    ConsistencyModelPipeline,
+    FirstBlockCacheConfig,
+    LCMScheduler,
+)
+from torch import Tensor
+
+from tests.core.pipelines.kinds import KINDS, Kind
+from tests.core.pipelines.run import one_thread
+from timetuner_core.grids import teacher_timesteps
+from timetuner_core.integrations.diffusers import TimeTunerScheduler
+from timetuner_core.pipelines.checks import read_prompts, split_prompts
+from timetuner_core.pipelines.runs import Progress
+from timetuner_core.pipelines.schedule import PipelineSchedule
+from timetuner_core.pipelines.shared_calls import RunCancelledError
+from timetuner_core.pipelines.tuning import QUOTIENT_UNITS_IN_HALF_PRECISION, PipelineState, tune_pipeline
+from timetuner_core.tuning.levenberg import UNITS
+from timetuner_core.tuning_setup import EVALUATION_SEEDS
+
+pytestmark = pytest.mark.xdist_group("pipelines")
+
+PROMPTS = ["a red square on a table", "a bad table", "red on red", "a table on a square", "a square"]
+# The least that goes through all phases.
+SMALLEST = {"num_steps": 2, "teacher_num_steps": 4, "total_iters": 1, "num_samples": 1, "num_held_out": 2}
+TUNABLE = [kind for kind in KINDS if kind.name != "lcm"]
+# These kinds are tuned in earnest: held-out images have to be closer to the teacher's.
+TUNED_IN_EARNEST = ["sd15", "sdxl", "sd3", "flux", "pixart-sigma", "wan"]
+IN_EARNEST = {"num_steps": 3, "teacher_num_steps": 20, "total_iters": 1, "num_samples": 3, "num_held_out": 6}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def by_name(name: str) -> Kind:
+    return next(kind for kind in KINDS if kind.name == name)
+
+
+def call_of(kind: Kind) -> dict[str, Any]:
+    """The arguments of a kind's call that are not the tuner's to set."""
+    return {name: value for name, value in kind.call().items() if name not in ("prompt", "output_type")}
+
+
+def tuned(kind: Kind, pipeline: Any, **options: Any) -> PipelineSchedule:
+    prompts = PROMPTS if "prompt" in kind.call() else None
+    return tune_pipeline(pipeline, prompts, **{**SMALLEST, **call_of(kind), **options})
+
+
+def latents_by(pipeline: Any, scheduler: Any, kind: Kind, prompt: str, seed: int) -> Tensor:
+    """What a plain call of the pipeline gives; where that is no tensor, the last sample of its scheduler."""
+    samples = []
+    step = scheduler.step
+    scheduler.step = lambda *args, **kwargs: samples.append(out := step(*args, **kwargs)) or out
+    pipeline.scheduler = scheduler
+    call = kind.call() | ({"prompt": prompt} if "prompt" in kind.call() else {})
+    num_steps = scheduler.num_inference_steps
+    output = pipeline(num_inference_steps=num_steps, generator=torch.Generator().manual_seed(seed), **call)
+    first = next(iter(output.values()))
+    return first if isinstance(first, Tensor) else samples[-1][0]
+
+
+def assert_measured(schedule: PipelineSchedule, pipeline: Any, kind: Kind, rel: float = 1e-3) -> None:
+    """Plain calls of the pipeline, from held-out prompts, are as far from the teacher's as the evaluation says."""
+    own = pipeline.scheduler
+    options = schedule.evaluation
+    base = TimeTunerScheduler.from_schedule(own, {"timesteps": [1.0, 0.0]})
+    grid = teacher_timesteps(base.noise_schedule, options["teacher_num_steps"])
+    held_out = split_prompts(PROMPTS)[1]
+    distances, largest = [], 0.0
+    for i in range(options["num_samples"]):
+        prompt, seed = held_out[i % len(held_out)], EVALUATION_SEEDS + i
+        teacher = TimeTunerScheduler.from_schedule(own, {"timesteps": grid.tolist(), "sampler": schedule.sampler})
+        taught = latents_by(pipeline, teacher, kind, prompt, seed).double()
+        latents = latents_by(pipeline, schedule.scheduler(pipeline), kind, prompt, seed).double()
+        distances.append(float((latents - taught).norm()))
+        largest = max(largest, float(taught.norm()))
+    pipeline.scheduler = own
+    measured = schedule.evaluation["distances"]["tuned"]
+    # Latents of untrained networks may be large, and are rounded by so much.
+    assert sum(distances) / len(distances) == pytest.approx(measured, rel=rel, abs=1e-7 * largest)
+
+
+@pytest.mark.parametrize("kind", TUNABLE, ids=lambda kind: kind.name)
+def test_every_kind_with_a_teacher_is_tuned_and_samples_as_the_tuner_measured(kind: Kind) -> None:
+    pipeline = kind.build()
+    own = pipeline.scheduler
+    components = dict(pipeline.components)
+    schedule = tuned(kind, pipeline, **(IN_EARNEST if kind.name in TUNED_IN_EARNEST else {}))
+    assert pipeline.components == components
+    assert pipeline.scheduler is own
+    assert_measured(schedule, pipeline, kind)
+    if kind.name in TUNED_IN_EARNEST:
+        assert schedule.evaluation["verdict"] == "accepted", schedule.evaluation["reason"]
+        assert schedule.evaluation["distances"]["tuned"] < schedule.evaluation["distances"]["native"]
+
+
+def test_a_cancelled_run_goes_on_to_the_numbers_of_an_unbroken_one() -> None:
+    kind = by_name("flux")
+    pipeline = kind.build()
+    options = {"num_steps": 2, "total_iters": 2, "num_samples": 2}
+    unbroken = tuned(kind, pipeline, **options)
+    states: list[str] = []
+    with pytest.raises(RunCancelledError):
+        tuned(
+            kind,
+            pipeline,
+            **options,
+            on_state=lambda state: states.append(json.dumps(state.to_dict())),
+            is_cancelled=lambda: len(states) == 1,
+        )
+    state = PipelineState.from_dict(json.loads(states[0]))
+    assert state.iterations == 1
+    resumed = tuned(kind, pipeline, **options, state=state)
+    assert resumed.to_dict() | {"evaluation": None} == unbroken.to_dict() | {"evaluation": None}
+    assert resumed.evaluation["distances"] == unbroken.evaluation["distances"]
+    with pytest.raises(ValueError, match="state is that of another seed; accepted: one of the same run"):
+        tuned(kind, pipeline, **options, state=state, seed=1)
+
+
+def test_progress_rises_to_the_total_that_was_told_and_no_call_has_more_rows_than_allowed() -> None:
+    kind = by_name("sd15")
+    told: list[Progress] = []
+    schedule = tuned(kind, kind.build(), num_samples=2, max_batch=6, on_progress=told.append)
+    assert [each.phase for each in told[:1] + told[-1:]] == ["start", "evaluation"]
+    assert all(later.done >= earlier.done for earlier, later in pairwise(told))
+    assert told[-1].done == told[-1].total
+    assert schedule.evaluation["largest_batch"] == 6
+
+
+def test_a_schedule_is_kept_as_json_and_belongs_to_its_pipeline() -> None:
+    kind = by_name("flux")
+    pipeline = copy.deepcopy(kind.build())
+    schedule = tuned(kind, pipeline)
+    again = PipelineSchedule.from_dict(json.loads(json.dumps(schedule.to_dict())))
+    assert again == schedule
+    call = call_of(kind)
+    assert schedule.differences(pipeline, **call) == []
+    assert schedule.differences(pipeline, **call | {"height": 32, "guidance_scale": 1.0}) == [
+        "guidance_scale is 1.0, tuned for 3.0",
+        "sizes.height is 32, tuned for 16",
+    ]
+    with pytest.raises(ValueError, match="pipeline is 'StableDiffusionPipeline', tuned for 'FluxPipeline'"):
+        schedule.scheduler(by_name("sd15").build())
+    # A LoRA that is fused changes the weights, and so do other adapters.
+    with torch.no_grad():
+        pipeline.transformer.context_embedder.weight += 1e-3
+    with pytest.raises(ValueError, match=r"transformer.weights is .*; accepted: a pipeline like the tuned one"):
+        schedule.scheduler(pipeline)
+    assert schedule.scheduler(pipeline, override=True).num_inference_steps == 2
+    with pytest.raises(ValueError, match="a schedule has the fields sampler; accepted: timesteps"):
+        PipelineSchedule.from_dict({"sampler": "ddim"})
+
+
+def test_a_tuned_pipeline_is_tuned_again() -> None:
+    kind = by_name("flux")
+    pipeline = kind.build()
+    first = tuned(kind, pipeline)
+    pipeline.scheduler = first.scheduler(pipeline)
+    again = tuned(kind, pipeline, num_steps=3)
+    assert again.scheduler(pipeline).num_inference_steps == 3
+
+
+def test_bfloat16_is_tuned_beyond_the_rounding_of_its_times() -> None:
+    kind = by_name("flux")
+    pipeline = copy.deepcopy(kind.build()).to(torch.bfloat16)
+    schedule = tuned(kind, pipeline, **IN_EARNEST)
+    assert schedule.key["networks"]["transformer"]["dtype"] == "bfloat16"
+    assert schedule.evaluation["verdict"] == "accepted", schedule.evaluation["reason"]
+    assert_measured(schedule, pipeline, kind, rel=0.05)
+    # Each quotient of a ratio tells the network another time, as the network rounds it.
+    step = UNITS["t_ratio"] * QUOTIENT_UNITS_IN_HALF_PRECISION["t_ratio"]
+    times = torch.linspace(1, 1000, 1000)
+    assert bool(((times * (1 - step)).bfloat16() < times.bfloat16()).all())
+
+
+def test_first_block_cache_is_tuned_with_runs_one_after_the_other() -> None:
+    kind = by_name("flux")
+    pipeline = copy.deepcopy(kind.build())
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.2))
+    schedule = tuned(kind, pipeline)
+    assert schedule.key["networks"]["transformer"]["cache"] == "FirstBlockCacheConfig"
+    assert schedule.evaluation["largest_batch"] == 1
+    assert_measured(schedule, pipeline, kind)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": []}, "prompts has 0 different ones; accepted: 2 or more"),
+        ({"prompts": ["a square", "a square"]}, "prompts has 1 different ones; accepted: 2 or more"),
+        ({"prompts": ["a square", " "]}, r"prompts\[1\] is ' '; accepted: a text that is not empty"),
+        ({"prompts": ["a square", 3]}, r"prompts\[1\] is 3; accepted: a text"),
+        ({"prompts": "no such file"}, "prompts is 'no such file' .*; accepted: a list of prompts, or the path"),
+        ({"num_steps": 0}, "num_steps is 0; accepted: a whole number, 1 or more"),
+        ({"num_steps": 6, "teacher_num_steps": 6}, "teacher_num_steps is 6; accepted: a whole number, 7 or more"),
+        ({"num_held_out": 1}, "num_held_out is 1; accepted: a whole number, 2 or more"),
+        ({"sampler": "heun"}, "sampler is 'heun'; accepted, without noise and with one call per step: ddim"),
+        ({"sampler": "unknown"}, "sampler is 'unknown'; accepted: "),
+        ({"guidence_scale": 3.0}, "no argument 'guidence_scale'; did you mean 'guidance_scale'"),
+        ({"num_inference_steps": 4}, "num_inference_steps is 4, but the tuner sets it; accepted: .*height"),
+        ({"ip_adapter_image": object()}, "ip_adapter_image is a object; accepted: numbers, texts"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(options: dict[str, Any], message: str, no_calls: Any) -> None:
+    pipeline = by_name("sd15").build()
+    with no_calls(pipeline), pytest.raises(ValueError, match=message):
+        tune_pipeline(pipeline, **{"prompts": PROMPTS, **options})
+
+
+def test_a_strength_that_leaves_no_step_is_refused() -> None:
+    kind = by_name("sdxl-img2img")
+    with pytest.raises(ValueError, match=r"`strength` of 0\.5 or more leaves a step"):
+        tuned(kind, kind.build(), strength=0.1)
+
+
+def test_pipelines_that_have_no_many_step_teacher_are_refused_by_name(no_calls: Any) -> None:
+    lcm = by_name("lcm").build()
+    distilled = by_name("sd15").build()
+    distilled.scheduler = LCMScheduler.from_config(distilled.scheduler.config)
+    unknown = by_name("sd15").build()
+    unknown.scheduler = CogVideoXDDIMScheduler(snr_shift_scale=4.0)
+    consistency = ConsistencyModelPipeline(by_name("ddpm").build().unet, CMStochasticIterativeScheduler())
+    for pipeline, message in (
+        (lcm, "LatentConsistencyModelPipeline, trained for few steps"),
+        (consistency, "ConsistencyModelPipeline, trained for few steps"),
+        (distilled, "pipeline.scheduler is a LCMScheduler, for networks trained for few steps"),
+        (unknown, "_class_name is 'CogVideoXDDIMScheduler'; accepted: "),
+    ):
+        with no_calls(pipeline), pytest.raises(ValueError, match=message):
+            tune_pipeline(pipeline, PROMPTS if "prompt" in inspect.signature(pipeline.__call__).parameters else None)
+
+
+def test_prompts_are_refused_where_none_are_taken_and_ours_are_varied(tmp_path: Path, no_calls: Any) -> None:
+    pipeline = by_name("ddpm").build()
+    with no_calls(pipeline), pytest.raises(ValueError, match="prompts are given, which DDPMPipeline does not take"):
+        tune_pipeline(pipeline, PROMPTS)
+    ours = read_prompts(None)
+    assert len(ours) == 64
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\nd\n")
+    assert split_prompts(read_prompts(tmp_path / "prompts.txt")) == (["a", "b", "c"], ["d"])
+    (tmp_path / "prompts.txt").write_text("a\n\nb\n")
+    with pytest.raises(ValueError, match=r"prompts\[1\] is ''"):
+        read_prompts(str(tmp_path / "prompts.txt"))
+
+
+@pytest.fixture
+def no_calls() -> Any:
+    """Within it, a pipeline's networks may not be called."""
+
+    @contextmanager
+    def watched(pipeline: Any) -> Iterator[None]:
+        def refuse(*_: Any) -> None:
+            raise AssertionError("a network was called")
+
+        networks = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+        handles = [network.register_forward_pre_hook(refuse) for network in networks]
+        yield
+        for handle in handles:
+            handle.remove()
+
+    return watched

@@ -1,0 +1,452 @@
+"""Runs of one pipeline that share the calls of its denoiser.
+
+Each run is the pipeline's own `__call__`, on a shallow copy of the pipeline with a scheduler of its own, in a thread.
+A proxy stands in the denoiser's place. It hands each call over and waits for the answer. When all runs wait, their
+inputs are concatenated, the network is called once, and each run gets its rows of the answer. So runs with other
+numbers of steps, prompts and seeds move on together, and guidance stays the pipeline's own business.
+
+The threads take turns: only one of them, or the caller's, is ever running. They are coroutines in all but name.
+"""
+
+import contextvars
+import copy
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timetuner_core.pipelines.joining import (
+    NetworkCall,
+    content_of,
+    copied,
+    join,
+    relative_difference,
+    sizes_of,
+    split,
+)
+from timetuner_core.pipelines.kinds import PROMPT_ENCODERS, SHARED_NETWORKS
+
+MAX_BATCH = 16
+MAX_THREADS = 64
+# Encoders' answers are remembered for so many prompts, the newest.
+MAX_REMEMBERED_PROMPTS = 8
+# The largest share by which a row's answer may depend on the batch it is in, by the network's dtype.
+MAX_DIFFERENCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+class RunCancelledError(Exception):
+    """The run was cancelled before its end."""
+
+
+class _Closed(BaseException):
+    """Ends a run whose caller has left. It is no `Exception`, so that a pipeline's own handlers let it pass."""
+
+
+@dataclass
+class Request:
+    """One run of a pipeline.
+
+    Attributes:
+        call: arguments of the pipeline's `__call__`.
+        scheduler: this run's own; it takes the place of the pipeline's.
+        is_remembered: whether the network's answers to it are kept for requests that begin alike.
+    """
+
+    call: Mapping[str, Any]
+    scheduler: Any
+    is_remembered: bool = False
+
+
+@dataclass
+class Result:
+    """How a run ended.
+
+    Attributes:
+        output: what the pipeline gave; None if it failed.
+        x: the sample that the scheduler's last step gave.
+        first_step: at which of its scheduler's steps it began.
+        num_calls: how often it asked the denoiser. rows: the rows of its largest call.
+    """
+
+    output: Any = None
+    error: BaseException | None = None
+    x: Tensor | None = None
+    first_step: int | None = None
+    num_calls: int = 0
+    rows: int = 0
+
+    @property
+    def latents(self) -> Tensor:
+        """The pipeline's latents, or where it gives none, the last sample of its scheduler.
+
+        Raises:
+            the run's own error.
+        """
+        if self.error is not None:
+            raise self.error
+        first = next(iter(self.output.values())) if isinstance(self.output, Mapping) else self.output[0]
+        latents = first if isinstance(first, Tensor) else self.x
+        if latents is None:
+            raise ValueError("the pipeline made no step of its scheduler; accepted: one that makes a step")
+        return latents
+
+
+class SharedCalls:
+    """Runs a pipeline's requests with shared calls of its denoiser; the pipeline itself is left as it is.
+
+    Where a cache such as FirstBlockCache is on, its state belongs to one run: requests then run one after the other.
+
+    Args:
+        max_batch: the most rows of one call of the network.
+        max_threads: the most requests that run at once.
+        check_rows: compare the first shared call of each kind with the call of its first request alone. If a network's
+            rows depend on each other by more than rounding, all calls of that kind are made alone.
+
+    Attributes:
+        networks: those whose calls are shared, by name.
+        num_calls: how often a network was called. num_asked: how often a run asked for one.
+        most_rows: the rows of the largest call.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        max_batch: int = MAX_BATCH,
+        max_threads: int = MAX_THREADS,
+        check_rows: bool = True,
+    ) -> None:
+        for name, value in (("max_batch", max_batch), ("max_threads", max_threads)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; accepted: 1 or more")
+        self.pipeline = pipeline
+        self.networks = {name: part for name in SHARED_NETWORKS if (part := getattr(pipeline, name, None)) is not None}
+        if not self.networks:
+            accepted = f"a pipeline with one of {', '.join(SHARED_NETWORKS)}"
+            raise ValueError(f"{type(pipeline).__name__} has no denoiser; accepted: {accepted}")
+        self._max_batch, self._max_threads, self._check_rows = max_batch, max_threads, check_rows
+        self._remembered: dict[tuple[str, bytes], Any] = {}
+        self._prompts: dict[tuple[str, bytes], Any] = {}
+        self._separable: dict[tuple[str, bytes], bool] = {}
+        self._waiting: deque[_Run] = deque()
+        self._running: list[_Run] = []
+        self._runs_alone = False
+        self.num_calls = self.num_asked = self.most_rows = 0
+
+    def submit(self, request: Request) -> Result:
+        """Queue a request; `step` moves it on. The result is filled in when the run ends.
+
+        Raises:
+            ValueError: a scheduler that another run has, or `torch.autocast`, which would not reach the run's thread.
+        """
+        if any(run.request.scheduler is request.scheduler for run in (*self._waiting, *self._running)):
+            raise ValueError("scheduler is that of another request; accepted: one for each request")
+        if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+            raise ValueError("torch.autocast is on; accepted: a pipeline in its own precision, outside of it")
+        run = _Run(self, request)
+        self._waiting.append(run)
+        return run.result
+
+    def step(self) -> bool:
+        """Move each running request on by one call of the network, and start waiting ones. Whether any is left."""
+        if not self._running:
+            self._runs_alone = any(map(has_state, self.networks.values()))
+        most = 1 if self._runs_alone else self._max_threads
+        while self._waiting and len(self._running) < most:
+            run = self._waiting.popleft()
+            self._running.append(run)
+            run.advance()
+        self._end_runs()
+        asked = [run for run in self._running if run.asked is not None]
+        try:
+            self._answer(asked)
+        except BaseException:
+            self.close()
+            raise
+        for run in asked:
+            run.advance()
+        self._end_runs()
+        return bool(self._running or self._waiting)
+
+    def run(self, requests: Sequence[Request], is_cancelled: Callable[[], bool] = lambda: False) -> list[Result]:
+        """Run requests to their ends. An error of one is its result's, and ends no other.
+
+        Raises:
+            RunCancelledError: `is_cancelled` said so after a step. The pipeline's interrupt ends the runs, where it has
+                one, so that the state of caches and hooks is that after any other run.
+        """
+        try:
+            results = [self.submit(request) for request in requests]
+            is_left = True
+            while is_left:
+                is_left = self.step()
+                if is_cancelled() and is_left:
+                    self.cancel()
+                    raise RunCancelledError("cancelled while the pipeline ran")
+        finally:
+            self.close()
+        return results
+
+    def cancel(self) -> None:
+        """End all runs at their next step, by the pipeline's interrupt; the calls of the present step are answered."""
+        self._drop_waiting()
+        for run in self._running:
+            run.interrupt()
+        while self._running:
+            self.step()
+
+    def forget(self) -> None:
+        """Forget the answers that were kept for requests that begin alike."""
+        self._remembered.clear()
+
+    def close(self) -> None:
+        """End all threads, and put hooks and caches into the state they have after any run of the pipeline."""
+        self._drop_waiting()
+        was_running = bool(self._running)
+        for run in self._running:
+            run.close()
+        self._running.clear()
+        self._prompts.clear()
+        if was_running:
+            self.pipeline.maybe_free_model_hooks()
+
+    def _drop_waiting(self) -> None:
+        for run in self._waiting:
+            run.result.error = RunCancelledError("cancelled before it began")
+        self._waiting.clear()
+
+    def _end_runs(self) -> None:
+        ended = [run for run in self._running if run.has_ended]
+        self._running = [run for run in self._running if not run.has_ended]
+        for run in ended:
+            run.join()
+        if ended and (not self._running or self._runs_alone):
+            self.pipeline.maybe_free_model_hooks()
+
+    def _answer(self, runs: "Sequence[_Run]") -> None:
+        """Answer what the runs ask, from memory or by as few calls of the networks as there can be."""
+        if self._runs_alone:
+            for run in runs:
+                self.num_asked += 1
+                run.answer = self._call_one(run.network, run.asked_call)
+            return
+        groups: dict[tuple[str, bytes], dict[bytes, NetworkCall]] = {}
+        for run in runs:
+            call = run.asked_call
+            if (run.network, call.content) not in self._remembered:
+                groups.setdefault((run.network, call.kind), {})[call.content] = call
+        answers: dict[tuple[str, bytes], Any] = {}
+        for (network, kind), calls in groups.items():
+            for part in self._batches(list(calls.values()), together=self._separable.get((network, kind), True)):
+                made = self._call_together(network, kind, part)
+                answers |= {(network, call.content): answer for call, answer in zip(part, made, strict=True)}
+        for run in runs:
+            key = (run.network, run.asked_call.content)
+            self.num_asked += 1
+            answer = self._remembered[key] if key in self._remembered else answers[key]
+            if run.request.is_remembered and not isinstance(answer, BaseException):
+                self._remembered[key] = answer
+            run.answer = answer if isinstance(answer, BaseException) else copied(answer)
+
+    def _batches(self, calls: list[NetworkCall], *, together: bool) -> list[list[NetworkCall]]:
+        """The calls in groups of at most `max_batch` rows."""
+        groups: list[list[NetworkCall]] = []
+        for call in calls:
+            fits = groups and sum(sizes_of([*groups[-1], call])) <= self._max_batch
+            if together and call.rows is not None and fits:
+                groups[-1].append(call)
+            else:
+                groups.append([call])
+        return groups
+
+    def _call_together(self, network: str, kind: bytes, calls: list[NetworkCall]) -> list[Any]:
+        """The answers, or the errors, of calls of one kind."""
+        if len(calls) == 1 or not self._separable.get((network, kind), True):
+            return [self._call_one(network, call) for call in calls]
+        try:
+            answers = split(self._call(network, join(calls)), calls)
+        except Exception:  # Each call by itself tells whose error it is.
+            return [self._call_one(network, call) for call in calls]
+        if self._check_rows and (network, kind) not in self._separable:
+            alone = self._call_one(network, calls[0])
+            tolerance = MAX_DIFFERENCE.get(self.networks[network].dtype, max(MAX_DIFFERENCE.values()))
+            agree = not isinstance(alone, Exception) and relative_difference(alone, answers[0]) <= tolerance
+            self._separable[network, kind] = agree
+            if not agree:
+                return [alone, *[self._call_one(network, call) for call in calls[1:]]]
+        return answers
+
+    def _call_one(self, network: str, call: NetworkCall) -> Any:
+        try:
+            if (call.rows or 1) > self._max_batch:
+                raise ValueError(f"max_batch is {self._max_batch}; accepted: {call.rows} or more, the rows of one run")
+            return self._call(network, call)
+        except Exception as error:
+            return error
+
+    def _call(self, network: str, call: NetworkCall) -> Any:
+        self.num_calls += 1
+        self.most_rows = max(self.most_rows, call.rows or 1)
+        with torch.no_grad():
+            return call.on(self.networks[network])
+
+    def encode(self, name: str, encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A text encoder's answer, from memory if it was asked the same lately."""
+        key = (name, content_of([list(args), kwargs]))
+        if key not in self._prompts:
+            while len(self._prompts) >= MAX_REMEMBERED_PROMPTS:
+                self._prompts.pop(next(iter(self._prompts)))
+            self._prompts[key] = encoder(*args, **kwargs)
+        return copied(self._prompts[key])
+
+
+class _Run:
+    """A request in its thread."""
+
+    def __init__(self, shared: SharedCalls, request: Request) -> None:
+        self.request, self.result = request, Result()
+        self.network = ""
+        self.asked: NetworkCall | None = None
+        self.answer: Any = None
+        self._is_interrupted = self._is_closed = self.has_ended = False
+        self._resumed, self._paused = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread: threading.Thread | None = None
+        self._pipeline = self._copy_of(shared)
+
+    @property
+    def asked_call(self) -> NetworkCall:
+        assert self.asked is not None
+        return self.asked
+
+    def advance(self) -> None:
+        """Let the thread run until it asks for the network again, or ends."""
+        self.asked = None
+        if self._thread is None:
+            context = contextvars.copy_context()
+            self._thread = threading.Thread(target=context.run, args=(self._work,), daemon=True)
+            self._thread.start()
+        else:
+            self._resumed.release()
+        self._paused.acquire()
+
+    def interrupt(self) -> None:
+        """End the run at its next step."""
+        self._is_interrupted = True
+        if hasattr(self._pipeline, "_interrupt"):
+            self._pipeline._interrupt = True
+
+    def close(self) -> None:
+        """End the thread now."""
+        self._is_closed = True
+        while not self.has_ended:
+            self.advance()
+        self.join()
+
+    def join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def ask(self, network: str, call: NetworkCall) -> Any:
+        """Wait for a network's answer. It is called in the thread."""
+        if self._is_interrupted and not hasattr(self._pipeline, "_interrupt"):
+            raise RunCancelledError("cancelled")
+        if self._is_closed:
+            raise _Closed
+        self.network, self.asked = network, call
+        self.result.num_calls += 1
+        self.result.rows = max(self.result.rows, call.rows or 1)
+        self._paused.release()
+        self._resumed.acquire()
+        answer, self.answer = self.answer, None
+        if self._is_closed:
+            raise _Closed
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def _work(self) -> None:
+        try:
+            with self._noted_steps():
+                self.result.output = self._pipeline(**self.request.call)
+            if self._is_interrupted:
+                self.result.error = RunCancelledError("cancelled")
+        except BaseException as error:  # It is the caller's to read. Nothing is above it in this thread.
+            self.result.error = RunCancelledError("closed") if isinstance(error, _Closed) else error
+        finally:
+            self.has_ended = True
+            self._paused.release()
+
+    def _copy_of(self, shared: SharedCalls) -> Any:
+        """The pipeline with this run's scheduler and with proxies; it has no effect on the original."""
+        pipeline = copy.copy(shared.pipeline)
+        replaced: dict[str, Any] = {}
+        for name, network in shared.networks.items():
+            replaced[name] = _Proxy(network, partial(self._ask, name, network))
+        for name in PROMPT_ENCODERS:
+            if isinstance(encoder := getattr(pipeline, name, None), torch.nn.Module):
+                replaced[name] = _Proxy(encoder, partial(shared.encode, name, encoder))
+        replaced["scheduler"] = self.request.scheduler
+        # The pipeline's own hooks are freed once all runs have ended, and not under a run that goes on.
+        replaced["maybe_free_model_hooks"] = lambda: None
+        replaced["_progress_bar_config"] = {"disable": True}
+        pipeline.__dict__.update(replaced)  # diffusers' own way would rewrite the configuration.
+        return pipeline
+
+    def _ask(self, name: str, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.ask(name, NetworkCall.of(network, args, kwargs))
+
+    @contextmanager
+    def _noted_steps(self) -> Iterator[None]:
+        """Note the scheduler's steps in the result; afterwards, the scheduler is as it was."""
+        scheduler = self.request.scheduler
+        step, own = scheduler.step, vars(scheduler).get("step")
+
+        @wraps(step)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            output = step(*args, **kwargs)
+            self.result.x = output[0]
+            if self.result.first_step is None:
+                self.result.first_step = (getattr(scheduler, "_step_index", None) or 1) - 1
+            return output
+
+        scheduler.step = noted
+        try:
+            yield
+        finally:
+            if own is None:
+                del scheduler.step
+            else:
+                scheduler.step = own
+
+
+class _Proxy:
+    """Stands in a network's place: its calls are handed over, and all else is the network's own."""
+
+    def __init__(self, network: Any, handed_over: Callable[[tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        self.__dict__["_network"], self.__dict__["_handed_over"] = network, handed_over
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """The network's class: pipelines ask what kind of network they have."""
+        return type(self._network)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._handed_over(args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._network, name, value)
+
+
+def has_state(network: Any) -> bool:
+    """Whether hooks of a network remember earlier calls, as FirstBlockCache and its like do."""
+    registries = [getattr(module, "_diffusers_hook", None) for module in network.modules()]
+    return any(hook._is_stateful for registry in registries if registry for hook in registry.hooks.values())

@@ -1,0 +1,158 @@
+"""Gauss-Newton steps with Levenberg's damping, for the numbers of a solver: its grid, ratios and table.
+
+The Jacobian is made of difference quotients: one more run of the solver for each number that is learned. How a solver
+is run is the caller's business, so that a network of ours and a whole pipeline are tuned alike.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from timetuner_core.noise_schedule import NoiseSchedule
+from timetuner_core.samplers import Sampler
+from timetuner_core.samplers.solver_table import SolverTable
+from timetuner_core.tuning.solver_columns import NUM_DAMPINGS, Column
+
+# One unit of each kind of number: a change of about so much is small, and of comparable effect.
+# A time's unit is a share of the way to its nearer neighbour.
+UNITS = {"t_ratio": 0.02, "time": 0.1, "a": 0.02, "b": 0.05}
+# The step of a difference quotient, in units.
+QUOTIENT_UNITS = {"t_ratio": 0.25, "time": 0.25, "a": 0.25, "b": 0.25}
+MAX_UNITS = 8.0  # The largest change of a number in one iteration.
+MAX_TIME_MOVE = 0.4  # Two neighbours that meet halfway would both move by 0.5 of the way.
+
+# The damping's share of the mean curvature. Each iteration tries it, and that divided and multiplied by a factor.
+FIRST_DAMPING = 1e-2
+DAMPING_FACTOR = 8.0
+MIN_DAMPING, MAX_DAMPING = 1e-8, 1e8
+NUM_CANDIDATES = 1 + NUM_DAMPINGS  # One iteration compares these, the solver before among them.
+MAX_FRUITLESS = 3  # A tuner ends after so many iterations without a better candidate.
+
+# The least and greatest ratio of each step, `(num_steps,)` each, on a grid `(num_steps + 1,)`.
+RatioBounds: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A solver as its tuner changes it, float64 on the CPU.
+
+    Attributes:
+        timesteps: `(num_steps + 1,)`. t_ratios: `(num_steps,)`.
+        offsets: `(num_steps, num_steps + 1)`, what is added to the sampler's own table on this grid; see
+            `SolverTable.plus`.
+    """
+
+    timesteps: Tensor
+    t_ratios: Tensor
+    offsets: Tensor
+
+    def moved(self, ratio_bounds: RatioBounds, columns: Sequence[Column], units: Tensor) -> "Candidate":
+        """The candidate with each number changed by so many units `(len(columns),)`, within its bounds."""
+        timesteps, t_ratios, offsets = self.timesteps.clone(), self.t_ratios.clone(), self.offsets.clone()
+        steps = self.timesteps[:-1] - self.timesteps[1:]
+        nearer = torch.minimum(steps[:-1], steps[1:])
+        for column, amount in zip(columns, units.tolist(), strict=True):
+            change = amount * UNITS[column.kind]
+            if column.kind == "t_ratio":
+                t_ratios[column.i] += change
+            elif column.kind == "time":
+                share = max(-MAX_TIME_MOVE, min(MAX_TIME_MOVE, change))
+                timesteps[column.i] += share * nearer[column.i - 1]
+            else:
+                offsets[column.i, 0 if column.kind == "a" else 1 + column.j] += change
+        lower, upper = ratio_bounds(timesteps)
+        return Candidate(timesteps, t_ratios.clamp(lower, upper), offsets)
+
+    def table(self, sampler: Sampler, noise_schedule: NoiseSchedule) -> SolverTable:
+        return SolverTable.of_sampler(sampler, noise_schedule, self.timesteps).plus(self.offsets)
+
+
+# What solvers leave of the distance to their teacher, `(len(candidates), S, D)`, in groups of samples that fit into
+# memory. The second argument tells the first call of the network at which each solver differs from the first one.
+Residuals: TypeAlias = Callable[[Sequence[Candidate], Sequence[int]], Iterable[Tensor]]
+
+
+class Improvement(NamedTuple):
+    """What one iteration found.
+
+    Attributes:
+        candidate: the best of the solvers that were tried, the one before among them.
+        loss: its mean distance to the teacher. damping: that of the next iteration.
+        is_fruitless: whether the solver before was the best.
+    """
+
+    candidate: Candidate
+    loss: float
+    damping: float
+    is_fruitless: bool
+
+
+def improve(
+    current: Candidate,
+    columns: Sequence[Column],
+    damping: float,
+    ratio_bounds: RatioBounds,
+    differentiated: Residuals,
+    compared: Residuals,
+    quotient_units: Mapping[str, float] = QUOTIENT_UNITS,
+) -> Improvement:
+    """One iteration: the Jacobian, the steps under three dampings, and the best of them and of no change.
+
+    Args:
+        damping: as a share of the mean curvature.
+        differentiated: the residuals that the Jacobian is taken of. compared: those of other samples.
+
+    Raises:
+        ArithmeticError: no solver gives finite samples.
+    """
+    curvature, gradient = _normal_equations(current, columns, ratio_bounds, differentiated, quotient_units)
+    dampings = [damping * DAMPING_FACTOR ** (k - 1) for k in range(NUM_DAMPINGS)]
+    candidates = [current]
+    for share in dampings:
+        added = share * float(curvature.diagonal().mean()) + 1e-300  # Numbers without any effect stay.
+        damped = curvature + added * torch.eye(len(columns), dtype=torch.float64)
+        units = -torch.linalg.solve(damped, gradient)
+        candidates.append(current.moved(ratio_bounds, columns, units.clamp(-MAX_UNITS, MAX_UNITS)))
+    groups = [residuals.norm(dim=2).double().cpu() for residuals in compared(candidates, [0] * len(candidates))]
+    losses = torch.cat(groups, dim=1).mean(dim=1)
+    if not bool(losses.isfinite().any()):
+        raise ArithmeticError("the network's answers led to NaN or infinite values")
+    best = int(losses.nan_to_num(torch.inf).argmin())
+    following = dampings[best - 1] if best else damping * DAMPING_FACTOR**2
+    following = min(max(following, MIN_DAMPING), MAX_DAMPING)
+    return Improvement(candidates[best], float(losses[best]), following, is_fruitless=best == 0)
+
+
+def _normal_equations(
+    current: Candidate,
+    columns: Sequence[Column],
+    ratio_bounds: RatioBounds,
+    residuals_of: Residuals,
+    quotient_units: Mapping[str, float],
+) -> tuple[Tensor, Tensor]:
+    """`sum_s J_s^T J_s / ||r_s||` `(P, P)` and `sum_s J_s^T r_s / ||r_s||` `(P,)`, by difference quotients."""
+    candidates, amounts = [current], []
+    for k, column in enumerate(columns):
+        units = torch.zeros(len(columns), dtype=torch.float64)
+        units[k] = quotient_units[column.kind]
+        moved = current.moved(ratio_bounds, columns, units)
+        if torch.equal(moved.t_ratios, current.t_ratios) and column.kind == "t_ratio":
+            units[k] = -quotient_units[column.kind]  # The ratio is at its upper bound.
+            moved = current.moved(ratio_bounds, columns, units)
+        candidates.append(moved)
+        amounts.append(float(units[k]))
+    first_calls = [0, *(column.first_call for column in columns)]
+    curvature = torch.zeros(len(columns), len(columns), dtype=torch.float64)
+    gradient = torch.zeros(len(columns), dtype=torch.float64)
+    for group in residuals_of(candidates, first_calls):
+        residuals = group.double().cpu()
+        residual = residuals[0]
+        jacobian = (residuals[1:] - residual) / torch.tensor(amounts, dtype=torch.float64)[:, None, None]
+        weight = 1 / residual.norm(dim=1).clamp(min=1e-12)
+        weighted = weight[:, None] * jacobian
+        curvature += torch.einsum("psd,qsd->pq", weighted, jacobian)
+        gradient += torch.einsum("psd,sd->p", weighted, residual)
+    return curvature, gradient
