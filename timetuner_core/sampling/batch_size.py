@@ -11,7 +11,8 @@ from timetuner_core.models.diffusion_model import DiffusionModel
 from timetuner_core.models.out_of_memory import is_out_of_memory
 from timetuner_core.sampling.same_bits import BATCH_SIZES, SAMPLES, probe_networks
 
-MIN_GAIN = 1.04  # A larger size has to make so many times as many rows per second as the one before.
+MIN_GAIN = 1.04  # A larger size has to make so many times as many rows per second as the best before.
+MAX_FRUITLESS_SIZES = 2  # The search ends after so many sizes without that gain, as one alone may have been disturbed.
 REPEATS = 3  # The fastest of so many calls counts, as other processes can only slow a call down.
 
 
@@ -46,13 +47,14 @@ def largest_useful_size(
 
 
 def useful_size(seconds_of: Callable[[int], float], max_seconds: float) -> int:
-    """The last of `BATCH_SIZES` before a larger one takes over `max_seconds` or gains less than `MIN_GAIN` in rows per
-    second, or does not fit into memory.
+    """The last of `BATCH_SIZES` that gained `MIN_GAIN` in rows per second.
+
+    Sizes that take over `max_seconds`, or do not fit into memory, end the search.
 
     Args:
         seconds_of: how long a batch of so many rows takes. It may raise an error that says that memory ran out.
     """
-    best, rate = BATCH_SIZES[0], 0.0
+    best, rate, fruitless = BATCH_SIZES[0], 0.0, 0
     for size in BATCH_SIZES:
         try:
             seconds = seconds_of(size)
@@ -60,9 +62,14 @@ def useful_size(seconds_of: Callable[[int], float], max_seconds: float) -> int:
             if size == BATCH_SIZES[0] or not is_out_of_memory(error):
                 raise
             break
-        if size > BATCH_SIZES[0] and (seconds > max_seconds or size / seconds < MIN_GAIN * rate):
+        if size > BATCH_SIZES[0] and seconds > max_seconds:
             break
-        best, rate = size, size / seconds
+        if size / seconds >= MIN_GAIN * rate:
+            best, rate, fruitless = size, size / seconds, 0
+        else:
+            fruitless += 1
+        if fruitless == MAX_FRUITLESS_SIZES:
+            break
     return best
 
 
