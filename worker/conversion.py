@@ -10,7 +10,6 @@ from timetuner_core.grids import check_t_ratios, check_timesteps, make_timesteps
 from timetuner_core.guided_model import repeat_to_batch
 from timetuner_core.models.loading import DiffusionModel
 from timetuner_core.noise_schedule import NoiseSchedule
-from timetuner_core.samplers import Sampler
 from timetuner_core.samplers.solver_table import SolverTable, solver_of
 from timetuner_core.sampling.generate import Guidance
 from timetuner_core.sampling.rolling_batch import Row
@@ -45,17 +44,12 @@ def timesteps_of(request: SampleRequest | TuningJobRequest, noise_schedule: Nois
     return check_timesteps(noise_schedule, request.timesteps)
 
 
-def sampler_of(request: SampleRequest, schedule: Schedule | None) -> Sampler:
-    """The sampler that a request names, or the learned solver of its schedule. Raises: ValueError."""
-    table = None if schedule is None or schedule.solver_table is None else SolverTable.from_dict(schedule.solver_table)
-    return solver_of(request.sampler, table, request.num_steps)
-
-
 def rows_of(job: SampleJob, request: SampleRequest, model: DiffusionModel, schedule: Schedule | None) -> list[Row]:
     """The samples that a job asks for, one row each.
 
     Raises:
-        ValueError: the grid or the ratios lead out of the noise schedule's times.
+        ValueError: the grid or the ratios lead out of the noise schedule's times, or a learned solver is none of this
+            sampler, or of another number of steps.
     """
     noise_schedule = model.noise_schedule
     if schedule is None:
@@ -63,6 +57,9 @@ def rows_of(job: SampleJob, request: SampleRequest, model: DiffusionModel, sched
     else:
         timesteps, given = check_timesteps(noise_schedule, schedule.timesteps), schedule.t_ratios
     t_ratios = check_t_ratios(noise_schedule, timesteps, given)
+    learned = None if schedule is None else schedule.solver_table
+    table = None if learned is None else SolverTable.from_dict(learned)
+    solver_of(request.sampler, table, request.num_steps)
     condition, uncond_condition = conditions_of(request)
     scale = float(request.guidance_scale)
     return [
@@ -74,6 +71,7 @@ def rows_of(job: SampleJob, request: SampleRequest, model: DiffusionModel, sched
             scale,
             None if condition is None else condition[k],
             None if uncond_condition is None else uncond_condition[0],
+            table,
         )
         for k in range(job.num_images)
     ]

@@ -25,7 +25,7 @@ from service.shared.image_formats import to_preview
 from service.shared.job_requests import SampleRequest
 from timetuner_core.sampling.rolling_batch import Advance, RollingBatch, Row
 from worker import metrics
-from worker.conversion import guidance_of, rows_of, sampler_of
+from worker.conversion import guidance_of, rows_of
 from worker.joining import join_all
 from worker.lease import SampleLeases
 from worker.runtime import Runtime
@@ -215,21 +215,22 @@ class SampleServer:
         eta = float(request.eta)
         key: list[Any] = [claim.job.model_id, request.sampler, eta, guidance.type, guidance.guides]
         key += [guidance.rescale, guidance.interval, request.clipping, *shapes]
-        table = None if schedule is None else schedule.solver_table
-        sampler = sampler_of(request, schedule)
+        is_learned = rows[0].solver_table is not None
+        key.append(is_learned)
         sizes = self._runtime.batch_sizes(*sizes_of)
         batch = RollingBatch(
             model,
-            sampler,
+            request.sampler,
             guidance,
             eta,
             sizes,
             self._runtime.device,
             max(sizes[-1], self._most, len(rows)),  # More rows than the largest size take several calls a step.
             partial(self._runtime.keep_batch_sizes, *sizes_of),
+            is_learned,
         )
         if not batch.mixes_steps:
-            key += [tuple(rows[0].timesteps.tolist()), None if table is None else str(table)]
+            key.append(tuple(rows[0].timesteps.tolist()))
         for cohort in self._cohorts:
             if cohort.key == tuple(key) and cohort.batch.room >= len(rows):
                 break

@@ -13,6 +13,8 @@ from tests.core.conftest import DEVICES
 from timetuner_core.catalog import GridName, GuidanceType
 from timetuner_core.grids import make_timesteps
 from timetuner_core.models.loading import DiffusionModel, load_builtin
+from timetuner_core.samplers import get_sampler
+from timetuner_core.samplers.solver_table import SolverTable, solver_of
 from timetuner_core.sampling.generate import Guidance, generate
 from timetuner_core.sampling.rolling_batch import RollingBatch, Row
 from timetuner_core.sampling.same_bits import steady_sizes
@@ -150,6 +152,53 @@ def test_rows_are_what_their_seeds_are_when_sampled_by_themselves(
         )
         torch.testing.assert_close(images[one.owner], expected[0], atol=1e-5, rtol=1e-5)
         assert images[one.owner].shape == model.image_shape
+
+
+def learned(name: str, k: int, guidance: Guidance, sampler: str, **fields: Any) -> Row:
+    """A row with a solver that no other row has."""
+    plain = row(name, k, guidance, **fields)
+    table = SolverTable.of_sampler(get_sampler(sampler), load(name).noise_schedule, plain.timesteps)
+    generator = torch.Generator().manual_seed(k)
+    offsets = 0.01 * torch.randn(plain.num_steps, plain.num_steps + 1, generator=generator, dtype=torch.float64)
+    return replace(plain, solver_table=table.plus(offsets))
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "guidance"), [("mixture-ring", "dpmpp_2m", GUIDED), ("digits8", "ddim", UNGUIDED)]
+)
+def test_rows_of_learned_solvers_join_and_leave_at_any_step_and_are_what_each_is_alone(
+    name: str, sampler: str, guidance: Guidance
+) -> None:
+    rows = [learned(name, k, guidance, sampler) for k in range(11)]
+    joining = {0: rows[:3], 1: rows[3:5], 2: rows[5:8], 4: rows[8:9], 7: rows[9:]}
+
+    def batch() -> RollingBatch:
+        return replace(batch_of(name, sampler, guidance), learned=True)
+
+    images = run(batch(), joining, leaving={1: [0], 3: [7, 5]})
+    assert set(images) == set(range(11)) - {0, 5, 7}
+    for k in images:
+        one = rows[int(str(k))]
+        assert torch.equal(images[k], run(batch(), {0: [one]})[k])
+        expected = generate(
+            load(name),
+            replace(guidance, scale=one.guidance_scale),
+            [one.seed],
+            None if one.condition is None else one.condition[None],
+            one.timesteps,
+            one.t_ratios,
+            sampler=solver_of(sampler, one.solver_table, one.num_steps),
+            batch_sizes=sizes_of(name, guidance),
+        )
+        torch.testing.assert_close(images[k], expected[0], atol=5e-5, rtol=1e-4)
+
+
+def test_rows_with_and_without_a_learned_solver_do_not_share_a_batch() -> None:
+    batch = replace(batch_of("mixture-ring", "dpmpp_2m"), learned=True)
+    with pytest.raises(ValueError, match="rows with and without a solver_table; accepted: with"):
+        batch.add([row("mixture-ring", 0)])
+    with pytest.raises(ValueError, match="accepted: without"):
+        batch_of("mixture-ring", "dpmpp_2m").add([learned("mixture-ring", 0, UNGUIDED, "dpmpp_2m")])
 
 
 @pytest.mark.parametrize(("guidance_type", "unguided"), [("classifier-free", 1.0), ("classifier", 0.0)])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from timetuner_core.coefficients import NoiseLevel
-from timetuner_core.guided_model import Prediction
+from timetuner_core.guided_model import Prediction, expand_like
 from timetuner_core.noise_schedule import NoiseSchedule
 from timetuner_core.samplers import Past, Sampler, Step, get_sampler
 
@@ -81,6 +81,11 @@ class SolverTable:
 
         return Sampler(name, update, order=1, history_length=self.num_steps)
 
+    def by_lag(self) -> list[list[float]]:
+        """For each step i the numbers `a_i, b_ii, b_i,i-1, ..., b_i0`."""
+        rows = zip(self.a.tolist(), self.b.tolist(), strict=True)
+        return [[a, *row[i::-1]] for i, (a, row) in enumerate(rows)]
+
     def to_dict(self) -> dict[str, Any]:
         """Lists of numbers; `b` without what is above the diagonal."""
         return {"a": self.a.tolist(), "b": [row[: i + 1] for i, row in enumerate(self.b.tolist())]}
@@ -100,6 +105,25 @@ class SolverTable:
         if not bool(torch.isfinite(table.a).all() & torch.isfinite(table.b).all()):
             raise ValueError("table has a number that is not finite; accepted: finite ones")
         return table
+
+
+def sampler_of_rows(name: str, by_lag: Tensor) -> Sampler:
+    """The sampler that takes a step of another table with each sample of a batch, or another step of it.
+
+    Args:
+        by_lag: each sample's step, `(B, 1 + num_lags)`, as `SolverTable.by_lag` has it; 0 where no step was before.
+    """
+
+    def update(step: Step) -> tuple[Tensor, Tensor]:
+        x_t = step.x_t
+        a, b_now, *b_before = (expand_like(each, x_t) for each in by_lag.to(x_t.device, x_t.dtype).unbind(1))
+        x0 = step.predict(x_t, step.t).x0
+        x_s = a * x_t + b_now * x0
+        for b_ij, past in zip(b_before, reversed(step.history), strict=False):
+            x_s = x_s + b_ij * past.x0
+        return x_s, x0
+
+    return Sampler(name, update, order=1, history_length=by_lag.shape[1] - 2, rowwise=True)
 
 
 def solver_of(sampler: str, table: SolverTable | None, num_steps: int) -> Sampler:

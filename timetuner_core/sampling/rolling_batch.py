@@ -19,6 +19,7 @@ from timetuner_core.samplers import (
     step_noise,
     with_history,
 )
+from timetuner_core.samplers.solver_table import SolverTable, sampler_of_rows
 from timetuner_core.sampling.generate import UNGUIDED_SCALES, Guidance, batches
 
 T = TypeVar("T")
@@ -33,6 +34,7 @@ class Row:
     Attributes:
         owner: whose it is. seed: decides its noise.
         timesteps: `(num_steps + 1,)`, float64, falling. t_ratios: `(num_steps,)`, float64.
+        solver_table: a learned solver's coefficients, in batches that are `learned`.
         condition, uncond_condition: one row each, without the batch's dimension; None where there is none.
     """
 
@@ -43,6 +45,7 @@ class Row:
     guidance_scale: float = 1.0
     condition: Tensor | None = None
     uncond_condition: Tensor | None = None
+    solver_table: SolverTable | None = None
 
     @property
     def num_steps(self) -> int:
@@ -56,16 +59,19 @@ class Travelling:
     Attributes:
         times: t, s and t_ratio of each step; as numbers, since taking three elements of tensors for each row and step
             would take half of a step's time without the network.
+        by_lag: the numbers of each step of a learned solver, as `SolverTable.by_lag` has them.
     """
 
     row: Row
     generator: torch.Generator
     step: int = 0
     times: list[tuple[float, float, float]] = field(init=False)
+    by_lag: list[list[float]] = field(init=False)
 
     def __post_init__(self) -> None:
         timesteps, t_ratios = self.row.timesteps.tolist(), self.row.t_ratios.tolist()
         self.times = list(zip(timesteps[:-1], timesteps[1:], t_ratios, strict=True))
+        self.by_lag = [] if self.row.solver_table is None else self.row.solver_table.by_lag()
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,7 @@ class RollingBatch:
 
     Attributes:
         guidance: its scale is each row's own; guided and unguided rows do not mix.
+        learned: whether each row has a solver of its own in the sampler's place. Such rows may be at any step.
         batch_sizes: rising. capacity: the most rows it holds; default the largest batch size.
         on_smaller_sizes: called with the batch sizes that are left when memory ran out.
     """
@@ -110,6 +117,7 @@ class RollingBatch:
     device: torch.device | str = "cpu"
     capacity: int | None = None
     on_smaller_sizes: Callable[[Sequence[int]], None] = lambda sizes: None
+    learned: bool = False
     rows: list[Travelling] = field(default_factory=list)
     x: Tensor | None = None
     history: tuple[Past, ...] = ()
@@ -122,7 +130,7 @@ class RollingBatch:
 
     @property
     def mixes_steps(self) -> bool:
-        return get_sampler(self.sampler).rowwise and self.guidance.interval is None
+        return (self.learned or get_sampler(self.sampler).rowwise) and self.guidance.interval is None
 
     @property
     def _started(self) -> bool:
@@ -132,13 +140,16 @@ class RollingBatch:
         """Have rows join, at their first step.
 
         Raises:
-            ValueError: more than there is room for, or with another grid where all must have the same.
+            ValueError: more than there is room for, with another grid where all must have the same, or with a solver
+                of their own where none has one.
         """
         if len(rows) > self.room:
             raise ValueError(f"{len(rows)} rows are to join; accepted: up to {self.room}")
         grids = [*(travelling.row.timesteps for travelling in self.rows), *(row.timesteps for row in rows)]
         if not self.mixes_steps and any(not torch.equal(grid, grids[0]) for grid in grids):
             raise ValueError("rows of different timesteps are to start together; accepted: one grid")
+        if any((row.solver_table is not None) != self.learned for row in rows):
+            raise ValueError(f"rows with and without a solver_table; accepted: {'with' if self.learned else 'without'}")
         noise, generators = [], []
         for row in rows:
             std = self.model.noise_schedule.starting_std(row.timesteps[0])
@@ -147,6 +158,11 @@ class RollingBatch:
             generators.append(generator)
         joining = torch.cat(noise).to(self.device)
         self.x = joining if self.x is None else torch.cat([self.x, joining])
+        # Rows that join have no earlier steps: what stands in their place is multiplied by 0.
+        nothing = torch.zeros_like(joining)
+        self.history = tuple(
+            past._replace(x=torch.cat([past.x, nothing]), x0=torch.cat([past.x0, nothing])) for past in self.history
+        )
         self.rows += [Travelling(row, generator) for row, generator in zip(rows, generators, strict=True)]
 
     def discard(self, owner: Hashable) -> None:
@@ -164,8 +180,8 @@ class RollingBatch:
         if not moved:
             return Advance([], None, [], torch.empty(0), failed)
         x_s, x0 = (torch.cat(part) for part in zip(*moved, strict=True))
-        if length := get_sampler(self.sampler).history_length:
-            # Only multistep samplers have a history; their rows all start together, so row 0's time is every row's.
+        if length := self._history_length:
+            # Rows of multistep samplers start together, so row 0's time is every row's. Learned solvers need no times.
             first = self.rows[0]
             past = Past(first.row.timesteps[first.step], self.x, x0)
             self.history = (*self.history, past)[-length:]
@@ -276,6 +292,12 @@ class RollingBatch:
         if not self.rows:
             self.x, self.history = None, ()
 
+    @property
+    def _history_length(self) -> int:
+        if self.learned:
+            return max(travelling.row.num_steps for travelling in self.rows) - 1
+        return get_sampler(self.sampler).history_length
+
     def _times(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """t, s and t_ratio, `(B,)`; t and s `()` where all rows are at the same step."""
         at = [travelling.times[travelling.step] for travelling in self.rows]
@@ -292,7 +314,16 @@ class RollingBatch:
         if guidance.type != "uncond" and any(scale != UNGUIDED_SCALES[guidance.type] for scale in scales):
             scale = torch.tensor(scales, dtype=torch.float64)[index].to(self.device)
         model_fn = self.model.model_fn(guidance.type, scale, guidance.rescale, guidance.interval)
-        return get_sampler(self.sampler).step_fn(model_fn, self.model.noise_schedule)
+        return self._sampler_of(index).step_fn(model_fn, self.model.noise_schedule)
+
+    def _sampler_of(self, index: Tensor) -> Sampler:
+        sampler = get_sampler(self.sampler)
+        if not self.learned:
+            return sampler
+        by_lag = [self.rows[k].by_lag[self.rows[k].step] for k in index.tolist()]
+        width = 2 + len(self.history)
+        padded = [[*numbers, *[0.0] * (width - len(numbers))] for numbers in by_lag]
+        return sampler_of_rows(sampler.name, torch.tensor(padded, dtype=torch.float64))
 
     def _conditions(self, index: Tensor) -> dict[str, Tensor | None]:
         rows = [self.rows[k].row for k in index.tolist()]
