@@ -208,9 +208,10 @@ def test_a_daily_quota_holds_however_many_ask_at_once(ring: str, new_user: NewUs
     """A sample of the ring costs 2 values x 1 step x 1 image.
 
     A tuning job puts 64 samples at most, four times 16, through its teacher's 100 steps and three times through its own
-    2, and 32 four times through the teacher's to check it, each of 2 values.
+    2, 32 four times through the teacher's to check it, and 128 twice through its own 2 for the KL divergence to a
+    mixture, each of 2 values.
     """
-    cost, scope = (2, Scope.SAMPLE) if kind == "samples" else (2 * (64 * 106 + 32 * 4 * 100), Scope.TUNE)
+    cost, scope = (2, Scope.SAMPLE) if kind == "samples" else (2 * (64 * 106 + 32 * 4 * 100 + 128 * 2 * 2), Scope.TUNE)
     user = new_user(scope, pixel_steps_per_day=3 * cost + 1)
 
     def post(seed: int) -> httpx.Response:
