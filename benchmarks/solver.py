@@ -24,10 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from timetuner_core.catalog import NAMED_GRIDS
 from timetuner_core.compare.plan import parse_guidance
 from timetuner_core.evaluation.distances import teacher_l2
-from timetuner_core.grids import make_timesteps
+from timetuner_core.grids import make_timesteps, start_grids
 from timetuner_core.models.loading import load_builtin
 from timetuner_core.samplers import get_sampler
 from timetuner_core.tuners import EndToEndTuner, SolverTuner, TunedSetting
@@ -103,7 +102,7 @@ class Bench:
         return float(teacher_l2(samples, self.taught).mean())
 
     def untuned(self, setting: Setting) -> Result:
-        grids = [make_timesteps(self.schedule, setting.num_steps, grid) for grid in NAMED_GRIDS]
+        grids = start_grids(self.schedule, setting.num_steps)
         return Result("untuned", setting, [0], [min(map(self.distance, grids))], 0.0)
 
     def tune(self, name: str, setting: Setting) -> Result:

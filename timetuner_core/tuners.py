@@ -558,7 +558,7 @@ TUNERS: dict[str, type[AnyTuner]] = {
     get_args(tuner.__annotations__["objective"])[0]: tuner for tuner in get_args(AnyTuner)
 }
 
-# With more steps, learning the solver takes more calls than `end_to_end` does, and no gain has been measured.
+# With more steps, learning the solver takes more calls than `end_to_end` does, and only mixtures have been measured.
 MAX_STEPS_OF_DEFAULT_SOLVER = 10
 
 

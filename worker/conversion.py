@@ -10,7 +10,7 @@ from timetuner_core.grids import check_t_ratios, check_timesteps, make_timesteps
 from timetuner_core.guided_model import repeat_to_batch
 from timetuner_core.models.loading import DiffusionModel
 from timetuner_core.noise_schedule import NoiseSchedule
-from timetuner_core.samplers.solver_table import SolverTable, solver_of
+from timetuner_core.samplers.solver_table import SolverTable, check_solver
 from timetuner_core.sampling.generate import Guidance
 from timetuner_core.sampling.rolling_batch import Row
 
@@ -57,9 +57,10 @@ def rows_of(job: SampleJob, request: SampleRequest, model: DiffusionModel, sched
     else:
         timesteps, given = check_timesteps(noise_schedule, schedule.timesteps), schedule.t_ratios
     t_ratios = check_t_ratios(noise_schedule, timesteps, given)
-    learned = None if schedule is None else schedule.solver_table
-    table = None if learned is None else SolverTable.from_dict(learned)
-    solver_of(request.sampler, table, request.num_steps)
+    table = None
+    if schedule is not None and schedule.solver_table is not None:
+        table = SolverTable.from_dict(schedule.solver_table)
+        check_solver(request.sampler, table, request.num_steps)
     condition, uncond_condition = conditions_of(request)
     scale = float(request.guidance_scale)
     return [

@@ -140,14 +140,6 @@ class ImagesLostError(ServiceError):
     headers = {"Retry-After": "2"}  # noqa: RUF012
 
 
-class SamplersUnloadedError(ServiceError):
-    """A request that names an installed package's sampler, while this API could not load those packages."""
-
-    status = HTTPStatus.SERVICE_UNAVAILABLE
-    example = "the samplers of installed packages cannot be loaded now (timed out after 120 seconds)"
-    headers = {"Retry-After": "10"}  # noqa: RUF012
-
-
 class DeadlineError(ServiceError):
     """A request whose deadline passed before a worker was free."""
 
@@ -204,9 +196,9 @@ def install_error_handlers(app: FastAPI, routes: Collection[APIRoute]) -> None:
         return problem_response(error.status_code, detail, headers=headers)
 
     @app.exception_handler(SamplersUnknownError)
-    def samplers_unloaded(request: Request, error: SamplersUnknownError) -> Response:
+    def samplers_unknown(_request: Request, error: SamplersUnknownError) -> Response:
         detail = f"{error}; accepted: the same request, later"
-        return service_error(request, SamplersUnloadedError(detail))
+        return problem_response(HTTPStatus.SERVICE_UNAVAILABLE, detail, headers={"Retry-After": "10"})
 
     @app.exception_handler(IntegrityError)
     def changed_meanwhile(_request: Request, _error: IntegrityError) -> Response:

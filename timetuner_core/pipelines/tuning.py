@@ -32,7 +32,7 @@ from timetuner_core.pipelines.shared_calls import MAX_BATCH, MAX_THREADS, Shared
 from timetuner_core.tuning.draws import keyed_generator
 from timetuner_core.tuning.levenberg import FIRST_DAMPING, MAX_FRUITLESS, QUOTIENT_UNITS, Candidate, Residuals, improve
 from timetuner_core.tuning.problem import ratio_bounds
-from timetuner_core.tuning.solver_columns import COMPARED_PER_SAMPLE, NUM_DAMPINGS, Column, solver_columns
+from timetuner_core.tuning.solver_columns import COMPARED_PER_SAMPLE, NUM_CANDIDATES, Column, solver_columns
 from timetuner_core.tuning_setup import EVALUATION_SEEDS, SEED_RANGE, TUNING_SEEDS
 
 # In half precision many networks round the told time by up to 1/128 of it, and all round their answers. A difference
@@ -171,7 +171,7 @@ def tune_pipeline(
     runs.plan(
         teacher_num_steps * (len(tuned) + num_held_out)
         + num_steps * len(look.grids) * len(tuned)
-        + num_steps * total_iters * num_samples * (1 + len(columns) + COMPARED_PER_SAMPLE * (1 + NUM_DAMPINGS))
+        + num_steps * total_iters * num_samples * (1 + len(columns) + COMPARED_PER_SAMPLE * NUM_CANDIDATES)
         + 3 * num_steps * num_held_out
     )
     teacher = solvers.untuned(teacher_timesteps(solvers.noise_schedule, teacher_num_steps))

@@ -5,6 +5,7 @@ table, whose numbers follow from its time grid. A tuner may change them freely: 
 Shaul et al. 2024; S4S, Frankel et al. 2025).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -69,15 +70,10 @@ class SolverTable:
 
     def sampler(self, name: str) -> Sampler:
         """The sampler that takes these steps, one after the other from the first; x0 is clipped as `name` clips it."""
-        a, rows = self.a.tolist(), self.b.tolist()
+        by_lag = self.by_lag()
 
         def update(step: Step) -> tuple[Tensor, Tensor]:
-            i = len(step.history)
-            x0 = step.predict(step.x_t, step.t).x0
-            x_s = a[i] * step.x_t + rows[i][i] * x0
-            for b_ij, past in zip(rows[i], step.history, strict=False):
-                x_s = x_s + b_ij * past.x0
-            return x_s, x0
+            return _step_by_lag(step, by_lag[len(step.history)])
 
         return Sampler(name, update, order=1, history_length=self.num_steps)
 
@@ -116,12 +112,7 @@ def sampler_of_rows(name: str, by_lag: Tensor) -> Sampler:
 
     def update(step: Step) -> tuple[Tensor, Tensor]:
         x_t = step.x_t
-        a, b_now, *b_before = (expand_like(each, x_t) for each in by_lag.to(x_t.device, x_t.dtype).unbind(1))
-        x0 = step.predict(x_t, step.t).x0
-        x_s = a * x_t + b_now * x0
-        for b_ij, past in zip(b_before, reversed(step.history), strict=False):
-            x_s = x_s + b_ij * past.x0
-        return x_s, x0
+        return _step_by_lag(step, [expand_like(each, x_t) for each in by_lag.to(x_t.device, x_t.dtype).unbind(1)])
 
     return Sampler(name, update, order=1, history_length=by_lag.shape[1] - 2, rowwise=True)
 
@@ -132,13 +123,27 @@ def solver_of(sampler: str, table: SolverTable | None, num_steps: int) -> Sample
     Raises:
         ValueError: an unknown sampler, one that is no table, or a table of another number of steps.
     """
-    known = get_sampler(sampler)
     if table is None:
-        return known
-    _check_is_table(known)
+        return get_sampler(sampler)
+    check_solver(sampler, table, num_steps)
+    return table.sampler(sampler)
+
+
+def check_solver(sampler: str, table: SolverTable, num_steps: int) -> None:
+    """Raises: ValueError, as `solver_of`."""
+    _check_is_table(get_sampler(sampler))
     if table.num_steps != num_steps:
         raise ValueError(f"solver_table has {table.num_steps} rows; accepted: {num_steps}, one per step")
-    return table.sampler(sampler)
+
+
+def _step_by_lag(step: Step, numbers: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """x_s and x0 by one row of a table, as `SolverTable.by_lag` has it: numbers, or tensors shaped to multiply x."""
+    a, b_now, *b_before = numbers
+    x0 = step.predict(step.x_t, step.t).x0
+    x_s = a * step.x_t + b_now * x0
+    for b_ij, past in zip(reversed(b_before), step.history, strict=True):
+        x_s = x_s + b_ij * past.x0
+    return x_s, x0
 
 
 def _check_is_table(sampler: Sampler) -> None:

@@ -28,7 +28,6 @@ MAX_TIME_MOVE = 0.4  # Two neighbours that meet halfway would both move by 0.5 o
 FIRST_DAMPING = 1e-2
 DAMPING_FACTOR = 8.0
 MIN_DAMPING, MAX_DAMPING = 1e-8, 1e8
-NUM_CANDIDATES = 1 + NUM_DAMPINGS  # One iteration compares these, the solver before among them.
 MAX_FRUITLESS = 3  # A tuner ends after so many iterations without a better candidate.
 
 # The least and greatest ratio of each step, `(num_steps,)` each, on a grid `(num_steps + 1,)`.

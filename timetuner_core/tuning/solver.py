@@ -15,9 +15,9 @@ from timetuner_core.samplers import Sampler, SamplerStep
 from timetuner_core.samplers.solver_table import SolverTable
 from timetuner_core.tuning.draws import keyed_generator
 from timetuner_core.tuning.end_to_end import teach
-from timetuner_core.tuning.levenberg import FIRST_DAMPING, MAX_FRUITLESS, NUM_CANDIDATES, Candidate, improve
+from timetuner_core.tuning.levenberg import FIRST_DAMPING, MAX_FRUITLESS, Candidate, improve
 from timetuner_core.tuning.problem import TuningProblem, TuningState, check_numbers
-from timetuner_core.tuning.solver_columns import COMPARED_PER_SAMPLE, samples_held, solver_columns
+from timetuner_core.tuning.solver_columns import COMPARED_PER_SAMPLE, NUM_CANDIDATES, samples_held, solver_columns
 
 MAX_VALUES_HELD = 2**24  # The values of samples and predictions that are in memory at once, unless one row has more.
 

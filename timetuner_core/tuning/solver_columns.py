@@ -4,6 +4,7 @@ from typing import Literal, NamedTuple
 
 # Besides no change, each iteration tries the steps of so many dampings.
 NUM_DAMPINGS = 3
+NUM_CANDIDATES = 1 + NUM_DAMPINGS
 # Candidates are compared on so many samples for each of the Jacobian's. They are other samples.
 COMPARED_PER_SAMPLE = 2
 
@@ -44,7 +45,7 @@ def jacobian_rows(num_steps: int) -> int:
 
 def rows_per_sample(num_steps: int) -> int:
     """The rows that one iteration puts through the network, at most, per sample of its Jacobian."""
-    return jacobian_rows(num_steps) + COMPARED_PER_SAMPLE * (1 + NUM_DAMPINGS) * num_steps
+    return jacobian_rows(num_steps) + COMPARED_PER_SAMPLE * NUM_CANDIDATES * num_steps
 
 
 def samples_held(num_steps: int) -> int:
