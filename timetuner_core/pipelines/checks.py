@@ -10,6 +10,7 @@ from typing import Any
 
 from timetuner_core.models.schedulers import read_scheduler_config
 from timetuner_core.pipelines.kinds import PIPELINES_WITHOUT_TEACHER, SCHEDULERS_WITHOUT_TEACHER, SHARED_NETWORKS
+from timetuner_core.pipelines.schedule import SIZES
 from timetuner_core.samplers import SAMPLERS, Sampler, get_sampler
 
 # Arguments of pipelines that the tuner sets itself, or that would place the steps or change latents between them.
@@ -117,6 +118,23 @@ def check_call(pipeline: Any, call: Mapping[str, Any]) -> None:
             question = f"; did you mean {meant[0]!r}?" if meant else ""
             kind = type(pipeline).__name__
             raise ValueError(f"{kind} has no argument {name!r}{question} accepted: {', '.join(accepted)}")
+
+
+def split_sizes(call: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, int]]]:
+    """The arguments that all calls share, and the sizes that they have in turn: one empty dictionary if just one.
+
+    Raises:
+        ValueError: a list that is no list of sizes, or is as long as no other.
+    """
+    lists = {name: list(call[name]) for name in SIZES if isinstance(call.get(name), list | tuple)}
+    for name, values in lists.items():
+        if not values or not all(isinstance(value, int) and value > 0 for value in values):
+            raise ValueError(f"{name} is {values}; accepted: a size, or a list of sizes")
+        longest = max(map(len, lists.values()))
+        if len(values) != longest:
+            raise ValueError(f"{name} has {len(values)} sizes; accepted: {longest}, as the longest list has")
+    shared = {name: value for name, value in call.items() if name not in lists}
+    return shared, [dict(zip(lists, each, strict=True)) for each in zip(*lists.values(), strict=True)] or [{}]
 
 
 def check_sampler(name: str) -> Sampler:

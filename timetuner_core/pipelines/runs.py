@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from timetuner_core.grids import make_timesteps
 from timetuner_core.integrations.time_tuner_scheduler import MIN_FLOW_START, TimeTunerScheduler
@@ -23,10 +24,16 @@ HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 class Pair(NamedTuple):
-    """What an image is made from: a prompt, None where the pipeline takes none, and a seed."""
+    """What an image is made from.
+
+    Attributes:
+        prompt: None where the pipeline takes none.
+        sizes: its height, width or number of frames, where images have several sizes.
+    """
 
     prompt: str | None
     seed: int
+    sizes: Mapping[str, int]
 
 
 class Solver(NamedTuple):
@@ -124,6 +131,7 @@ class Runs:
         self._shared = shared
         self._on_progress, self._is_cancelled = on_progress, is_cancelled
         self._calls_per_step, self._total = 1.0, 0
+        self._most_values = 0
         parameters = inspect.signature(type(pipeline).__call__).parameters
         output_type = OUTPUT_TYPES.get(type(pipeline).__name__, "latent")
         self._call = {**call, **({"output_type": output_type} if "output_type" in parameters else {})}
@@ -164,15 +172,17 @@ class Runs:
     def latents(self, phase: str, solvers: Sequence[Solver], pairs: Sequence[Pair]) -> Tensor:
         """The latents of several solvers from the same pairs, `(len(solvers), len(pairs), D)`, float32 on the CPU.
 
-        Numbers that are not finite are infinite. Until a solver differs from the first one, it takes no calls of the
-        network.
+        Numbers that are not finite are infinite. Smaller latents than the largest so far end with zeros. Until a solver
+        differs from the first one, it takes no calls of the network.
         """
         numbered = [(number, solver, pair) for pair in pairs for number, solver in enumerate(solvers)]
         requests = [self._request(solver, pair, is_remembered=number == 0) for number, solver, pair in numbered]
         results = self._run(phase, requests)
         self._shared.forget()
         rows = [result.latents.detach().float().flatten().cpu() for result in results]
-        latents = torch.stack(rows).reshape(len(pairs), len(solvers), -1).transpose(0, 1)
+        self._most_values = max(self._most_values, *map(len, rows))
+        padded = torch.stack([pad(row, (0, self._most_values - len(row))) for row in rows])
+        latents = padded.reshape(len(pairs), len(solvers), -1).transpose(0, 1)
         return torch.where(latents.isfinite(), latents, torch.inf)
 
     def _run(self, phase: str, requests: Sequence[Request]) -> list[Result]:
@@ -183,7 +193,7 @@ class Runs:
         return self._shared.run(requests, watch)
 
     def _request(self, solver: Solver, pair: Pair, *, is_remembered: bool = False) -> Request:
-        call = {**self._call, "num_inference_steps": solver.num_steps}
+        call = {**self._call, **pair.sizes, "num_inference_steps": solver.num_steps}
         call["generator"] = torch.Generator().manual_seed(pair.seed)
         if pair.prompt is not None:
             call["prompt"] = pair.prompt

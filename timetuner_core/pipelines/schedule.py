@@ -13,7 +13,8 @@ from timetuner_core.models.schedulers import read_scheduler_config
 from timetuner_core.pipelines.joining import content_of
 from timetuner_core.pipelines.kinds import SHARED_NETWORKS
 
-# Arguments of a call that have a field of their own in a key. All others that change latents are under `call`.
+# Arguments of a call that have a field of their own in a key. All others that change latents are under `call`. Several
+# sizes are an interval, [smallest, largest].
 SIZES = ("height", "width", "num_frames")
 
 # Each parameter of a network is known by so many of its values. A LoRA that is fused changes nearly all of them.
@@ -103,9 +104,14 @@ def key_of(pipeline: Any, guidance_scale: float | None, call: Mapping[str, Any])
         "prediction": spec.model_type,
         "noise_schedule": content_of(levels.float().round(decimals=5)).hex(),
         "guidance_scale": guidance_scale,
-        "sizes": {name: call[name] for name in SIZES if call.get(name) is not None},
+        "sizes": {name: _size(call[name]) for name in SIZES if call.get(name) is not None},
         "call": {name: _plain(name, value) for name, value in sorted(call.items()) if name not in SIZES},
     }
+
+
+def _size(value: Any) -> Any:
+    """A size, or the interval of several."""
+    return [min(value), max(value)] if isinstance(value, list | tuple) else value
 
 
 def _network_key(network: Any) -> dict[str, Any]:
@@ -124,7 +130,8 @@ def _adapters(network: Any) -> dict[str, float]:
     scales: dict[str, float] = {}
     for module in network.modules():
         scaling, active = getattr(module, "scaling", None), getattr(module, "active_adapters", None)
-        if isinstance(scaling, Mapping) and isinstance(active, list) and not getattr(module, "merged", False):
+        is_off = getattr(module, "merged", False) or getattr(module, "_disable_adapters", False)
+        if isinstance(scaling, Mapping) and isinstance(active, list) and not is_off:
             scales |= {name: float(scaling[name]) for name in active if name in scaling}
     return scales
 
@@ -134,11 +141,21 @@ def _weights(network: Any) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in network.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} ".encode())
-        if not parameter.is_meta:
-            flat = parameter.detach().reshape(-1)
-            values: Tensor = flat[:: max(1, len(flat) // VALUES_PER_PARAMETER)].float().cpu()
-            digest.update(values.numpy().tobytes())
+        values = _offloaded(network, name) if parameter.is_meta else parameter
+        if not values.is_meta:
+            flat = values.detach().reshape(-1)
+            some: Tensor = flat[:: max(1, len(flat) // VALUES_PER_PARAMETER)].float().cpu()
+            digest.update(some.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _offloaded(network: Any, name: str) -> Tensor:
+    """A parameter that accelerate keeps elsewhere until its module is called; as it is, where nothing keeps it."""
+    owner, _, own_name = name.rpartition(".")
+    module = network.get_submodule(owner)
+    kept = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+    parameter: Tensor = getattr(module, own_name) if kept is None else kept[own_name]
+    return parameter
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -164,6 +181,9 @@ def _differences(tuned: Mapping[str, Any], given: Mapping[str, Any], prefix: str
         before, now = tuned.get(name), given.get(name)
         if isinstance(before, Mapping) and isinstance(now, Mapping):
             found += _differences(before, now, f"{prefix}{name}.")
+        elif prefix == "sizes." and isinstance(before, list) and isinstance(now, int):
+            if not before[0] <= now <= before[1]:
+                found.append(f"{prefix}{name} is {now}, tuned for {before[0]} to {before[1]}")
         elif before != now:
             found.append(f"{prefix}{name} is {now!r}, tuned for {before!r}")
     return found

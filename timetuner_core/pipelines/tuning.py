@@ -24,6 +24,7 @@ from timetuner_core.pipelines.checks import (
     check_tunable,
     read_prompts,
     split_prompts,
+    split_sizes,
     takes_prompts,
 )
 from timetuner_core.pipelines.runs import Pair, Progress, Runs, Solver, Solvers
@@ -123,7 +124,9 @@ def tune_pipeline(
         pipeline: a `DiffusionPipeline` of diffusers, but those that are trained for few steps.
         prompts: a list, or the path of a file with one per line; None takes our own. Every fourth is held out for the
             evaluation. Pipelines without prompts take None.
-        guidance_scale: None is the pipeline's default. call: further arguments of every call, by its signature.
+        guidance_scale: None is the pipeline's default. call: further arguments of every call, by its signature. Lists
+            of heights, widths or numbers of frames are several sizes, which images have in turn: the schedule then
+            belongs to all sizes from the smallest to the largest.
         sampler: one without noise that calls the network once per step.
         num_samples: images of the Jacobian in each iteration; candidates are compared on twice as many others.
         num_held_out: images of the evaluation, from held-out prompts and other seeds.
@@ -146,6 +149,7 @@ def tune_pipeline(
     if guidance_scale is not None:
         call = {"guidance_scale": guidance_scale, **call}
     check_call(pipeline, call)
+    call, sizes = split_sizes(call)
     if takes_prompts(pipeline):
         tuned_prompts, held_out_prompts = split_prompts(read_prompts(prompts))
     elif prompts is not None:
@@ -153,16 +157,17 @@ def tune_pipeline(
     else:
         tuned_prompts, held_out_prompts = [], []
     solvers = Solvers(pipeline, check_sampler(sampler))
+    several = {name: [size[name] for size in sizes] for name in sizes[0]}
     others = {name: value for name, value in call.items() if name != "guidance_scale"}
-    key = key_of(pipeline, guidance_scale, others)
+    key = key_of(pipeline, guidance_scale, others | several)
     settings = {"key": key, "sampler": sampler, "teacher_num_steps": teacher_num_steps, "num_samples": num_samples}
-    settings |= {"num_steps": num_steps, "prompts": tuned_prompts, "seed": seed}
+    settings |= {"num_steps": num_steps, "prompts": tuned_prompts, "sizes": sizes, "seed": seed}
     if state is not None and state.settings != settings:
         different = [name for name in settings if state.settings.get(name) != settings[name]]
         raise ValueError(f"state is that of another {', '.join(different)}; accepted: one of the same run")
 
-    tuned = _pairs(tuned_prompts, (1 + COMPARED_PER_SAMPLE) * num_samples, TUNING_SEEDS + seed % SEED_RANGE)
-    held_out = _pairs(held_out_prompts, num_held_out, EVALUATION_SEEDS + seed % SEED_RANGE)
+    tuned = _pairs(tuned_prompts, sizes, (1 + COMPARED_PER_SAMPLE) * num_samples, TUNING_SEEDS + seed % SEED_RANGE)
+    held_out = _pairs(held_out_prompts, sizes, num_held_out, EVALUATION_SEEDS + seed % SEED_RANGE)
     shared = SharedCalls(pipeline, max_batch=max_batch, max_threads=max_threads)
     runs = Runs(pipeline, shared, call, on_progress, is_cancelled)
     look = runs.look(solvers, tuned[0], num_steps)
@@ -247,6 +252,8 @@ def _evaluate(
     }
 
 
-def _pairs(prompts: Sequence[str], count: int, first_seed: int) -> list[Pair]:
-    """So many pairs: prompts in turn, and a seed for each."""
-    return [Pair(prompt, first_seed + i) for i, prompt in enumerate(islice(cycle(prompts or [None]), count))]
+def _pairs(prompts: Sequence[str], sizes: Sequence[Mapping[str, int]], count: int, first_seed: int) -> list[Pair]:
+    """So many pairs: prompts and sizes in turn, and a seed for each. All sizes come before the next prompt."""
+    given: Sequence[str | None] = prompts or [None]
+    each = [(prompt, size) for prompt in given for size in sizes]
+    return [Pair(prompt, first_seed + i, size) for i, (prompt, size) in enumerate(islice(cycle(each), count))]

@@ -18,6 +18,7 @@ from diffusers import (
     FirstBlockCacheConfig,
     LCMScheduler,
 )
+from peft import LoraConfig
 from torch import Tensor
 
 from tests.core.pipelines.kinds import KINDS, Kind
@@ -63,13 +64,13 @@ def tuned(kind: Kind, pipeline: Any, **options: Any) -> PipelineSchedule:
     return tune_pipeline(pipeline, prompts, **{**SMALLEST, **call_of(kind), **options})
 
 
-def latents_by(pipeline: Any, scheduler: Any, kind: Kind, prompt: str, seed: int) -> Tensor:
+def latents_by(pipeline: Any, scheduler: Any, kind: Kind, prompt: str, seed: int, **sizes: int) -> Tensor:
     """What a plain call of the pipeline gives; where that is no tensor, the last sample of its scheduler."""
     samples = []
     step = scheduler.step
     scheduler.step = lambda *args, **kwargs: samples.append(out := step(*args, **kwargs)) or out
     pipeline.scheduler = scheduler
-    call = kind.call() | ({"prompt": prompt} if "prompt" in kind.call() else {})
+    call = kind.call() | ({"prompt": prompt} if "prompt" in kind.call() else {}) | sizes
     num_steps = scheduler.num_inference_steps
     output = pipeline(num_inference_steps=num_steps, generator=torch.Generator().manual_seed(seed), **call)
     first = next(iter(output.values()))
@@ -200,9 +201,68 @@ def test_first_block_cache_is_tuned_with_runs_one_after_the_other() -> None:
     assert_measured(schedule, pipeline, kind)
 
 
+def test_one_schedule_is_tuned_for_several_sizes_and_belongs_to_those_between() -> None:
+    kind = by_name("flux")
+    pipeline = kind.build()
+    schedule = tuned(kind, pipeline, height=[16, 32], width=[16, 24], num_samples=2, num_held_out=2)
+    assert schedule.key["sizes"] == {"height": [16, 32], "width": [16, 24]}
+    call = {name: value for name, value in call_of(kind).items() if name not in ("height", "width")}
+    assert schedule.differences(pipeline, **call, height=24, width=16) == []
+    assert schedule.differences(pipeline, **call, height=24, width=32) == ["sizes.width is 32, tuned for 16 to 24"]
+    # Each size is compared with the teacher at that size.
+    own = pipeline.scheduler
+    base = TimeTunerScheduler.from_schedule(own, {"timesteps": [1.0, 0.0]})
+    grid = teacher_timesteps(base.noise_schedule, SMALLEST["teacher_num_steps"]).tolist()
+    distances = []
+    for i, sizes in enumerate(({"height": 16, "width": 16}, {"height": 32, "width": 24})):
+        teacher = TimeTunerScheduler.from_schedule(own, {"timesteps": grid, "sampler": schedule.sampler})
+        ends = [
+            latents_by(pipeline, scheduler, kind, split_prompts(PROMPTS)[1][0], EVALUATION_SEEDS + i, **sizes)
+            for scheduler in (teacher, schedule.scheduler(pipeline))
+        ]
+        distances.append(float((ends[0] - ends[1]).norm()))
+    pipeline.scheduler = own
+    assert sum(distances) / 2 == pytest.approx(schedule.evaluation["distances"]["tuned"], rel=1e-3)
+
+
+def test_a_lora_is_tuned_and_a_schedule_belongs_to_it_and_to_its_scale() -> None:
+    kind = by_name("sd15")
+    pipeline = copy.deepcopy(kind.build())
+    before = tuned(kind, pipeline)
+    lora = LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_v"])
+    pipeline.unet.add_adapter(lora, adapter_name="ink")
+    schedule = tuned(kind, pipeline)
+    assert_measured(schedule, pipeline, kind)
+    assert schedule.key["networks"]["unet"]["adapters"] == {"ink": pytest.approx(4.0)}
+    assert schedule.differences(pipeline, **call_of(kind)) == []
+    assert any("networks.unet.weights" in text for text in before.differences(pipeline, **call_of(kind)))
+    pipeline.set_adapters(["ink"], [0.5])
+    assert schedule.differences(pipeline, **call_of(kind)) == ["networks.unet.adapters.ink is 2.0, tuned for 4.0"]
+    pipeline.unet.disable_adapters()
+    assert schedule.differences(pipeline, **call_of(kind)) == ["networks.unet.adapters.ink is None, tuned for 4.0"]
+
+
+def test_an_offloaded_pipeline_is_tuned_as_one_in_memory() -> None:
+    """accelerate's hooks move networks before their calls. A CPU is a device as any other to them."""
+    kind = by_name("sd15")
+    pipeline = copy.deepcopy(kind.build())
+    expected = tuned(kind, pipeline)
+    pipeline.enable_model_cpu_offload(device="cpu")
+    assert tuned(kind, pipeline) == expected
+    # Sequential offload keeps parameters on "meta" between calls.
+    pipeline.enable_sequential_cpu_offload(device="cpu")
+    assert next(pipeline.unet.parameters()).is_meta
+    assert expected.differences(pipeline, **call_of(kind)) == []
+    kept = pipeline.unet.conv_in._hf_hook.weights_map
+    kept.dataset[f"{kept.prefix}weight"] += 1
+    assert any("networks.unet.weights" in text for text in expected.differences(pipeline, **call_of(kind)))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"height": [16, "32"]}, r"height is \[16, '32'\]; accepted: a size, or a list of sizes"),
+        ({"height": [16, 32], "width": [16]}, "width has 1 sizes; accepted: 2, as the longest list has"),
         ({"prompts": []}, "prompts has 0 different ones; accepted: 2 or more"),
         ({"prompts": ["a square", "a square"]}, "prompts has 1 different ones; accepted: 2 or more"),
         ({"prompts": ["a square", " "]}, r"prompts\[1\] is ' '; accepted: a text that is not empty"),
