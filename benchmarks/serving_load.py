@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -48,20 +48,22 @@ class Answer:
 class Target:
     """A request and its address.
 
-    In the JSON of `body`, "$seed" is replaced by a number that no other request has, and "$label" by a digit, since a
-    request that was sent before would be answered from a cache.
+    In the JSON of `body`, "$seed" is replaced by a number that no other request has, since a request that was sent
+    before would be answered from a cache; "$label" by a digit; and "$choice" by one of `choices` after the other.
     """
 
     port: int
     path: str
     body: str
     accept: str = "application/x-npy"
+    choices: Sequence[int] = (0,)
     counter: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     idle: list["Connection"] = field(default_factory=list)
 
     def next_request(self) -> bytes:
         seed = next(self.counter)
         body = self.body.replace('"$seed"', str(seed)).replace('"$label"', str(seed % 10))
+        body = body.replace('"$choice"', str(self.choices[seed % len(self.choices)]))
         return (
             f"POST {self.path} HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\nAccept: {self.accept}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"

@@ -110,10 +110,12 @@ class Service:
 
 
 @contextmanager
-def serve(threads: int, database: str = "sqlite", model: str = MODEL, **variables: str) -> Iterator[Service]:
+def serve(
+    threads: int, database: str = "sqlite", model: str = MODEL, pipeline: str | None = None, **variables: str
+) -> Iterator[Service]:
     """Valkey, dispatcher, one worker and the API, with a new database and these environment variables.
 
-    model: built-in, or a diffusers-format folder.
+    model: built-in, or a diffusers-format folder. pipeline: served in its place, a folder's name in MODELS_DIR.
     """
     with ExitStack() as stack:
         # A short path, as a Unix socket's is bounded.
@@ -139,8 +141,9 @@ def serve(threads: int, database: str = "sqlite", model: str = MODEL, **variable
         processes.start("API", PYTHON, "-m", "service", "api", "--port", str(port))
         url = f"http://127.0.0.1:{port}"
         client = stack.enter_context(httpx.Client(base_url=url, trust_env=False, timeout=START_SECONDS))
-        processes.wait_until(lambda: _answers(client, "GET", "/readyz"))
-        yield Service(processes, port, _register(client, model, home), f"http://127.0.0.1:{metrics_port}/metrics")
+        processes.wait_until(lambda: is_answered(client, "GET", "/readyz"))
+        model_id = _register(client, model, home, pipeline)
+        yield Service(processes, port, model_id, f"http://127.0.0.1:{metrics_port}/metrics")
 
 
 @contextmanager
@@ -156,7 +159,7 @@ def rival(name: str, python: str, guidance: str, threads: int, batch_size: int, 
             options = (guidance, str(port), str(batch_size), str(wait))
             processes.start(name, python, str(HERE / f"serving_{name}.py"), *options)
             url = f"http://127.0.0.1:{port}/predict"
-            processes.wait_until(lambda: _answers(client, "POST", url, json={"seed": 0, "class_labels": 0}))
+            processes.wait_until(lambda: is_answered(client, "POST", url, json={"seed": 0, "class_labels": 0}))
             yield Target(port, "/predict", json.dumps({"seed": "$seed", "class_labels": "$label"}))
 
 
@@ -180,9 +183,11 @@ def bare(guidance: str, threads: int, model: str = MODEL) -> Iterator[Bare]:
         yield Bare(processes, guidance, model)
 
 
-def _register(client: httpx.Client, model: str, scratch: Path) -> str:
+def _register(client: httpx.Client, model: str, scratch: Path, pipeline: str | None) -> str:
     """The model's id."""
-    if Path(model).is_dir():
+    if pipeline is not None:
+        answer = client.post("/v1/models", json={"path": pipeline}, timeout=UPLOAD_SECONDS)
+    elif Path(model).is_dir():
         archive = shutil.make_archive(str(scratch / "model"), "tar", model)
         with open(archive, "rb") as file:
             answer = client.post("/v1/models", files={"archive": file}, data={"name": "model"}, timeout=UPLOAD_SECONDS)
@@ -192,7 +197,7 @@ def _register(client: httpx.Client, model: str, scratch: Path) -> str:
     return model_id
 
 
-def _answers(client: httpx.Client, method: str, url: str, **options: Any) -> bool:
+def is_answered(client: httpx.Client, method: str, url: str, **options: Any) -> bool:
     try:
         return client.request(method, url, **options).status_code == 200
     except httpx.TransportError:
