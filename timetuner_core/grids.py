@@ -59,10 +59,19 @@ def _named_grid(noise_schedule: NoiseSchedule, ends: Tensor, num_steps: int, gri
     return torch.cat([ends[:1], rest])
 
 
+def named_grids(noise_schedule: NoiseSchedule, num_steps: int) -> dict[NamedGrid, Tensor]:
+    """The grids by their names, each once: `default` has another name, too, and one step leaves no choice."""
+    grids: dict[NamedGrid, Tensor] = {}
+    for name in get_args(NamedGrid):
+        grid = make_timesteps(noise_schedule, num_steps, name)
+        if not any(torch.equal(grid, before) for before in grids.values()):
+            grids[name] = grid
+    return grids
+
+
 def start_grids(noise_schedule: NoiseSchedule, num_steps: int) -> list[Tensor]:
-    """The grids of all names, each once: `default` has another name, too, and one step leaves no choice."""
-    grids = [make_timesteps(noise_schedule, num_steps, name) for name in get_args(NamedGrid)]
-    return [grid for i, grid in enumerate(grids) if not any(torch.equal(grid, before) for before in grids[:i])]
+    """The grids of all names, each once."""
+    return list(named_grids(noise_schedule, num_steps).values())
 
 
 def grid_between(noise_schedule: NoiseSchedule, ends: Tensor, num_steps: int, grid: NamedGrid) -> Tensor:

@@ -25,6 +25,9 @@ TEACHER_CHECK_SAMPLES = 32
 TEACHER_CHECK_RUNS = 4
 # The KL divergence to a mixture is measured on at most so many samples: each needs a Jacobian.
 MAX_KL_SAMPLES = 128
+# A schedule is compared with the untuned sampler at so many times its steps, on so many noises.
+WORTH_STEP_FACTORS = (1.0, 1.5, 2.0, 3.0, 4.0)
+MAX_WORTH_SAMPLES = 128
 
 TuneType = Literal["sequential", "parallel"]
 Optimizer = Literal["gauss_newton", "adam"]

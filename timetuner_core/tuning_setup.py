@@ -8,15 +8,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from timetuner_core.evaluation.distances import sampler_kl
+from timetuner_core.evaluation.distances import sampler_kl, teacher_l2
 from timetuner_core.evaluation.teacher_check import TeacherSamples
 from timetuner_core.evaluation.verdict import Evaluation, evaluate
-from timetuner_core.grids import LOWEST_LAMBDA, make_timesteps, teacher_timesteps
+from timetuner_core.evaluation.worth import Worth
+from timetuner_core.grids import LOWEST_LAMBDA, make_timesteps, named_grids, start_grids, teacher_timesteps
 from timetuner_core.models.loading import DiffusionModel
 from timetuner_core.samplers import Sampler, initial_noise, sample
 from timetuner_core.samplers.solver_table import SolverTable, solver_of
 from timetuner_core.sampling.generate import Guidance, generate
-from timetuner_core.tuners import MAX_KL_SAMPLES, TEACHER_CHECK_SAMPLES, Population
+from timetuner_core.tuners import (
+    MAX_KL_SAMPLES,
+    MAX_WORTH_SAMPLES,
+    TEACHER_CHECK_SAMPLES,
+    WORTH_STEP_FACTORS,
+    Population,
+)
 from timetuner_core.tuning.problem import TuningProblem
 
 # Seeds of the noise that tuning and evaluation see: two ranges that neither meet each other nor, being
@@ -152,6 +159,7 @@ class Experiment:
         *,
         solver_table: SolverTable | None = None,
         max_num_samples: int | None = None,
+        measures_worth: bool = False,
         before_more: Callable[[int, int], None] = lambda _from, _to: None,
     ) -> Evaluation:
         """A schedule against the sampler's default grid, untuned, on `num_samples` noises that no tuner has seen.
@@ -160,6 +168,7 @@ class Experiment:
         While the verdict is undecided, the noises are doubled, up to `max_num_samples`, after a call of `before_more`
         with their number so far and the next.
         Guided samples are compared with the teacher's: their distance to the data is information.
+        With `measures_worth` the untuned sampler takes more steps besides, but of samplers that add noise: see `Worth`.
         """
         most = num_samples if max_num_samples is None else max(num_samples, max_num_samples)
         tuned = self.with_solver(solver_table, len(t_ratios))
@@ -167,10 +176,29 @@ class Experiment:
         mixture = self.model.mixture if self.guidance.type == "uncond" else None
         kl_terms: dict[bool, Tensor] = {}  # They are of as many samples, whatever `count` is.
 
-        def sample(timesteps: Tensor, ratios: Tensor | None) -> Tensor:
+        def sample_first(number: int, timesteps: Tensor, ratios: Tensor | None) -> Tensor:
             experiment = self if ratios is None else tuned
             key = (ratios is not None, *timesteps.tolist())
-            return held_out.first(count, key, lambda s, c: experiment.sample(s, c, timesteps, ratios).cpu())
+            return held_out.first(number, key, lambda s, c: experiment.sample(s, c, timesteps, ratios).cpu())
+
+        def sample(timesteps: Tensor, ratios: Tensor | None) -> Tensor:
+            return sample_first(count, timesteps, ratios)
+
+        def worth() -> Worth | None:
+            if not measures_worth or self.adds_noise:
+                return None
+            number = min(count, MAX_WORTH_SAMPLES)
+            taught = held_out.samples["teacher"][:number]
+
+            def distance(timesteps: Tensor, ratios: Tensor | None = None) -> float:
+                return float(teacher_l2(sample_first(number, timesteps, ratios), taught).mean())
+
+            num_steps, schedule = len(t_ratios), self.model.noise_schedule
+            starts = {name: distance(grid) for name, grid in named_grids(schedule, num_steps).items()}
+            best = min(starts, key=lambda name: starts[name])
+            more = self._compared_steps(num_steps, teacher_num_steps)
+            untuned = {steps: distance(make_timesteps(schedule, steps, best)) for steps in more}
+            return Worth(distance(timesteps, t_ratios), best, untuned, number)
 
         def kl(timesteps: Tensor, ratios: Tensor | None) -> Tensor:
             is_tuned = ratios is not None
@@ -197,11 +225,20 @@ class Experiment:
                 adds_noise=self.adds_noise,
             )
             if evaluation.verdict != "undecided" or count == most:
-                return evaluation
+                return replace(evaluation, worth=worth())
             before_more(count, min(2 * count, most))
             count = min(2 * count, most)
 
-    def evaluation_calls(self, num_steps: int, teacher_num_steps: int, start: int, end: int) -> int:
+    def _compared_steps(self, num_steps: int, teacher_num_steps: int) -> list[int]:
+        """The numbers of untuned steps that a schedule is compared with: its own, and more below the teacher's."""
+        limit = self.model.noise_schedule.max_num_steps
+        most = max(num_steps, min(teacher_num_steps - 1, limit or teacher_num_steps))
+        steps = {math.ceil(factor * num_steps) for factor in WORTH_STEP_FACTORS}
+        return sorted(count for count in steps if count <= most)
+
+    def evaluation_calls(
+        self, num_steps: int, teacher_num_steps: int, start: int, end: int, *, measures_worth: bool = False
+    ) -> int:
         """The network calls, each of a batch, of `evaluate` for noises from number `start` to `end`."""
         schedule = self.model.noise_schedule
         default, stock = make_timesteps(schedule, num_steps), self.model.stock_timesteps(num_steps)
@@ -211,6 +248,14 @@ class Experiment:
             sampled.append(stock)
         teaching = self.teacher_calls(teacher_num_steps)
         calls = self._batches(end - start) * (teaching + sum(map(self.sampler.network_calls, sampled)))
+        if measures_worth and not self.adds_noise:
+            grids = [
+                grid for grid in start_grids(schedule, num_steps) if not any(torch.equal(grid, s) for s in sampled)
+            ]
+            more = self._compared_steps(num_steps, teacher_num_steps)
+            grids += [make_timesteps(schedule, steps) for steps in more if steps != num_steps]
+            batches = [self._batches(min(number, MAX_WORTH_SAMPLES)) for number in (start, end)]
+            calls += (batches[1] - batches[0]) * sum(map(self.sampler.network_calls, grids))
         has_kl = start == 0 and self._measures_kl
         return calls + (2 * self.sampler.network_calls(default) if has_kl else 0)
 

@@ -94,8 +94,10 @@ class TunedSampler:
         how = self.request.evaluation
 
         def before_more(start: int, end: int) -> None:
-            num_steps = self.request.num_steps
-            self.progress.evaluate_more(self.experiment.evaluation_calls(num_steps, how.teacher_num_steps, start, end))
+            calls = self.experiment.evaluation_calls(
+                self.request.num_steps, how.teacher_num_steps, start, end, measures_worth=True
+            )
+            self.progress.evaluate_more(calls)
 
         return self.experiment.evaluate(
             state.timesteps,
@@ -104,6 +106,7 @@ class TunedSampler:
             how.teacher_num_steps,
             solver_table=state.solver_table,
             max_num_samples=how.most_samples,
+            measures_worth=True,
             before_more=before_more,
         )
 

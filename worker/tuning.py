@@ -99,6 +99,7 @@ def _evaluation_row(schedule_id: str, job: TuningJob, sampler: TunedSampler, res
         metrics={name: _metric(metric) for name, metric in result.metrics.items()},
         verdict=result.verdict,
         reason=result.reason,
+        worth=None if result.worth is None else result.worth.to_dict(),
         wall_time_seconds=job.tuning_seconds,
         network_calls=job.network_calls,
     )

@@ -51,7 +51,9 @@ def phases_of(request: TuningJobRequest, experiment: Experiment, *, resumed: boo
         "teacher": teacher,
         "start": start,
         "tuning": max(1, math.ceil(tuner.network_samples(setting) / batch_size)),
-        "evaluation": experiment.evaluation_calls(num_steps, evaluation.teacher_num_steps, 0, evaluation.num_samples),
+        "evaluation": experiment.evaluation_calls(
+            num_steps, evaluation.teacher_num_steps, 0, evaluation.num_samples, measures_worth=True
+        ),
     }
     return [Phase(name, total) for name, total in totals.items() if total]
 

@@ -210,7 +210,7 @@ def show_schedule(schedule: "Schedule") -> None:
         | ({} if schedule.evaluation is None else {"verdict": schedule.evaluation.verdict})
     )
     if schedule.evaluation is not None:
-        typer.echo(f"\n{schedule.evaluation.reason or ''}")
+        typer.echo(f"\n{schedule.evaluation.summary or schedule.evaluation.reason or ''}")
         metrics = schedule.evaluation.metrics.items()
         columns = ("metric", "diffusers' grid", "untuned", "tuned", "change", "from", "to")
         print_table(columns, ((name, m.stock, m.before, m.after, m.change, m.low, m.high) for name, m in metrics))

@@ -41,7 +41,7 @@ def evaluation_html(evaluation: "Evaluation") -> str:
     ]
     caption = (
         f"{evaluation.num_samples} held-out noises, teacher of {evaluation.teacher_num_steps} steps; "
-        f"lower is better. {evaluation.reason or ''}"
+        f"lower is better. {evaluation.summary or evaluation.reason or ''}"
     )
     body = "".join(f"<tr>{_cells(row, 'td')}</tr>" for row in rows)
     return f"<table><caption>{escape(caption)}</caption><tr>{_cells(head, 'th')}</tr>{body}</table>"

@@ -105,6 +105,27 @@ class Metric(BaseModel):
     teacher: float | None = None
 
 
+class Untuned(BaseModel):
+    """The untuned sampler with some number of steps."""
+
+    num_steps: int
+    teacher_l2: float
+
+
+class Worth(BaseModel):
+    """How many steps the untuned sampler takes to come as near to the teacher.
+
+    `num_steps` is None if the schedule comes nearer than all that were measured (`is_beyond`), or than none.
+    """
+
+    num_steps: float | None
+    is_beyond: bool
+    grid: str
+    teacher_l2: float
+    num_samples: int
+    untuned: list[Untuned]
+
+
 class Evaluation(BaseModel):
     """Tuned against untuned, from the same held-out noise. Notebooks show it as a table, or as a picture."""
 
@@ -120,6 +141,8 @@ class Evaluation(BaseModel):
     metrics: dict[str, Metric]
     verdict: Literal["accepted", "rejected", "undecided"] | None = None
     reason: str | None
+    worth: Worth | None = None
+    summary: str | None = None
     wall_time_seconds: float
     network_calls: int
 

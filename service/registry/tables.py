@@ -312,6 +312,7 @@ class EvaluationRow(Base):
         teacher_l2_change_low: lower end of the 95 % interval of the paired difference, after - before.
         verdict: accepted, rejected or undecided; null of evaluations by versions that knew two verdicts.
         reason: why it is that verdict.
+        worth: how many untuned steps it is worth, as the core's `Worth.to_dict` writes it; null if not measured.
         wall_time_seconds: time of tuning, without the evaluation.
         network_calls: samples put through the network while tuning.
     """
@@ -331,6 +332,7 @@ class EvaluationRow(Base):
     metrics: Mapped[dict[str, Any]] = mapped_column(default=dict)  # {name: {before, after, change, low, high}}
     verdict: Mapped[str | None] = mapped_column(String(16))
     reason: Mapped[str | None] = mapped_column(String(2000))
+    worth: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     wall_time_seconds: Mapped[float]
     network_calls: Mapped[int] = mapped_column(BigInteger)
 

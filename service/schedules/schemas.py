@@ -1,13 +1,14 @@
 """Requests and responses of the schedules endpoints."""
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from fastapi import Query
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, model_validator
 
 from service.http.fields import ModelId, Owner, PageQuery, Private, ScheduleId, Time, TuningJobId
 from service.registry.tables import ScheduleStatus
+from service.schedules.evaluations import EvaluationOut
 from service.shared.fields import Eta, ExactNumber, GuidanceScale, Identifier, NumSteps
 from service.shared.job_requests import (
     OWN_CLIPPING,
@@ -38,58 +39,6 @@ def _deeper_than(value: Any, levels: int) -> bool:
 
 
 FiniteJson = Annotated[Any, AfterValidator(_finite)]
-
-
-class MetricOut(BaseModel):
-    """One figure, the better the lower, untuned and tuned; null where it is not finite."""
-
-    before: float | None
-    after: float | None
-    change: float | None = Field(description="after - before.")
-    low: float | None = Field(description="95 % bootstrap interval of the change.")
-    high: float | None
-    stock: float | None = Field(
-        None,
-        description="On the time grid that diffusers takes by default for the model, untuned, with as many steps; "
-        "null where it was not measured. A schedule whose distance to the data is above it is rejected.",
-    )
-    teacher: float | None = Field(None, description="Of the teacher's samples; null where it was not measured.")
-
-
-class EvaluationOut(BaseModel):
-    """Tuned against untuned, from the same held-out noise."""
-
-    model_config = ConfigDict(from_attributes=True)
-
-    num_samples: int = Field(examples=[512])
-    teacher_num_steps: int = Field(examples=[100])
-    seed: int = Field(examples=[0])
-    teacher_l2_before: float = Field(
-        examples=[1.07], description="Mean Euclidean distance to the teacher's samples, untuned."
-    )
-    teacher_l2_after: float = Field(examples=[0.78])
-    teacher_l2_change_low: float = Field(examples=[-0.32], description="95 % confidence interval of the paired change.")
-    teacher_l2_change_high: float = Field(examples=[-0.26])
-    frechet_before: float | None = Field(description="The metric `frechet`, untuned, in pixel space.")
-    frechet_after: float | None
-    metrics: dict[str, MetricOut] = Field(
-        examples=[{"teacher_l2": {"before": 1.07, "after": 0.78, "change": -0.29, "low": -0.32, "high": -0.26}}],
-        description="Figures by name: `teacher_l2`, `sliced_wasserstein` and, where they could be measured, `frechet`, "
-        "`frechet_features` (of a classifier that came with the model), `wasserstein` and `kl` (of mixtures, exact). "
-        "They are to the data, and where guidance moves the samples away from the data, to the teacher's samples; then "
-        "`frechet_to_data` is information that decides nothing.",
-    )
-    verdict: Literal["accepted", "rejected", "undecided"] | None = Field(
-        None,
-        description="`rejected`: harm was found beyond chance. `undecided`: neither a gain nor harm was, with "
-        "`max_num_samples`; the schedule's status is `rejected`, too. Null: an earlier version evaluated it.",
-    )
-    reason: str | None = Field(
-        examples=["closer to the teacher, and no metric is worse"],
-        description="Why the schedule was accepted, rejected or left undecided.",
-    )
-    wall_time_seconds: float = Field(description="The time of tuning, summed over workers, without the evaluation.")
-    network_calls: int = Field(description="Samples put through the network while tuning. Guidance counts, too.")
 
 
 class SolverTable(BaseModel):
@@ -146,6 +95,12 @@ class ScheduleOut(BaseModel):
     )
     evaluation: EvaluationOut | None
     created_at: Time
+
+    @model_validator(mode="after")
+    def _summarise(self) -> Self:
+        if self.evaluation is not None:
+            self.evaluation.summary = self.evaluation.summarised(self.num_steps)
+        return self
 
 
 class ScheduleImport(SamplingSetting):

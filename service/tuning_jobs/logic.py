@@ -27,11 +27,14 @@ from service.request_checks import (
 from service.shared.job_requests import TuningJobRequest
 from service.shared.sampler_facts import sampler_facts
 from service.shared.settings import Settings
+from timetuner_core.catalog import NAMED_GRIDS
 from timetuner_core.tuners import (
     MAX_KL_SAMPLES,
+    MAX_WORTH_SAMPLES,
     TEACHER_CHECK_RUNS,
     TEACHER_CHECK_SAMPLES,
     TUNERS,
+    WORTH_STEP_FACTORS,
     OptionError,
     TunedSetting,
     in_whole_batches,
@@ -193,6 +196,10 @@ def _check_size(request: TuningJobRequest, spec: dict[str, Any], settings: Setti
     steps = population * ((tuner.teacher_steps(setting) or 0) + tuner.max_starts * request.num_steps)
     # Besides the teacher, three kinds of samples are made: untuned, tuned, and on diffusers' own time grid.
     steps += evaluation.most_samples * (evaluation.teacher_num_steps + 3 * request.num_steps)
+    # The untuned sampler is tried on all named grids, and on the best one with more steps.
+    untuned = sum(math.ceil(factor * request.num_steps) for factor in WORTH_STEP_FACTORS)
+    untuned += len(NAMED_GRIDS) * request.num_steps
+    steps += untuned * min(MAX_WORTH_SAMPLES, evaluation.most_samples)
     steps += 2 * MAX_KL_SAMPLES * request.num_steps
     steps += TEACHER_CHECK_SAMPLES * TEACHER_CHECK_RUNS * evaluation.teacher_num_steps
     calls = guided * (setting.calls_per_step * steps + tuner.network_samples(setting))

@@ -147,6 +147,7 @@ def schedule(schedule_id: PathId, request: Request, caller: AnyCaller, state: St
             "model": session.get_one(Model, row.model_id),
             "aliases": views.aliases_of(session, [row])[row.id],
             "charts": views.schedule_charts(row),
+            "worth_chart": views.worth_chart(row),
         }
     base_url = str(request.base_url).rstrip("/")
     return render(request, "schedule.html", caller, views=views, base_url=base_url, **context)

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from service.access.callers import Caller
 from service.access.visibility import is_visible
 from service.registry.tables import Model, Schedule, ScheduleAlias, TuningJob
+from service.schedules.schemas import ScheduleOut
 from service.shared.job_requests import ALWAYS, OWN_CLIPPING
 from service.shared.sampler_facts import SamplersUnknownError, sampler_facts
 from service.tuning_jobs.logic import events_after
@@ -123,6 +124,23 @@ def schedule_charts(schedule: Schedule) -> list[Chart | None]:
     """Ratios and time grid by step."""
     ratios, times = schedule.t_ratios, schedule.timesteps
     return [ratio_chart(list(enumerate(ratios))), _grid_chart(times, ratios)]
+
+
+def summary(schedule: Schedule) -> str | None:
+    """What a schedule brought, in a sentence or two; None for an imported one."""
+    evaluation = ScheduleOut.model_validate(schedule).evaluation
+    return None if evaluation is None else evaluation.summary
+
+
+def worth_chart(schedule: Schedule) -> Chart | None:
+    """The untuned sampler's distance to the teacher by its steps, and the schedule's."""
+    worth = schedule.evaluation.worth if schedule.evaluation else None
+    if worth is None:
+        return None
+    untuned = Series("untuned", [(each["num_steps"], each["teacher_l2"]) for each in worth["untuned"]])
+    tuned = Series("tuned", [(schedule.num_steps, worth["teacher_l2"])])
+    description = f"Distance to the teacher by the number of steps, of {worth['num_samples']} noises; lower is better."
+    return make_chart("Distance to the teacher", description, "steps", "distance", [untuned, tuned], log_y=True)
 
 
 def ratio_chart(ratios: Sequence[tuple[int, float]]) -> Chart | None:

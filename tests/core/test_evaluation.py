@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 from tests.core.conftest import normals, small_mixture
 from timetuner_core import NoiseScheduleVP, model_wrapper
+from timetuner_core.catalog import NamedGrid
 from timetuner_core.evaluation.distances import (
     MAX_FRECHET_DIMENSION,
     Frechet,
@@ -37,12 +39,14 @@ from timetuner_core.evaluation.verdict import (
     evaluate,
     paired_comparison,
 )
+from timetuner_core.evaluation.worth import Worth
 from timetuner_core.grids import make_timesteps
 from timetuner_core.models.loading import load_builtin
 from timetuner_core.models.mixtures import GaussianMixture
 from timetuner_core.samplers import SAMPLERS, get_sampler
 from timetuner_core.samplers import sample as sampled
 from timetuner_core.sampling.generate import Guidance
+from timetuner_core.tuners import MAX_WORTH_SAMPLES
 from timetuner_core.tuning_setup import EVALUATION_SEEDS, Experiment
 
 ALL_METRICS = ("teacher_l2", "frechet", "frechet_features", "sliced_wasserstein", "wasserstein", "kl")
@@ -400,3 +404,42 @@ def test_kl_of_a_sampler_of_one_gaussian_which_is_affine(sampler: str) -> None:
     timesteps = make_timesteps(mixture.noise_schedule, 4)
     t_ratios = torch.tensor([0.9, 0.95, 0.9, 1.0])
     check_kl(lambda x: sampled(step_fn, x, timesteps, t_ratios), mixture)
+
+
+@pytest.mark.parametrize(
+    ("distance", "num_steps", "is_beyond"),
+    [(1.0, 5.0, False), (0.5, 10.0, False), (2**-0.5, 5 * 2**0.5, False), (0.1, None, True), (1.5, None, False)],
+)
+def test_a_schedule_is_worth_the_untuned_steps_that_come_as_near(
+    distance: float, num_steps: float | None, is_beyond: bool
+) -> None:
+    """The error of a first-order sampler halves with twice the steps, so that the line in logarithms is exact."""
+    worth = Worth(distance, "uniform", {steps: 5 / steps for steps in (5, 8, 10, 20)}, 16)
+    assert worth.num_steps == (None if num_steps is None else pytest.approx(num_steps))
+    assert worth.is_beyond == is_beyond
+
+
+def test_worth_is_by_the_distances_of_plain_samples_from_the_best_named_grid() -> None:
+    experiment = ring_experiment(Guidance("uncond", 1.0))
+    schedule = experiment.model.noise_schedule
+    grid = make_timesteps(schedule, 9, "log_snr")[[0, 2, 4, 6, 8, 9]]
+    evaluation = experiment.evaluate(grid, torch.ones(5, dtype=torch.float64), 150, 40, measures_worth=True)
+    worth = evaluation.worth
+    assert worth is not None
+    assert worth.num_samples == MAX_WORTH_SAMPLES
+    seeds = experiment.seeds(MAX_WORTH_SAMPLES, EVALUATION_SEEDS)
+    teacher = experiment.teach(seeds, None, 40)
+
+    def distance(timesteps: Tensor) -> float:
+        return float(teacher_l2(experiment.sample(seeds, None, timesteps), teacher).mean())
+
+    by_grid = {name: distance(make_timesteps(schedule, 5, name)) for name in get_args(NamedGrid)}
+    assert by_grid[worth.grid] == min(by_grid.values())
+    expected = {steps: distance(make_timesteps(schedule, steps, worth.grid)) for steps in (5, 8, 10, 15, 20)}
+    assert worth.untuned == pytest.approx(expected, rel=1e-4)
+    assert worth.teacher_l2 == pytest.approx(distance(grid), rel=1e-4)
+    assert experiment.evaluate(grid, torch.ones(5, dtype=torch.float64), 16, 40).worth is None
+    # No more untuned steps are taken than say something: the teacher's own are none.
+    few = experiment.evaluate(grid, torch.ones(5, dtype=torch.float64), 16, 12, measures_worth=True).worth
+    assert few is not None
+    assert list(few.untuned) == [5, 8, 10]

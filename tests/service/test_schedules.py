@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from service.schedules.evaluations import EvaluationOut
 from tests.service.problems import assert_problem
 from tests.stack import Json, Stack
 from timetuner_core.models.loading import load_builtin
@@ -286,3 +287,43 @@ def test_a_tuned_schedule_is_deleted_with_its_evaluation(stack: Stack, model: st
     assert_problem(stack.client.get(f"/v1/schedules/{schedule['id']}"), 404)
     job = stack.client.get(f"/v1/tuning-jobs/{schedule['job']}").json()
     assert (job["state"], job["schedule"]) == ("succeeded", None)
+
+
+FIGURES = {
+    "num_samples": 512,
+    "teacher_num_steps": 100,
+    "seed": 0,
+    "teacher_l2_before": 1.0,
+    "teacher_l2_after": 0.69,
+    "teacher_l2_change_low": -0.35,
+    "teacher_l2_change_high": -0.27,
+    "frechet_before": None,
+    "frechet_after": None,
+    "metrics": {},
+    "verdict": "accepted",
+    "reason": "fell: teacher_l2",
+    "wall_time_seconds": 1.0,
+    "network_calls": 1,
+}
+UNTUNED = [{"num_steps": 5, "teacher_l2": 1.0}, {"num_steps": 20, "teacher_l2": 0.5}]
+WORTH = {"num_steps": 14.2, "is_beyond": False, "grid": "log_snr", "teacher_l2": 0.69, "num_samples": 128}
+CLOSER = "31% closer to the teacher of 100 steps (95 %: 27% to 35%), on 512 noises that tuning had not seen."
+
+
+@pytest.mark.parametrize(
+    ("changed", "summary"),
+    [
+        ({}, f"5 steps, as good as 14 untuned: 64% fewer. {CLOSER}"),
+        ({"worth": WORTH | {"num_steps": None, "is_beyond": True}}, f"5 steps, better than 20 untuned. {CLOSER}"),
+        ({"worth": WORTH | {"num_steps": 5.9}}, CLOSER),
+        ({"worth": None}, CLOSER),
+        # A sampler that adds noise is accepted for another reason than its distance to the teacher.
+        ({"worth": None, "teacher_l2_change_high": 0.01}, "fell: teacher_l2"),
+        ({"verdict": "undecided", "reason": "may have risen: frechet"}, "Undecided: may have risen: frechet."),
+        ({"verdict": "rejected", "reason": "rose: kl"}, "Rejected: rose: kl."),
+    ],
+)
+def test_an_evaluation_is_summed_up_in_a_sentence_or_two(changed: Json, summary: str) -> None:
+    worth = {"worth": WORTH} | changed
+    figures = FIGURES | changed | {"worth": worth["worth"] and worth["worth"] | {"untuned": UNTUNED}}
+    assert EvaluationOut.model_validate(figures).summarised(5) == summary

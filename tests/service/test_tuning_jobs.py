@@ -128,6 +128,14 @@ def test_an_evaluation_gives_all_metrics_with_their_intervals_and_says_what_deci
     better = decides["high"] < 0 and metrics["frechet"]["change"] <= 0 and all(metric["low"] <= 0 for metric in counts)
     assert schedule["status"] == ("accepted" if better else "rejected")
     assert any(name in evaluation["reason"] for name in metrics)
+    if eta:
+        assert evaluation["worth"] is None
+    else:
+        worth = evaluation["worth"]
+        assert [each["num_steps"] for each in worth["untuned"]] == [4, 6, 8, 12, 16]
+        assert worth["num_samples"] == 64
+        assert worth["teacher_l2"] == pytest.approx(evaluation["teacher_l2_after"])
+        assert worth["untuned"][0]["teacher_l2"] <= evaluation["teacher_l2_before"] * 1.0001
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,14 @@ def store(session: Session, model_id: str, num_steps: int, objective: str, score
             },
             verdict="accepted" if score < 1 else "undecided",
             reason="as the test has it",
+            worth={
+                "num_steps": 2.5 * num_steps,
+                "is_beyond": False,
+                "grid": "uniform",
+                "teacher_l2": after,
+                "num_samples": 128,
+                "untuned": [{"num_steps": k * num_steps, "teacher_l2": before / k} for k in (1, 2, 3)],
+            },
             wall_time_seconds=12.5,
             network_calls=123_456,
         )

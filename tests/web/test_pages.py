@@ -93,10 +93,13 @@ def test_a_schedule_shows_its_figures_its_curves_and_pictures_from_the_same_nois
     for ratio in schedule["t_ratios"]:
         expect(page.get_by_role("region", name="Ratio of each step")).to_contain_text(f"{ratio:.6g}")
     figures = page.locator("figure.sample")
-    expect(figures.nth(0).get_by_role("img")).to_have_attribute("alt", re.compile("Untuned: 8 samples in 4 steps"))
-    expect(figures.nth(1).get_by_role("link")).to_have_attribute("href", f"/schedules/{schedule['id']}")
-    sources = [figures.nth(k).locator("img").get_attribute("src") for k in (0, 1)]
-    assert sources[0] != sources[1]
+    for number, alt in enumerate(("Teacher, 100 steps: 8 samples", "Untuned, 4 steps: 8 samples")):
+        expect(figures.nth(number).get_by_role("img")).to_have_attribute("alt", re.compile(alt))
+    expect(figures.nth(2).get_by_role("link")).to_have_attribute("href", f"/schedules/{schedule['id']}")
+    assert len({figures.nth(k).locator("img").get_attribute("src") for k in range(3)}) == 3
+    expect(page.locator(".summary")).to_contain_text("4 steps, as good as 10 untuned: 60% fewer.")
+    page.get_by_text("Distance to the teacher as a table").click()
+    expect(page.get_by_role("region", name="Distance to the teacher")).to_contain_text("tuned")
     code = page.locator("pre")
     for text in ("from service.client import TimeTuner", "TimeTunerScheduler.from_schedule", f"curl {world.url}/v1/"):
         expect(code.filter(has_text=text)).to_have_count(1)
@@ -109,6 +112,8 @@ def test_a_schedule_shows_its_learned_solver_and_whether_it_is_undecided(world: 
     expect(page.locator(".badge").first).to_have_text("accepted")
     page.goto(f"{world.url}/schedules/{world.schedules[2]['id']}")
     expect(page.locator(".badge").first).to_have_text("undecided")
+    expect(page.locator(".summary")).to_have_text("Undecided: as the test has it.")
+    expect(page.locator(".warning")).to_contain_text("auto does not take it")
     expect(page.get_by_role("region", name="Learned solver")).to_have_count(0)
 
 

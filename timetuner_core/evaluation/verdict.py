@@ -16,6 +16,7 @@ from timetuner_core.evaluation.distances import (
     mean_estimate,
     measure,
 )
+from timetuner_core.evaluation.worth import Worth
 from timetuner_core.models.mixtures import GaussianMixture
 
 NUM_RESAMPLES = 1000
@@ -105,11 +106,13 @@ class Evaluation:
         adds_noise: whether the sampler does. Then no sample of it is meant to be the teacher's, and the distance
             of distributions decides: the first of `frechet`, `frechet_features` and `sliced_wasserstein`.
         num_samples: how many noises it is from.
+        worth: how many untuned steps it is worth; None if that was not measured.
     """
 
     metrics: Mapping[str, Metric]
     adds_noise: bool = False
     num_samples: int = 0
+    worth: Worth | None = None
 
     @property
     def teacher_l2_before(self) -> float:
