@@ -148,7 +148,7 @@ def _hash(model_id: str, schedule_id: str | None, request: dict[str, Any]) -> st
 
 # The statement is made once, because making it takes longer than running it.
 _MADE = (
-    select(SampleJob.request_hash, SampleJob.artifact, SampleJob.artifact_row)
+    select(SampleJob.request_hash, SampleJob.artifact, SampleJob.artifact_row, SampleJob.flagged)
     .where(
         SampleJob.request_hash.in_(bindparam("hashes", expanding=True)),
         SampleJob.state == JobState.SUCCEEDED,
@@ -165,7 +165,7 @@ def _reuse(session: Session, jobs: Sequence[SampleJob], keep_days: float) -> Non
     made = {row.request_hash: row for row in found}
     for job in jobs:
         if job.request_hash in made:
-            _, job.artifact, job.artifact_row = made[job.request_hash]
+            _, job.artifact, job.artifact_row, job.flagged = made[job.request_hash]
             job.state, job.progress, job.finished_at = JobState.SUCCEEDED, 1.0, utc_now()
 
 

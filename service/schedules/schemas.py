@@ -243,7 +243,7 @@ class ResolveQuery(SamplingSetting):
     """A setting as a query."""
 
     sampler: AnySamplerName = "ddim"
-    call: Annotated[dict[str, Any], BeforeValidator(_from_json)] = Field(  # type: ignore[assignment]
+    call: Annotated[dict[str, Any], BeforeValidator(_from_json)] = Field(
         {}, description="For pipelines: further arguments of the call, as JSON."
     )
 

@@ -29,7 +29,6 @@ from timetuner_core.tuners import (
     default_tuner,
 )
 
-
 OWN_SAMPLER = "own"  # A pipeline's own scheduler.
 
 
