@@ -13,10 +13,11 @@ from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.registry.database import Registry
-from service.registry.tables import JobState
+from service.registry.tables import JobState, TuningJob
 from tests.conftest import MakeDatabaseUrl
-from tests.pipelines import BY_NAME, Json, data_url, picture, plain, register, request_of
+from tests.pipelines import BY_NAME, Json, plain, register, request_of
 from tests.worker.in_process import InProcess
+from worker.tuning import run_tuning_job
 
 pytestmark = pytest.mark.xdist_group("pipelines")
 
@@ -45,13 +46,17 @@ class Service:
 
     def submit(self, name: str, **changed: Any) -> str:
         """The id of a new job."""
-        answer = self.api.post("/v1/samples", json=request_of(BY_NAME[name], self.model(name), **changed), headers=ASYNC)
+        answer = self.api.post(
+            "/v1/samples", json=request_of(BY_NAME[name], self.model(name), **changed), headers=ASYNC
+        )
         assert answer.status_code == 202, answer.text
         return str(answer.json()["id"])
 
     def refused(self, name: str, **changed: Any) -> str:
         """Why a request is refused, after the name of the field."""
-        answer = self.api.post("/v1/samples", json=request_of(BY_NAME[name], self.model(name), **changed), headers=ASYNC)
+        answer = self.api.post(
+            "/v1/samples", json=request_of(BY_NAME[name], self.model(name), **changed), headers=ASYNC
+        )
         assert answer.status_code == 422, answer.text
         error = answer.json()["errors"][0]
         return ".".join(map(str, error["loc"][1:])) + ": " + str(error["msg"])
@@ -89,6 +94,42 @@ def test_a_served_image_is_that_of_a_plain_call(service: Service, name: str) -> 
         expected = plain(kind, pipeline, 7 + k, kind.num_steps)
         assert torch.allclose(torch.from_numpy(image), expected, atol=2e-5), name
     assert not np.allclose(images[0], images[1], atol=1e-2)
+
+
+PROMPTS = ["a red square on a table", "a bad table", "red on red", "a table on a square", "a square"]
+# The least that goes through all phases.
+SMALLEST: Json = {
+    "num_steps": 2,
+    "prompts": PROMPTS,
+    "tuner": {"objective": "pipeline", "total_iters": 2, "num_samples": 1},
+    "evaluation": {"num_samples": 16, "teacher_num_steps": 6},
+}
+
+
+def tuning_request(service: Service, name: str, **changed: Any) -> Json:
+    request = request_of(BY_NAME[name], service.model(name), **SMALLEST)
+    del request["prompt"]
+    return request | changed
+
+
+def tune(service: Service, name: str, **changed: Any) -> Json:
+    """A tuning job that this process has run, as the API shows it."""
+    answer = service.api.post("/v1/tuning-jobs", json=tuning_request(service, name, **changed))
+    assert answer.status_code == 202, answer.text
+    job_id = answer.json()["id"]
+    service.worker.runtime.run(TuningJob, job_id, run_tuning_job)
+    job: Json = service.api.get(f"/v1/tuning-jobs/{job_id}").json()
+    return job
+
+
+def test_a_tuned_schedule_is_used_by_auto_at_its_own_sizes_and_guidance_only(service: Service) -> None:
+    job = tune(service, "sd15")
+    assert job["state"] == "succeeded", job["error"]
+    assert job["request"]["sampler"] == "dpmpp_2m"
+    assert [phase["name"] for phase in job["phases"]] == ["teacher", "start", "tuning", "evaluation"]
+    schedule = service.api.get(f"/v1/schedules/{job['schedule']}").json()
+    print(schedule)
+    assert schedule["status"] == "accepted"
 
 
 def test_requests_of_4_8_and_5_steps_share_calls_and_a_cancelled_one_leaves_the_others_as_they_are(
