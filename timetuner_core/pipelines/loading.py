@@ -25,7 +25,7 @@ def load_pipeline(folder: Path, device: torch.device | str = "cpu", dtype: torch
     with only_read_files(folder) as files:
         pipeline = pipeline_class.from_pretrained(
             files,
-            torch_dtype=dtype,
+            dtype=dtype,
             variant=variant_of(files_of(folder), index),
             use_safetensors=True,
             local_files_only=True,
