@@ -128,13 +128,17 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
         if (path / name).stat().st_size > MAX_JSON_BYTES:
             raise ModelFormatError(name, f"the file is too large; accepted: up to {MAX_JSON_BYTES} bytes")
         raw = (path / name).read_bytes()
-        refuse_lfs_pointer(name, raw)
-        content = json.loads(raw.decode("utf-8"), object_pairs_hook=_unambiguous)
     except FileNotFoundError:
         raise ModelFormatError(name, "the file is missing; a diffusers-format folder has it") from None
+    return parse_json(name, raw)
+
+
+def parse_json(name: str, raw: bytes) -> dict[str, Any]:
+    """The JSON object in a file's content. Raises: ModelFormatError."""
+    refuse_lfs_pointer(name, raw)
+    try:
+        content = json.loads(raw.decode("utf-8"), object_pairs_hook=_unambiguous)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, ModelFormatError):
-            raise
         raise ModelFormatError(name, f"not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise ModelFormatError(name, "accepted: a JSON object")

@@ -29,6 +29,7 @@ NETWORK_WEIGHTS = "diffusion_pytorch_model.safetensors"
 ENCODER_WEIGHTS = "model.safetensors"
 # Besides weights, a component's files are JSON, lists of words, models of sentencepiece, and templates of chats.
 READ_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 CODE_SUFFIXES = (".py", ".pyc", ".so")
 COMPONENT_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}")
 # These keys of a JSON file name code, or a format of weights, that is not in diffusers or transformers.
@@ -97,9 +98,20 @@ def read_index(folder: Path) -> PipelineIndex:
 
 
 def is_pipeline(names: Collection[str], index: PipelineIndex) -> bool:
-    """Whether a folder with such files is a whole pipeline with prompts, and not only a network with its scheduler."""
-    folders = {name.partition("/")[0] for name in names if "/" in name}
-    return index.has_prompts and folders >= index.components.keys()
+    """Whether a folder with such files is a whole pipeline with prompts, none of whose weights are pickles only."""
+    whole = all(
+        (own := _own_files(names, component)) and (component_weights(own, component) or not _pickles(own))
+        for component in index.components
+    )
+    return index.has_prompts and whole
+
+
+def _own_files(names: Collection[str], component: str) -> list[str]:
+    return sorted(name for name in names if name.startswith(f"{component}/") and name.count("/") == 1)
+
+
+def _pickles(names: Collection[str]) -> list[str]:
+    return [name for name in names if PurePosixPath(name).suffix in PICKLE_SUFFIXES]
 
 
 def pipeline_files(names: Collection[str], index: PipelineIndex) -> list[str]:
@@ -111,13 +123,12 @@ def pipeline_files(names: Collection[str], index: PipelineIndex) -> list[str]:
     refuse_code(names)
     chosen = {name for name in (MODEL_INDEX, README) if name in names}
     for component in sorted(index.components):
-        own = [name for name in names if name.startswith(f"{component}/") and name.count("/") == 1]
+        own = _own_files(names, component)
         if not own:
             message = f"it names {component!r}, but there is no folder {component}/; accepted: all components"
             raise ModelFormatError(MODEL_INDEX, message)
         weights = component_weights(own, component)
-        pickles = [name for name in own if PurePosixPath(name).suffix in (".bin", ".ckpt", ".pt", ".pth", ".pkl")]
-        if pickles and not weights:
+        if (pickles := _pickles(own)) and not weights:
             raise ModelFormatError(pickles[0], "it may be a pickle; accepted: weights as .safetensors only")
         is_index = re.compile(r".*\.index(\.\w+)?\.json")
         read = [name for name in own if name.endswith(READ_SUFFIXES) and not is_index.fullmatch(name)]
