@@ -325,9 +325,6 @@ def test_frames_come_as_arrays_and_no_video(service: Service) -> None:
     assert service.api.post("/v1/samples", json=body, headers={"Accept": "video/mp4"}).status_code == 406
 
 
-LONG_PROMPT = "table " * 40
-
-
 @pytest.mark.parametrize(
     ("name", "changed", "expected"),
     [
@@ -345,11 +342,19 @@ LONG_PROMPT = "table " * 40
         (
             "sd15",
             {"call": {"guidence": 1}},
-            "call.guidence: call.guidence is no argument of this pipeline; accepted: eta",
+            "call.guidence: call.guidence is no argument of this pipeline; accepted: ",
         ),
         ("sd15", {"call": {"prompt": "a"}}, "call.prompt: call.prompt is a field of its own; accepted: prompt beside"),
-        ("sd15", {"call": {"eta": "much"}}, "call.eta: call.eta is a str; accepted: a finite number"),
-        ("sd15", {"call": {"eta": True}}, "call.eta: call.eta is True; accepted: a finite number"),
+        (
+            "sd15",
+            {"call": {"guidance_rescale": "much"}},
+            "call.guidance_rescale: call.guidance_rescale is a str; accepted: a finite number",
+        ),
+        (
+            "sd15",
+            {"call": {"guidance_rescale": True}},
+            "call.guidance_rescale: call.guidance_rescale is True; accepted: a finite number",
+        ),
         ("ddpm", {"prompt": "a"}, "prompt: prompt is given; accepted: null, as this pipeline takes none"),
         ("ddpm", {"height": 16}, "height: height is 16; accepted: null for this pipeline"),
         ("ddpm", {"guidance_scale": 2}, "guidance_scale: guidance_scale is 2, and this pipeline takes none"),
@@ -388,7 +393,7 @@ def test_what_a_pipeline_does_not_take_is_refused_by_name(
         ({"sampler": "own"}, "sampler: "),
         ({"sampler": "ddpm"}, "sampler: sampler is 'ddpm'; accepted for a pipeline: ddim, euler"),
         ({"timesteps": "uniform"}, "timesteps: timesteps is given"),
-        ({"call": {"eta": 0.5}}, "call.eta: call.eta is 0.5; accepted: a call without it"),
+        ({"call": {"eta": 0.5}}, "call.eta: call.eta is no argument of this pipeline"),
         ({"evaluation": {"max_num_samples": 32}}, "evaluation.max_num_samples: evaluation.max_num_samples is 32"),
         ({"num_steps": 50, "evaluation": {}}, "evaluation.teacher_num_steps: evaluation.teacher_num_steps is 50"),
     ],
