@@ -448,6 +448,27 @@ def test_a_prompt_beyond_the_limit_is_refused_and_neither_cut_off_nor_logged(
     assert job["error"] == "prompt has 43 tokens; accepted: up to 16, its start and end among them"
 
 
+def test_pages_show_prompts_as_text_and_ask_for_them(service: Service, tuned: Json) -> None:
+    script = "<script>alert(1)</script>"
+    request = tuning_request(service, "sd15", prompts=[script, "b"], negative_prompt=script)
+    job_id = service.api.post("/v1/tuning-jobs", json=request).json()["id"]
+    page = service.api.get(f"/jobs/{job_id}").text
+    assert script not in page and page.count("&lt;script&gt;alert(1)") == 2
+    service.api.post(f"/v1/tuning-jobs/{job_id}/cancel")
+    model = service.model("sd15")
+    playground = service.api.get(f"/playground?model={model}").text
+    assert '<input name="prompt" maxlength="8000"' in playground and 'name="guidance_scale" value="7.5"' in playground
+    assert service.api.get(f"/models/{model}").status_code == 200
+    page = service.api.get(f"/schedules/{tuned['id']}").text
+    assert f'href="/playground?model={model}"' in page and "guidance ×3" in page
+    # A form without more than its usual fields makes a job of the pipeline's own tuner.
+    form = {"model": model, "num_steps": "2", "sampler": "dpmpp_2m", "guidance_scale": "7.5", "objective": ""}
+    made = service.api.post("/jobs", data=form, follow_redirects=False)
+    assert made.status_code == 303, made.text
+    job = service.api.get(f"/v1/tuning-jobs/{made.headers['Location'].rpartition('/')[2]}").json()
+    assert job["request"]["tuner"]["objective"] == "pipeline"
+
+
 def test_a_strength_that_leaves_no_step_is_refused(service: Service) -> None:
     call = {"image": data_url(picture()), "strength": 0.2}
     job_id = service.submit("sd15-img2img", num_steps=4, call=call)
