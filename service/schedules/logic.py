@@ -150,7 +150,7 @@ def _best(of_any_sampler: bool) -> Select[Schedule | None, int]:
 def import_schedule(session: Session, caller: Caller, request: ScheduleImport) -> Schedule:
     """Store a schedule made elsewhere as the next version of its setting. Raises: InvalidError."""
     spec = get_requested_model(session, caller, request.model).spec
-    request = settled(spec, request, "ddim")
+    request = settled(spec, request, "ddim", is_run=False)
     _check_table(request)
     _check_grid(request, spec["T"], spec.get("t_min", 0.0))  # Models registered by older versions have no t_min.
     key, private_to = request.key(), caller.private_to(request.private)

@@ -269,9 +269,9 @@ def test_runs_join_and_leave_at_any_step_and_one_that_is_cancelled_or_fails_ends
         ("cancelled", 1, 6),
     }
     batch.add([row("later", 3, 4), row("failing", 3, 5, prompt=5), row("other size", 4, 6, height=2 * SIZE)])
-    batch.step()
+    done = {}
+    failed = {each.owner: error for each, error in batch.step().failed}
     batch.discard("cancelled")
-    done, failed = {}, {}
     while batch.rows:
         advance = batch.step()
         failed |= {each.owner: error for each, error in advance.failed}
@@ -329,7 +329,7 @@ def test_frames_come_as_arrays_and_no_video(service: Service) -> None:
     ("name", "changed", "expected"),
     [
         ("sd15", {"prompt": None}, "prompt: prompt is missing"),
-        ("sd15", {"height": 17}, "height: height is 17; accepted: a multiple of 2"),
+        ("sd15", {"height": 17}, "height: height is 17; accepted: a multiple of 8"),
         ("sd15", {"guidance_type": "classifier-free"}, "guidance_type: guidance_type is classifier-free; accepted"),
         ("sd15", {"guidance_rescale": 0.5}, "guidance_rescale: guidance_rescale is 0.5; accepted for a pipeline: 0"),
         ("sd15", {"eta": 0.5}, "eta: eta is 0.5; accepted for a pipeline: 0"),
