@@ -243,11 +243,14 @@ def test_a_tuning_job_is_cancelled_at_a_step(service: Service) -> None:
 def test_requests_of_4_8_and_5_steps_share_calls(service: Service) -> None:
     kind, pipeline = BY_NAME["sd15"], service.pipeline("sd15")
     served: Any = service.worker.runtime.load(service.model("sd15"))
-    before = served.shared.num_calls
+    before, published = served.shared.num_calls, service.worker.bus.published
+    published.clear()
     jobs = {steps: service.submit("sd15", num_steps=steps, seed=40 + steps) for steps in (4, 8, 5)}
     service.worker.serve()
     assert served.shared.num_calls - before <= 9  # The first shared call of a kind may be checked by one more.
+    told = [event["steps"] for event in published if isinstance(event, dict)]
     for steps, job_id in jobs.items():
+        assert [event[job_id] for event in told if job_id in event] == [[k, steps] for k in range(1, steps + 1)]
         expected = plain(kind, pipeline, 40 + steps, steps)
         assert torch.allclose(torch.from_numpy(service.images(job_id)[0]), expected, atol=2e-5)
 
