@@ -24,6 +24,19 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class CallArgument(BaseModel):
+    """An argument of a pipeline's call that a request may give."""
+
+    type: Literal["text", "integer", "number", "boolean", "image", "images", "integers", "numbers", "texts"]
+    default: Any = None
+    required: bool
+
+
+class Licence(BaseModel):
+    name: str | None
+    source: str | None
+
+
 class ModelSpec(BaseModel):
     """The properties of a model that requests depend on."""
 
@@ -43,6 +56,17 @@ class ModelSpec(BaseModel):
     clipping: str | None = None
     t_start: float | None = None
     x0_error_at_start: float | None = None
+    kind: Literal["network", "pipeline"] = "network"
+    pipeline: str | None = None
+    scheduler: str | None = None
+    dtype: str | None = None
+    call: dict[str, CallArgument] | None = None
+    output: Literal["images", "frames"] | None = None
+    size_multiple: int | None = None
+    tunable: str | None = None
+    flags_content: bool = False
+    licence: Licence | None = None
+    num_bytes: int | None = None
 
 
 class Model(BaseModel):
@@ -53,6 +77,9 @@ class Model(BaseModel):
     owner: str | None = None
     private: bool = False
     ignored_files: list[str] = Field(default_factory=list)
+    path: str | None = None
+    hub: str | None = None
+    revision: str | None = None
     spec: ModelSpec
     created_at: datetime
 
@@ -68,6 +95,9 @@ class ModelRegistrationFields(BaseModel):
     private: bool = False
     ignored_files: list[str] = Field(default_factory=list)
     problem: Problem | None = None
+    path: str | None = None
+    hub: str | None = None
+    revision: str | None = None
     spec: ModelSpec | None = None
     created_at: datetime
 
@@ -176,6 +206,7 @@ class Schedule(BaseModel):
     timesteps: list[float]
     t_ratios: list[float]
     solver_table: dict[str, Any] | None = None
+    call: dict[str, Any] | None = None
     provenance: dict[str, Any]
     evaluation: Evaluation | None
     created_at: datetime
@@ -196,7 +227,12 @@ class Schedule(BaseModel):
 
         Whether it is private there is for the one who imports it to say.
         """
-        kept: ScheduleImport = self.model_dump(mode="json", include=set(ScheduleImport.__annotations__) - {"private"})  # type: ignore[assignment]
+        names = set(ScheduleImport.__annotations__) - {"private", "height", "width", "call"}
+        kept: ScheduleImport = self.model_dump(mode="json", include=names)  # type: ignore[assignment]
+        if self.call is not None:
+            sizes = {name: self.call[name] for name in ("height", "width") if name in self.call}
+            call = {name: value for name, value in self.call.items() if name not in (*sizes, "image_sizes")}
+            kept.update({**sizes, "call": call})  # type: ignore[typeddict-item]
         return kept
 
     def _repr_html_(self) -> str:
@@ -290,6 +326,7 @@ class TuningJobFields(Job):
 class SampleJobFields(Job):
     request: dict[str, Any]
     content: str | None
+    flagged: list[int] | None = None
 
 
 class Event(BaseModel):
@@ -350,11 +387,13 @@ class Samples:
         array: float32 `(num_images, *image_shape)`; of images, -1 is black and 1 is white.
         job: the sampling job's id.
         schedule: the id of the schedule used, or None for untuned.
+        flagged: the numbers of the images that a pipeline's safety checker held back.
     """
 
     array: NDArray[np.float32]
     job: str
     schedule: str | None
+    flagged: Sequence[int] = ()
 
     @property
     def images(self) -> Sequence[Image.Image]:

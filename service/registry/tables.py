@@ -97,7 +97,10 @@ class Model(CanBePrivate, Base):
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("mdl"))
     name: Mapped[str]
     content_hash: Mapped[str]
-    source: Mapped[dict[str, Any]]  # {"builtin": name} or {"artifact": folder, "ignored_files": names}
+    # {"builtin": name}, {"artifact": folder, "ignored_files": names}, {"path": folder below MODELS_DIR}, or
+    # {"hub": name, "revision": commit}. A pipeline's has its "kind" and "dtype", too, and a "fingerprint" if its files
+    # are not ours.
+    source: Mapped[dict[str, Any]]
     spec: Mapped[dict[str, Any]]
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     deleted_at: Mapped[datetime | None]
@@ -107,6 +110,21 @@ class Model(CanBePrivate, Base):
         """The files of its archive that nothing reads."""
         names: list[str] = self.source.get("ignored_files", [])
         return names
+
+    @property
+    def path(self) -> str | None:
+        """Its folder below MODELS_DIR; None for one that is elsewhere."""
+        return self.source.get("path")
+
+    @property
+    def hub(self) -> str | None:
+        """Its name in the Hugging Face cache; None for one that is elsewhere."""
+        return self.source.get("hub")
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of a model in the Hugging Face cache."""
+        return self.source.get("revision")
 
 
 class Job(Base):
@@ -161,6 +179,7 @@ class TuningJob(Job):
     tuning_seconds: Mapped[float] = mapped_column(default=0.0)  # The sum over all attempts and workers.
     timesteps: Mapped[list[float] | None] = mapped_column(JSON)  # The grid so far: tuners may move it.
     solver_table: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # The learned solver so far.
+    pipeline_state: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # See `PipelineState`.
 
     steps: Mapped[list["TuningJobStep"]] = relationship(order_by="TuningJobStep.step_index")
     schedule: Mapped["Schedule | None"] = relationship(back_populates="job")
@@ -235,6 +254,7 @@ class OfSetting:
         "guidance_end",
         "eta",
         "clipping",
+        "call_key",
     )
 
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"))
@@ -249,6 +269,8 @@ class OfSetting:
     guidance_end: Mapped[Decimal] = mapped_column(default=Decimal(1000))
     eta: Mapped[Decimal]
     clipping: Mapped[str] = mapped_column(default="own", server_default="own")  # "own": as the model's scheduler does.
+    # The arguments of a pipeline's call that change latents, as `service.shared.pipeline_calls` digests them.
+    call_key: Mapped[str] = mapped_column(default="", server_default="")
 
 
 class Schedule(OfSetting, CanBePrivate, Base):
@@ -275,6 +297,7 @@ class Schedule(OfSetting, CanBePrivate, Base):
     timesteps: Mapped[list[float]]
     t_ratios: Mapped[list[float]]
     solver_table: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # Null: the sampler's own.
+    call: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # The arguments behind `call_key`.
     provenance: Mapped[dict[str, Any]]  # {tuner: {objective, ...}, seed, timetuner}
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
@@ -355,6 +378,7 @@ class SampleJob(Job):
         artifact: a .npy file, which may hold images of other jobs, too.
         artifact_row: the row of the job's first image in the file.
         traceparent: the W3C trace context of the request.
+        flagged: the numbers of the images that a pipeline's safety checker held back; null if it has none.
     """
 
     __tablename__ = "sample_jobs"
@@ -379,6 +403,7 @@ class SampleJob(Job):
     traceparent: Mapped[str | None]
     artifact: Mapped[str | None] = mapped_column(index=True)
     artifact_row: Mapped[int] = mapped_column(default=0)
+    flagged: Mapped[list[int] | None] = mapped_column(JSON(none_as_null=True))
 
 
 class ModelRegistration(CanBePrivate, Job):
@@ -386,7 +411,7 @@ class ModelRegistration(CanBePrivate, Job):
 
     The model gets this row's id, unless its content is that of a registered model. `request` is
     {"ignored_files": names}, and `published_at` stays null: a bell tells workers that there is something to do, not
-    what.
+    what. Where the files are not ours, a worker replaces `content_hash` and `source` by what it finds.
     """
 
     __tablename__ = "model_registrations"
@@ -395,7 +420,8 @@ class ModelRegistration(CanBePrivate, Job):
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("mdl"))
     name: Mapped[str]
     content_hash: Mapped[str] = mapped_column(index=True)
-    artifact: Mapped[str]  # the folder of its files
+    artifact: Mapped[str | None]  # the folder of its files in the artifact store; null for files that are not ours
+    source: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default="{}")  # what else `Model.source` gets
     model_id: Mapped[str | None]  # the model it became, or that has the same content; not a foreign key: it may go
     refused_field: Mapped[str | None]  # what `error` is about, if the model cannot be used; null of other errors
 
@@ -404,6 +430,12 @@ class ModelRegistration(CanBePrivate, Job):
         """The files of its archive that nothing reads."""
         names: list[str] = self.request.get("ignored_files", [])
         return names
+
+    @property
+    def whole_source(self) -> dict[str, Any]:
+        """The `source` of the model that it becomes."""
+        artifact = {} if self.artifact is None else {"artifact": self.artifact}
+        return {**artifact, **self.source, **self.request}
 
 
 class Webhook(Base):

@@ -14,13 +14,14 @@ from service.app import create_app
 from service.client import asynchronous, calls, requests, results, synchronous
 from service.client.calls import Call
 from service.client.problems import Problem
+from service.client.requests import ModelSource
 from tests.stack import Json
 from timetuner_core.samplers import sampler_names
 
 SETTING: requests.Setting = {"model": "m", "num_steps": 1}
 CALLS: list[Call[Any]] = [
-    calls.register_model("digits8", None, "n", True),
-    calls.submit_model("a.zip", "n", True),
+    calls.register_model({"builtin": "digits8", "name": "n", "private": True}),
+    calls.submit_model({"archive": "a.zip", "name": "n", "private": True}),
     calls.list_models(1),
     calls.list_model_registrations("refused", 1),
     calls.get_model("i"),
@@ -159,17 +160,21 @@ def test_every_parameter_of_a_query_can_be_given_and_no_other(operation: str, ki
 
 def test_every_field_of_a_model_registration_can_be_given() -> None:
     archive = operations()["register_model"][2]["requestBody"]["content"]["multipart/form-data"]["schema"]
-    builtin = document()["components"]["schemas"]["BuiltinModelRequest"]
-    fields = set(archive["properties"]) | set(builtin["properties"])
-    assert fields == set(inspect.signature(calls.register_model).parameters)
-    call = calls.register_model(None, Path("a.zip"), "n")
+    schemas = document()["components"]["schemas"]
+    requests = [archive, *(schemas[f"{place}ModelRequest"] for place in ("Builtin", "Path", "Hub"))]
+    assert {field for request in requests for field in request["properties"]} == ModelSource.__annotations__.keys()
+    call = calls.register_model({"archive": Path("a.zip"), "name": "n"})
     assert (call.archive, call.json) == (Path("a.zip"), {"name": "n"})
+    assert calls.register_model({"hub": "them/tiny", "private": False}).json == {"hub": "them/tiny"}
+    with pytest.raises(TypeError, match="accepted: one of builtin, archive, path, hub"):
+        calls.register_model({"hub": "them/tiny", "path": "tiny"})
 
 
 def json_schema(kind: Any) -> Json:
     """The JSON schema of a request's TypedDict."""
     hints = get_type_hints(kind) | {name: str | None for name in ENCODED if name in kind.__annotations__}
-    hints["sampler"] = Literal[tuple(sampler_names())]  # the service's depend on what is installed there
+    own = ("own",) if kind in (requests.SampleRequest, requests.Setting) else ()
+    hints["sampler"] = Literal[(*own, *sampler_names())]  # the service's depend on what is installed there
     fields = {name: (hint, ... if name in kind.__required_keys__ else None) for name, hint in hints.items()}
     return create_model(kind.__name__, **fields).model_json_schema()
 

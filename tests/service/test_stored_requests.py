@@ -1,5 +1,6 @@
 """Requests that commit e4c2e61 stored, as the literal JSON of its rows, are read and run by today's code."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from service.registry.database import Registry
 from service.registry.tables import JobState, Model, SampleJob, Schedule, TuningJob
 from service.samples.schemas import SampleJobOut
+from service.samples.submitting import NOT_HASHED, _hash
 from service.shared.job_requests import SampleRequest, TuningJobRequest
 from service.shared.queue import celery_app
 from service.shared.settings import Settings
@@ -24,6 +26,7 @@ from worker.tuning import run_tuning_job
 Json = dict[str, Any]
 STORED: dict[str, dict[str, Json]] = json.loads((Path(__file__).parent / "stored_requests.json").read_text())
 TUNING, SAMPLE = STORED["tuning"], STORED["sample"]
+YOUNGER: Json = {"clipping": None, "negative_prompt": None, "height": None, "width": None, "call": {}}
 MODEL_ID = "mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W"
 
 
@@ -53,9 +56,11 @@ def test_a_stored_request_is_read_whole_and_unknown_fields_are_ignored(row: Json
     request_class = TuningJobRequest if "tuner" in row else SampleRequest
     # These fields are younger. Requests were sampled, and schedules shown, as their defaults say; a job that waits
     # across the upgrade may be evaluated on more noises.
-    read = {**row, "clipping": None}
+    read = {**row, **YOUNGER}
     if "tuner" in row:
-        read |= {"private": False, "evaluation": {**row["evaluation"], "max_num_samples": None}}
+        read |= {"prompts": None, "private": False, "evaluation": {**row["evaluation"], "max_num_samples": None}}
+    else:
+        read["prompt"] = None
     assert request_class.stored(row).model_dump(mode="json") == read
     assert request_class.stored(with_unknown_fields(row)).model_dump(mode="json") == read
 
@@ -147,4 +152,18 @@ def test_a_sampling_job_with_a_newer_versions_field_can_be_read_over_http(runtim
         job.request_hash = "hash"
         session.add(job)
     shown = SampleJobOut.model_validate(job).model_dump(mode="json")
-    assert shown["request"] == {**SAMPLE["labels"], "clipping": None}
+    assert shown["request"] == {**SAMPLE["labels"], **YOUNGER, "prompt": None}
+
+
+def test_a_request_for_a_network_is_found_by_the_hash_it_had_before_pipelines_came() -> None:
+    row = {**SAMPLE["labels"], "clipping": None}
+    deciding = {name: value for name, value in row.items() if name not in NOT_HASHED}
+    before = hashlib.sha256(json.dumps(["mdl_1", None, deciding], sort_keys=True).encode()).hexdigest()
+    request = SampleRequest.stored(row)
+
+    def hash_with(**changed: Any) -> str:
+        return _hash("mdl_1", None, request.model_copy(update=changed).model_dump(mode="json"))
+
+    assert hash_with() == before
+    changes: list[Json] = [{"prompt": "a"}, {"negative_prompt": "a"}, {"height": 8}, {"width": 8}, {"call": {"a": 1}}]
+    assert len({before, *(hash_with(**changed) for changed in changes)}) == 1 + len(changes)
