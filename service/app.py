@@ -121,7 +121,14 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, paths: l
             allow_origins=settings.cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["Content-Location", "ETag", "Location", "Retry-After", REQUEST_ID_HEADER],
+            expose_headers=[
+                "Content-Location",
+                "ETag",
+                "Location",
+                "Retry-After",
+                "TimeTuner-Not-Carried",
+                REQUEST_ID_HEADER,
+            ],
         )
     app.add_middleware(RequestIdMiddleware)
     app.add_middleware(ErrorPageMiddleware)

@@ -173,7 +173,8 @@ class Schedule(BaseModel):
 
         Whether it is private there is for the one who imports it to say.
         """
-        kept: ScheduleImport = self.model_dump(mode="json", include=set(ScheduleImport.__annotations__) - {"private"})  # type: ignore[assignment]
+        theirs = {"private", "override", "model_content_hash"}
+        kept: ScheduleImport = self.model_dump(mode="json", include=set(ScheduleImport.__annotations__) - theirs)  # type: ignore[assignment]
         return kept
 
     def _repr_html_(self) -> str:
@@ -181,6 +182,20 @@ class Schedule(BaseModel):
 
     def _repr_png_(self) -> bytes | None:
         return display.schedule_png(self) if display.can_draw() else None
+
+
+@dataclass(frozen=True)
+class ScheduleExport:
+    """A schedule as a file for another program.
+
+    Attributes:
+        not_carried: what the file cannot carry, one sentence for each.
+    """
+
+    content: bytes
+    file_name: str
+    media_type: str
+    not_carried: list[str]
 
 
 class Resolution(BaseModel):
