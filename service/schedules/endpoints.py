@@ -18,7 +18,7 @@ from service.http.errors import (
     UnsupportedMediaTypeError,
     error_responses,
 )
-from service.http.fields import PathId, require_json
+from service.http.fields import JSON_TYPE, PathId, require_json
 from service.models.logic import get_model
 from service.registry.tables import Schedule
 from service.request_checks import check_setting, get_requested_model
@@ -41,6 +41,11 @@ from service.state import WRITES, State
 from timetuner_core.exports.formats import FORMATS
 
 router = APIRouter(tags=["schedules"])
+
+FILES = {
+    name: {"schema": {"type": "object"} if name == JSON_TYPE else {"type": "string", "format": "binary"}}
+    for name in dict.fromkeys(each.media_type.partition(";")[0] for each in FORMATS.values())
+}
 
 AliasName = Annotated[str, Path(pattern=ALIAS, description="Such as `production`.")]
 
@@ -107,10 +112,7 @@ def get_schedule(caller: AnyCaller, schedule_id: PathId, state: State) -> Schedu
     responses={
         200: {
             "description": "A file. `TimeTuner-Not-Carried` is a JSON list of what it cannot carry.",
-            "content": {
-                media_type: {"schema": {"type": "string", "format": "binary"}}
-                for media_type in dict.fromkeys(each.media_type.partition(";")[0] for each in FORMATS.values())
-            },
+            "content": FILES,
         },
         **error_responses(NotFoundError, InvalidError, NotInstalledError, UnavailableError),
     },

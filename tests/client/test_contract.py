@@ -34,6 +34,7 @@ CALLS: list[Call[Any]] = [
     calls.import_schedule({**SETTING, "timesteps": [1, 0], "t_ratios": [1]}),
     calls.resolve_schedule(SETTING),
     calls.get_schedule("i"),
+    calls.export_schedule("i", "json", True),
     calls.delete_schedule("i"),
     calls.list_aliases("i"),
     calls.set_alias("i", "i", "i"),

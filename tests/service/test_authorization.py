@@ -68,6 +68,7 @@ RULES: dict[str, frozenset[str] | None] = {
     "delete_model": frozenset({"models:write"}),
     "list_schedules": READING,
     "get_schedule": READING,
+    "export_schedule": READING,
     "resolve_schedule": READING,
     "import_schedule": frozenset({"models:write"}),
     "delete_schedule": frozenset({"models:write"}),

@@ -170,6 +170,7 @@ CONTRACT = {
     "/v1/schedules": {"get", "post"},
     "/v1/schedules/resolve": {"get"},
     "/v1/schedules/{schedule_id}": {"get", "delete"},
+    "/v1/schedules/{schedule_id}/export": {"get"},
     "/v1/samples": {"get", "post"},
     "/v1/samples/{job_id}": {"get"},
     "/v1/samples/{job_id}/content": {"get"},
