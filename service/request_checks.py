@@ -1,8 +1,9 @@
 """Checks that tuning and sampling requests share: the model, the setting, the queue and the webhook they name."""
 
 import ipaddress
+from decimal import Decimal
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from sqlalchemy.orm import Session
@@ -14,10 +15,35 @@ from service.registry.jobs import count_queued
 from service.registry.models import why_not_ready
 from service.registry.tables import Model, TuningJob
 from service.shared.addresses import is_allowed
-from service.shared.job_requests import ALWAYS, SamplingSetting, Timesteps
+from service.shared.job_requests import ALWAYS, NOT_GIVEN, OWN_SAMPLER, SamplingSetting, Timesteps
+from service.shared.pipeline_calls import (
+    DEFAULT_NUM_STEPS,
+    ArgumentError,
+    check_arguments,
+    image_sizes,
+    is_pipeline,
+)
 from service.shared.sampler_facts import sampler_facts
 from service.shared.settings import Settings
 from timetuner_core.clipping import CLIP_RULES, Clipping
+
+# Fields that networks have, with the only value that pipelines take. Their own guidance and noise are in `call`.
+OF_NETWORKS = {
+    "guidance_type": "uncond",
+    **{name: value for name, value in ALWAYS.items() if name != "guidance_scale"},
+    "eta": 0,
+    "clipping": None,
+}
+Setting = TypeVar("Setting", bound=SamplingSetting)
+# Fields that only pipelines have, with the value that stands for none.
+OF_PIPELINES: dict[str, Any] = {
+    "prompt": None,
+    "prompts": None,
+    "negative_prompt": None,
+    "height": None,
+    "width": None,
+    "call": {},
+}
 
 
 def get_requested_model(session: Session, caller: Caller, model_id: str, where: str = "body") -> Model:
@@ -34,6 +60,32 @@ def get_requested_model(session: Session, caller: Caller, model_id: str, where: 
             accepted = f"an id; that of the newest model of this name is {named!r}"
         raise InvalidError(f"no model {model_id!r}; accepted: {accepted}", (where, "model"), model_id)
     return model
+
+
+def settled(spec: dict[str, Any], setting: Setting, default_sampler: str, where: str = "body") -> Setting:
+    """A setting that the model supports, as it is stored and looked up: a pipeline's own defaults are filled in.
+
+    Args:
+        default_sampler: a pipeline's, where the request leaves it out.
+
+    Raises:
+        InvalidError.
+    """
+    if is_pipeline(spec):
+        return _settled_for_pipeline(spec, setting, default_sampler, where)
+    for name, none in OF_PIPELINES.items():
+        if getattr(setting, name, none) != none:
+            message = f"{name} is given, and this model is a network; accepted: {name} for pipelines"
+            raise InvalidError(message, (where, name))
+    if setting.num_steps == NOT_GIVEN:
+        raise InvalidError(
+            "num_steps is missing; accepted: a number, for a model that is a network", (where, "num_steps")
+        )
+    if setting.sampler == OWN_SAMPLER:
+        message = f"sampler is {OWN_SAMPLER!r}; accepted: {OWN_SAMPLER!r} for pipelines, for networks another"
+        raise InvalidError(message, (where, "sampler"), OWN_SAMPLER)
+    check_setting(spec, setting, where)
+    return setting
 
 
 def check_setting(spec: dict[str, Any], setting: SamplingSetting, where: str = "body") -> None:
@@ -65,6 +117,79 @@ def check_setting(spec: dict[str, Any], setting: SamplingSetting, where: str = "
             refuse("clipping", f"without {' and '.join(ignored)}, which the sampler {setting.sampler!r} ignores")
     if setting.eta != 0 and not sampler_facts(setting.sampler).takes_eta:
         refuse("eta", f"0 for the sampler {setting.sampler!r}")
+
+
+def _settled_for_pipeline(spec: dict[str, Any], setting: Setting, default_sampler: str, where: str) -> Setting:
+    given, takes = setting.model_fields_set, spec["call"]
+    for name, only in OF_NETWORKS.items():
+        if (value := getattr(setting, name)) != only:
+            message = f"{name} is {value}; accepted for a pipeline: {'null' if only is None else only}"
+            raise InvalidError(message, (where, name), setting.model_dump(mode="json")[name])
+    found: dict[str, Any] = {}
+    if setting.num_steps == NOT_GIVEN:
+        found["num_steps"] = spec.get("default_num_steps") or DEFAULT_NUM_STEPS
+    if "sampler" not in given:
+        found["sampler"] = default_sampler
+    if "guidance_scale" not in takes:
+        if setting.guidance_scale != 1:
+            message = f"guidance_scale is {setting.guidance_scale}, and this pipeline takes none; accepted: 1"
+            raise InvalidError(message, (where, "guidance_scale"), float(setting.guidance_scale))
+    elif "guidance_scale" not in given and (default := takes["guidance_scale"].get("default")) is not None:
+        found["guidance_scale"] = Decimal(str(default))
+    try:
+        found["call"] = check_arguments(spec, setting.call)
+    except ArgumentError as error:
+        raise InvalidError(str(error), (where, "call", error.name), error.value) from None
+    found |= _sizes(spec, setting, found["call"], where)
+    _check_texts(spec, setting, where)
+    complete = setting.model_copy(update=found)
+    limit = spec["num_train_timesteps"]
+    if limit is not None and complete.num_steps > limit:
+        message = f"num_steps is {complete.num_steps}; accepted: 1 to {limit}, the steps this model was trained on"
+        raise InvalidError(message, (where, "num_steps"), complete.num_steps)
+    _check_pipelines_sampler(spec, complete, where)
+    return complete
+
+
+def _sizes(spec: dict[str, Any], setting: SamplingSetting, call: dict[str, Any], where: str) -> dict[str, int | None]:
+    """Height and width: those given, else those of the pipeline's defaults, unless an image may decide them."""
+    default = dict(zip(("height", "width"), spec["image_shape"][-2:], strict=True))
+    multiple = spec.get("size_multiple") or 1
+    sizes: dict[str, int | None] = {}
+    for name, usual in default.items():
+        value: int | None = getattr(setting, name)
+        if name not in spec["call"]:
+            if value is not None:
+                raise InvalidError(f"{name} is {value}; accepted: null for this pipeline", (where, name), value)
+        elif value is None:
+            sizes[name] = None if image_sizes(call) else usual
+        elif value % multiple:
+            raise InvalidError(f"{name} is {value}; accepted: a multiple of {multiple}", (where, name), value)
+    return sizes
+
+
+def _check_texts(spec: dict[str, Any], setting: SamplingSetting, where: str) -> None:
+    """Refuse prompts that the pipeline does not take, or that are missing. No message repeats one."""
+    takes_prompt = spec["call"].get("prompt")
+    for name in ("prompt", "prompts", "negative_prompt"):
+        argument = "negative_prompt" if name == "negative_prompt" else "prompt"
+        if getattr(setting, name, None) is not None and argument not in spec["call"]:
+            raise InvalidError(f"{name} is given; accepted: null, as this pipeline takes none", (where, name))
+    has_prompt = hasattr(setting, "prompt")
+    if has_prompt and takes_prompt and takes_prompt.get("required") and setting.prompt is None:  # type: ignore[attr-defined]
+        raise InvalidError("prompt is missing; accepted: a text", (where, "prompt"))
+
+
+def _check_pipelines_sampler(spec: dict[str, Any], setting: SamplingSetting, where: str) -> None:
+    """Refuse a sampler that cannot take the place of the pipeline's own scheduler. Raises: InvalidError."""
+    if setting.sampler == OWN_SAMPLER:
+        return
+    loc, start = (where, "sampler"), f"sampler is {setting.sampler!r}"
+    if (reason := spec.get("tunable")) is not None:
+        raise InvalidError(f"{start}; accepted: {OWN_SAMPLER!r} for this pipeline: {reason}", loc, setting.sampler)
+    if sampler_facts(setting.sampler).calls_per_step != 1:
+        accepted = f"{OWN_SAMPLER!r}, or one that calls the network once per step"
+        raise InvalidError(f"{start}; accepted for a pipeline: {accepted}", loc, setting.sampler)
 
 
 def check_uncond(spec: dict[str, Any], setting: SamplingSetting, accepted: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 
 from timetuner_core.catalog import NAMED_GRIDS, SamplerFacts
-from timetuner_core.tuning.solver_columns import rows_per_sample, samples_held
+from timetuner_core.tuning.solver_columns import COMPARED_PER_SAMPLE, rows_per_sample, samples_held
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,9 @@ TEACHER_CHECK_SAMPLES = 32
 TEACHER_CHECK_RUNS = 4
 # The KL divergence to a mixture is measured on at most so many samples: each needs a Jacobian.
 MAX_KL_SAMPLES = 128
+
+# Tuning a pipeline begins with the best of the uniform grid, log_snr, and the grid of the pipeline's own scheduler.
+MAX_STARTS_OF_PIPELINES = 3
 
 TuneType = Literal["sequential", "parallel"]
 Optimizer = Literal["gauss_newton", "adam"]
@@ -551,8 +554,50 @@ class GridTuner(GridSearch):
         return problem.timesteps
 
 
+@dataclass(kw_only=True)
+class PipelineTuner(Tuner):
+    """Grid, ratios and the solver's coefficients of a whole pipeline, against its own samples of many steps.
+
+    `timetuner_core.pipelines.tuning.tune_pipeline` runs it.
+    """
+
+    label = "pipeline: a whole pipeline, against its own samples of many steps"
+    population = "none"
+    matches_results = True
+    has_long_iterations = True
+
+    objective: Literal["pipeline"]
+    total_iters: int = option(4, "At most; it ends after three without improvement.", ge=1, le=1000)
+    num_samples: int = option(
+        8, "Images of the Jacobian in each iteration; candidates are compared on twice as many others.", ge=1, le=1024
+    )
+    max_batch: int = option(16, "Rows of one call of the network. A guided image mostly has two.", ge=1, le=1024)
+
+    def check(self, setting: TunedSetting) -> None:
+        raise OptionError(self, "objective", "another, for a model that is a network and no pipeline")
+
+    @property
+    def iterations(self) -> int:
+        return self.total_iters
+
+    def image_steps(self, num_steps: int, teacher_num_steps: int, num_held_out: int) -> int:
+        """Steps of single images at most, those of teacher, starts and evaluation among them."""
+        taught = (1 + COMPARED_PER_SAMPLE) * self.num_samples
+        steps = teacher_num_steps * (taught + num_held_out) + num_steps * MAX_STARTS_OF_PIPELINES * taught
+        steps += self.total_iters * self.num_samples * rows_per_sample(num_steps)
+        return steps + 3 * num_steps * num_held_out
+
+
 AnyTuner: TypeAlias = (
-    EndToEndTuner | SolverTuner | NextEpsTuner | TeacherStepTuner | AysTuner | GitsTuner | DmnTuner | GridTuner
+    EndToEndTuner
+    | SolverTuner
+    | NextEpsTuner
+    | TeacherStepTuner
+    | AysTuner
+    | GitsTuner
+    | DmnTuner
+    | GridTuner
+    | PipelineTuner
 )
 TUNERS: dict[str, type[AnyTuner]] = {
     get_args(tuner.__annotations__["objective"])[0]: tuner for tuner in get_args(AnyTuner)

@@ -12,6 +12,7 @@ from service.shared.telemetry import KINDS
 
 if TYPE_CHECKING:
     from timetuner_core.models.diffusion_model import DiffusionModel
+    from worker.pipeline_sampling import ServedPipeline
 
 ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024)
 SECOND_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -33,7 +34,7 @@ def serve(settings: Settings) -> None:
         start_http_server(settings.metrics_port, settings.metrics_host)
 
 
-def hold(models: "Iterable[DiffusionModel]") -> None:
+def hold(models: "Iterable[DiffusionModel | ServedPipeline]") -> None:
     """Note which models the worker holds from now on."""
     sizes = [model.num_bytes for model in models]
     MODELS_LOADED.set(len(sizes))

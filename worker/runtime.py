@@ -21,11 +21,13 @@ from service.registry.tables import Job, JobState, Model, TuningJob
 from service.shared.artifacts import ArtifactStore
 from service.shared.job_requests import SampleRequest
 from service.shared.logs import about
+from service.shared.pipeline_calls import is_pipeline
 from service.shared.settings import Settings
 from service.shared.signals import Bus
 from timetuner_core.models.folder_files import folder_hash
 from timetuner_core.models.loading import DiffusionModel, load_builtin, load_folder
 from timetuner_core.models.out_of_memory import is_out_of_memory
+from timetuner_core.pipelines.loading import load_pipeline
 from timetuner_core.sampling.batch_size import largest_useful_size
 from timetuner_core.sampling.generate import Guidance
 from timetuner_core.sampling.same_bits import all_sizes, sizes_without_padding, steady_sizes
@@ -33,6 +35,7 @@ from timetuner_core.tuning.problem import TuningProblem
 from worker import metrics
 from worker.conversion import guidance_of
 from worker.lease import JobCancelledError, JobRefusedError, Lease, StepWatch, WorkerStoppingError
+from worker.pipeline_sampling import ServedPipeline
 from worker.traces import tuning_ended, tuning_span
 
 logger = logging.getLogger(__name__)
@@ -58,7 +61,9 @@ class Runtime:
         self.device = pick_device(settings.device)
         self.owner = f"{socket.gethostname()}:{os.getpid()}"
         self.bus = Bus(celery, settings.broker_url)
-        self._models: OrderedDict[str, DiffusionModel] = OrderedDict()  # The model used last is the last.
+        self._models: OrderedDict[str, DiffusionModel | ServedPipeline] = (
+            OrderedDict()
+        )  # The model used last is the last.
         self._sizes: dict[Hashable, tuple[int, ...]] = {}
         self.most_rows = settings.part_size  # How many rows are sampled at once of what was sampled last.
         self.give_way: Callable[[], None] = lambda: None  # Tuning calls it to let urgent work go first.
@@ -66,12 +71,12 @@ class Runtime:
         self.stopping = stopping or threading.Event()  # Once it is set, jobs are handed back.
         gc.freeze()  # Objects loaded by now stay, so collections need not go through them.
 
-    def load_model(self, model_id: str) -> DiffusionModel:
+    def load(self, model_id: str) -> DiffusionModel | ServedPipeline:
         """The model on this worker's device. The models used last stay loaded, up to `max_model_bytes` together."""
         if model_id not in self._models:
             self._problem = None  # It holds a reference to its model, which could not be freed.
             with metrics.LOAD.time():
-                model = self._load(model_id).watched(metrics.NETWORK_EVALUATIONS.labels(model_id).inc)
+                model = self._load(model_id)
             kept = sum(model.num_bytes for model in self._models.values())
             while self._models and kept + model.num_bytes > self.settings.max_model_bytes:
                 _, dropped = self._models.popitem(last=False)
@@ -80,6 +85,13 @@ class Runtime:
             metrics.hold(self._models.values())
         self._models.move_to_end(model_id)
         return self._models[model_id]
+
+    def load_model(self, model_id: str) -> DiffusionModel:
+        """As `load`, for a network. Raises: TypeError, for a pipeline."""
+        model = self.load(model_id)
+        if not isinstance(model, DiffusionModel):
+            raise TypeError(f"model {model_id} is a pipeline; accepted: a network")
+        return model
 
     def models_held(self) -> list[str]:
         """The ids of the models that are loaded."""
@@ -103,8 +115,8 @@ class Runtime:
                 logger.warning("model %s is left out: a worker ended while it loaded it, or is loading it", model_id)
                 continue
             try:
-                self.load_model(model_id)
-                self.batch_sizes(model_id, guidance_of(SampleRequest.stored(request)), None)
+                if isinstance(self.load(model_id), DiffusionModel):
+                    self.batch_sizes(model_id, guidance_of(SampleRequest.stored(request)), None)
             except Exception:  # A request for the model fails with the same error.
                 logger.exception("model %s could not be loaded", model_id)
             self.bus.unmark_warming(place)
@@ -232,12 +244,16 @@ class Runtime:
         """A watch over the steps of jobs that begin now."""
         return StepWatch(self.settings.step_seconds, self.settings.max_step_seconds)
 
-    def _load(self, model_id: str) -> DiffusionModel:
+    def _load(self, model_id: str) -> DiffusionModel | ServedPipeline:
         with self.registry.read() as session:
             row = session.get_one(Model, model_id)
         if row.deleted_at is not None:
             raise DeletedModelError(f"model {row.name!r} ({row.id}) was deleted; accepted: a job on another model")
         settings, source = self.settings, row.source
+        if is_pipeline(row.spec):
+            precision: torch.dtype = getattr(torch, row.spec["dtype"])
+            pipeline = load_pipeline(self.pipeline_folder(row), self.device, precision)
+            return ServedPipeline.of(pipeline, row.spec, settings)
         dtype: torch.dtype = getattr(torch, settings.dtype)
         options: Any = {"dtype": dtype, "channels_last": settings.channels_last, "compile": settings.compile}
         if "builtin" in source:
@@ -245,7 +261,12 @@ class Runtime:
         else:
             model = load_folder(self._checked_folder(row), self.device, **options)
         t_start: float | None = row.spec.get("t_start")
-        return model if t_start is None else model.starting_at(t_start)
+        starting = model if t_start is None else model.starting_at(t_start)
+        return starting.watched(metrics.NETWORK_EVALUATIONS.labels(model_id).inc)
+
+    def pipeline_folder(self, model: Model) -> Path:
+        """The folder of a pipeline's files. Raises: ChangedModelError, if they are not those that were registered."""
+        return self._checked_folder(model)
 
     def _checked_folder(self, model: Model) -> Path:
         """The folder of an uploaded model's files. Raises: ChangedModelError, if they are not those that came."""

@@ -3,12 +3,10 @@
 import base64
 import logging
 import time
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from datetime import datetime
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,11 +21,10 @@ from service.registry.tables import JobState, Schedule
 from service.registry.types import utc_now
 from service.shared.image_formats import to_preview
 from service.shared.job_requests import SampleRequest
-from timetuner_core.sampling.rolling_batch import Advance, RollingBatch, Row
 from worker import metrics
-from worker.conversion import guidance_of, rows_of
+from worker.cohorts import Advance, Cohort, cohort_for
 from worker.joining import join_all
-from worker.lease import SampleLeases
+from worker.lease import JobRefusedError, SampleLeases
 from worker.runtime import Runtime
 from worker.traces import trace_samples
 
@@ -39,37 +36,6 @@ IDLE_SECONDS = 0.2  # A worker waits this long for new jobs before it stops: cli
 # together, so a full batch claims jobs and stores results every few steps and not at every step.
 MIN_FREE_SHARE = 1 / 4
 MAX_STEPS_BETWEEN_CLAIMS = 3
-
-
-@dataclass
-class Cohort:
-    """A rolling batch, and the jobs whose rows are in it, by their ids.
-
-    Attributes:
-        most: how many rows this worker samples at once with this model.
-        followed: requests of those jobs whose steps are published, as somebody may follow them.
-        is_warm: whether it has made a step. The first one may compile the network.
-    """
-
-    key: Hashable
-    model_id: str
-    batch: RollingBatch
-    most: int
-    claims: dict[str, SampleClaim] = field(default_factory=dict)
-    followed: dict[str, SampleRequest] = field(default_factory=dict)
-    is_warm: bool = False
-
-    def add(self, claim: SampleClaim, request: SampleRequest, rows: list[Row]) -> None:
-        self.batch.add(rows)
-        self.claims[claim.job_id] = claim
-        # The steps of a job of low priority can be followed: the request that made it does not wait for its end.
-        if request.previews or claim.job.priority:
-            self.followed[claim.job_id] = request
-
-    def pop(self, job_id: str) -> SampleClaim | None:
-        """Take a job out. Its rows stay in the batch."""
-        self.followed.pop(job_id, None)
-        return self.claims.pop(job_id, None)
 
 
 class SampleServer:
@@ -113,7 +79,7 @@ class SampleServer:
             finally:
                 self._wait_for_results(0)
                 # Unfinished jobs are dropped after an error. Their leases expire, and another worker runs them.
-                self._cohorts = []
+                self._drop(*self._cohorts)
 
     def _serve_until_idle(self, leases: SampleLeases) -> bool:
         """Whether jobs may have come after the subscription ended."""
@@ -188,6 +154,8 @@ class SampleServer:
             try:
                 with leases.watch.slow():
                     self._join(claim, found.get(claim.job.schedule_id or ""))
+            except JobRefusedError as refusal:
+                self._fail([claim], refusal, leases)
             except Exception as error:
                 if is_away(error):  # The lease expires, and the job is claimed again.
                     leases.drop([claim.job_id])
@@ -207,35 +175,12 @@ class SampleServer:
     def _join(self, claim: SampleClaim, schedule: Schedule | None) -> None:
         """Put a job's rows into a batch that they fit into, or into a new one."""
         request = SampleRequest.stored(claim.job.request)
-        model = self._runtime.load_model(claim.job.model_id).clipped_as(request.clipping)
-        rows = rows_of(claim.job, request, model, schedule)
-        guidance = guidance_of(request)
-        shapes = [None if c is None else tuple(c.shape) for c in (rows[0].condition, rows[0].uncond_condition)]
-        sizes_of = (claim.job.model_id, guidance, shapes[0])
-        eta = float(request.eta)
-        key: list[Any] = [claim.job.model_id, request.sampler, eta, guidance.type, guidance.guides]
-        key += [guidance.rescale, guidance.interval, request.clipping, *shapes]
-        is_learned = rows[0].solver_table is not None
-        key.append(is_learned)
-        sizes = self._runtime.batch_sizes(*sizes_of)
-        batch = RollingBatch(
-            model,
-            request.sampler,
-            guidance,
-            eta,
-            sizes,
-            self._runtime.device,
-            max(sizes[-1], self._most, len(rows)),  # More rows than the largest size take several calls a step.
-            partial(self._runtime.keep_batch_sizes, *sizes_of),
-            is_learned,
-        )
-        if not batch.mixes_steps:
-            key.append(tuple(rows[0].timesteps.tolist()))
+        made, rows = cohort_for(self._runtime, claim, request, schedule, self._most)
         for cohort in self._cohorts:
-            if cohort.key == tuple(key) and cohort.batch.room >= len(rows):
+            if cohort.key == made.key and cohort.batch.room >= len(rows):
                 break
         else:
-            cohort = Cohort(tuple(key), claim.job.model_id, batch, self._runtime.most_rows)
+            cohort = made
             self._cohorts.append(cohort)
         cohort.add(claim, request, rows)
 
@@ -256,10 +201,16 @@ class SampleServer:
             except Exception as error:
                 logger.exception("a batch of %d failed", len(cohort.claims), extra=_ids(cohort.claims.values()))
                 self._fail(cohort.claims.values(), error, leases)
-                self._cohorts.remove(cohort)
+                self._drop(cohort)
                 continue
             if not (cohort.batch.rows and cohort.claims):
-                self._cohorts.remove(cohort)
+                self._drop(cohort)
+
+    def _drop(self, *cohorts: Cohort) -> None:
+        """End what is left of cohorts."""
+        for cohort in cohorts:
+            self._cohorts.remove(cohort)
+            cohort.batch.close()
 
     def _fail_rows(self, cohort: Cohort, advance: Advance, leases: SampleLeases) -> None:
         """End the jobs of which a row failed, though it was tried alone. No other job of the batch is concerned."""
@@ -277,7 +228,7 @@ class SampleServer:
             for cohort in self._cohorts:
                 if cohort.pop(claim.job_id):
                     cohort.batch.discard(claim.job_id)
-        self._cohorts = [cohort for cohort in self._cohorts if cohort.claims]
+        self._drop(*[cohort for cohort in self._cohorts if not cohort.claims])
         self._submit([(claim, ended(claim.job, JobState.CANCELLED)) for claim in cancelled], [], None)
 
     def _report(self, cohort: Cohort, advance: Advance) -> None:
@@ -292,7 +243,7 @@ class SampleServer:
             if request is None:
                 continue
             shown = cohort.claims[job_id].job.parent_id or job_id
-            steps[shown] = [travelling.step, travelling.row.num_steps]
+            steps[shown] = [travelling.step, travelling.num_steps]
             if request.previews:
                 previews.setdefault(shown, []).append(k)
         if steps:
@@ -322,7 +273,8 @@ class SampleServer:
         for owner in owners:
             claim = cohort.claims[owner]
             cohort.pop(owner)
-            ends.append((claim, ended(claim.job, JobState.SUCCEEDED, artifact, first)))
+            flagged = _flagged(advance, owner)
+            ends.append((claim, ended(claim.job, JobState.SUCCEEDED, artifact, first, flagged=flagged)))
             first += claim.job.num_images
         metrics.IMAGES.labels(cohort.model_id).inc(first)
         self._submit(ends, images[kept], leases)
@@ -343,7 +295,7 @@ class SampleServer:
     def _hand_back(self, leases: SampleLeases) -> None:
         """Hand unfinished jobs back, so that other workers run them."""
         claims = [claim for cohort in self._cohorts for claim in cohort.claims.values()]
-        self._cohorts = []
+        self._drop(*self._cohorts)
         leases.drop(claim.job_id for claim in claims)
         with self._runtime.registry.write() as session:
             hand_back_samples(session, claims)
@@ -351,7 +303,7 @@ class SampleServer:
         logger.info("handed back %d jobs", len(claims))
 
     def _fail(self, claims: Iterable[SampleClaim], error: Exception, leases: SampleLeases) -> None:
-        message = f"{type(error).__name__}: {error}"
+        message = str(error) if isinstance(error, JobRefusedError) else f"{type(error).__name__}: {error}"
         self._submit([(claim, ended(claim.job, JobState.FAILED, error=message)) for claim in claims], [], leases)
 
     def _submit(
@@ -411,6 +363,14 @@ class SampleServer:
         """Wait until at most so many batches of results are being stored."""
         while len(self._writing) > at_most:
             self._writing.pop(0).result()
+
+
+def _flagged(advance: Advance, owner: str) -> list[int] | None:
+    """Which of a job's images a safety checker held back; None without a checker."""
+    if not advance.flagged:
+        return None
+    own = [flag for row, flag in zip(advance.done, advance.flagged, strict=True) if row.owner == owner]
+    return [number for number, flag in enumerate(own) if flag]
 
 
 def _ids(claims: Iterable[SampleClaim]) -> dict[str, list[str | None]]:

@@ -53,6 +53,7 @@ class Ended:
 
     Attributes:
         num_images: images that no worker needs to make any more.
+        flagged: the numbers of images that a safety checker held back; None without one.
     """
 
     job_id: str
@@ -62,13 +63,20 @@ class Ended:
     error: str | None = None
     parent_id: str | None = None
     num_images: int = 0
+    flagged: list[int] | None = None
 
 
 def ended(
-    job: SampleJob, state: JobState, artifact: str | None = None, row: int = 0, error: str | None = None
+    job: SampleJob,
+    state: JobState,
+    artifact: str | None = None,
+    row: int = 0,
+    error: str | None = None,
+    flagged: list[int] | None = None,
 ) -> Ended:
     """The end of a job. The images of a request that was split are counted with its parts."""
-    return Ended(job.id, state, artifact, row, error, job.parent_id, 0 if job.num_parts else job.num_images)
+    num_images = 0 if job.num_parts else job.num_images
+    return Ended(job.id, state, artifact, row, error, job.parent_id, num_images, flagged)
 
 
 _ROWS: Table = SampleJob.__table__  # type: ignore[assignment]
@@ -266,6 +274,7 @@ _END = (
         lease_expires_at=None,
         artifact=bindparam("new_artifact"),
         artifact_row=bindparam("new_row"),
+        flagged=bindparam("new_flagged", type_=_ROWS.c.flagged.type),
     )
 )
 
@@ -286,7 +295,11 @@ def _end_values(claim: SampleClaim, ended: Ended) -> dict[str, object]:
     error = ended.error[:2000] if ended.error else None
     values: dict[str, object] = {"job_id": claim.job_id, "token": claim.fencing_token, "now": utc_now()}
     values |= {"new_state": ended.state, "new_progress": float(ended.state == JobState.SUCCEEDED), "new_error": error}
-    return values | {"new_artifact": ended.artifact, "new_row": ended.artifact_row}
+    return values | {
+        "new_artifact": ended.artifact,
+        "new_row": ended.artifact_row,
+        "new_flagged": ended.flagged,
+    }
 
 
 def join_parts(session: Session, parent_id: str, join: Callable[[list[tuple[str, int, int]]], str]) -> Ended | None:
@@ -305,6 +318,8 @@ def join_parts(session: Session, parent_id: str, join: Callable[[list[tuple[str,
         finish(session, parent, JobState.FAILED, failed.error)
     elif succeeded == len(parts):
         parent.artifact = join([(part.artifact or "", part.artifact_row, part.num_images) for part in parts])
+        if any(part.flagged is not None for part in parts):
+            parent.flagged = [part.first_image + k for part in parts for k in part.flagged or []]
         finish(session, parent, JobState.SUCCEEDED)
     elif all(part.state in FINAL_STATES for part in parts):
         finish(session, parent, JobState.CANCELLED)
@@ -312,7 +327,7 @@ def join_parts(session: Session, parent_id: str, join: Callable[[list[tuple[str,
         parent.state, parent.progress = JobState.RUNNING, succeeded / len(parts)
         parent.started_at = parent.started_at or utc_now()
         return None
-    return ended(parent, parent.state, parent.artifact, error=parent.error)
+    return ended(parent, parent.state, parent.artifact, error=parent.error, flagged=parent.flagged)
 
 
 def fail_parent(session: Session, parent_id: str, error: str) -> Ended | None:
@@ -332,7 +347,7 @@ def sample_again(session: Session, job_id: str, artifact: str) -> SampleJob:
     job = session.get_one(SampleJob, job_id, with_for_update=True, populate_existing=True)
     if job.state == JobState.SUCCEEDED and job.artifact == artifact:
         job.state, job.progress, job.losses = JobState.QUEUED, 0.0, 0
-        job.artifact, job.artifact_row, job.num_parts = None, 0, 0
+        job.artifact, job.artifact_row, job.num_parts, job.flagged = None, 0, 0, None
         job.started_at = job.finished_at = job.deadline_at = None
         job.cancel_requested = False
     return job

@@ -161,6 +161,7 @@ class TuningJob(Job):
     tuning_seconds: Mapped[float] = mapped_column(default=0.0)  # The sum over all attempts and workers.
     timesteps: Mapped[list[float] | None] = mapped_column(JSON)  # The grid so far: tuners may move it.
     solver_table: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # The learned solver so far.
+    pipeline_state: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # See `PipelineState`.
 
     steps: Mapped[list["TuningJobStep"]] = relationship(order_by="TuningJobStep.step_index")
     schedule: Mapped["Schedule | None"] = relationship(back_populates="job")
@@ -235,6 +236,7 @@ class OfSetting:
         "guidance_end",
         "eta",
         "clipping",
+        "call_key",
     )
 
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"))
@@ -249,6 +251,8 @@ class OfSetting:
     guidance_end: Mapped[Decimal] = mapped_column(default=Decimal(1000))
     eta: Mapped[Decimal]
     clipping: Mapped[str] = mapped_column(default="own", server_default="own")  # "own": as the model's scheduler does.
+    # The arguments of a pipeline's call that change latents, as `service.shared.pipeline_calls` digests them.
+    call_key: Mapped[str] = mapped_column(default="", server_default="")
 
 
 class Schedule(OfSetting, CanBePrivate, Base):
@@ -275,6 +279,7 @@ class Schedule(OfSetting, CanBePrivate, Base):
     timesteps: Mapped[list[float]]
     t_ratios: Mapped[list[float]]
     solver_table: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # Null: the sampler's own.
+    call: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # The arguments behind `call_key`.
     provenance: Mapped[dict[str, Any]]  # {tuner: {objective, ...}, seed, timetuner}
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
@@ -353,6 +358,7 @@ class SampleJob(Job):
         artifact: a .npy file, which may hold images of other jobs, too.
         artifact_row: the row of the job's first image in the file.
         traceparent: the W3C trace context of the request.
+        flagged: the numbers of the images that a pipeline's safety checker held back; null if it has none.
     """
 
     __tablename__ = "sample_jobs"
@@ -377,6 +383,7 @@ class SampleJob(Job):
     traceparent: Mapped[str | None]
     artifact: Mapped[str | None] = mapped_column(index=True)
     artifact_row: Mapped[int] = mapped_column(default=0)
+    flagged: Mapped[list[int] | None] = mapped_column(JSON(none_as_null=True))
 
 
 class ModelRegistration(CanBePrivate, Job):

@@ -10,7 +10,7 @@ from service.registry.samples import changes
 from service.registry.tables import Model, Schedule
 from service.request_checks import get_requested_model
 from service.schedules.logic import find_for_sampling, resolve
-from service.shared.job_requests import OWN_CLIPPING, SampleRequest
+from service.shared.job_requests import OWN_CLIPPING, OWN_SAMPLER, SampleRequest
 
 MAX_CACHED_SCHEDULES = 10_000  # The cache of resolved schedules is emptied when it reaches this size.
 
@@ -65,8 +65,10 @@ def _schedule(session: Session, caller: Caller, request: SampleRequest) -> Sched
     if request.schedule == "auto":
         return resolve(session, caller, request)[0]
     schedule = find_for_sampling(session, caller, request.model, request.schedule)
-    # A schedule may be used with another guidance than it was tuned for, but not with another sampler or step number.
-    if (schedule.sampler, schedule.num_steps) != (request.sampler, request.num_steps):
+    # A schedule may be used with another guidance than it was tuned for, and at other sizes, but not with another
+    # sampler or step number.
+    is_of_sampler = request.sampler in (schedule.sampler, OWN_SAMPLER)
+    if not is_of_sampler or schedule.num_steps != request.num_steps:
         message = f"schedule {schedule.id!r} is for {schedule.num_steps} steps of {schedule.sampler}"
         raise InvalidError(f"{message}; accepted: num_steps of {schedule.num_steps}", ("body", "num_steps"))
     clipping = None if schedule.clipping == OWN_CLIPPING else schedule.clipping

@@ -6,10 +6,43 @@ import numpy as np
 
 from service.http.errors import InvalidError, TooLargeError
 from service.registry.tables import Model
+from service.request_checks import check_timesteps
 from service.shared.arrays import decode_array
-from service.shared.job_requests import SampleRequest
+from service.shared.job_requests import OWN_SAMPLER, SampleRequest
+from service.shared.pipeline_calls import is_pipeline, output_shape
 from service.shared.sampler_facts import sampler_facts
 from service.shared.settings import Settings
+
+
+def shape_of(request: SampleRequest, model: Model) -> list[int]:
+    """The shape of one sample of a request."""
+    if not is_pipeline(model.spec):
+        shape: list[int] = model.spec["image_shape"]
+        return shape
+    return output_shape(model.spec, request.height, request.width, request.call)
+
+
+def check_grid(request: SampleRequest, model: Model) -> None:
+    """Refuse a grid that does not fit, or that nothing would follow. Raises: InvalidError."""
+    if request.sampler == OWN_SAMPLER and request.timesteps != "default":
+        message = f"timesteps is given, and the sampler {OWN_SAMPLER!r} has its own; accepted: 'default', or a sampler"
+        raise InvalidError(message, ("body", "timesteps"))
+    check_timesteps(request.timesteps, request.num_steps, model.spec["T"])
+
+
+def check_fields_of_networks(request: SampleRequest, model: Model) -> None:
+    """Refuse what only networks have. A pipeline's labels are in its call, and only it can decode its latents.
+
+    Raises:
+        InvalidError.
+    """
+    if not is_pipeline(model.spec):
+        return
+    for name in ("class_labels", "condition", "uncond_condition"):
+        if getattr(request, name) is not None:
+            raise InvalidError(f"{name} is given; accepted for a pipeline: null, and arguments in call", ("body", name))
+    if request.previews:
+        raise InvalidError("previews is True; accepted for a pipeline: false", ("body", "previews"), True)
 
 
 def check_size(request: SampleRequest, model: Model, settings: Settings) -> None:
@@ -24,7 +57,10 @@ def check_size(request: SampleRequest, model: Model, settings: Settings) -> None
 
 def sampling_cost(request: SampleRequest, model: Model) -> int:
     """Values x steps x images x network calls."""
-    pixels: int = max(math.prod(model.spec["sample_shape"]), math.prod(model.spec["image_shape"]))
+    pixels: int = math.prod(shape_of(request, model))
+    if is_pipeline(model.spec):  # Its guidance is its own business.
+        return pixels * request.num_steps * request.num_images
+    pixels = max(math.prod(model.spec["sample_shape"]), pixels)
     calls = sampler_facts(request.sampler).calls_per_step * (2 if request.guidance_type == "classifier-free" else 1)
     return pixels * request.num_steps * request.num_images * calls
 

@@ -222,6 +222,8 @@ def _content(
         "Vary": "Accept",
         "ETag": etag,
     }
+    if end.flagged is not None:
+        headers["TimeTuner-Flagged"] = ", ".join(map(str, end.flagged)) or "none"
     if if_none_match is not None and (if_none_match.strip() == "*" or etag in if_none_match):
         return Response(status_code=304, headers=headers)
     try:

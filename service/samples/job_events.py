@@ -63,9 +63,9 @@ class JobEvents:
         for job_id, (step, num_steps) in event.get("steps", {}).items():
             preview = event["previews"].get(job_id)
             self._send(job_id, {"step": step, "num_steps": num_steps, "preview": preview})
-        ended = event.get("ended", ())
+        ended, flagged = event.get("ended", ()), event.get("flagged", {})
         for job_id, state, artifact, row, error, _ in ended:
-            self._send(job_id, Ended(job_id, JobState(state), artifact, row, error))
+            self._send(job_id, Ended(job_id, JobState(state), artifact, row, error, flagged=flagged.get(job_id)))
         if ended:
             self._on_end(sum(num_images for *_, num_images in ended), len(ended))
 

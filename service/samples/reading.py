@@ -47,7 +47,7 @@ def newest(
 
 
 def end_of(job: SampleJob) -> Ended:
-    return ended(job, job.state, job.artifact, job.artifact_row, job.error)
+    return ended(job, job.state, job.artifact, job.artifact_row, job.error, job.flagged)
 
 
 def read_job(state: AppState, caller: Caller, job_id: str) -> SampleJob:

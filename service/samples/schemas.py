@@ -20,6 +20,11 @@ class SampleJobOut(BaseModel):
     error: Fault
     request_id: RequestId | None = Field(description="The id of the HTTP request that made the job: see X-Request-Id.")
     schedule: ScheduleId | None = Field(validation_alias="schedule_id", description="The schedule used; null: untuned.")
+    flagged: list[int] | None = Field(
+        None,
+        examples=[None],
+        description="The numbers of the images that the pipeline's safety checker held back; null without a checker.",
+    )
     request: Annotated[SampleRequest, BeforeValidator(SampleRequest.stored)]
     created_at: Time
     started_at: Time | None

@@ -19,12 +19,20 @@ from service.registry.keys import charge
 from service.registry.samples import add_samples
 from service.registry.tables import JobState, SampleJob, Webhook
 from service.registry.types import utc_now
-from service.request_checks import check_setting, check_timesteps, check_uncond, check_webhook
+from service.request_checks import OF_PIPELINES, check_uncond, check_webhook, settled
 from service.samples.catalog import Catalog
-from service.samples.checks import check_class_labels, check_conditions, check_size, sampling_cost
+from service.samples.checks import (
+    check_class_labels,
+    check_conditions,
+    check_fields_of_networks,
+    check_grid,
+    check_size,
+    sampling_cost,
+    shape_of,
+)
 from service.samples.content import negotiate
 from service.samples.parts import split_into_parts
-from service.shared.job_requests import SampleRequest
+from service.shared.job_requests import OWN_SAMPLER, SampleRequest
 from service.shared.settings import Settings
 
 # Fields that do not affect the images. The ids of the model and the schedule enter the hash beside the request.
@@ -94,14 +102,15 @@ def _new(
 
 
 def _make_job(session: Session, settings: Settings, catalog: Catalog, submission: Submission) -> SampleJob:
-    request = submission.request
-    model = catalog.model(session, submission.caller, request.model)
+    given = submission.request
+    model = catalog.model(session, submission.caller, given.model)
+    request = settled(model.spec, given, OWN_SAMPLER)
     if submission.accept is not None:
-        negotiate(submission.accept, model.spec["image_shape"])
-    check_setting(model.spec, request)
-    check_timesteps(request.timesteps, request.num_steps, model.spec["T"])
+        negotiate(submission.accept, shape_of(request, model))
+    check_grid(request, model)
     check_size(request, model, settings)
     check_webhook(request.webhook_url, settings)
+    check_fields_of_networks(request, model)
     labels = check_class_labels(request, model)
     check_conditions(request, model)
     if request.uncond_condition is None:
@@ -127,15 +136,19 @@ def _make_job(session: Session, settings: Settings, catalog: Catalog, submission
 
 
 def _hash(model_id: str, schedule_id: str | None, request: dict[str, Any]) -> str:
-    """A hash of all that decides the images."""
-    deciding = {name: value for name, value in request.items() if name not in NOT_HASHED}
+    """A hash of all that decides the images. Requests for networks have the hashes they had before pipelines came."""
+    deciding = {
+        name: value
+        for name, value in request.items()
+        if name not in NOT_HASHED and not (name in OF_PIPELINES and value == OF_PIPELINES[name])
+    }
     text = json.dumps([model_id, schedule_id, deciding], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 # The statement is made once, because making it takes longer than running it.
 _MADE = (
-    select(SampleJob.request_hash, SampleJob.artifact, SampleJob.artifact_row)
+    select(SampleJob.request_hash, SampleJob.artifact, SampleJob.artifact_row, SampleJob.flagged)
     .where(
         SampleJob.request_hash.in_(bindparam("hashes", expanding=True)),
         SampleJob.state == JobState.SUCCEEDED,
@@ -152,7 +165,7 @@ def _reuse(session: Session, jobs: Sequence[SampleJob], keep_days: float) -> Non
     made = {row.request_hash: row for row in found}
     for job in jobs:
         if job.request_hash in made:
-            _, job.artifact, job.artifact_row = made[job.request_hash]
+            _, job.artifact, job.artifact_row, job.flagged = made[job.request_hash]
             job.state, job.progress, job.finished_at = JobState.SUCCEEDED, 1.0, utc_now()
 
 
@@ -168,10 +181,13 @@ def _charge(
             limited[key.id].append(i)
     for key_id, indices in sorted(limited.items()):
         limited_by = [submissions[i] for i in indices]
-        costs = [
-            sampling_cost(each.request, catalog.model(session, each.caller, each.request.model)) for each in limited_by
-        ]
+        costs = [_cost(session, catalog, each) for each in limited_by]
         for i, cost, left in zip(indices, costs, charge(session, key_id, costs), strict=True):
             key = submissions[i].caller.key
             if left is not None and key is not None:
                 outcomes[i] = quota_error(key, cost, left)
+
+
+def _cost(session: Session, catalog: Catalog, submission: Submission) -> int:
+    model = catalog.model(session, submission.caller, submission.request.model)
+    return sampling_cost(settled(model.spec, submission.request, OWN_SAMPLER), model)

@@ -21,7 +21,7 @@ from service.http.errors import (
 from service.http.fields import JSON_TYPE, PathId, require_json
 from service.models.logic import get_model
 from service.registry.tables import Schedule
-from service.request_checks import check_setting, get_requested_model
+from service.request_checks import get_requested_model, settled
 from service.schedules import logic
 from service.schedules.exporting import export, read_subject
 from service.schedules.schemas import (
@@ -37,6 +37,8 @@ from service.schedules.schemas import (
     ScheduleOut,
     SchedulePage,
 )
+from service.shared.job_requests import OWN_SAMPLER
+from service.shared.pipeline_calls import is_pipeline
 from service.state import WRITES, State
 from timetuner_core.exports.formats import FORMATS
 
@@ -89,8 +91,11 @@ def import_schedule(
 def resolve_schedule(caller: AnyCaller, state: State, query: ResolveParams) -> Resolution:
     """The schedule that sampling with `schedule: "auto"` would use, and why."""
     with state.registry.read() as session:
-        check_setting(get_requested_model(session, caller, query.model, where="query").spec, query, where="query")
-        schedule, reason = logic.resolve(session, caller, query)
+        spec = get_requested_model(session, caller, query.model, where="query").spec
+        setting = settled(spec, query, OWN_SAMPLER, where="query")
+        schedule, reason = logic.resolve(session, caller, setting)
+        if schedule is None and is_pipeline(spec):
+            reason += logic.mismatch(session, caller, setting)
         return Resolution(schedule=schedule and ScheduleOut.model_validate(schedule), reason=reason)
 
 

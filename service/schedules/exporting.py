@@ -72,8 +72,12 @@ async def export(state: AppState, subject: Subject, query: ExportQuery) -> Expor
 
 def _import_file(subject: Subject) -> Exported:
     """What `POST /v1/schedules` takes."""
+    schedule = subject.schedule
     names = ScheduleImport.model_fields.keys() - NOT_EXPORTED
-    content = {name: value for name, value in subject.schedule.items() if name in names}
+    content = {name: value for name, value in schedule.items() if name in names}
+    call = dict(content.pop("call", None) or {})  # Only a pipeline's schedule has arguments of a call.
+    content |= {name: call.pop(name) for name in ("height", "width") if name in call}
+    content |= {"call": call} if call else {}
     content["model_content_hash"] = subject.model["content_hash"]
     return Exported((json.dumps(content, indent=2) + "\n").encode(), ["The evaluation stays in this registry."])
 

@@ -1,7 +1,9 @@
 """Finding schedules: by id, by query, by alias, and the best one for a request."""
 
 from collections.abc import Sequence
+from decimal import Decimal
 from functools import cache
+from typing import Any
 
 from sqlalchemy import Select, and_, bindparam, case, exists, func, literal, select, true
 from sqlalchemy.exc import IntegrityError
@@ -14,9 +16,10 @@ from service.models.logic import get_model
 from service.registry.database import Registry
 from service.registry.schedules import next_version
 from service.registry.tables import SampleJob, Schedule, ScheduleAlias, ScheduleStatus
-from service.request_checks import check_setting, check_timesteps, get_requested_model
+from service.request_checks import check_timesteps, get_requested_model, settled
 from service.schedules.schemas import ScheduleImport, ScheduleQuery
-from service.shared.job_requests import SamplingSetting
+from service.shared.job_requests import OWN_SAMPLER, SamplingSetting
+from service.shared.pipeline_calls import deciding_arguments
 from service.shared.sampler_facts import sampler_facts
 
 MAX_SCANNED = 10_000  # One page of a list looks at no more schedules than that.
@@ -74,8 +77,10 @@ def resolve(session: Session, caller: Caller, setting: SamplingSetting) -> tuple
 
     It is one of the public schedules and of those that are private to the caller's own key, for admins, too.
     """
+    of_any_sampler = setting.sampler == OWN_SAMPLER
     found = [
-        session.execute(_best(), setting.key() | {"private_to": private_to}).one() for private_to in realms(caller)
+        session.execute(_best(of_any_sampler), setting.key() | {"private_to": private_to}).one()
+        for private_to in realms(caller)
     ]
     accepted = [schedule for schedule, _ in found if schedule is not None]
     num_rejected = sum(count for _, count in found)
@@ -87,8 +92,38 @@ def resolve(session: Session, caller: Caller, setting: SamplingSetting) -> tuple
     return None, f"untuned: no accepted schedule for this setting ({counted} rejected)"
 
 
+def mismatch(session: Session, caller: Caller, setting: SamplingSetting) -> str:
+    """What does not match of the accepted schedule that is nearest to a pipeline's setting; empty if there is none."""
+    query = select(Schedule).where(Schedule.model_id == setting.model, Schedule.status == ScheduleStatus.ACCEPTED)
+    newest_first = query.where(is_visible(caller, Schedule)).order_by(Schedule.id.desc()).limit(MAX_COUNTED)
+    wanted = _matched(setting.key(), deciding_arguments(setting.height, setting.width, setting.call))
+    if setting.sampler == OWN_SAMPLER:
+        del wanted["sampler"]
+    nearest: tuple[str, list[str]] | None = None
+    for schedule in session.scalars(newest_first):
+        tuned = _matched({name: getattr(schedule, name) for name in Schedule.KEY}, schedule.call or {})
+        names = [name for name in {**wanted, **tuned} if name in wanted or name not in Schedule.KEY]
+        different = [
+            f"{name} is {_shown(wanted.get(name))}, tuned for {_shown(tuned.get(name))}"
+            for name in names
+            if wanted.get(name) != tuned.get(name)
+        ]
+        if different and (nearest is None or len(different) < len(nearest[1])):
+            nearest = schedule.id, different
+    return "" if nearest is None else f"; the nearest, {nearest[0]}, does not match: {', '.join(nearest[1])}"
+
+
+def _matched(key: dict[str, Any], call: dict[str, Any]) -> dict[str, Any]:
+    """The fields by which schedules are found, the arguments of the call in place of their digest."""
+    return {name: value for name, value in key.items() if name not in ("model_id", "call_key")} | call
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, Decimal | float) else "not given" if value is None else f"{value}"
+
+
 @cache  # Making the statement takes longer than running it.
-def _best() -> Select[Schedule | None, int]:
+def _best(of_any_sampler: bool) -> Select[Schedule | None, int]:
     """One row for a setting's key and a `private_to`: the best accepted schedule, or None, and how many were rejected.
 
     They are counted only where none was accepted.
@@ -96,7 +131,8 @@ def _best() -> Select[Schedule | None, int]:
 
     It is one query. Each part reads one end of a range of `ix_schedules_resolve`, however many versions there are.
     """
-    of_setting = [getattr(Schedule, name) == bindparam(name) for name in (*Schedule.KEY, "private_to")]
+    names = [name for name in (*Schedule.KEY, "private_to") if not (of_any_sampler and name == "sampler")]
+    of_setting = [getattr(Schedule, name) == bindparam(name) for name in names]
     is_accepted = and_(*of_setting, Schedule.status == ScheduleStatus.ACCEPTED)
     lowest = select(func.min(Schedule.score)).where(is_accepted).scalar_subquery()
     accepted = select(Schedule).where(is_accepted, Schedule.score == lowest).order_by(Schedule.id.desc()).limit(1)
@@ -125,7 +161,7 @@ def import_schedule(session: Session, caller: Caller, request: ScheduleImport) -
         raise ConflictError(
             f"{message}; accepted: {accepted}", ("body", "model_content_hash"), request.model_content_hash
         )
-    check_setting(spec, request)
+    request = settled(spec, request, "ddim")
     _check_table(request)
     _check_grid(request, spec["T"], spec.get("t_min", 0.0))  # Models registered by older versions have no t_min.
     key, private_to = request.key(), caller.private_to(request.private)
@@ -138,6 +174,7 @@ def import_schedule(session: Session, caller: Caller, request: ScheduleImport) -
         timesteps=request.timesteps,
         t_ratios=request.t_ratios,
         solver_table=None if request.solver_table is None else request.solver_table.model_dump(),
+        call=deciding_arguments(request.height, request.width, request.call) or None,
         provenance=request.provenance,
         evaluation=None,
     )

@@ -12,6 +12,7 @@ from service.shared.fields import Eta, ExactNumber, GuidanceScale, Identifier, N
 from service.shared.job_requests import (
     OWN_CLIPPING,
     PRIVATE_SCHEDULE,
+    AnySamplerName,
     ClippingText,
     GuidanceTime,
     SamplerName,
@@ -36,6 +37,14 @@ def _finite(value: Any) -> Any:
 def _deeper_than(value: Any, levels: int) -> bool:
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return levels == 0 or any(_deeper_than(part, levels - 1) for part in parts)
+
+
+def _from_json(value: Any) -> Any:
+    """An object that a query gives as its JSON. Raises: ValueError."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        raise ValueError("accepted: a JSON object") from None
 
 
 FiniteJson = Annotated[Any, AfterValidator(_finite)]
@@ -142,6 +151,11 @@ class ScheduleOut(BaseModel):
         None,
         description="The learned solver that takes the steps in place of the sampler's own formula; null: the latter.",
     )
+    call: dict[str, Any] | None = Field(
+        None,
+        examples=[None],
+        description="The arguments of a pipeline's call that it is for, sizes among them; null: a network's schedule.",
+    )
     provenance: dict[str, Any] = Field(
         examples=[{"tuner": {"objective": "end_to_end"}}], description="How it was tuned."
     )
@@ -241,4 +255,15 @@ class ExportQuery(BaseModel):
 
 ExportOptions = Annotated[ExportQuery, Query()]
 ScheduleFilters = Annotated[ScheduleQuery, Query()]
-ResolveParams = Annotated[SamplingSetting, Query()]
+
+
+class ResolveQuery(SamplingSetting):
+    """A setting as a query."""
+
+    sampler: AnySamplerName = "ddim"
+    call: Annotated[dict[str, Any], BeforeValidator(_from_json)] = Field(
+        {}, description="For pipelines: further arguments of the call, as JSON."
+    )
+
+
+ResolveParams = Annotated[ResolveQuery, Query()]

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from service.shared.fields import Eta, ExactNumber, GuidanceScale, Identifier, NumSteps, Seed
+from service.shared.pipeline_calls import MAX_TEXT, call_key
 from service.shared.sampler_facts import sampler_facts
 from service.shared.webhook_url import WEBHOOK_URL, WebhookUrl
 from timetuner_core.catalog import GridName, GuidanceType, sampler_names
@@ -27,6 +28,8 @@ from timetuner_core.tuners import (
     TeacherMatchingTuner,
     default_tuner,
 )
+
+OWN_SAMPLER = "own"  # A pipeline's own scheduler.
 
 
 def _known_sampler(name: str) -> str:
@@ -40,6 +43,18 @@ SamplerName = Annotated[
 ]
 
 
+def _own_or_known_sampler(name: str) -> str:
+    """Raises: ValueError, naming the sampler."""
+    return name if name == OWN_SAMPLER else _known_sampler(name)
+
+
+AnySamplerName = Annotated[
+    str,
+    AfterValidator(_own_or_known_sampler),
+    WithJsonSchema({"type": "string", "enum": [OWN_SAMPLER, *sampler_names()]}),
+]
+
+
 def _canonical(text: str) -> str:
     """Raises: ValueError, saying what is accepted."""
     return clipping_text(Clipping.parse(text))
@@ -49,6 +64,9 @@ ClippingText = Annotated[str, Field(max_length=200), AfterValidator(_canonical)]
 OWN_CLIPPING = "own"  # The registry's word for the clipping of the model's own scheduler, which requests leave null.
 GuidanceTime = Annotated[ExactNumber, Field(ge=0, le=1000)]
 ALWAYS = {"guidance_scale": 1, "guidance_rescale": 0, "guidance_start": 0, "guidance_end": 1000}
+NOT_GIVEN = 0  # The number of steps of a request that leaves it to the pipeline.
+Prompt = Annotated[str, Field(max_length=MAX_TEXT)]
+Size = Annotated[int, Field(ge=1, le=16_384)]
 Timesteps = GridName | Annotated[list[FiniteFloat], Field(min_length=2, max_length=100_001)]
 
 
@@ -75,6 +93,15 @@ class SamplingSetting(BaseModel):
     guidance_start: GuidanceTime = Field(0, validate_default=True, description="No guidance at times below.")
     guidance_end: GuidanceTime = Field(1000, validate_default=True, description="No guidance at times above.")
     eta: Eta = Field(0, validate_default=True, description="The noise of each step, for the sampler ddim only.")
+    height: Size | None = Field(None, examples=[None], description="For pipelines, in pixels; null: its own default.")
+    width: Size | None = Field(None, examples=[None])
+    call: dict[str, Any] = Field(
+        {},
+        examples=[{}],
+        description="Further arguments of a pipeline's own call, such as `{\"num_frames\": 9}`: the model's "
+        "`spec.call` lists their types and defaults. Images are data URLs, `data:image/png;base64,...`, of PNG, JPEG "
+        "or WebP.",
+    )
 
     @classmethod
     def stored(cls, row: Mapping[str, Any] | Self) -> Self:
@@ -86,11 +113,17 @@ class SamplingSetting(BaseModel):
         return cls.model_validate(row, extra="ignore")
 
     def key(self) -> dict[str, Any]:
-        """The columns of `Schedule.KEY`. Unguided sampling has the values of `ALWAYS`."""
-        guidance = ALWAYS if self.guidance_type == "uncond" else {name: getattr(self, name) for name in ALWAYS}
+        """The columns of `Schedule.KEY`. Unguided sampling has the values of `ALWAYS`.
+
+        A pipeline guides by itself: its type is `uncond`, and its `guidance_scale` is that of its call.
+        """
+        guidance = {name: getattr(self, name) for name in ALWAYS}
+        if self.guidance_type == "uncond":
+            guidance = {**ALWAYS, "guidance_scale": self.guidance_scale}
         names = ("sampler", "num_steps", "guidance_type", "eta")
         clipping = {"clipping": self.clipping or OWN_CLIPPING}
-        return {"model_id": self.model, **{name: getattr(self, name) for name in names}, **clipping, **guidance}
+        call = {"call_key": call_key(self.height, self.width, self.call)}
+        return {"model_id": self.model, **{name: getattr(self, name) for name in names}, **clipping, **guidance, **call}
 
 
 def _objective(value: Any) -> str:
@@ -152,12 +185,18 @@ class TuningJobRequest(SamplingSetting):
     )
 
     timesteps: Timesteps = Field("default", description="The grid to tune on: a name, or num_steps + 1 times.")
+    prompts: Annotated[list[Prompt], Field(min_length=2, max_length=1000)] | None = Field(
+        None,
+        examples=[None],
+        description="For pipelines: every fourth prompt is held out for the evaluation. Null: 64 of ours.",
+    )
+    negative_prompt: Prompt | None = Field(None, examples=[None], description="For pipelines that take one.")
     tuner: AnyTuner = Field(
         default_factory=EndToEndTuner,
         json_schema_extra=_any_of,
         description="How to tune. Left out: `solver`, for up to "
         f"{MAX_STEPS_OF_DEFAULT_SOLVER} steps of a sampler without noise that calls the network once per step, else "
-        "`end_to_end`. A tuner without `objective` is `end_to_end`.",
+        "`end_to_end`. A tuner without `objective` is `end_to_end`. Pipelines have one tuner, `pipeline`.",
     )
     evaluation: EvaluationRequest = Field(default_factory=EvaluationRequest)
     seed: Seed = 0
@@ -167,11 +206,19 @@ class TuningJobRequest(SamplingSetting):
     @model_validator(mode="after")
     def _choose_defaults(self) -> Self:
         """Set the defaults that depend on other fields, so that the stored request holds them."""
+        given = set(self.model_fields_set)
         if "tuner" not in self.model_fields_set:
             self.tuner = default_tuner(self.num_steps, sampler_facts(self.sampler), float(self.eta))
         if isinstance(self.tuner, TeacherMatchingTuner) and self.tuner.start is None:
             self.tuner.start = "best" if self.timesteps == "default" else "given"
+        # What the request left out is known later, too: a pipeline has other defaults.
+        self.model_fields_set.intersection_update(given)
         return self
+
+
+def _without_default(schema: dict[str, Any]) -> None:
+    """Describe a field that may be left out by some, whose default is no value that may be given."""
+    schema.pop("default", None)
 
 
 class SampleRequest(SamplingSetting):
@@ -194,6 +241,21 @@ class SampleRequest(SamplingSetting):
         },
     )
 
+    num_steps: NumSteps = Field(
+        NOT_GIVEN,
+        examples=[10],
+        json_schema_extra=_without_default,
+        description="A pipeline has a default of its own; networks need a number.",
+    )
+    sampler: AnySamplerName = Field(
+        "ddim",
+        description="For pipelines, `own` is the default: untuned, the pipeline's own scheduler takes the steps, and a "
+        "schedule may be of any sampler.",
+    )
+    prompt: Prompt | None = Field(
+        None, examples=[None], description="For pipelines that take one. All images of a request have the same."
+    )
+    negative_prompt: Prompt | None = Field(None, examples=[None])
     timesteps: Timesteps = Field(
         "default", description="The grid of untuned sampling, a name or num_steps + 1 times; a schedule has its own."
     )

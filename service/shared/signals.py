@@ -138,9 +138,11 @@ class Bus:
 
     def publish_ends(self, ends: Iterable[Ended]) -> None:
         """Tell every API process how jobs ended."""
+        ends = list(ends)
         rows = [[e.job_id, e.state, e.artifact, e.artifact_row, e.error, e.num_images] for e in ends]
-        if rows:
-            self.publish({"ended": rows})
+        flagged = {e.job_id: e.flagged for e in ends if e.flagged is not None}
+        if rows:  # Processes of the release before read rows of this length.
+            self.publish({"ended": rows, **({"flagged": flagged} if flagged else {})})
 
     @contextmanager
     def subscribe_to_work(self, channel: str = WORK_CHANNEL) -> Iterator[WorkSubscription]:

@@ -18,15 +18,17 @@ from service.registry.tables import FINAL_STATES, JobState, TuningJob, TuningJob
 from service.registry.types import utc_now
 from service.request_checks import (
     check_room,
-    check_setting,
     check_timesteps,
     check_uncond,
     check_webhook,
     get_requested_model,
+    settled,
 )
 from service.shared.job_requests import TuningJobRequest
+from service.shared.pipeline_calls import is_pipeline
 from service.shared.sampler_facts import sampler_facts
 from service.shared.settings import Settings
+from service.tuning_jobs.pipelines import DEFAULT_SAMPLER, check_pipeline_job
 from timetuner_core.tuners import (
     MAX_KL_SAMPLES,
     TEACHER_CHECK_RUNS,
@@ -60,15 +62,14 @@ def submit(
     def make(session: Session) -> TuningJob:
         check_room(session, settings.max_queued_jobs, caller.owner)
         model = get_requested_model(session, caller, request.model)
-        _check(request, model.spec)
-        calls = _check_size(request, model.spec, settings)
+        complete, calls, values = _checked(request, model.spec, settings)
         caller.private_to(request.private)
         check_webhook(request.webhook_url, settings)
-        caller.charge(session, calls * math.prod(model.spec["sample_shape"]))
+        caller.charge(session, calls * values)
         job = TuningJob(
             owner=caller.owner,
             model_id=model.id,
-            request=request.model_dump(mode="json"),
+            request=complete.model_dump(mode="json"),
             request_id=caller.request_id,
             schedule=None,
         )
@@ -138,8 +139,20 @@ def progress_of(session: Session, job: TuningJob) -> dict[str, Any]:
     return found
 
 
+def _checked(request: TuningJobRequest, spec: dict[str, Any], settings: Settings) -> tuple[TuningJobRequest, int, int]:
+    """The request as it is stored, the samples that it puts through the network at most, and the values of each.
+
+    Raises:
+        InvalidError, TooLargeError.
+    """
+    complete = settled(spec, request, DEFAULT_SAMPLER)
+    if is_pipeline(spec):
+        return check_pipeline_job(complete, spec, settings)
+    _check(complete, spec)
+    return complete, _check_size(complete, spec, settings), math.prod(spec["sample_shape"])
+
+
 def _check(request: TuningJobRequest, spec: dict[str, Any]) -> None:
-    check_setting(spec, request)
     check_timesteps(request.timesteps, request.num_steps, spec["T"])
     if request.guidance_type != "uncond" and not spec["has_conditions"]:
         message = "no conditions came with this model; accepted: an archive whose data.safetensors has 'conditions'"

@@ -24,6 +24,7 @@ from worker.tuning import run_tuning_job
 Json = dict[str, Any]
 STORED: dict[str, dict[str, Json]] = json.loads((Path(__file__).parent / "stored_requests.json").read_text())
 TUNING, SAMPLE = STORED["tuning"], STORED["sample"]
+YOUNGER: Json = {"clipping": None, "negative_prompt": None, "height": None, "width": None, "call": {}}
 MODEL_ID = "mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W"
 
 
@@ -53,9 +54,11 @@ def test_a_stored_request_is_read_whole_and_unknown_fields_are_ignored(row: Json
     request_class = TuningJobRequest if "tuner" in row else SampleRequest
     # These fields are younger. Requests were sampled, and schedules shown, as their defaults say; a job that waits
     # across the upgrade may be evaluated on more noises.
-    read = {**row, "clipping": None}
+    read = {**row, **YOUNGER}
     if "tuner" in row:
-        read |= {"private": False, "evaluation": {**row["evaluation"], "max_num_samples": None}}
+        read |= {"prompts": None, "private": False, "evaluation": {**row["evaluation"], "max_num_samples": None}}
+    else:
+        read["prompt"] = None
     assert request_class.stored(row).model_dump(mode="json") == read
     assert request_class.stored(with_unknown_fields(row)).model_dump(mode="json") == read
 
@@ -147,4 +150,4 @@ def test_a_sampling_job_with_a_newer_versions_field_can_be_read_over_http(runtim
         job.request_hash = "hash"
         session.add(job)
     shown = SampleJobOut.model_validate(job).model_dump(mode="json")
-    assert shown["request"] == {**SAMPLE["labels"], "clipping": None}
+    assert shown["request"] == {**SAMPLE["labels"], **YOUNGER, "prompt": None}

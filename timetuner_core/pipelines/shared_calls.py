@@ -11,7 +11,7 @@ The threads take turns: only one of them, or the caller's, is ever running. They
 import contextvars
 import copy
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from timetuner_core.pipelines.joining import (
     NetworkCall,
@@ -34,8 +35,9 @@ from timetuner_core.pipelines.kinds import PROMPT_ENCODERS, SHARED_NETWORKS
 
 MAX_BATCH = 16
 MAX_THREADS = 64
-# Encoders' answers are remembered for so many prompts, the newest.
-MAX_REMEMBERED_PROMPTS = 8
+# Encoders' answers to the prompts that were used last are remembered, up to so many, and up to so many bytes together.
+MAX_REMEMBERED_PROMPTS = 64
+MAX_REMEMBERED_BYTES = 2**28
 # The largest share by which a row's answer may depend on the batch it is in, by the network's dtype.
 MAX_DIFFERENCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -70,7 +72,7 @@ class Result:
     Attributes:
         output: what the pipeline gave; None if it failed.
         x: the sample that the scheduler's last step gave.
-        first_step: at which of its scheduler's steps it began.
+        first_step: at which of its scheduler's steps it began. num_steps: how many steps it has made.
         num_calls: how often it asked the denoiser. rows: the rows of its largest call.
     """
 
@@ -78,8 +80,14 @@ class Result:
     error: BaseException | None = None
     x: Tensor | None = None
     first_step: int | None = None
+    num_steps: int = 0
     num_calls: int = 0
     rows: int = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has ended, by an error or with an output."""
+        return self.output is not None or self.error is not None
 
     @property
     def latents(self) -> Tensor:
@@ -105,13 +113,14 @@ class SharedCalls:
     Args:
         max_batch: the most rows of one call of the network.
         max_threads: the most requests that run at once.
+        refuse_large: a run whose own calls have more rows than `max_batch` fails. If not, they are made alone.
         check_rows: compare the first shared call of each kind with the call of its first request alone. If a network's
             rows depend on each other by more than rounding, all calls of that kind are made alone.
 
     Attributes:
         networks: those whose calls are shared, by name.
         num_calls: how often a network was called. num_asked: how often a run asked for one.
-        most_rows: the rows of the largest call.
+        num_rows: the rows of all calls. most_rows: those of the largest.
     """
 
     def __init__(
@@ -120,6 +129,7 @@ class SharedCalls:
         *,
         max_batch: int = MAX_BATCH,
         max_threads: int = MAX_THREADS,
+        refuse_large: bool = True,
         check_rows: bool = True,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("max_threads", max_threads)):
@@ -131,13 +141,15 @@ class SharedCalls:
             accepted = f"a pipeline with one of {', '.join(SHARED_NETWORKS)}"
             raise ValueError(f"{type(pipeline).__name__} has no denoiser; accepted: {accepted}")
         self._max_batch, self._max_threads, self._check_rows = max_batch, max_threads, check_rows
+        self._refuse_large = refuse_large
         self._remembered: dict[tuple[str, bytes], Any] = {}
-        self._prompts: dict[tuple[str, bytes], Any] = {}
+        self._prompts: OrderedDict[tuple[str, bytes], Any] = OrderedDict()  # The one that was used last is the last.
+        self._prompt_bytes = 0
         self._separable: dict[tuple[str, bytes], bool] = {}
         self._waiting: deque[_Run] = deque()
         self._running: list[_Run] = []
         self._runs_alone = False
-        self.num_calls = self.num_asked = self.most_rows = 0
+        self.num_calls = self.num_asked = self.num_rows = self.most_rows = 0
 
     def submit(self, request: Request) -> Result:
         """Queue a request; `step` moves it on. The result is filled in when the run ends.
@@ -201,18 +213,30 @@ class SharedCalls:
         while self._running:
             self.step()
 
+    def interrupt(self, result: Result) -> None:
+        """End the run with this result at its next step, by the pipeline's interrupt. Others go on."""
+        for run in self._waiting:
+            if run.result is result:
+                run.result.error = RunCancelledError("cancelled before it began")
+        self._waiting = deque(run for run in self._waiting if run.result is not result)
+        for run in self._running:
+            if run.result is result:
+                run.interrupt()
+
     def forget(self) -> None:
         """Forget the answers that were kept for requests that begin alike."""
         self._remembered.clear()
 
     def close(self) -> None:
-        """End all threads, and put hooks and caches into the state they have after any run of the pipeline."""
+        """End all threads, and put hooks and caches into the state they have after any run of the pipeline.
+
+        More requests may be submitted afterwards. Encoded prompts are remembered.
+        """
         self._drop_waiting()
         was_running = bool(self._running)
         for run in self._running:
             run.close()
         self._running.clear()
-        self._prompts.clear()
         if was_running:
             self.pipeline.maybe_free_model_hooks()
 
@@ -284,7 +308,7 @@ class SharedCalls:
 
     def _call_one(self, network: str, call: NetworkCall) -> Any:
         try:
-            if (call.rows or 1) > self._max_batch:
+            if self._refuse_large and (call.rows or 1) > self._max_batch:
                 raise ValueError(f"max_batch is {self._max_batch}; accepted: {call.rows} or more, the rows of one run")
             return self._call(network, call)
         except Exception as error:
@@ -292,6 +316,7 @@ class SharedCalls:
 
     def _call(self, network: str, call: NetworkCall) -> Any:
         self.num_calls += 1
+        self.num_rows += call.rows or 1
         self.most_rows = max(self.most_rows, call.rows or 1)
         with torch.no_grad():
             return call.on(self.networks[network])
@@ -300,9 +325,13 @@ class SharedCalls:
         """A text encoder's answer, from memory if it was asked the same lately."""
         key = (name, content_of([list(args), kwargs]))
         if key not in self._prompts:
-            while len(self._prompts) >= MAX_REMEMBERED_PROMPTS:
-                self._prompts.pop(next(iter(self._prompts)))
-            self._prompts[key] = encoder(*args, **kwargs)
+            answer = encoder(*args, **kwargs)
+            self._prompts[key] = answer
+            self._prompt_bytes += _num_bytes(answer)
+            while len(self._prompts) > MAX_REMEMBERED_PROMPTS or self._prompt_bytes > MAX_REMEMBERED_BYTES:
+                self._prompt_bytes -= _num_bytes(self._prompts.popitem(last=False)[1])
+            return copied(answer)
+        self._prompts.move_to_end(key)
         return copied(self._prompts[key])
 
 
@@ -411,6 +440,7 @@ class _Run:
         def noted(*args: Any, **kwargs: Any) -> Any:
             output = step(*args, **kwargs)
             self.result.x = output[0]
+            self.result.num_steps += 1
             if self.result.first_step is None:
                 self.result.first_step = (getattr(scheduler, "_step_index", None) or 1) - 1
             return output
@@ -444,6 +474,10 @@ class _Proxy:
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._network, name, value)
+
+
+def _num_bytes(answer: Any) -> int:
+    return sum(each.nbytes for each in tree_leaves(answer) if isinstance(each, Tensor))
 
 
 def has_state(network: Any) -> bool:

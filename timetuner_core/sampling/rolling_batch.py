@@ -73,6 +73,10 @@ class Travelling:
         self.times = list(zip(timesteps[:-1], timesteps[1:], t_ratios, strict=True))
         self.by_lag = [] if self.row.solver_table is None else self.row.solver_table.by_lag()
 
+    @property
+    def num_steps(self) -> int:
+        return self.row.num_steps
+
 
 @dataclass(frozen=True)
 class Advance:
@@ -85,6 +89,7 @@ class Advance:
     travelling: list[Travelling]
     x0: Tensor
     failed: list[tuple[Row, Exception]] = field(default_factory=list)
+    flagged: list[bool] = field(default_factory=list)  # No network has a safety checker.
 
 
 class NoBatchFitsError(Exception):
@@ -190,6 +195,10 @@ class RollingBatch:
             travelling.step += 1
         return self._advance(x0, failed)
 
+    def close(self) -> None:
+        """Take all rows out."""
+        self._keep([])
+
     def decode(self, x: Tensor) -> Tensor:
         """Images of latents, at the network's batch sizes. Raises: the error of the first that cannot be decoded."""
         images, errors = self._decode(x)
@@ -284,7 +293,8 @@ class RollingBatch:
         return failed
 
     def _keep(self, index: list[int]) -> None:
-        assert self.x is not None
+        if self.x is None:
+            return
         kept = torch.tensor(index, dtype=torch.long)
         self.x = self.x[kept]
         self.history = tuple(Past(past.t, past.x[kept], past.x0[kept]) for past in self.history)

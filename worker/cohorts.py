@@ -1,0 +1,173 @@
+"""Cohorts: the images of one kind that a worker moves on together, of networks and of whole pipelines alike."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from service.registry.samples import SampleClaim
+from service.registry.tables import Schedule
+from service.shared.job_requests import SampleRequest
+from timetuner_core.models.loading import DiffusionModel
+from timetuner_core.sampling.rolling_batch import RollingBatch
+from worker import metrics
+from worker.conversion import guidance_of, rows_of
+from worker.pipeline_sampling import PipelineBatch, ServedPipeline, rows_of_pipeline
+from worker.runtime import Runtime
+
+
+class Row(Protocol):
+    """An image to make: whose it is, and the seed of its noise."""
+
+    @property
+    def owner(self) -> Hashable: ...
+
+    @property
+    def seed(self) -> int: ...
+
+
+class Travelling(Protocol):
+    """An image on its way: the step that was made last, of how many."""
+
+    @property
+    def row(self) -> Row: ...
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def num_steps(self) -> int: ...
+
+
+class Advance(Protocol):
+    """What a step led to: see `rolling_batch.Advance`."""
+
+    @property
+    def done(self) -> Sequence[Row]: ...
+
+    @property
+    def images(self) -> Tensor | None: ...
+
+    @property
+    def travelling(self) -> Sequence[Travelling]: ...
+
+    @property
+    def failed(self) -> Sequence[tuple[Row, Exception]]: ...
+
+    @property
+    def flagged(self) -> Sequence[bool]: ...
+
+    @property
+    def x0(self) -> Tensor: ...
+
+
+class Batch(Protocol):
+    """Images that move on together, of any kind of model: see `RollingBatch` and `PipelineBatch`."""
+
+    @property
+    def rows(self) -> Sequence[object]: ...
+
+    @property
+    def room(self) -> int: ...
+
+    def add(self, rows: Any) -> None: ...
+
+    def discard(self, owner: Hashable) -> None: ...
+
+    def step(self) -> Advance: ...
+
+    def decode(self, x: Tensor) -> Tensor: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class Cohort:
+    """A batch, and the jobs whose rows are in it, by their ids.
+
+    Attributes:
+        most: how many rows this worker samples at once with this model.
+        followed: requests of those jobs whose steps are published, as somebody may follow them.
+        is_warm: whether it has made a step. The first one may compile the network.
+    """
+
+    key: Hashable
+    model_id: str
+    batch: Batch
+    most: int
+    claims: dict[str, SampleClaim] = field(default_factory=dict)
+    followed: dict[str, SampleRequest] = field(default_factory=dict)
+    is_warm: bool = False
+
+    def add(self, claim: SampleClaim, request: SampleRequest, rows: Sequence[Row]) -> None:
+        self.batch.add(rows)
+        self.claims[claim.job_id] = claim
+        # The steps of a job of low priority can be followed: the request that made it does not wait for its end.
+        if request.previews or claim.job.priority:
+            self.followed[claim.job_id] = request
+
+    def pop(self, job_id: str) -> SampleClaim | None:
+        """Take a job out. Its rows stay in the batch."""
+        self.followed.pop(job_id, None)
+        return self.claims.pop(job_id, None)
+
+
+def cohort_for(
+    runtime: Runtime, claim: SampleClaim, request: SampleRequest, schedule: Schedule | None, most: int
+) -> tuple[Cohort, Sequence[Row]]:
+    """A new cohort that a job fits into, and the job's rows. Cohorts of one key may take each other's jobs.
+
+    Args:
+        most: how many rows this worker samples at once.
+    """
+    loaded = runtime.load(claim.job.model_id)
+    if isinstance(loaded, ServedPipeline):
+        return _for_pipeline(runtime, claim, request, schedule, loaded)
+    return _for_network(runtime, claim, request, schedule, loaded, most)
+
+
+def _for_pipeline(
+    runtime: Runtime, claim: SampleClaim, request: SampleRequest, schedule: Schedule | None, served: ServedPipeline
+) -> tuple[Cohort, Sequence[Row]]:
+    model_id = claim.job.model_id
+    rows = rows_of_pipeline(claim.job, request, served, schedule)
+    most = runtime.most_rows = runtime.settings.part_size
+    count = metrics.NETWORK_EVALUATIONS.labels(model_id).inc
+    return Cohort(("pipeline", model_id), model_id, PipelineBatch(served, max(most, len(rows)), count), most), rows
+
+
+def _for_network(
+    runtime: Runtime,
+    claim: SampleClaim,
+    request: SampleRequest,
+    schedule: Schedule | None,
+    loaded: DiffusionModel,
+    most: int,
+) -> tuple[Cohort, Sequence[Row]]:
+    model = loaded.clipped_as(request.clipping)
+    rows = rows_of(claim.job, request, model, schedule)
+    guidance = guidance_of(request)
+    shapes = [None if c is None else tuple(c.shape) for c in (rows[0].condition, rows[0].uncond_condition)]
+    sizes_of = (claim.job.model_id, guidance, shapes[0])
+    eta = float(request.eta)
+    key: list[Any] = [claim.job.model_id, request.sampler, eta, guidance.type, guidance.guides]
+    key += [guidance.rescale, guidance.interval, request.clipping, *shapes]
+    is_learned = rows[0].solver_table is not None
+    key.append(is_learned)
+    sizes = runtime.batch_sizes(*sizes_of)
+    batch = RollingBatch(
+        model,
+        request.sampler,
+        guidance,
+        eta,
+        sizes,
+        runtime.device,
+        max(sizes[-1], most, len(rows)),  # More rows than the largest size take several calls a step.
+        partial(runtime.keep_batch_sizes, *sizes_of),
+        is_learned,
+    )
+    if not batch.mixes_steps:
+        key.append(tuple(rows[0].timesteps.tolist()))
+    return Cohort(tuple(key), claim.job.model_id, batch, runtime.most_rows), rows

@@ -1,0 +1,280 @@
+"""Sampling with whole pipelines: each image is a run of the pipeline, and all runs share the calls of its network."""
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from service.registry.tables import SampleJob, Schedule
+from service.shared.job_requests import OWN_SAMPLER, SampleRequest
+from service.shared.pipeline_calls import decode_images
+from service.shared.settings import Settings
+from timetuner_core.pipelines.prompts import check_prompt_lengths
+from timetuner_core.pipelines.shared_calls import MAX_BATCH, Request, Result, SharedCalls
+from timetuner_core.samplers import get_sampler
+from worker.conversion import timesteps_of
+from worker.lease import JobRefusedError
+
+# Values of pixels may leave [0, 1] by rounding.
+TOLERANCE = 1e-3
+
+
+@dataclass
+class ServedPipeline:
+    """A loaded pipeline. Its runs share calls and encoded prompts for as long as it stays loaded.
+
+    Attributes:
+        spec: what the registry says of it. num_bytes: the size of all its parts.
+    """
+
+    pipeline: Any
+    spec: Mapping[str, Any]
+    shared: SharedCalls
+
+    @classmethod
+    def of(cls, pipeline: Any, spec: Mapping[str, Any], settings: Settings) -> "ServedPipeline":
+        """The pipeline, with calls of as many rows as the settings allow.
+
+        With `same_bits` no run shares a call with another. A run's own calls have as many rows as they have.
+        """
+        from diffusers.utils import logging
+
+        logging.set_verbosity_error()  # diffusers warns of prompts that CLIP cuts off by their text.
+        size = settings.sample_batch_size
+        most = 1 if settings.same_bits else MAX_BATCH if size == "auto" else size
+        return cls(pipeline, spec, SharedCalls(pipeline, max_batch=most, refuse_large=False))
+
+    @property
+    def num_bytes(self) -> int:
+        parts = [part for part in self.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+        tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
+@dataclass(frozen=True)
+class PipelineRow:
+    """An image to make.
+
+    Attributes:
+        call: the arguments of the run, without its generator. scheduler: makes one for the run.
+    """
+
+    owner: str
+    seed: int
+    call: Mapping[str, Any]
+    scheduler: Callable[[], Any]
+
+
+@dataclass
+class Moving:
+    """An image on its way."""
+
+    row: PipelineRow
+    scheduler: Any
+    result: Result
+
+    @property
+    def num_steps(self) -> int:
+        """The steps of the run's own scheduler, which may be more than the request names."""
+        timesteps = getattr(self.scheduler, "timesteps", None)
+        asked: int = self.row.call["num_inference_steps"]
+        return asked if timesteps is None or not self.result.num_steps else len(timesteps)
+
+    @property
+    def step(self) -> int:
+        """The step that was made last; image-to-image begins in the middle."""
+        return min((self.result.first_step or 0) + self.result.num_steps, self.num_steps)
+
+
+@dataclass(frozen=True)
+class PipelineAdvance:
+    """What a step led to; see `rolling_batch.Advance`. Jobs are done once all their images are, and have one shape.
+
+    Attributes:
+        flagged: for each of `done`, whether the safety checker held the image back; empty without a checker.
+    """
+
+    done: list[PipelineRow]
+    images: Tensor | None
+    travelling: list[Moving]
+    failed: list[tuple[PipelineRow, Exception]]
+    flagged: list[bool] = field(default_factory=list)
+    x0: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class PipelineBatch:
+    """The runs of one pipeline, which move on together by one call of its network. Runs join and leave at any step.
+
+    Args:
+        capacity: how many runs there may be at once.
+        count: told how many rows were put through the network.
+    """
+
+    def __init__(self, served: ServedPipeline, capacity: int, count: Callable[[int], None]) -> None:
+        self._served, self._capacity, self._count = served, capacity, count
+        self.rows: list[Moving] = []
+
+    @property
+    def room(self) -> int:
+        return self._capacity - len(self.rows)
+
+    def add(self, rows: Sequence[PipelineRow]) -> None:
+        """Have runs join. They begin with the next step."""
+        for row in rows:
+            scheduler = row.scheduler()
+            call = {**row.call, "generator": torch.Generator().manual_seed(row.seed)}
+            self.rows.append(Moving(row, scheduler, self._served.shared.submit(Request(call, scheduler))))
+
+    def discard(self, owner: object) -> None:
+        """End an owner's runs, by the pipeline's interrupt."""
+        for moving in self.rows:
+            if moving.row.owner == owner:
+                self._served.shared.interrupt(moving.result)
+        self.rows = [moving for moving in self.rows if moving.row.owner != owner]
+        if not self.rows:
+            self._served.shared.cancel()
+
+    def close(self) -> None:
+        """End all runs."""
+        self.rows = []
+        self._served.shared.close()
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Raises: ValueError, as latents of pipelines have forms that only their own calls can decode."""
+        raise ValueError("previews are not for pipelines")
+
+    def step(self) -> PipelineAdvance:
+        """Move every run on by one call of the network."""
+        before = self._served.shared.num_rows
+        if not all(moving.result.is_over for moving in self.rows):
+            self._served.shared.step()
+            self._count(self._served.shared.num_rows - before)
+        travelling = list(self.rows)
+        images: dict[int, Tensor] = {}
+        failed: list[tuple[PipelineRow, Exception]] = []
+        for moving in travelling:
+            if moving.result.is_over:
+                try:
+                    images[id(moving)] = self._image(moving)
+                except Exception as error:  # Pipelines have errors of their own.
+                    failed.append((moving.row, error))
+        lost = {row.owner for row, _ in failed}
+        self.rows = [moving for moving in self.rows if moving.row.owner not in lost]
+        for moving in travelling:
+            if moving.row.owner in lost:
+                self._served.shared.interrupt(moving.result)
+        open_owners = {moving.row.owner for moving in self.rows if id(moving) not in images}
+        ready = [moving for moving in self.rows if moving.row.owner not in open_owners]
+        # Images of one file have one shape. Those of another shape are handed in with the next step.
+        done = [each for each in ready if images[id(each)].shape == images[id(ready[0])].shape]
+        self.rows = [moving for moving in self.rows if moving not in done]
+        stacked = torch.stack([images[id(each)] for each in done]) if done else None
+        has_checker = bool(self._served.spec.get("flags_content"))
+        flagged = [_is_flagged(each.result.output) for each in done] if has_checker else []
+        return PipelineAdvance([each.row for each in done], stacked, travelling, failed, flagged)
+
+    def _image(self, moving: Moving) -> Tensor:
+        """The image of a run that is over, (C, H, W) or (F, C, H, W) in [-1, 1]. Raises: the run's own error."""
+        result, call = moving.result, moving.row.call
+        if not result.num_steps and "strength" in call:
+            problem = f"strength is {call['strength']:g}, which leaves none of {call['num_inference_steps']} steps"
+            raise JobRefusedError(f"{problem}; accepted: a larger strength, or more num_steps")
+        if result.error is not None:
+            error = result.error
+            raise error if isinstance(error, Exception) else RuntimeError(str(error))
+        return image_of(result.output)
+
+
+def image_of(output: Any) -> Tensor:
+    """The one image, or the frames, of a pipeline's output of numpy arrays or pictures: channels first, in [-1, 1].
+
+    Raises:
+        ValueError: another number of images, or values outside of [0, 1].
+    """
+    first = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
+    if isinstance(first, list):
+        first = np.stack([_array(each) for each in first])
+    images = np.asarray(first, dtype=np.float32)
+    if len(images) != 1:
+        raise ValueError(f"the pipeline gave {len(images)} images; accepted: 1 for each run")
+    (pixels,) = images
+    finite = pixels[np.isfinite(pixels)]
+    if finite.size and not (finite.min() >= -TOLERANCE and finite.max() <= 1 + TOLERANCE):
+        raise ValueError(f"the pipeline's values are in [{finite.min():g}, {finite.max():g}]; accepted: [0, 1]")
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, -3))) * 2 - 1
+
+
+def _array(image: Any) -> NDArray[np.float32]:
+    """A picture, or a list of pictures, as numbers in [0, 1], (H, W, C) or (F, H, W, C)."""
+    if isinstance(image, list):
+        return np.stack([_array(each) for each in image])
+    if isinstance(image, np.ndarray):
+        return image.astype(np.float32, copy=False)
+    pixels: NDArray[np.float32] = np.asarray(image, dtype=np.float32) / np.float32(255)
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def _is_flagged(output: Any) -> bool:
+    """Whether a pipeline's safety checker held the image back."""
+    flags = output.get("nsfw_content_detected") if isinstance(output, Mapping) else None
+    return bool(flags and any(flags))
+
+
+def rows_of_pipeline(
+    job: SampleJob, request: SampleRequest, served: ServedPipeline, schedule: Schedule | None
+) -> list[PipelineRow]:
+    """The images that a job asks for, one row each.
+
+    Raises:
+        JobRefusedError: a prompt that is too long.
+        ValueError: a grid or a schedule that does not fit the pipeline's scheduler.
+    """
+    call = call_of(request, served)
+    call["num_inference_steps"] = request.num_steps
+    try:
+        check_prompt_lengths(served.pipeline, call)
+    except ValueError as error:
+        raise JobRefusedError(str(error)) from None
+    scheduler = _scheduler_of(request, served.pipeline, schedule)
+    return [PipelineRow(job.id, request.seed + k, call, scheduler) for k in range(job.num_images)]
+
+
+def call_of(request: Any, served: ServedPipeline) -> dict[str, Any]:
+    """The arguments of a pipeline's call that a request for samples or a tuning job gives, and the output's type."""
+    takes = served.spec["call"]
+    call = decode_images(served.spec, request.call)
+    for name in ("prompt", "negative_prompt", "height", "width"):
+        if (value := getattr(request, name, None)) is not None:
+            call[name] = value
+    if "guidance_scale" in takes and (
+        takes["guidance_scale"].get("default") is not None or request.guidance_scale != 1
+    ):
+        call["guidance_scale"] = float(request.guidance_scale)
+    if "output_type" in inspect.signature(type(served.pipeline).__call__).parameters:
+        # DeepFloyd IF puts its watermark on pictures only.
+        has_watermark = getattr(served.pipeline, "watermarker", None) is not None
+        call["output_type"] = "pil" if has_watermark else "np"
+    return call
+
+
+def _scheduler_of(request: SampleRequest, pipeline: Any, schedule: Schedule | None) -> Callable[[], Any]:
+    """What makes the scheduler of each run: by a schedule, the pipeline's own, or by a sampler of ours."""
+    # These import diffusers, which takes seconds. A worker without pipelines does without.
+    from timetuner_core.integrations.time_tuner_scheduler import TimeTunerScheduler
+    from timetuner_core.pipelines.runs import Solvers
+
+    if schedule is not None:
+        names = ("timesteps", "t_ratios", "sampler", "solver_table")
+        fields = {name: getattr(schedule, name) for name in names}
+        return partial(TimeTunerScheduler.from_schedule, pipeline.scheduler, fields)
+    if request.sampler == OWN_SAMPLER:
+        return partial(copy.deepcopy, pipeline.scheduler)
+    solvers = Solvers(pipeline, get_sampler(request.sampler))
+    return solvers.untuned(timesteps_of(request, solvers.noise_schedule)).scheduler
