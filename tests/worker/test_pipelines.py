@@ -15,7 +15,7 @@ from service.app import create_app
 from service.registry.database import Registry
 from service.registry.tables import JobState
 from tests.conftest import MakeDatabaseUrl
-from tests.pipelines import BY_NAME, Json, data_url, picture, plain, register, request_of
+from tests.pipelines import BY_NAME, plain, register, request_of
 from tests.worker.in_process import InProcess
 
 pytestmark = pytest.mark.xdist_group("pipelines")
@@ -45,13 +45,17 @@ class Service:
 
     def submit(self, name: str, **changed: Any) -> str:
         """The id of a new job."""
-        answer = self.api.post("/v1/samples", json=request_of(BY_NAME[name], self.model(name), **changed), headers=ASYNC)
+        answer = self.api.post(
+            "/v1/samples", json=request_of(BY_NAME[name], self.model(name), **changed), headers=ASYNC
+        )
         assert answer.status_code == 202, answer.text
         return str(answer.json()["id"])
 
     def refused(self, name: str, **changed: Any) -> str:
         """Why a request is refused, after the name of the field."""
-        answer = self.api.post("/v1/samples", json=request_of(BY_NAME[name], self.model(name), **changed), headers=ASYNC)
+        answer = self.api.post(
+            "/v1/samples", json=request_of(BY_NAME[name], self.model(name), **changed), headers=ASYNC
+        )
         assert answer.status_code == 422, answer.text
         error = answer.json()["errors"][0]
         return ".".join(map(str, error["loc"][1:])) + ": " + str(error["msg"])
