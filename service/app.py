@@ -35,7 +35,7 @@ from service.http.request_ids import RequestIdMiddleware
 from service.http.security_headers import SecurityHeadersMiddleware
 from service.metrics import Metrics, MetricsMiddleware, QueueCollector
 from service.models import endpoints as models
-from service.models.schemas import BuiltinModelRequest
+from service.models.schemas import BuiltinModelRequest, HubModelRequest, PathModelRequest
 from service.openai import endpoints as openai
 from service.openai.errors import OpenAIErrorMiddleware
 from service.samples import endpoints as samples
@@ -147,7 +147,7 @@ def _complete_openapi(app: FastAPI) -> None:
 
     def complete() -> dict[str, object]:
         if app.openapi_schema is None:
-            openapi.complete(original(), Problem, BuiltinModelRequest)
+            openapi.complete(original(), Problem, BuiltinModelRequest, PathModelRequest, HubModelRequest)
         return original()
 
     app.openapi = complete  # type: ignore[method-assign]

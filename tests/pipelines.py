@@ -1,7 +1,6 @@
 """Tiny pipelines as registered models, and the requests for them."""
 
 import base64
-import inspect
 import io
 from typing import Any
 
@@ -13,28 +12,15 @@ from ulid import ULID
 from service.registry.tables import Model
 from tests.core.pipelines.kinds import KINDS, Kind
 from tests.worker.in_process import InProcess
-from timetuner_core.models.schedulers import read_scheduler_config
+from timetuner_core.pipelines.files import pipeline_hash
+from timetuner_core.pipelines.inspecting import inspect_pipeline
 from timetuner_core.pipelines.loading import load_pipeline
+from timetuner_core.pipelines.trial import try_pipeline
 from worker.pipeline_sampling import image_of
 
 Json = dict[str, Any]
 BY_NAME = {kind.name: kind for kind in KINDS}
-TYPES = {
-    "prompt": "text",
-    "prompt_2": "text",
-    "negative_prompt": "text",
-    "height": "integer",
-    "width": "integer",
-    "guidance_scale": "number",
-    "guidance_rescale": "number",
-    "strength": "number",
-    "eta": "number",
-    "num_frames": "integer",
-    "max_sequence_length": "integer",
-    "use_resolution_binning": "boolean",
-    "image": "image",
-    "mask_image": "image",
-}
+NOT_GIVEN = ("output_type",)
 SIZE = 16
 
 
@@ -52,7 +38,7 @@ def data_url(image: Image.Image, kind: str = "png") -> str:
 
 def call_of(kind: Kind) -> Json:
     """The arguments of a kind's call as Python has them, with a picture in place of a tensor."""
-    call = {name: value for name, value in kind.call().items() if name in TYPES}
+    call = {name: value for name, value in kind.call().items() if name not in NOT_GIVEN}
     pictures: Json = {"image": picture(), "mask_image": picture(mode="L")}
     return {name: pictures.get(name, value) for name, value in call.items()}
 
@@ -71,64 +57,15 @@ def plain(kind: Kind, pipeline: Any, seed: int, num_steps: int, **changed: Any) 
     return image_of(pipeline(**call, num_inference_steps=num_steps, generator=generator))
 
 
-def spec_of(kind: Kind, pipeline: Any) -> Json:
-    """What a worker would find out of a pipeline, by hand."""
-    parameters = inspect.signature(type(pipeline).__call__).parameters
-    call = {
-        name: {
-            "type": TYPES[name],
-            "default": parameters[name].default,
-            "required": name in kind.call() and parameters[name].default in (None, inspect.Parameter.empty),
-        }
-        for name in TYPES
-        if name in parameters and (name not in ("image", "mask_image") or name in kind.call())
-    }
-    for name in ("height", "width"):
-        if name in call:
-            call[name]["required"] = False
-            call[name]["default"] = None
-    config = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
-    scheduler = read_scheduler_config(config)
-    shape = list(plain(kind, pipeline, 0, kind.num_steps).shape)
-    unet = getattr(pipeline, "unet", None) or pipeline.transformer
-    return {
-        "kind": "pipeline",
-        "pipeline": kind.pipeline,
-        "scheduler": type(pipeline.scheduler).__name__,
-        "dtype": "float32",
-        "call": call,
-        "output": "frames" if len(shape) == 4 else "images",
-        "image_shape": shape,
-        "sample_shape": [4, *(size // 2 for size in shape[-2:])],
-        "size_multiple": 2,
-        "tunable": None,
-        "flags_content": False,
-        "licence": {"name": None, "source": None},
-        "model_type": scheduler.model_type,
-        "T": float(scheduler.noise_schedule.T),
-        "t_start": None,
-        "num_train_timesteps": 1000,
-        "guidance_types": ["uncond"],
-        "num_classes": 0,
-        "null_class_label": None,
-        "condition_shape": None,
-        "has_uncond_condition": False,
-        "has_conditions": False,
-        "has_data": False,
-        "clipping": None,
-        "num_parameters": sum(parameter.numel() for parameter in unet.parameters()),
-    }
-
-
 def register(worker: InProcess, name: str, **spec: Any) -> tuple[str, Any]:
     """The id of a pipeline that was saved and registered, and the pipeline as it is loaded from there."""
     kind, key = BY_NAME[name], f"models/{ULID()}"
     folder = worker.artifacts.local_folder(key)
     kind.build().save_pretrained(folder)
     pipeline = load_pipeline(folder)
+    found = try_pipeline(pipeline, inspect_pipeline(folder, "float32"), **call_of(kind)) | spec
     with worker.registry.write() as session:
         source = {"artifact": key, "kind": "pipeline", "dtype": "float32"}
-        found = spec_of(kind, pipeline) | spec
-        model = Model(name=name, content_hash=key, source=source, spec=found)
+        model = Model(name=name, content_hash=pipeline_hash(folder, "float32"), source=source, spec=found)
         session.add(model)
     return model.id, pipeline

@@ -88,5 +88,6 @@ class Describer:
             registration = session.get(ModelRegistration, registration_id)
         if registration is None:
             return  # Somebody deleted it, and its files with it.
-        if registration.state in FINAL_STATES and registration.model_id != registration.id:
+        is_used = registration.state not in FINAL_STATES or registration.model_id == registration.id
+        if registration.artifact is not None and not is_used:
             self._artifacts.remove(registration.artifact)

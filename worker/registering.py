@@ -1,17 +1,19 @@
 """The job of registering a model that was handed in: it is loaded and tried, and then kept or refused."""
 
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy.exc import IntegrityError
 
 from service.registry.jobs import finish
-from service.registry.models import keep_described
+from service.registry.models import find_model, keep_described
 from service.registry.tables import JobState, ModelRegistration
 from timetuner_core.models.describing import describe
 from timetuner_core.models.loading import ModelFormatError, load_folder
 from timetuner_core.models.trial_call import try_calls
 from timetuner_core.sampling.starting_time import find_starting_time
 from worker.lease import JobRefusedError, Lease
+from worker.registering_pipelines import FoundPipeline
 from worker.runtime import Runtime
 
 
@@ -22,9 +24,12 @@ def register(runtime: Runtime, lease: Lease) -> None:
         JobRefusedError: the model cannot be used; its registration says which field is at fault.
     """
     with runtime.registry.read() as session:
-        artifact = session.get_one(ModelRegistration, lease.claim.job_id).artifact
+        source = session.get_one(ModelRegistration, lease.claim.job_id).whole_source
     try:
-        spec = find_out(runtime.artifacts.local_folder(artifact))
+        if source.get("kind") == "pipeline":
+            spec = _describe_pipeline(runtime, lease, source)
+        else:
+            spec = find_out(runtime.artifacts.local_folder(source["artifact"]))
     except ModelFormatError as error:
         field = error.field
         lease.persist(lambda: _note_refusal(lease, field))
@@ -36,6 +41,30 @@ def register(runtime: Runtime, lease: Lease) -> None:
         except IntegrityError:  # The same content was registered at the same time, and is found now.
             if not again:
                 raise
+
+
+def _describe_pipeline(runtime: Runtime, lease: Lease, source: dict[str, Any]) -> dict[str, Any]:
+    """The `spec` of a pipeline, whose content hash and pinned source are noted; that of its content, if it has one.
+
+    Raises:
+        ModelFormatError, MemoryError.
+    """
+    pipeline = FoundPipeline.at(runtime.pipeline_folders, source)
+    lease.persist(lambda: _note_content(lease, pipeline))
+    with runtime.registry.read() as session:
+        registration = session.get_one(ModelRegistration, lease.claim.job_id)
+        if model := find_model(session, registration.content_hash, registration.private_to):
+            return model.spec
+    return pipeline.describe(runtime.device)
+
+
+def _note_content(lease: Lease, pipeline: FoundPipeline) -> None:
+    with lease.write() as (_, registration):
+        assert isinstance(registration, ModelRegistration)
+        registration.content_hash = pipeline.content_hash
+        registration.source = {
+            name: value for name, value in pipeline.source.items() if name not in ("artifact", "ignored_files")
+        }
 
 
 def find_out(folder: Path) -> dict[str, object]:

@@ -147,7 +147,7 @@ class Sweeper:
             for registration, _ in found:
                 session.delete(registration)
         for registration, has_model in found:
-            if not has_model:
+            if not has_model and registration.artifact is not None:
                 self._artifacts.remove(registration.artifact)
 
     def _delete_rows(self, before: datetime) -> Iterator[int]:

@@ -24,9 +24,10 @@ from service.shared.logs import about
 from service.shared.pipeline_calls import is_pipeline
 from service.shared.settings import Settings
 from service.shared.signals import Bus
-from timetuner_core.models.folder_files import folder_hash
+from timetuner_core.models.folder_files import ModelFormatError, folder_hash
 from timetuner_core.models.loading import DiffusionModel, load_builtin, load_folder
 from timetuner_core.models.out_of_memory import is_out_of_memory
+from timetuner_core.pipelines.files import fingerprint, pipeline_hash
 from timetuner_core.pipelines.loading import load_pipeline
 from timetuner_core.sampling.batch_size import largest_useful_size
 from timetuner_core.sampling.generate import Guidance
@@ -35,6 +36,7 @@ from timetuner_core.tuning.problem import TuningProblem
 from worker import metrics
 from worker.conversion import guidance_of
 from worker.lease import JobCancelledError, JobRefusedError, Lease, StepWatch, WorkerStoppingError
+from worker.pipeline_folders import PipelineFolders
 from worker.pipeline_sampling import ServedPipeline
 from worker.traces import tuning_ended, tuning_span
 
@@ -64,6 +66,8 @@ class Runtime:
         self._models: OrderedDict[str, DiffusionModel | ServedPipeline] = (
             OrderedDict()
         )  # The model used last is the last.
+        self.pipeline_folders = PipelineFolders(settings, self.artifacts)
+        self._fingerprints: dict[str, str] = {}  # The state of a pipeline's files whose content was checked, by model.
         self._sizes: dict[Hashable, tuple[int, ...]] = {}
         self.most_rows = settings.part_size  # How many rows are sampled at once of what was sampled last.
         self.give_way: Callable[[], None] = lambda: None  # Tuning calls it to let urgent work go first.
@@ -265,20 +269,47 @@ class Runtime:
         return starting.watched(metrics.NETWORK_EVALUATIONS.labels(model_id).inc)
 
     def pipeline_folder(self, model: Model) -> Path:
-        """The folder of a pipeline's files."""
-        return self.artifacts.local_folder(model.source["artifact"])
+        """The folder of a registered pipeline, whose content is what was registered.
+
+        Files that are not ours are hashed again only if a name, size or time changed since they were hashed.
+
+        Raises:
+            ChangedModelError: the content is another, or the files are gone.
+        """
+        if "artifact" in model.source:
+            return self._checked_folder(model)
+        try:
+            folder = self.pipeline_folders.find(model.source)
+            state = fingerprint(folder)
+            if state != self._fingerprints.get(model.id, model.source["fingerprint"]):
+                _check_hash(model, pipeline_hash(folder, model.source["dtype"]), str(folder))
+        except ModelFormatError as error:
+            message = f"the files of model {model.name!r} ({model.id}) cannot be read as they were registered: {error}"
+            raise ChangedModelError(message) from None
+        self._fingerprints[model.id] = state
+        return folder
 
     def _checked_folder(self, model: Model) -> Path:
         """The folder of an uploaded model's files. Raises: ChangedModelError, if they are not those that came."""
         key: str = model.source["artifact"]
-        found = folder_hash(self.artifacts.local_folder(key))
+
+        def content_hash() -> str:
+            folder, is_pipeline = self.artifacts.local_folder(key), model.source.get("kind") == "pipeline"
+            return pipeline_hash(folder, model.source["dtype"]) if is_pipeline else folder_hash(folder)
+
+        found = content_hash()
         if found != model.content_hash and self.artifacts.drop_copy(key):
-            found = folder_hash(self.artifacts.local_folder(key))
-        if found != model.content_hash:
-            hashes = f"their hash is {found}, and was {model.content_hash}"
-            message = f"the files of model {model.name!r} ({model.id}) have changed since it was registered: {hashes}"
-            raise ChangedModelError(f"{message}; accepted: the files as they were, in {key} of the artifact store")
+            found = content_hash()
+        _check_hash(model, found, f"{key} of the artifact store")
         return self.artifacts.local_folder(key)
+
+
+def _check_hash(model: Model, found: str, place: str) -> None:
+    """Raises: ChangedModelError, if a model's files have another hash than when it was registered."""
+    if found != model.content_hash:
+        hashes = f"their hash is {found}, and was {model.content_hash}"
+        message = f"the files of model {model.name!r} ({model.id}) have changed since it was registered: {hashes}"
+        raise ChangedModelError(f"{message}; accepted: the files as they were, in {place}")
 
 
 def _sizes_key(

@@ -14,8 +14,10 @@ from service.shared.job_requests import TuningJobRequest
 from service.shared.telemetry import TRACER
 from timetuner_core.evaluation.verdict import Evaluation, Metric
 from timetuner_core.grids import teacher_timesteps
+from timetuner_core.tuners import PipelineTuner
 from timetuner_core.tuning.problem import TuningState
 from worker.lease import Lease
+from worker.pipeline_tuning import run_pipeline_job
 from worker.runtime import Runtime
 from worker.tuned_sampler import TunedSampler
 from worker.tuning_state import load_state, read_job, store_progress, tune
@@ -26,6 +28,9 @@ def run_tuning_job(runtime: Runtime, lease: Lease) -> None:
     """Run a tuning job to its end."""
     with runtime.registry.read() as session:
         job = read_job(session, lease.claim.job_id)
+    if isinstance(TuningJobRequest.stored(job.request).tuner, PipelineTuner):
+        run_pipeline_job(runtime, lease, job)
+        return
     sampler = TunedSampler(runtime, job, lease.check, checks_teacher=True)
     state = load_state(job, sampler.timesteps)
     sampler.progress.store = partial(store_progress, lease.write)

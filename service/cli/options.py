@@ -1,11 +1,13 @@
 """Options of several commands. The service has defaults for those that are not given."""
 
+import base64
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.output import NOT_FOUND, CommandError
+from service.cli.output import NOT_FOUND, USAGE, CommandError
 from service.client.choices import GuidanceType as AnyGuidanceType
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ Timesteps = Annotated[
 
 def given(**options: Any) -> Any:
     """The options that were given."""
-    return {name: value for name, value in options.items() if value not in (None, [])}
+    return {name: value for name, value in options.items() if value not in (None, [], {})}
 
 
 def assignment(text: str) -> tuple[str, Any]:
@@ -53,6 +55,53 @@ def assignment(text: str) -> tuple[str, Any]:
     except ValueError:
         return name, value
 
+
+Height = Annotated[int | None, typer.Option(help="Of pipelines, in pixels. [the pipeline's own]")]
+Width = Annotated[int | None, typer.Option(help="[the pipeline's own]")]
+NegativePrompt = Annotated[str | None, typer.Option(help="What a pipeline's images are not to show.")]
+CallArguments = Annotated[
+    list[Any],
+    typer.Option(
+        "--call", parser=assignment, metavar="NAME=VALUE", help="An argument of a pipeline's call; may be repeated."
+    ),
+]
+
+
+def image_file(text: str) -> tuple[str, Path]:
+    """The name of a call's argument, `image` if none is given, and an image file."""
+    name, equals, path = text.partition("=")
+    return (name, Path(path)) if equals else ("image", Path(text))
+
+
+ImageFiles = Annotated[
+    list[Any],
+    typer.Option(
+        "--image",
+        parser=image_file,
+        metavar="[NAME=]FILE",
+        help="A PNG, JPEG or WebP file for an argument of a pipeline's call, `image` or another; may be repeated.",
+    ),
+]
+
+
+def call_of(arguments: list[Any], images: list[Any]) -> dict[str, Any]:
+    """The `call` of a request. Raises: CommandError, for a file that is no image."""
+    return dict(arguments) | {name: data_url(path) for name, path in images}
+
+
+def data_url(path: Path) -> str:
+    """An image file as a data URL. Raises: CommandError."""
+    kind = IMAGE_TYPES.get(path.suffix.lower())
+    if kind is None:
+        raise CommandError(f"--image is {str(path)!r}; accepted: a name that ends with {', '.join(IMAGE_TYPES)}", USAGE)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CommandError(f"--image is {str(path)!r} ({error.strerror}); accepted: a file to be read", USAGE) from None
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+IMAGE_TYPES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 Private = Annotated[bool, typer.Option("--private", help="Only your API key, and admins, see it.")]
 

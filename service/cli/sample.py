@@ -7,6 +7,7 @@ import typer
 
 from service.cli.connection import Url, connected
 from service.cli.options import (
+    CallArguments,
     Clipping,
     Eta,
     GuidanceEnd,
@@ -14,10 +15,14 @@ from service.cli.options import (
     GuidanceScale,
     GuidanceStart,
     GuidanceType,
+    Height,
+    ImageFiles,
     ModelName,
-    NumSteps,
+    NegativePrompt,
     SamplerName,
     Timesteps,
+    Width,
+    call_of,
     find_model,
     given,
 )
@@ -31,8 +36,14 @@ SUFFIXES = (".png", ".npy", ".zip")
 
 def sample(
     model: ModelName,
-    num_steps: NumSteps,
-    num_images: Annotated[int, typer.Option(min=1)] = 16,
+    num_steps: Annotated[int | None, typer.Option(min=1, help="Steps of sampling; a pipeline has a default.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What a pipeline's images are to show.")] = None,
+    negative_prompt: NegativePrompt = None,
+    height: Height = None,
+    width: Width = None,
+    call: CallArguments = [],  # noqa: B006
+    image: ImageFiles = [],  # noqa: B006
+    num_images: Annotated[int | None, typer.Option(min=1, help="How many. [16; with a prompt, 1]")] = None,
     seed: Annotated[int | None, typer.Option(help="Image k is drawn from seed + k. [0]")] = None,
     schedule: Annotated[str | None, typer.Option(help="auto, none, a schedule's id or alias. [auto]")] = None,
     sampler: SamplerName = None,
@@ -62,7 +73,12 @@ def sample(
         raise CommandError(f"--out is {str(out)!r}; accepted: a name that ends with {', '.join(SUFFIXES)}", USAGE)
     request = given(
         num_steps=num_steps,
-        num_images=num_images,
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        height=height,
+        width=width,
+        call=call_of(call, image),
+        num_images=num_images or (16 if prompt is None else 1),
         seed=seed,
         schedule=schedule,
         sampler=sampler,
@@ -80,7 +96,8 @@ def sample(
         samples = client.samples.create(model=find_model(client, model), **request)
     _write(samples, out)
     if as_json:
-        print_json({"out": str(out), "job": samples.job, "schedule": samples.schedule, "shape": samples.array.shape})
+        told = {"out": str(out), "job": samples.job, "schedule": samples.schedule, "shape": samples.array.shape}
+        print_json(told | {"flagged": list(samples.flagged)})
         return
     from rich.console import Console
 
@@ -89,6 +106,8 @@ def sample(
 
         show_png(samples.to_png())
     typer.echo(f"{out}: {samples.schedule or 'untuned'}")
+    if samples.flagged:
+        stderr.print(f"the safety checker held back: {', '.join(map(str, samples.flagged))}")
 
 
 def _write(samples: "Samples", out: Path) -> None:

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from service.cli.connection import Url, connected
 from service.cli.options import (
+    CallArguments,
     Clipping,
     Eta,
     GuidanceEnd,
@@ -15,12 +17,17 @@ from service.cli.options import (
     GuidanceScale,
     GuidanceStart,
     GuidanceType,
+    Height,
+    ImageFiles,
     ModelName,
+    NegativePrompt,
     NumSteps,
     Private,
     SamplerName,
     Timesteps,
+    Width,
     assignment,
+    call_of,
     find_model,
     given,
 )
@@ -36,6 +43,14 @@ if TYPE_CHECKING:
 def tune(
     model: ModelName,
     num_steps: NumSteps,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A text file with a prompt per line, to tune a pipeline with. [64 of ours]")
+    ] = None,
+    negative_prompt: NegativePrompt = None,
+    height: Height = None,
+    width: Width = None,
+    call: CallArguments = [],  # noqa: B006
+    image: ImageFiles = [],  # noqa: B006
     sampler: SamplerName = None,
     clipping: Clipping = None,
     guidance_type: GuidanceType = None,
@@ -68,6 +83,11 @@ def tune(
         raise CommandError("--watch and --detach are given; accepted: one of them", USAGE)
     request = given(
         num_steps=num_steps,
+        prompts=None if prompts is None else _read_prompts(prompts),
+        negative_prompt=negative_prompt,
+        height=height,
+        width=width,
+        call=call_of(call, image),
         sampler=sampler,
         clipping=clipping,
         guidance_type=guidance_type,
@@ -94,6 +114,15 @@ def tune(
         print_json({"job": done, "schedule": schedule})
     else:
         show_schedule(schedule)
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """The lines of a file that are not empty. Raises: CommandError."""
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        accepted = "a text file with one prompt per line"
+        raise CommandError(f"--prompts is {str(path)!r} ({error}); accepted: {accepted}", USAGE) from None
 
 
 def _print_job(job: "TuningJob", as_json: bool) -> None:

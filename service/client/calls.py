@@ -171,7 +171,10 @@ def import_schedule(request: ScheduleImport) -> Call[Schedule]:
 
 
 def resolve_schedule(setting: Setting) -> Call[Resolution]:
-    return Call("resolve_schedule", "GET", "/v1/schedules/resolve", _reader(Resolution), params={**setting})
+    given = {name: value for name, value in setting.items() if value is not None}
+    if "call" in given:
+        given["call"] = json.dumps(given["call"])
+    return Call("resolve_schedule", "GET", "/v1/schedules/resolve", _reader(Resolution), params=given)
 
 
 def get_schedule(schedule: str) -> Call[Schedule]:
@@ -282,7 +285,9 @@ def _samples(response: httpx.Response) -> Samples:
     array = np.load(io.BytesIO(response.content), allow_pickle=False)
     schedule = response.headers["TimeTuner-Schedule"]
     job = response.headers["Content-Location"].split("/")[-2]
-    return Samples(array, job, None if schedule == "none" else schedule)
+    flagged = response.headers.get("TimeTuner-Flagged", "none")
+    numbers = [] if flagged == "none" else [int(number) for number in flagged.split(",")]
+    return Samples(array, job, None if schedule == "none" else schedule, numbers)
 
 
 def _export(response: httpx.Response) -> ScheduleExport:

@@ -1,6 +1,6 @@
 """Types of requests. Fields that are left out have the service's defaults: see its `/docs`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Required, TypeAlias
 
 import numpy as np
@@ -26,7 +26,15 @@ class SettingOptions(TypedDict, total=False):
     eta: float
 
 
-class Setting(SettingOptions, total=False):
+class CallOptions(TypedDict, total=False):
+    """The arguments of a pipeline's call that change its result's size and form. Images are data URLs: `data_url`."""
+
+    height: int | None
+    width: int | None
+    call: Mapping[str, Any]
+
+
+class Setting(SettingOptions, CallOptions, total=False):
     """A model and how it is sampled. A schedule is tuned for one setting and found by it."""
 
     model: Required[str]
@@ -102,6 +110,13 @@ class GridTuner(TypedDict):
     objective: Literal["grid"]
 
 
+class PipelineTuner(TypedDict, total=False):
+    objective: Required[Literal["pipeline"]]
+    total_iters: int
+    num_samples: int
+    max_batch: int
+
+
 class EvaluationRequest(TypedDict, total=False):
     num_samples: int
     max_num_samples: int | None
@@ -113,16 +128,35 @@ class TuningJobRequest(Setting, total=False):
     """Tune one schedule."""
 
     timesteps: Timesteps
-    tuner: EndToEndTuner | SolverTuner | NextEpsTuner | TeacherStepTuner | AysTuner | GitsTuner | DmnTuner | GridTuner
+    prompts: Sequence[str] | None
+    negative_prompt: str | None
+    tuner: (
+        EndToEndTuner
+        | SolverTuner
+        | NextEpsTuner
+        | TeacherStepTuner
+        | AysTuner
+        | GitsTuner
+        | DmnTuner
+        | GridTuner
+        | PipelineTuner
+    )
     evaluation: EvaluationRequest
     seed: int
     private: bool
     webhook_url: str | None
 
 
-class SampleRequest(Setting, total=False):
-    """Sample images. `condition` is `(1 or num_images, L, D)`, `uncond_condition` `(1, L, D)`, both sent as float32."""
+class SampleRequest(SettingOptions, CallOptions, total=False):
+    """Sample images. `condition` is `(1 or num_images, L, D)`, `uncond_condition` `(1, L, D)`, both sent as float32.
 
+    Networks need `num_steps`; a pipeline has a default.
+    """
+
+    model: Required[str]
+    num_steps: int
+    prompt: str | None
+    negative_prompt: str | None
     timesteps: Timesteps
     schedule: str
     num_images: int

@@ -153,6 +153,7 @@ class Schedule(BaseModel):
     timesteps: list[float]
     t_ratios: list[float]
     solver_table: dict[str, Any] | None = None
+    call: dict[str, Any] | None = None
     provenance: dict[str, Any]
     evaluation: Evaluation | None
     created_at: datetime
@@ -173,8 +174,13 @@ class Schedule(BaseModel):
 
         Whether it is private there is for the one who imports it to say.
         """
-        theirs = {"private", "override", "model_content_hash"}
-        kept: ScheduleImport = self.model_dump(mode="json", include=set(ScheduleImport.__annotations__) - theirs)  # type: ignore[assignment]
+        theirs = {"private", "override", "model_content_hash", "height", "width", "call"}
+        names = set(ScheduleImport.__annotations__) - theirs
+        kept: ScheduleImport = self.model_dump(mode="json", include=names)  # type: ignore[assignment]
+        if self.call is not None:
+            sizes = {name: self.call[name] for name in ("height", "width") if name in self.call}
+            call = {name: value for name, value in self.call.items() if name not in sizes}
+            kept.update({**sizes, "call": call})  # type: ignore[typeddict-item]
         return kept
 
     def _repr_html_(self) -> str:
@@ -282,6 +288,7 @@ class TuningJobFields(Job):
 class SampleJobFields(Job):
     request: dict[str, Any]
     content: str | None
+    flagged: list[int] | None = None
 
 
 class Event(BaseModel):
@@ -342,11 +349,13 @@ class Samples:
         array: float32 `(num_images, *image_shape)`; of images, -1 is black and 1 is white.
         job: the sampling job's id.
         schedule: the id of the schedule used, or None for untuned.
+        flagged: the numbers of the images that a pipeline's safety checker held back.
     """
 
     array: NDArray[np.float32]
     job: str
     schedule: str | None
+    flagged: Sequence[int] = ()
 
     @property
     def images(self) -> Sequence[Image.Image]:

@@ -10,19 +10,22 @@ import shutil
 import tarfile
 import unicodedata
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, TypeAlias, cast
+from typing import IO, Any, Literal, NamedTuple, TypeAlias, cast
 
 from service.http.errors import InvalidError, TooLargeError
 from timetuner_core.models.folder_files import (
+    MAX_JSON_BYTES,
     MODEL_INDEX,
     READ_FOLDERS,
     TRANSFORMER_CONFIG,
     UNET_CONFIG,
     ModelFormatError,
     model_files,
+    parse_json,
 )
+from timetuner_core.pipelines.files import PipelineIndex, is_pipeline, pipeline_files
 
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 MAX_FILES = 1000
@@ -35,12 +38,26 @@ GZIP_MAGIC = b"\x1f\x8b"
 ENCRYPTED = 0x1
 LOC = ("body", "archive")
 
+Kind: TypeAlias = Literal["auto", "network", "pipeline"]
 
-def unpack(file: IO[bytes], destination: Path, max_bytes: int) -> list[str]:
-    """Extract the `model_files` of a zip or tar archive, whether at its root or in one folder.
 
-    Returns:
-        The names of the files that nothing reads and that were left out, the first `MAX_NAMED` of them.
+class Unpacked(NamedTuple):
+    """What was extracted.
+
+    Attributes:
+        is_pipeline: whether it is a whole pipeline.
+        ignored_files: the names of the files that nothing reads and that were left out, the first `MAX_NAMED` of them.
+    """
+
+    is_pipeline: bool
+    ignored_files: list[str]
+
+
+def unpack(file: IO[bytes], destination: Path, max_bytes: int, kind: Kind = "auto") -> Unpacked:
+    """Extract the files of a model from a zip or tar archive, whether at its root or in one folder.
+
+    Args:
+        kind: what it is read as; `auto` is a pipeline if all components are there, a text encoder among them.
 
     Raises:
         InvalidError: not an archive, unsafe names, links, pickles beside weights, or no model inside.
@@ -51,7 +68,7 @@ def unpack(file: IO[bytes], destination: Path, max_bytes: int) -> list[str]:
             metered = _Metered(file, MAX_ZIP_DIRECTORY_BYTES)
             with zipfile.ZipFile(cast(IO[bytes], metered)) as archive:
                 metered.allowance = math.inf
-                return _extract(list(_zip_members(archive)), destination, max_bytes)
+                return _extract(list(_zip_members(archive)), destination, max_bytes, kind)
         else:
             file.seek(0)
             compressed = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
@@ -64,7 +81,7 @@ def unpack(file: IO[bytes], destination: Path, max_bytes: int) -> list[str]:
                 while metered.read(MAX_TAR_HEADER_BYTES):
                     pass  # The padding is read to its end, where gzip has its checksum.
                 metered.allowance = math.inf
-                return _extract(members, destination, max_bytes)
+                return _extract(members, destination, max_bytes, kind)
     except (InvalidError, TooLargeError):
         raise
     except Exception as error:  # The formats and their compressions have errors of many types.
@@ -137,21 +154,22 @@ def _tar_members(archive: tarfile.TarFile, metered: _Metered, max_bytes: int) ->
             yield info.name, info.size, lambda info=info: archive.extractfile(info)
 
 
-def _extract(members: list[Member], destination: Path, max_bytes: int) -> list[str]:
-    """Write what the model consists of, and give the names of the files that are left out."""
+def _extract(members: list[Member], destination: Path, max_bytes: int, kind: Kind) -> Unpacked:
+    """Write what the model consists of."""
     if len(members) > MAX_FILES:
         raise TooLargeError(f"the archive has {len(members)} files; accepted: up to {MAX_FILES}", LOC)
     paths = [_safe_path(name) for name, _, _ in members]
     _check_unique(paths)
-    root = _model_root(paths)
-    inside = {
-        path.relative_to(root).as_posix(): member
-        for path, member in zip(paths, members, strict=True)
-        if path.is_relative_to(root)
-    }
-    _check_pickles([path for path in paths if path.suffix.lower() in PICKLE_SUFFIXES], root)
+    index_root = None if kind == "network" else _index_root(paths)
+    pickles = [path for path in paths if path.suffix.lower() in PICKLE_SUFFIXES]
     try:
-        chosen = model_files(inside)
+        if index_root is None and kind == "pipeline":
+            raise ModelFormatError(MODEL_INDEX, "the file is missing; accepted: a pipeline as diffusers saves it")
+        index = None if index_root is None else _read_index(_inside(index_root, paths, members), kind)
+        root = _model_root(paths) if index is None or index_root is None else index_root
+        inside = _inside(root, paths, members)
+        _check_pickles(pickles, root, READ_FOLDERS if index is None else index.components)
+        chosen = model_files(inside) if index is None else pipeline_files(inside, index)
     except ModelFormatError as error:
         raise InvalidError(str(error), (*LOC, error.field)) from None
     wanted = {name: inside[name] for name in (*chosen, MODEL_INDEX) if name in inside}
@@ -165,14 +183,43 @@ def _extract(members: list[Member], destination: Path, max_bytes: int) -> list[s
             shutil.copyfileobj(source, out)
         if target.stat().st_size != size:
             raise InvalidError(f"{name!r} is truncated", LOC)
-    return sorted({path.as_posix() for path in paths} - {(root / name).as_posix() for name in wanted})[:MAX_NAMED]
+    ignored = sorted({path.as_posix() for path in paths} - {(root / name).as_posix() for name in wanted})[:MAX_NAMED]
+    return Unpacked(index is not None, ignored)
 
 
-def _check_pickles(pickles: list[PurePosixPath], root: PurePosixPath) -> None:
+def _inside(root: PurePosixPath, paths: list[PurePosixPath], members: list[Member]) -> dict[str, Member]:
+    """The members below a folder, by their names in it."""
+    pairs = zip(paths, members, strict=True)
+    return {path.relative_to(root).as_posix(): member for path, member in pairs if path.is_relative_to(root)}
+
+
+def _index_root(paths: list[PurePosixPath]) -> PurePosixPath | None:
+    """The folder of the one `model_index.json` that is at the archive's root, or in a folder at its top."""
+    roots = [path.parent for path in paths if path.name == MODEL_INDEX and len(path.parts) <= 2]
+    return min(roots, key=lambda root: len(root.parts)) if roots else None
+
+
+def _read_index(inside: Mapping[str, Member], kind: Kind) -> PipelineIndex | None:
+    """What a pipeline's index says; None if the archive is to be read as a network. Raises: ModelFormatError."""
+    _, size, open_member = inside[MODEL_INDEX]
+    if size > MAX_JSON_BYTES:
+        raise ModelFormatError(MODEL_INDEX, f"the file is too large; accepted: up to {MAX_JSON_BYTES} bytes")
+    with open_member() as file:
+        content = parse_json(MODEL_INDEX, file.read(MAX_JSON_BYTES + 1))
+    try:
+        index = PipelineIndex.of(content)
+    except ModelFormatError:
+        if kind == "pipeline":
+            raise
+        return None  # Networks have been accepted beside any index.
+    return index if kind == "pipeline" or is_pipeline(inside, index) else None
+
+
+def _check_pickles(pickles: list[PurePosixPath], root: PurePosixPath, folders: Collection[str]) -> None:
     """Refuse pickles where the model is: they may be its weights. Nothing reads those of other components."""
     for path in pickles:
         beside = path.relative_to(root).parts if path.is_relative_to(root) else ()
-        if len(beside) == 1 or (beside and beside[0] in READ_FOLDERS):
+        if len(beside) == 1 or (beside and beside[0] in folders):
             raise InvalidError(f"{path.as_posix()!r} may be a pickle; accepted: weights as .safetensors only", LOC)
 
 

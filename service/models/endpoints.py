@@ -4,13 +4,13 @@ import json
 import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeAlias, cast, get_args
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 
 from service.access.callers import AnyCaller, Caller, MayWriteModels
 from service.access.idempotency import GivenKey
@@ -28,16 +28,21 @@ from service.http.fields import JSON_TYPE, PageParams, PathId, check_fields, new
 from service.http.preferences import Prefer, read_preference
 from service.http.validation import FieldsError
 from service.models import logic
+from service.models.archive import Kind
 from service.models.registrations import newest_registrations
 from service.models.schemas import (
+    DTYPE,
     PRIVATE_MODEL,
     STATES,
     BuiltinModelRequest,
+    Dtype,
+    HubModelRequest,
     ModelOut,
     ModelPage,
     ModelRegistrationOut,
     ModelRegistrationPage,
     ModelState,
+    PathModelRequest,
 )
 from service.registry.tables import Model, ModelRegistration
 from service.shared.fields import PRINTABLE
@@ -47,13 +52,20 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 
 MULTIPART = "multipart/form-data"
 BOOLEANS = {"true": True, "false": False}
+FORM_FIELDS = ("archive", "name", "private", "kind", "dtype")
+KIND = "What the archive is read as. `auto`: a pipeline, if it is a whole one that takes prompts; else a network."
 UPLOADS = CapacityLimiter(2)  # Two archives are unpacked at once. Others wait without a thread.
 REQUEST_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "content": {
             JSON_TYPE: {
-                "schema": {"$ref": "#/components/schemas/BuiltinModelRequest"},
+                "schema": {
+                    "anyOf": [
+                        {"$ref": f"#/components/schemas/{request.__name__}"}
+                        for request in (BuiltinModelRequest, PathModelRequest, HubModelRequest)
+                    ]
+                },
                 "example": {"builtin": "digits8"},
             },
             MULTIPART: {
@@ -69,6 +81,8 @@ REQUEST_BODY: dict[str, Any] = {
                         },
                         "name": {"type": "string", "maxLength": 200, "pattern": PRINTABLE},
                         "private": {"type": "string", "enum": [*BOOLEANS], "description": PRIVATE_MODEL},
+                        "kind": {"type": "string", "enum": get_args(Kind), "default": "auto", "description": KIND},
+                        "dtype": {"type": "string", "enum": get_args(Dtype), "default": "auto", "description": DTYPE},
                     },
                 }
             },
@@ -85,52 +99,68 @@ async def _json(request: Request) -> Any:
         return None
 
 
-class Registration(NamedTuple):
-    """A body: a built-in's request, or an uploaded archive and its name.
+class Upload(NamedTuple):
+    """An uploaded archive.
 
     Attributes:
         asked_name: the name that the request gives, if it gives one.
     """
 
-    builtin: BuiltinModelRequest | None
-    archive: UploadFile | None
-    name: str | None
+    archive: UploadFile
+    name: str
     asked_name: str | None
     private: bool
+    kind: Kind
+    dtype: str
 
 
-async def _parse(request: Request) -> Registration:
+JsonRequest: TypeAlias = BuiltinModelRequest | PathModelRequest | HubModelRequest
+
+
+async def _parse(request: Request) -> JsonRequest | Upload:
     """The body, by its content type."""
     given = request.headers.get("content-type", "")
     content_type = given.partition(";")[0].strip().lower()
     if content_type == JSON_TYPE:
+        content = await _json(request)
+        given_fields = content.keys() if isinstance(content, dict) else set()
+        kinds: dict[str, type[JsonRequest]] = {"path": PathModelRequest, "hub": HubModelRequest}
+        schema = next((kind for field, kind in kinds.items() if field in given_fields), BuiltinModelRequest)
         try:
-            builtin = BuiltinModelRequest.model_validate_json(await request.body())
+            parsed = schema.model_validate_json(await request.body())
         except ValidationError as error:
-            raise FieldsError(error, "body", BuiltinModelRequest, await _json(request)) from None
+            raise FieldsError(error, "body", schema, content) from None
         check_fields(await request.body())
-        return Registration(builtin, None, None, builtin.name, builtin.private)
+        return parsed
     if content_type != MULTIPART:
-        accepted = f"{JSON_TYPE} for a built-in model, {MULTIPART} for an archive"
+        accepted = f"{JSON_TYPE} for a built-in model, a path or a hub's name, {MULTIPART} for an archive"
         raise UnsupportedMediaTypeError(
             f"Content-Type is {given!r}; accepted: {accepted}", ("header", "Content-Type"), given
         )
-    form = await request.form(max_files=1, max_fields=5)
+    form = await request.form(max_files=1, max_fields=10)
     archive, name = form.get("archive"), form.get("name")
     if not isinstance(archive, UploadFile):
         raise InvalidError("archive is missing; accepted: a zip, tar or tar.gz file", ("body", "archive"))
-    if unknown := form.keys() - {"archive", "name", "private"}:
+    if unknown := form.keys() - set(FORM_FIELDS):
         field = min(unknown)[:100]
-        raise InvalidError(f"there is no field {field!r}; accepted: archive, name, private", ("body", field))
+        raise InvalidError(f"there is no field {field!r}; accepted: {', '.join(FORM_FIELDS)}", ("body", field))
     asked_name = name if isinstance(name, str) and name else None
     name = asked_name or archive.filename or "model"
     if len(name) > 200 or not re.fullmatch(PRINTABLE, name):
         raise InvalidError("accepted as name: up to 200 printable characters", ("body", "name"), name[:300])
-    private = form.get("private", "false")
-    if not isinstance(private, str) or private not in BOOLEANS:
-        given = private if isinstance(private, str) else "a file"
-        raise InvalidError(f"private is {given[:100]!r}; accepted: true or false", ("body", "private"), given[:100])
-    return Registration(None, archive, name, asked_name, BOOLEANS[private])
+    private = _choice(form, "private", "false", tuple(BOOLEANS))
+    kind, dtype = _choice(form, "kind", "auto", get_args(Kind)), _choice(form, "dtype", "auto", get_args(Dtype))
+    return Upload(archive, name, asked_name, BOOLEANS[private], cast(Kind, kind), dtype)
+
+
+def _choice(form: FormData, field: str, default: str, accepted: tuple[str, ...]) -> str:
+    """A field with a few accepted values. Raises: InvalidError."""
+    value = form.get(field, default)
+    if not isinstance(value, str) or value not in accepted:
+        given = value if isinstance(value, str) else "a file"
+        message = f"{field} is {given[:100]!r}; accepted: {', '.join(accepted[:-1])} or {accepted[-1]}"
+        raise InvalidError(message, ("body", field), given[:100])
+    return value
 
 
 @router.post(
@@ -148,7 +178,7 @@ async def _parse(request: Request) -> Registration:
 )
 async def register_model(
     caller: MayWriteModels,  # It comes first, so that the scope is checked before the body is read.
-    parsed: Annotated[Registration, Depends(_parse)],
+    parsed: Annotated[JsonRequest | Upload, Depends(_parse)],
     state: State,
     response: Response,
     prefer: Prefer = None,
@@ -156,21 +186,29 @@ async def register_model(
 ) -> ModelOut | ModelRegistrationOut:
     """Register a model: a built-in one by name, or an uploaded archive of a diffusers-format folder.
 
-    A worker loads and tries an uploaded model, which the request waits for. With `Prefer: respond-async`, or if that
+    A whole pipeline may stay where it is, too: below the operator's `MODELS_DIR`, or in the Hugging Face cache. An
+    archive is a pipeline if it has a `model_index.json`, all components that are named there, and a text encoder with
+    its tokenizer; else it is a network with its scheduler, as before.
+
+    A worker loads and tries the model, which the request waits for. With `Prefer: respond-async`, or if that
     takes long, the answer is 202 with the registration's state; its `Location` gives the model once it is `ready`, or
     the problem if it is `refused`.
     """
-    builtin, archive, name, asked_name, private = parsed
-    if builtin is not None:
-        model, created = await state.run_write(
-            logic.register_builtin, state.registry, caller, builtin.builtin, builtin.name, idempotency_key, private
+    if isinstance(parsed, BuiltinModelRequest):
+        register = partial(logic.register_builtin, state.registry, caller, parsed.builtin, parsed.name)
+        model, created = await state.run_write(register, idempotency_key, parsed.private)
+        return _registered(response, model, created, parsed.name)
+    if isinstance(parsed, Upload):
+        archive, name, asked_name, private, kind, dtype = parsed
+        hand_in = partial(
+            logic.hand_in_archive, state.registry, caller, state.artifacts, archive.file, name, state.settings
         )
-        return _registered(response, model, created, asked_name)
-    assert archive is not None and name is not None
-    hand_in = partial(
-        logic.hand_in_archive, state.registry, caller, state.artifacts, archive.file, name, state.settings
-    )
-    handed_in = await to_thread.run_sync(hand_in, idempotency_key, private, limiter=UPLOADS)
+        handed_in = await to_thread.run_sync(hand_in, idempotency_key, private, kind, dtype, limiter=UPLOADS)
+    else:
+        asked_name = parsed.name
+        handed_in = await state.run_write(
+            logic.hand_in_folder, state.registry, caller, parsed, state.settings, idempotency_key
+        )
     respond_async, seconds = read_preference(prefer, state.settings.max_wait_seconds)
     found = await _described(state, caller, handed_in.found, 0 if respond_async else seconds)
     if handed_in.once is not None:

@@ -2,11 +2,12 @@
 
 import asyncio
 import hashlib
+import json
 import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy import Select, delete, not_, select
@@ -17,8 +18,9 @@ from service.access.callers import Caller
 from service.access.idempotency import Once, make_once
 from service.access.visibility import is_visible, visible_model, visible_registration
 from service.http.errors import ConflictError, InvalidError, NotFoundError, TooManyRequestsError
-from service.models.archive import LOC, unpack
+from service.models.archive import LOC, Kind, unpack
 from service.models.registrations import find_handed_in, refusal_of
+from service.models.schemas import HubModelRequest, PathModelRequest
 from service.registry.database import Registry
 from service.registry.jobs import count_queued
 from service.registry.keys import Scope
@@ -38,6 +40,7 @@ from service.shared.settings import Settings
 from service.state import AppState
 from timetuner_core.catalog import BUILTIN_FOLDERS, builtin_specs
 from timetuner_core.models.folder_files import ModelFormatError, check_files, folder_hash
+from timetuner_core.pipelines.files import check_pipeline_files, pipeline_hash, saved_dtype
 
 LOOK_INTERVAL_SECONDS = 0.1  # A waiting request looks this often whether a worker has described its model.
 MAX_NAMED = 10  # A refusal names so many of each kind.
@@ -94,8 +97,13 @@ def hand_in_archive(
     settings: Settings,
     idempotency_key: str | None = None,
     private: bool = False,
+    kind: Kind = "auto",
+    dtype: str = "auto",
 ) -> HandedIn:
     """Check an uploaded archive as far as its files can be read without PyTorch, and keep it for a worker to describe.
+
+    Args:
+        kind: what it is read as. dtype: that a pipeline is loaded in; `auto` is that of its denoiser's files.
 
     Raises:
         InvalidError, TooLargeError, TooManyRequestsError, ConflictError: nothing was kept.
@@ -104,12 +112,14 @@ def hand_in_archive(
     private_to = caller.private_to(private)
     staging = Path(tempfile.mkdtemp(prefix="timetuner-upload-"))
     try:
-        ignored_files = unpack(file, staging, 2 * settings.max_body_bytes)
+        is_pipeline, ignored_files = unpack(file, staging, 2 * settings.max_body_bytes, kind)
+        if dtype != "auto" and not is_pipeline:
+            message = f"dtype is {dtype!r}, but the archive is read as a network; accepted: auto, or a whole pipeline"
+            raise InvalidError(message, ("body", "dtype"), dtype)
         try:
-            check_files(staging)
+            source, content_hash = _checked_pipeline(staging, dtype) if is_pipeline else _checked_network(staging)
         except ModelFormatError as error:
             raise InvalidError(str(error), (*LOC, error.field)) from None
-        content_hash = folder_hash(staging)
         once = _once(caller, idempotency_key, content_hash, private)
         with registry.read() as session:
             found = _made_before(session, caller, once) or find_model(session, content_hash, private_to)
@@ -127,6 +137,7 @@ def hand_in_archive(
         name=name,
         content_hash=content_hash,
         artifact=key,
+        source=source,
         request={"ignored_files": ignored_files},
         request_id=caller.request_id,
     )
@@ -137,6 +148,62 @@ def hand_in_archive(
         artifacts.remove(key)
         raise
     return HandedIn(registration, True, once, ignored_files)
+
+
+def _checked_network(folder: Path) -> tuple[dict[str, Any], str]:
+    """What a registration's `source` gets, and the content hash. Raises: ModelFormatError."""
+    check_files(folder)
+    return {}, folder_hash(folder)
+
+
+def _checked_pipeline(folder: Path, dtype: str) -> tuple[dict[str, Any], str]:
+    """What a registration's `source` gets, and the content hash. Raises: ModelFormatError."""
+    check_pipeline_files(folder)
+    dtype = saved_dtype(folder) if dtype == "auto" else dtype
+    return {"kind": "pipeline", "dtype": dtype}, pipeline_hash(folder, dtype)
+
+
+def hand_in_folder(
+    registry: Registry,
+    caller: Caller,
+    request: PathModelRequest | HubModelRequest,
+    settings: Settings,
+    idempotency_key: str | None = None,
+) -> HandedIn:
+    """Have a worker look for a pipeline that is in a folder of the operator, or in the cache of a hub.
+
+    Raises:
+        InvalidError: the operator allows no such folders. TooManyRequestsError, ConflictError: nothing was kept.
+        NotFoundError: what the same request made before has been deleted.
+    """
+    source: dict[str, Any] = {"kind": "pipeline", "dtype": request.dtype}
+    if isinstance(request, PathModelRequest):
+        if settings.models_dir is None:
+            message = "the operator has set no MODELS_DIR; accepted: a builtin, a hub's name, or an archive"
+            raise InvalidError(message, ("body", "path"), request.path)
+        place, source["path"] = request.path, request.path
+    else:
+        place, source["hub"], source["revision"] = request.hub, request.hub, request.revision
+    private_to = caller.private_to(request.private)
+    asked = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()
+    once = _once(caller, idempotency_key, asked, request.private)
+    registration = ModelRegistration(
+        id=new_id("mdl"),
+        owner=caller.owner,
+        private_to=private_to,
+        name=request.name or place.rpartition("/")[2],
+        content_hash=asked,
+        source=source,
+        request={},
+        request_id=caller.request_id,
+    )
+    with registry.write() as session:
+        found = _made_before(session, caller, once) or open_registration(session, asked, private_to)
+        if found is not None:
+            return HandedIn(found, False, once, [])
+        _check_room(session, settings.max_queued_jobs)
+        session.add(registration)
+    return HandedIn(registration, True, once, [])
 
 
 async def wait_for_model(
@@ -210,7 +277,7 @@ def get_model(session: Session, caller: Caller, model_id: str) -> Model:
 def delete_model(
     registry: Registry, caller: Caller, artifacts: ArtifactStore, model_id: str, cascade: bool = False
 ) -> None:
-    """Delete a model and its files, or the registration of one that was refused.
+    """Delete a model and its files in the artifact store, or the registration of one that was refused.
 
     Jobs that are over and stored samples remain. The model's row does, too, as they name it.
 
@@ -225,7 +292,7 @@ def delete_model(
         refused = visible_registration(session, caller, model_id, lock=True)
         if refused is not None and refusal_of(refused) is not None:
             session.delete(refused)
-            artifact: str | None = refused.artifact
+            artifact = refused.artifact
         else:
             model = get_model(session, caller, model_id)
             # New jobs and schedules refer to the row, so they wait for this lock.
@@ -233,7 +300,7 @@ def delete_model(
             _check_unused(session, caller, model_id, cascade)
             session.execute(delete(ScheduleAlias).where(ScheduleAlias.model_id == model_id))
             model.deleted_at = utc_now()
-            artifact = model.source.get("artifact")
+            artifact = model.source.get("artifact")  # Files in a folder of the operator stay.
         caller.record(session, "delete_model", model_id)
     if artifact:
         artifacts.remove(artifact)

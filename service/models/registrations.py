@@ -9,7 +9,6 @@ from service.access.callers import Caller
 from service.access.visibility import is_visible, visible_model, visible_registration
 from service.http.errors import InvalidError, JobFailedError, ServiceError
 from service.http.fields import PageQuery, newest_first
-from service.models.archive import LOC
 from service.registry.tables import FINAL_STATES, JobState, Model, ModelRegistration
 
 
@@ -23,7 +22,9 @@ def refusal_of(registration: ModelRegistration) -> ServiceError | None:
         return None
     error = registration.error or ""
     if registration.refused_field is not None:
-        return InvalidError(error, (*LOC, registration.refused_field))
+        place = next((name for name in ("path", "hub") if name in registration.source), "archive")
+        field = registration.refused_field
+        return InvalidError(error, ("body", place) if field == place else ("body", place, field))
     return JobFailedError(f"the model could not be described: {error}")
 
 

@@ -1,8 +1,8 @@
 """Requests and responses of the models endpoints."""
 
-from typing import Annotated, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from service.http.errors import Problem
 from service.http.fields import ModelId, NextCursor, Owner, Private, Time
@@ -36,17 +36,98 @@ class BuiltinModelRequest(BaseModel):
     private: bool = Field(False, description=PRIVATE_MODEL)
 
 
+Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
+DTYPE = "The precision that a pipeline is served and tuned in; `auto` is that of its denoiser's files."
+
+
+class FolderModelRequest(BaseModel):
+    """What registrations of folders on the operator's machines have in common."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str | None = Field(
+        None, min_length=1, max_length=200, pattern=PRINTABLE, description="Default: the folder's."
+    )
+    private: bool = Field(False, description=PRIVATE_MODEL)
+    dtype: Dtype = Field("auto", description=DTYPE)
+
+
+def _is_below(path: str) -> str:
+    """Raises: ValueError."""
+    parts = path.split("/")
+    if any(part in ("", ".", "..") for part in parts) or "\\" in path or ":" in path:
+        raise ValueError(f"path is {path!r}; accepted: names of folders with / between them, without '..'")
+    return path
+
+
+class PathModelRequest(FolderModelRequest):
+    """Register a pipeline in a folder below `MODELS_DIR`, where it stays."""
+
+    path: Annotated[str, AfterValidator(_is_below)] = Field(
+        min_length=1,
+        max_length=1000,
+        pattern=PRINTABLE,
+        examples=["sdxl"],
+        description="A folder in the format of diffusers, below the operator's `MODELS_DIR`.",
+    )
+
+
+class HubModelRequest(FolderModelRequest):
+    """Register a pipeline in the workers' Hugging Face cache, where it stays."""
+
+    hub: str = Field(
+        min_length=3,
+        max_length=200,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*/[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*$",
+        examples=["organisation/name"],
+        description="Its name. It is downloaded only if the operator has set `ALLOW_DOWNLOADS`.",
+    )
+    revision: str = Field(
+        "main",
+        min_length=1,
+        max_length=200,
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*([./][A-Za-z0-9_-]+)*$",
+        description="A branch, tag or commit. The model stays at the commit that it is now.",
+    )
+
+
+class CallArgument(BaseModel):
+    """An argument of a pipeline's call that a request may give."""
+
+    type: Literal["text", "integer", "number", "boolean", "image", "images", "integers", "numbers", "texts"] = Field(
+        examples=["number"]
+    )
+    default: Any = Field(None, examples=[7.5], description="Its value where a request gives none.")
+    required: bool = Field(examples=[False])
+
+
+class Licence(BaseModel):
+    """The licence of a pipeline, as its model card says it."""
+
+    name: str | None = Field(examples=["openrail++"])
+    source: str | None = Field(examples=["README.md"], description="The file that says it.")
+
+
 class ModelSpec(BaseModel):
     """The properties of a model that requests depend on."""
 
+    kind: Literal["network", "pipeline"] = Field(
+        "network", description="`network`: a denoiser with its scheduler. `pipeline`: a whole one, which takes prompts."
+    )
     sample_shape: list[int] = Field(
         examples=[[1, 8, 8]], description="The shape of the network's input, such as [channels, height, width]."
     )
     image_shape: list[int] = Field(
         examples=[[1, 8, 8]], description="The shape of one sample as it is returned. A VAE decodes to another shape."
     )
-    model_type: ModelType = Field(description="The quantity that the network predicts.")
-    T: float = Field(examples=[1.0], description="The latest time, all noise. Times of schedules are in [0, T].")
+    model_type: ModelType | None = Field(
+        examples=["noise"],
+        description="The quantity that the network predicts; null: a pipeline whose scheduler cannot be expressed.",
+    )
+    T: float | None = Field(
+        examples=[1.0],
+        description="The latest time, all noise. Times of schedules are in [0, T]. null: as of `model_type`.",
+    )
     t_start: float | None = Field(
         None,
         examples=[1.0],
@@ -81,6 +162,24 @@ class ModelSpec(BaseModel):
     has_data: bool = Field(
         examples=[True], description="Whether data came with the model. Otherwise tuning generates data."
     )
+    pipeline: str | None = Field(None, examples=["StableDiffusionPipeline"], description="A pipeline's class.")
+    scheduler: str | None = Field(None, examples=["DDIMScheduler"], description="The class of a pipeline's scheduler.")
+    dtype: str | None = Field(None, examples=["float16"], description="The precision of a pipeline.")
+    call: dict[str, CallArgument] | None = Field(
+        None,
+        examples=[{"guidance_scale": {"type": "number", "default": 7.5, "required": False}}],
+        description="The arguments of a pipeline's call that requests may give, by name.",
+    )
+    output: Literal["images", "frames"] | None = Field(
+        None, examples=["images"], description="What a pipeline gives; `frames`: each sample has shape (F, C, H, W)."
+    )
+    size_multiple: int | None = Field(
+        None, examples=[8], description="A pipeline's height and width must be multiples of it."
+    )
+    tunable: str | None = Field(None, examples=[None], description="Why a pipeline cannot be tuned; null: it can.")
+    flags_content: bool = Field(False, description="Whether a pipeline has a safety checker.")
+    licence: Licence | None = Field(None, description="A pipeline's licence.")
+    num_bytes: int | None = Field(None, examples=[123_372], description="The size of a pipeline's weights in memory.")
 
 
 IgnoredFiles = Annotated[
@@ -101,6 +200,9 @@ class ModelOut(BaseModel):
     owner: Owner
     private: Private
     ignored_files: IgnoredFiles
+    path: str | None = Field(None, examples=[None], description="Its folder below `MODELS_DIR`, if it stayed there.")
+    hub: str | None = Field(None, examples=[None], description="Its name in the Hugging Face cache, if it is there.")
+    revision: str | None = Field(None, examples=[None], description="Its commit in the Hugging Face cache.")
     spec: ModelSpec
     created_at: Time
 
@@ -115,7 +217,10 @@ class ModelRegistrationOut(BaseModel):
 
     id: ModelId = Field(description="The id that the model has once it is ready.")
     name: str = Field(examples=["my-model"])
-    content_hash: str = Field(examples=["sha256:9f86d081884c7d65"])
+    content_hash: str = Field(
+        examples=["sha256:9f86d081884c7d65"],
+        description="Until a worker has read files that are not uploaded, a hash of where they are.",
+    )
     state: RegistrationState
     problem: Problem | None = Field(
         examples=[None], description="Why it was refused, as the answer to a request that waits says it."

@@ -37,7 +37,7 @@ def keep_described(session: Session, registration: ModelRegistration, spec: dict
     """
     model = find_model(session, registration.content_hash, registration.private_to)
     if model is None:
-        source = {"artifact": registration.artifact, **registration.request}
+        source = registration.whole_source
         same = ("id", "name", "content_hash", "owner", "private_to")
         model = Model(**{name: getattr(registration, name) for name in same}, source=source, spec=spec)
         session.add(model)

@@ -97,7 +97,10 @@ class Model(CanBePrivate, Base):
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("mdl"))
     name: Mapped[str]
     content_hash: Mapped[str]
-    source: Mapped[dict[str, Any]]  # {"builtin": name} or {"artifact": folder, "ignored_files": names}
+    # {"builtin": name}, {"artifact": folder, "ignored_files": names}, {"path": folder below MODELS_DIR}, or
+    # {"hub": name, "revision": commit}. A pipeline's has its "kind" and "dtype", too, and a "fingerprint" if its files
+    # are not ours.
+    source: Mapped[dict[str, Any]]
     spec: Mapped[dict[str, Any]]
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     deleted_at: Mapped[datetime | None]
@@ -107,6 +110,21 @@ class Model(CanBePrivate, Base):
         """The files of its archive that nothing reads."""
         names: list[str] = self.source.get("ignored_files", [])
         return names
+
+    @property
+    def path(self) -> str | None:
+        """Its folder below MODELS_DIR; None for one that is elsewhere."""
+        return self.source.get("path")
+
+    @property
+    def hub(self) -> str | None:
+        """Its name in the Hugging Face cache; None for one that is elsewhere."""
+        return self.source.get("hub")
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of a model in the Hugging Face cache."""
+        return self.source.get("revision")
 
 
 class Job(Base):
@@ -391,7 +409,7 @@ class ModelRegistration(CanBePrivate, Job):
 
     The model gets this row's id, unless its content is that of a registered model. `request` is
     {"ignored_files": names}, and `published_at` stays null: a bell tells workers that there is something to do, not
-    what.
+    what. Where the files are not ours, a worker replaces `content_hash` and `source` by what it finds.
     """
 
     __tablename__ = "model_registrations"
@@ -400,7 +418,8 @@ class ModelRegistration(CanBePrivate, Job):
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("mdl"))
     name: Mapped[str]
     content_hash: Mapped[str] = mapped_column(index=True)
-    artifact: Mapped[str]  # the folder of its files
+    artifact: Mapped[str | None]  # the folder of its files in the artifact store; null for files that are not ours
+    source: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default="{}")  # what else `Model.source` gets
     model_id: Mapped[str | None]  # the model it became, or that has the same content; not a foreign key: it may go
     refused_field: Mapped[str | None]  # what `error` is about, if the model cannot be used; null of other errors
 
@@ -409,6 +428,12 @@ class ModelRegistration(CanBePrivate, Job):
         """The files of its archive that nothing reads."""
         names: list[str] = self.request.get("ignored_files", [])
         return names
+
+    @property
+    def whole_source(self) -> dict[str, Any]:
+        """The `source` of the model that it becomes."""
+        artifact = {} if self.artifact is None else {"artifact": self.artifact}
+        return {**artifact, **self.source, **self.request}
 
 
 class Webhook(Base):

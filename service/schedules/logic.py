@@ -24,6 +24,7 @@ from service.shared.sampler_facts import sampler_facts
 
 MAX_SCANNED = 10_000  # One page of a list looks at no more schedules than that.
 MAX_COUNTED = 100
+SIZES = ("height", "width")  # Arguments of a pipeline's call that requests have fields for.
 RESERVED_ALIASES = ("auto", "none")
 
 
@@ -115,7 +116,8 @@ def mismatch(session: Session, caller: Caller, setting: SamplingSetting) -> str:
 
 def _matched(key: dict[str, Any], call: dict[str, Any]) -> dict[str, Any]:
     """The fields by which schedules are found, the arguments of the call in place of their digest."""
-    return {name: value for name, value in key.items() if name not in ("model_id", "call_key")} | call
+    of_key = {name: value for name, value in key.items() if name not in ("model_id", "call_key")}
+    return of_key | {name if name in SIZES else f"call.{name}": value for name, value in call.items()}
 
 
 def _shown(value: Any) -> str:

@@ -7,7 +7,7 @@ from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings import SettingsError as UnreadableError
 
@@ -53,6 +53,11 @@ class Settings(BaseSettings):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # The type of networks. Samples stay float32.
     channels_last: bool = False
     compile: bool = False  # Networks are compiled by torch.compile.
+
+    models_dir: Annotated[Path | None, BeforeValidator(lambda path: path or None)] = (
+        None  # Pipelines below this folder may be registered by their paths.
+    )
+    allow_downloads: bool = False  # Workers may download pipelines that the Hugging Face cache does not have.
 
     # A worker keeps models loaded up to this size together, beside the one that it is using.
     max_model_bytes: int = Field(8 * 2**30, ge=0)

@@ -28,7 +28,7 @@ from service.shared.job_requests import TuningJobRequest
 from service.shared.pipeline_calls import is_pipeline
 from service.shared.sampler_facts import sampler_facts
 from service.shared.settings import Settings
-from service.tuning_jobs.pipelines import DEFAULT_SAMPLER, check_pipeline_job
+from service.tuning_jobs.pipelines import DEFAULT_SAMPLER, check_pipeline_job, check_tunable
 from timetuner_core.tuners import (
     MAX_KL_SAMPLES,
     TEACHER_CHECK_RUNS,
@@ -145,6 +145,7 @@ def _checked(request: TuningJobRequest, spec: dict[str, Any], settings: Settings
     Raises:
         InvalidError, TooLargeError.
     """
+    check_tunable(request, spec)
     complete = settled(spec, request, DEFAULT_SAMPLER)
     if is_pipeline(spec):
         return check_pipeline_job(complete, spec, settings)

@@ -18,6 +18,12 @@ DEFAULT_TEACHER_STEPS = 50
 SET_BY_THE_TUNER = ("eta", "batch_size")
 
 
+def check_tunable(request: TuningJobRequest, spec: dict[str, Any]) -> None:
+    """Refuse a pipeline without a teacher of many steps, or whose scheduler is not known. Raises: InvalidError."""
+    if (reason := spec.get("tunable")) is not None:
+        raise InvalidError(f"model cannot be tuned: {reason}; accepted: another", ("body", "model"), request.model)
+
+
 def check_pipeline_job(
     request: TuningJobRequest, spec: dict[str, Any], settings: Settings
 ) -> tuple[TuningJobRequest, int, int]:
@@ -26,8 +32,6 @@ def check_pipeline_job(
     Raises:
         InvalidError, TooLargeError.
     """
-    if (reason := spec.get("tunable")) is not None:
-        raise InvalidError(f"model cannot be tuned: {reason}; accepted: another", ("body", "model"), request.model)
     for name in SET_BY_THE_TUNER:
         if name in request.call:
             message = f"call.{name} is {request.call[name]!r}; accepted: a call without it, since the tuner sets it"

@@ -97,7 +97,7 @@ def model(model_id: PathId, request: Request, caller: AnyCaller, state: State) -
             "of_model": schedules_logic.aliases(session, caller, model_id),
         }
     samplers, names = sampler_names(), {row.id: row.name}
-    objectives = views.DEFAULT_OBJECTIVE | views.OBJECTIVES
+    objectives = views.objectives_of(row)
     return render(
         request, "model.html", caller, samplers=samplers, objectives=objectives, views=views, names=names, **context
     )

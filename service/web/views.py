@@ -11,6 +11,7 @@ from service.access.callers import Caller
 from service.access.visibility import is_visible
 from service.registry.tables import Model, Schedule, ScheduleAlias, TuningJob
 from service.shared.job_requests import ALWAYS, OWN_CLIPPING
+from service.shared.pipeline_calls import is_pipeline
 from service.shared.sampler_facts import SamplersUnknownError, sampler_facts
 from service.tuning_jobs.logic import events_after
 from service.web.charts import Chart, Series, make_chart
@@ -20,6 +21,8 @@ MAX_COUNTED = 1000
 MAX_EVENTS = 1000
 METRICS = {
     "teacher_l2": "distance to the teacher",
+    "teacher_l2_native": "distance to the teacher, against the pipeline's own scheduler",
+    "teacher_l2_untuned": "distance to the teacher, against the untuned sampler",
     "sliced_wasserstein": "sliced Wasserstein distance",
     "frechet": "Fréchet distance",
     "frechet_to_data": "Fréchet distance to the data (decides nothing)",
@@ -27,7 +30,8 @@ METRICS = {
     "wasserstein": "Wasserstein distance",
     "kl": "KL divergence",
 }
-OBJECTIVES = {name: tuner.label for name, tuner in TUNERS.items() if name != "grid"}
+PIPELINE = "pipeline"
+OBJECTIVES = {name: tuner.label for name, tuner in TUNERS.items() if name not in ("grid", PIPELINE)}
 DEFAULT_OBJECTIVE = {"": "the default: solver where it applies, else end to end"}
 OBJECTIVE_OF_IMPORTED = "imported"
 
@@ -52,8 +56,8 @@ def group_of(schedule: Schedule) -> ComparisonGroup:
 
 def guidance_of(schedule: Schedule) -> str:
     """The guidance in a word or two."""
-    if schedule.guidance_type == "uncond":
-        return "unguided"
+    if schedule.guidance_type == "uncond":  # A pipeline guides by itself, by a scale of its call.
+        return "unguided" if schedule.guidance_scale == 1 else f"guidance ×{schedule.guidance_scale:g}"
     parts = [f"{schedule.guidance_type} ×{schedule.guidance_scale:g}"]
     if schedule.guidance_rescale:
         parts.append(f"rescale {schedule.guidance_rescale:g}")
@@ -96,13 +100,32 @@ def count_schedules(session: Session, caller: Caller, model_id: str) -> str:
     return f"{count}" if count <= MAX_COUNTED else f"more than {MAX_COUNTED}"
 
 
+def objectives_of(model: Model) -> dict[str, str]:
+    """The tuners that fit a model, with a line for people to choose them by."""
+    return {"": TUNERS[PIPELINE].label} if is_pipeline(model.spec) else DEFAULT_OBJECTIVE | OBJECTIVES
+
+
+def usual_sampler(model: Model) -> str:
+    """The sampler that tuning takes if none is chosen."""
+    return "dpmpp_2m" if is_pipeline(model.spec) else "ddim"
+
+
+def usual_guidance_scale(model: Model) -> float:
+    """The guidance scale that a request has if none is given."""
+    default = model.spec.get("call", {}).get("guidance_scale", {}).get("default")
+    return 1 if default is None else float(default)
+
+
 def labels_of(model: Model) -> list[int]:
     """The class labels that a request may name."""
     return [label for label in range(model.spec["num_classes"]) if label != model.spec["null_class_label"]]
 
 
-def sample_request(schedule: Schedule, model: Model) -> dict[str, Any]:
-    """The request for a few samples that show a schedule, of all classes in turn."""
+def sample_request(schedule: Schedule, model: Model) -> dict[str, Any] | None:
+    """The request for a few samples that show a schedule, of all classes in turn; None for pipelines: they cost more,
+    and need a prompt."""
+    if is_pipeline(model.spec):
+        return None
     is_image = len(model.spec["image_shape"]) == 3
     count, labels = 8 if is_image else 128, labels_of(model)
     guided = schedule.guidance_type != "uncond"

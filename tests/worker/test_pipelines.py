@@ -1,6 +1,9 @@
 """Whole pipelines through the service: requests to the API, a worker in this process, and plain calls beside them."""
 
+import copy
 import io
+import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,14 @@ from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.registry.database import Registry
-from service.registry.tables import JobState
+from service.registry.tables import JobState, TuningJob
 from tests.conftest import MakeDatabaseUrl
-from tests.pipelines import BY_NAME, plain, register, request_of
+from tests.pipelines import BY_NAME, SIZE, Json, call_of, data_url, picture, plain, register, request_of
 from tests.worker.in_process import InProcess
+from timetuner_core.integrations.diffusers import TimeTunerScheduler
+from worker.lease import JobCancelledError
+from worker.pipeline_sampling import PipelineBatch, PipelineRow
+from worker.tuning import run_tuning_job
 
 pytestmark = pytest.mark.xdist_group("pipelines")
 
@@ -95,23 +102,378 @@ def test_a_served_image_is_that_of_a_plain_call(service: Service, name: str) -> 
     assert not np.allclose(images[0], images[1], atol=1e-2)
 
 
-def test_requests_of_4_8_and_5_steps_share_calls_and_a_cancelled_one_leaves_the_others_as_they_are(
-    service: Service,
-) -> None:
+PROMPTS = ["a red square on a table", "a bad table", "red on red", "a table on a square", "a square"]
+# The least that goes through all phases.
+SMALLEST: Json = {
+    "num_steps": 2,
+    "prompts": PROMPTS,
+    "tuner": {"objective": "pipeline", "total_iters": 2, "num_samples": 1},
+    "evaluation": {"num_samples": 16, "teacher_num_steps": 6},
+}
+
+
+def tuning_request(service: Service, name: str, **changed: Any) -> Json:
+    request = request_of(BY_NAME[name], service.model(name), **SMALLEST)
+    del request["prompt"]
+    return request | changed
+
+
+def tune(service: Service, name: str, **changed: Any) -> Json:
+    """A tuning job that this process has run, as the API shows it."""
+    answer = service.api.post("/v1/tuning-jobs", json=tuning_request(service, name, **changed))
+    assert answer.status_code == 202, answer.text
+    job_id = answer.json()["id"]
+    service.worker.runtime.run(TuningJob, job_id, run_tuning_job)
+    job: Json = service.api.get(f"/v1/tuning-jobs/{job_id}").json()
+    return job
+
+
+@pytest.fixture(scope="module")
+def tuned(service: Service) -> Json:
+    """A schedule of two steps that was tuned on a Stable Diffusion."""
+    job = tune(service, "sd15", negative_prompt="bad")
+    assert job["state"] == "succeeded", job["error"]
+    assert job["request"]["sampler"] == "dpmpp_2m"
+    assert [phase["name"] for phase in job["phases"]] == ["teacher", "start", "tuning", "evaluation"]
+    assert all(phase["done"] <= phase["total"] for phase in job["phases"])
+    assert len(job["steps"]) == 2
+    schedule: Json = service.api.get(f"/v1/schedules/{job['schedule']}").json()
+    return schedule
+
+
+def test_a_tuned_schedule_says_what_it_is_for_and_repeats_no_prompt(service: Service, tuned: Json) -> None:
+    assert tuned["status"] == "accepted"
+    assert (tuned["guidance_scale"], tuned["call"]) == (3.0, {"height": SIZE, "width": SIZE})
+    evaluation, distances = tuned["evaluation"], tuned["provenance"]["distances"]
+    assert evaluation["teacher_l2_after"] < evaluation["teacher_l2_before"]
+    assert evaluation["metrics"]["teacher_l2_untuned"]["before"] == distances["untuned"]
+    assert evaluation["metrics"]["teacher_l2_native"]["after"] == distances["tuned"] == evaluation["teacher_l2_after"]
+    assert evaluation["num_samples"] == 16 and evaluation["teacher_num_steps"] == 6
+    assert evaluation["network_calls"] > 0
+    assert tuned["provenance"]["prompts"]["count"] == len(PROMPTS)
+    text = json.dumps(tuned)
+    assert not [prompt for prompt in (*PROMPTS, '"bad"') if prompt in text]
+
+
+def test_a_tuned_schedule_is_used_by_auto_at_its_own_sizes_and_guidance_only(service: Service, tuned: Json) -> None:
     kind, pipeline = BY_NAME["sd15"], service.pipeline("sd15")
-    numbers = {4: 0, 8: 1, 5: 2}
+
+    def schedule_of(**changed: Any) -> Any:
+        job_id = service.submit("sd15", num_steps=2, **changed)
+        return service.api.get(f"/v1/samples/{job_id}").json()["schedule"]
+
+    assert schedule_of() == tuned["id"]
+    assert schedule_of(prompt="a bad table", negative_prompt="red", height=SIZE, width=SIZE) == tuned["id"]
+    assert schedule_of(sampler="dpmpp_2m") == tuned["id"]
+    others: list[Json] = [{"height": 2 * SIZE}, {"guidance_scale": 4}, {"sampler": "ddim"}, {"schedule": "none"}]
+    for changed in (*others, {"call": {"guidance_rescale": 0.5}}):
+        assert schedule_of(**changed) is None, changed
+    by_id = service.submit("sd15", num_steps=2, schedule=tuned["id"], height=2 * SIZE, width=2 * SIZE, seed=3)
+    service.worker.serve()
+    pipeline.scheduler = (own := pipeline.scheduler)
+    try:
+        pipeline.scheduler = TimeTunerScheduler.from_schedule(own, tuned)
+        expected = plain(kind, pipeline, 3, 2, height=2 * SIZE, width=2 * SIZE)
+    finally:
+        pipeline.scheduler = own
+    assert torch.allclose(torch.from_numpy(service.images(by_id)[0]), expected, atol=2e-5)
+
+
+def test_resolving_says_what_does_not_match(service: Service, tuned: Json) -> None:
+    setting = {"model": service.model("sd15"), "num_steps": 2, "guidance_scale": 3}
+
+    def resolve(**changed: Any) -> Json:
+        answer = service.api.get("/v1/schedules/resolve", params={**setting, **changed})
+        assert answer.status_code == 200, answer.text
+        found: Json = answer.json()
+        return found
+
+    assert resolve()["schedule"]["id"] == tuned["id"]
+    found = resolve(width=2 * SIZE, call='{"guidance_rescale": 0.5}')
+    assert found["schedule"] is None
+    assert f"the nearest, {tuned['id']}, does not match: " in found["reason"]
+    assert f"width is {2 * SIZE}, tuned for {SIZE}" in found["reason"]
+    assert "call.guidance_rescale is 0.5, tuned for not given" in found["reason"]
+    assert "guidance_scale is 4, tuned for 3" in resolve(guidance_scale=4)["reason"]
+
+
+def test_an_interrupted_job_ends_with_the_numbers_of_an_unbroken_one(service: Service, tuned: Json) -> None:
+    runtime, saved = service.worker.runtime, list[Json]()
+    answer = service.api.post("/v1/tuning-jobs", json=tuning_request(service, "sd15", negative_prompt="bad"))
+    job_id = answer.json()["id"]
+
+    def stop_after_an_iteration() -> None:
+        with service.worker.registry.read() as session:
+            if state := session.get_one(TuningJob, job_id).pipeline_state:
+                saved.append(state)
+                runtime.stopping.set()
+
+    runtime.settings.save_seconds, runtime.give_way = 1e-6, stop_after_an_iteration
+    try:
+        runtime.run(TuningJob, job_id, run_tuning_job)
+    finally:
+        runtime.stopping.clear()
+        runtime.give_way = lambda: None
+    job = service.api.get(f"/v1/tuning-jobs/{job_id}").json()
+    assert (job["state"], saved[0]["iterations"]) == ("queued", 1)
+    assert runtime.run(TuningJob, job_id, run_tuning_job)
+    job = service.api.get(f"/v1/tuning-jobs/{job_id}").json()
+    schedule = service.api.get(f"/v1/schedules/{job['schedule']}").json()
+    for name in ("timesteps", "t_ratios", "solver_table", "score"):
+        assert schedule[name] == tuned[name], name
+
+
+def test_a_tuning_job_is_cancelled_at_a_step(service: Service) -> None:
+    runtime = service.worker.runtime
+    answer = service.api.post("/v1/tuning-jobs", json=tuning_request(service, "sd15", seed=5))
+    job_id = answer.json()["id"]
+
+    def cancel() -> None:
+        raise JobCancelledError(job_id)
+
+    runtime.give_way = cancel
+    try:
+        runtime.run(TuningJob, job_id, run_tuning_job)
+    finally:
+        runtime.give_way = lambda: None
+    assert service.api.get(f"/v1/tuning-jobs/{job_id}").json()["state"] == "cancelled"
+    assert not [thread for thread in threading.enumerate() if "(_work)" in thread.name]
+
+
+def test_requests_of_4_8_and_5_steps_share_calls(service: Service) -> None:
+    kind, pipeline = BY_NAME["sd15"], service.pipeline("sd15")
     served: Any = service.worker.runtime.load(service.model("sd15"))
-    counts = []
-    for cancelled in (False, True):
-        before = served.shared.num_calls
-        jobs = {steps: service.submit("sd15", num_steps=steps, seed=40 + seed) for steps, seed in numbers.items()}
-        more = service.submit("sd15", num_steps=6, seed=9)
-        if cancelled:
-            service.api.post(f"/v1/samples/{more}/cancel")
+    before = served.shared.num_calls
+    jobs = {steps: service.submit("sd15", num_steps=steps, seed=40 + steps) for steps in (4, 8, 5)}
+    service.worker.serve()
+    assert served.shared.num_calls - before <= 9  # The first shared call of a kind may be checked by one more.
+    for steps, job_id in jobs.items():
+        expected = plain(kind, pipeline, 40 + steps, steps)
+        assert torch.allclose(torch.from_numpy(service.images(job_id)[0]), expected, atol=2e-5)
+
+
+def test_runs_join_and_leave_at_any_step_and_one_that_is_cancelled_or_fails_ends_no_other(service: Service) -> None:
+    kind, pipeline = BY_NAME["sd15"], service.pipeline("sd15")
+    served: Any = service.worker.runtime.load(service.model("sd15"))
+    rows = list[int]()
+    batch = PipelineBatch(served, 8, rows.append)
+
+    def row(owner: str, num_steps: int, seed: int, **changed: Any) -> PipelineRow:
+        call = {**call_of(kind), "output_type": "np", "num_inference_steps": num_steps, **changed}
+        return PipelineRow(owner, seed, call, lambda: copy.deepcopy(pipeline.scheduler))
+
+    batch.add([row("first", 4, 1), row("first", 4, 2), row("cancelled", 6, 3)])
+    first = batch.step()
+    assert {(str(each.row.owner), each.step, each.num_steps) for each in first.travelling} == {
+        ("first", 1, 4),
+        ("cancelled", 1, 6),
+    }
+    batch.add([row("later", 3, 4), row("failing", 3, 5, prompt=5), row("other size", 4, 6, height=2 * SIZE)])
+    batch.step()
+    batch.discard("cancelled")
+    done, failed = {}, {}
+    while batch.rows:
+        advance = batch.step()
+        failed |= {each.owner: error for each, error in advance.failed}
+        if advance.images is not None:
+            done |= {(each.owner, each.seed): image for each, image in zip(advance.done, advance.images, strict=True)}
+    assert list(failed) == ["failing"]
+    assert set(done) == {("first", 1), ("first", 2), ("later", 4), ("other size", 6)}
+    for (owner, seed), image in done.items():
+        steps = {"first": 4, "later": 3, "other size": 4}[owner]
+        size = {"height": 2 * SIZE} if owner == "other size" else {}
+        assert torch.allclose(image, plain(kind, pipeline, seed, steps, **size), atol=2e-5), owner
+    assert sum(rows) > 0
+    batch.close()
+
+
+def test_a_request_needs_no_more_than_a_model_and_a_prompt(service: Service) -> None:
+    answer = service.api.post("/v1/samples", json={"model": service.model("sd15"), "prompt": "a table"}, headers=ASYNC)
+    assert answer.status_code == 202, answer.text
+    request = answer.json()["request"]
+    assert (request["num_steps"], request["sampler"], request["guidance_scale"]) == (50, "own", 7.5)
+    assert (request["height"], request["width"], request["call"]) == (SIZE, SIZE, {})
+    # What equals a default is as if left out: the request is the same.
+    same = {"num_steps": 50, "sampler": "own", "guidance_scale": 7.5, "height": SIZE, "call": {"guidance_rescale": 0}}
+    body = {"model": service.model("sd15"), "prompt": "a table", **same}
+    assert service.api.post("/v1/samples", json=body, headers=ASYNC).json()["request"] == request
+    service.api.post(f"/v1/samples/{answer.json()['id']}/cancel")
+
+
+def test_a_flagged_image_is_said(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = iter([False, True])
+    served: Any = service.worker.runtime.load(service.model("sd15"))
+    monkeypatch.setitem(served.spec, "flags_content", True)
+    monkeypatch.setattr("worker.pipeline_sampling._is_flagged", lambda _: next(flags))
+    job_id = service.submit("sd15", num_images=2, seed=77)
+    service.worker.serve()
+    assert service.api.get(f"/v1/samples/{job_id}").json()["flagged"] == [1]
+    assert service.api.get(f"/v1/samples/{job_id}/content", headers=NPY).headers["TimeTuner-Flagged"] == "1"
+    again = service.submit("sd15", num_images=2, seed=77)  # The same images are found, and so is what was said of them.
+    assert service.api.get(f"/v1/samples/{again}").json()["flagged"] == [1]
+
+
+def test_frames_come_as_arrays_and_no_video(service: Service) -> None:
+    job_id = service.submit("wan", seed=8)
+    service.worker.serve()
+    frames = service.images(job_id)
+    assert frames.ndim == 5 and frames.shape[2:] == (3, SIZE, SIZE)
+    refused = service.api.get(f"/v1/samples/{job_id}/content", headers={"Accept": "video/mp4"})
+    assert refused.status_code == 406
+    assert "accepted for this model: application/x-npy, application/json" in refused.json()["detail"]
+    body = request_of(BY_NAME["wan"], service.model("wan"))
+    assert service.api.post("/v1/samples", json=body, headers={"Accept": "video/mp4"}).status_code == 406
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "expected"),
+    [
+        ("sd15", {"prompt": None}, "prompt: prompt is missing"),
+        ("sd15", {"height": 17}, "height: height is 17; accepted: a multiple of 2"),
+        ("sd15", {"guidance_type": "classifier-free"}, "guidance_type: guidance_type is classifier-free; accepted"),
+        ("sd15", {"guidance_rescale": 0.5}, "guidance_rescale: guidance_rescale is 0.5; accepted for a pipeline: 0"),
+        ("sd15", {"eta": 0.5}, "eta: eta is 0.5; accepted for a pipeline: 0"),
+        ("sd15", {"clipping": "none"}, "clipping: clipping is none; accepted for a pipeline: null"),
+        ("sd15", {"class_labels": 1}, "class_labels: class_labels is given; accepted for a pipeline: null"),
+        ("sd15", {"previews": True}, "previews: previews is True; accepted for a pipeline: false"),
+        ("sd15", {"sampler": "heun"}, "sampler: sampler is 'heun'; accepted for a pipeline"),
+        ("sd15", {"timesteps": "uniform"}, "timesteps: timesteps is given, and the sampler 'own' has its own"),
+        ("sd15", {"num_steps": 1001}, "num_steps: num_steps is 1001; accepted: 1 to 1000"),
+        (
+            "sd15",
+            {"call": {"guidence": 1}},
+            "call.guidence: call.guidence is no argument of this pipeline; accepted: ",
+        ),
+        ("sd15", {"call": {"prompt": "a"}}, "call.prompt: call.prompt is a field of its own; accepted: prompt beside"),
+        (
+            "sd15",
+            {"call": {"guidance_rescale": "much"}},
+            "call.guidance_rescale: call.guidance_rescale is a str; accepted: a finite number",
+        ),
+        (
+            "sd15",
+            {"call": {"guidance_rescale": True}},
+            "call.guidance_rescale: call.guidance_rescale is True; accepted: a finite number",
+        ),
+        ("ddpm", {"prompt": "a"}, "prompt: prompt is given; accepted: null, as this pipeline takes none"),
+        ("ddpm", {"height": 16}, "height: height is 16; accepted: null for this pipeline"),
+        ("ddpm", {"guidance_scale": 2}, "guidance_scale: guidance_scale is 2, and this pipeline takes none"),
+        ("sd15-img2img", {"call": {}}, "call.image: call.image is missing; accepted: a data URL of a PNG"),
+        ("sd15-img2img", {"call": {"image": "cat.png"}}, "call.image: call.image is a str; accepted: a data URL"),
+        (
+            "sd15-img2img",
+            {"call": {"image": "data:image/gif;base64,R0lG"}},
+            "call.image: call.image is a str; accepted",
+        ),
+        (
+            "sd15-img2img",
+            {"call": {"image": "data:image/png;base64,AAAA"}},
+            "call.image: call.image is a str; accepted",
+        ),
+        (
+            "sd15-img2img",
+            {"call": {"image": data_url(picture()), "strength": 0}},
+            "call.strength: call.strength is 0; accepted: above 0, up to 1",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_a_pipeline_does_not_take_is_refused_by_name(
+    service: Service, name: str, changed: Json, expected: str
+) -> None:
+    assert service.refused(name, **changed).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"prompts": ["a", "a"]}, "prompts: prompts has 1 different one; accepted: 2 or more"),
+        ({"prompts": ["a", " "]}, "prompts.1: prompts[1] is empty; accepted: a text"),
+        ({"tuner": {"objective": "solver"}}, "tuner.objective: tuner.objective is 'solver'; accepted for a pipeline"),
+        ({"sampler": "own"}, "sampler: "),
+        ({"sampler": "ddpm"}, "sampler: sampler is 'ddpm'; accepted for a pipeline: ddim, euler"),
+        ({"timesteps": "uniform"}, "timesteps: timesteps is given"),
+        ({"call": {"eta": 0.5}}, "call.eta: call.eta is no argument of this pipeline"),
+        ({"evaluation": {"max_num_samples": 32}}, "evaluation.max_num_samples: evaluation.max_num_samples is 32"),
+        ({"num_steps": 50, "evaluation": {}}, "evaluation.teacher_num_steps: evaluation.teacher_num_steps is 50"),
+    ],
+    ids=str,
+)
+def test_a_tuning_job_that_does_not_fit_is_refused_by_name(service: Service, changed: Json, expected: str) -> None:
+    answer = service.api.post("/v1/tuning-jobs", json=tuning_request(service, "sd15", **changed))
+    assert answer.status_code == 422, answer.text
+    error = answer.json()["errors"][0]
+    assert (".".join(map(str, error["loc"][1:])) + ": " + error["msg"]).startswith(expected)
+
+
+def test_what_cannot_be_tuned_says_why(service: Service) -> None:
+    model_id, _ = register(service.worker, "ddim", tunable="it was trained for few steps")
+    answer = service.api.post("/v1/tuning-jobs", json={"model": model_id, "num_steps": 2})
+    assert "model cannot be tuned: it was trained for few steps" in answer.json()["detail"]
+    body = {"model": model_id, "num_steps": 2, "sampler": "ddim"}
+    assert "accepted: 'own' for this pipeline: it was" in service.api.post("/v1/samples", json=body).json()["detail"]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"prompt": "a"}, {"negative_prompt": "a"}, {"height": 8}, {"width": 8}, {"call": {"a": 1}}, {"sampler": "own"}],
+    ids=lambda changed: str(next(iter(changed))),
+)
+def test_a_network_takes_nothing_of_a_pipeline(service: Service, changed: Json) -> None:
+    model_id = service.api.post("/v1/models", json={"builtin": "mixture-ring"}).json()["id"]
+    answer = service.api.post("/v1/samples", json={"model": model_id, "num_steps": 2, **changed}, headers=ASYNC)
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["loc"][1] == next(iter(changed))
+    missing = service.api.post("/v1/samples", json={"model": model_id}, headers=ASYNC)
+    assert missing.json()["errors"][0]["loc"] == ["body", "num_steps"]
+    tuner = {"model": model_id, "num_steps": 2, "tuner": {"objective": "pipeline"}}
+    assert service.api.post("/v1/tuning-jobs", json=tuner).json()["errors"][0]["loc"] == ["body", "tuner", "objective"]
+
+
+def test_a_prompt_beyond_the_limit_is_refused_and_neither_cut_off_nor_logged(
+    service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = "table " * 40 + "secret"
+    with caplog.at_level("INFO"):
+        job_id = service.submit("sd15", prompt=secret)
+        service.submit("flux", prompt="secret table", seed=99)
         service.worker.serve()
-        counts.append(served.shared.num_calls - before)
-        for steps, seed in numbers.items():
-            if not cancelled:  # The second time, the images are found.
-                expected = plain(kind, pipeline, 40 + seed, steps)
-                assert torch.allclose(torch.from_numpy(service.images(jobs[steps])[0]), expected, atol=2e-5)
-    assert counts[0] <= 9  # The first shared call of a kind is checked by one more.
+    job = service.api.get(f"/v1/samples/{job_id}").json()
+    assert (job["state"], job["error"]) == (
+        "failed",
+        "prompt has 43 tokens; accepted: up to 16, its start and end among them",
+    )
+    assert "secret" not in caplog.text
+    job = tune(service, "sd15", prompts=[secret, "a"])
+    assert job["error"] == "prompt has 43 tokens; accepted: up to 16, its start and end among them"
+
+
+def test_a_strength_that_leaves_no_step_is_refused(service: Service) -> None:
+    call = {"image": data_url(picture()), "strength": 0.2}
+    job_id = service.submit("sd15-img2img", num_steps=4, call=call)
+    service.worker.serve()
+    error = service.api.get(f"/v1/samples/{job_id}").json()["error"]
+    assert error == "strength is 0.2, which leaves none of 4 steps; accepted: a larger strength, or more num_steps"
+
+
+def test_encoded_prompts_are_remembered_between_requests(service: Service) -> None:
+    served: Any = service.worker.runtime.load(service.model("sd15"))
+    calls, counts = list[int](), list[int]()
+    hook = served.pipeline.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        for seed in (501, 502):
+            service.submit("sd15", prompt="a red table", seed=seed)
+            service.worker.serve()
+            counts.append(len(calls))
+    finally:
+        hook.remove()
+    assert counts[0] == counts[1] > 0
+
+
+def test_the_cost_counts_pixels_frames_and_steps(service: Service) -> None:
+    most = service.worker.settings.max_pixel_steps
+    steps = most // (3 * 4096 * 4096) + 1
+    body = request_of(BY_NAME["sd15"], service.model("sd15"), height=4096, width=4096, num_steps=steps)
+    refused = service.api.post("/v1/samples", json=body, headers=ASYNC)
+    assert refused.status_code == 413
+    assert f"is {3 * 4096 * 4096 * steps}; accepted: up to {most}" in refused.json()["detail"]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -48,6 +49,7 @@ MAX_SHARDS = 100
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 LENGTH_BYTES = 8  # A safetensors file begins with its header's length.
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
+BUFFER_DTYPES = (*WEIGHT_DTYPES, "I64", "I32", "BOOL")  # Text encoders are saved with the numbers of their positions.
 
 # The safetensors library raises these for other files, and for dtypes that PyTorch does not have.
 UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError)
@@ -126,13 +128,17 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
         if (path / name).stat().st_size > MAX_JSON_BYTES:
             raise ModelFormatError(name, f"the file is too large; accepted: up to {MAX_JSON_BYTES} bytes")
         raw = (path / name).read_bytes()
-        _refuse_lfs_pointer(name, raw)
-        content = json.loads(raw.decode("utf-8"), object_pairs_hook=_unambiguous)
     except FileNotFoundError:
         raise ModelFormatError(name, "the file is missing; a diffusers-format folder has it") from None
+    return parse_json(name, raw)
+
+
+def parse_json(name: str, raw: bytes) -> dict[str, Any]:
+    """The JSON object in a file's content. Raises: ModelFormatError."""
+    refuse_lfs_pointer(name, raw)
+    try:
+        content = json.loads(raw.decode("utf-8"), object_pairs_hook=_unambiguous)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, ModelFormatError):
-            raise
         raise ModelFormatError(name, f"not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise ModelFormatError(name, "accepted: a JSON object")
@@ -157,14 +163,16 @@ def _is_deeper(content: Any, depth: int) -> bool:
     return bool(level)
 
 
-def read_weight_shapes(path: Path, weights_name: str) -> dict[str, dict[str, Shape]]:
+def read_weight_shapes(
+    path: Path, weights_name: str, dtypes: tuple[str, ...] = WEIGHT_DTYPES
+) -> dict[str, dict[str, Shape]]:
     """The names and shapes of the weights in each of a component's safetensors files. Raises: ModelFormatError."""
     files = weight_files(files_of(path), weights_name)
     if not files:
         raise ModelFormatError(weights_name, "the file is missing; weights are accepted as safetensors only")
     if files[0].endswith(".json"):
-        files = _shards(path, files[0])
-    shapes = {name: _read_shapes(path, name) for name in files}
+        files = _shards(path, files[0], weights_name)
+    shapes = {name: _read_shapes(path, name, dtypes) for name in files}
     seen: set[str] = set()
     for name, tensors in shapes.items():
         if twice := seen & tensors.keys():
@@ -175,13 +183,13 @@ def read_weight_shapes(path: Path, weights_name: str) -> dict[str, dict[str, Sha
     return shapes
 
 
-def _shards(path: Path, index_name: str) -> list[str]:
+def _shards(path: Path, index_name: str, weights_name: str) -> list[str]:
     """The files that an index of sharded weights names, all of which are there. Raises: ModelFormatError."""
     weight_map = read_json(path, index_name).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelFormatError(index_name, "accepted: a weight_map of tensors to files")
     folder = index_name.rpartition("/")[0]
-    known = set(weight_files(files_of(path), f"{folder}/diffusion_pytorch_model.safetensors"))
+    known = set(weight_files(files_of(path), weights_name))
     names = sorted({f"{folder}/{file}" for file in weight_map.values()})
     if len(names) > MAX_SHARDS:
         raise ModelFormatError(index_name, f"it names {len(names)} shards; accepted: up to {MAX_SHARDS}")
@@ -193,18 +201,30 @@ def _shards(path: Path, index_name: str) -> list[str]:
     return names
 
 
-def _read_shapes(path: Path, name: str) -> dict[str, Shape]:
+def _read_shapes(path: Path, name: str, dtypes: tuple[str, ...]) -> dict[str, Shape]:
+    slices = _slices(path, name)
+    for key, tensor in slices.items():
+        if tensor.get_dtype() not in dtypes:
+            message = f"tensor {key!r} has dtype {tensor.get_dtype()}; accepted: {', '.join(dtypes)}"
+            raise ModelFormatError(name, message)
+    return {key: tuple(tensor.get_shape()) for key, tensor in slices.items()}
+
+
+def _slices(path: Path, name: str) -> dict[str, Any]:
     check_header(path, name)
     try:
         with safe_open(path / name, framework="numpy") as tensors:
-            slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
+            return {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
     except UNREADABLE as error:
         raise not_whole(name, error) from None
-    for key, tensor in slices.items():
-        if tensor.get_dtype() not in WEIGHT_DTYPES:
-            message = f"tensor {key!r} has dtype {tensor.get_dtype()}; accepted: {', '.join(WEIGHT_DTYPES)}"
-            raise ModelFormatError(name, message)
-    return {key: tuple(tensor.get_shape()) for key, tensor in slices.items()}
+
+
+def values_by_dtype(path: Path, name: str) -> dict[str, int]:
+    """How many values of each dtype a safetensors file has, by its header. Raises: ModelFormatError."""
+    counts: dict[str, int] = {}
+    for tensor in _slices(path, name).values():
+        counts[tensor.get_dtype()] = counts.get(tensor.get_dtype(), 0) + math.prod(tensor.get_shape())
+    return counts
 
 
 def check_files(path: Path) -> None:
@@ -223,7 +243,7 @@ def check_files(path: Path) -> None:
 def check_header(path: Path, name: str) -> None:
     """Refuse a header, and a number of tensors, that would be a burden just to read. Raises: ModelFormatError."""
     with (path / name).open("rb") as file:
-        _refuse_lfs_pointer(name, file.read(len(LFS_POINTER)))
+        refuse_lfs_pointer(name, file.read(len(LFS_POINTER)))
         file.seek(0)
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
         if length > MAX_HEADER_BYTES:
@@ -233,7 +253,8 @@ def check_header(path: Path, name: str) -> None:
         raise ModelFormatError(name, f"it has {count} tensors; accepted: up to {MAX_TENSORS}")
 
 
-def _refuse_lfs_pointer(name: str, content: bytes) -> None:
+def refuse_lfs_pointer(name: str, content: bytes) -> None:
+    """Raises: ModelFormatError, if a file's content is a pointer in its place."""
     if content.startswith(LFS_POINTER):
         message = "a Git LFS pointer, which stands for the file; accepted: the file, as `git lfs pull` fetches it"
         raise ModelFormatError(name, message)

@@ -30,3 +30,12 @@ OUTPUT_TYPES = {
     "MarigoldNormalsPipeline": "np",
     "MarigoldIntrinsicsPipeline": "np",
 }
+
+# Attributes of pipelines with the size of their latents by default, and with the pixels for each latent.
+DEFAULT_SIZES = ("default_sample_size",)
+VAE_FACTORS = (
+    "vae_scale_factor_spatial",
+    "vae_spatial_scale_factor",
+    "vae_spatial_compression_ratio",
+    "vae_scale_factor",
+)

@@ -5,11 +5,37 @@ from typing import Any
 
 import torch
 
+from timetuner_core.models.folder_files import MODEL_INDEX, ModelFormatError, files_of
+from timetuner_core.pipelines.files import check_pipeline_files, only_read_files, variant_of
+
 
 def load_pipeline(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """The `DiffusionPipeline` of a folder, without its progress bar. Weights are read from safetensors only."""
-    from diffusers import DiffusionPipeline
+    """The `DiffusionPipeline` of a folder, without its progress bar. Weights are read from safetensors only.
 
-    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+    Nothing is downloaded, and no code is run but that of diffusers and transformers. A folder that
+    `inspecting.inspect_in_child` has accepted has all weights; diffusers itself leaves missing ones as they are.
+
+    Raises:
+        ModelFormatError: code, pickles, unreadable files, or weights that are missing.
+    """
+    index = check_pipeline_files(folder)
+    from timetuner_core.pipelines.components import check_classes
+
+    pipeline_class = check_classes(index)
+    with only_read_files(folder) as files:
+        pipeline = pipeline_class.from_pretrained(
+            files,
+            dtype=dtype,
+            variant=variant_of(files_of(folder), index),
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    for name, component in pipeline.components.items():
+        if isinstance(component, torch.nn.Module):
+            for weight, tensor in component.named_parameters():
+                if tensor.is_meta:
+                    raise ModelFormatError(MODEL_INDEX, f"{name} has no weight {weight!r}; accepted: all weights")
+            component.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

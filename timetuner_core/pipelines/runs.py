@@ -2,8 +2,9 @@
 
 import inspect
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -44,11 +45,16 @@ class Progress:
         phase: `start`, `teacher`, `tuning` or `evaluation`.
         done, total: answers of the denoiser that single images wait for, those from memory among them. A run that ends
             early leaves some out.
+        phases: the same for each phase by name, in the order in which they end; empty until the first image tells the
+            calls of a step.
+        num_rows: rows that were put through the network.
     """
 
     phase: str
     done: int
     total: int
+    phases: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    num_rows: int = 0
 
 
 class Look(NamedTuple):
@@ -123,7 +129,9 @@ class Runs:
     ) -> None:
         self._shared = shared
         self._on_progress, self._is_cancelled = on_progress, is_cancelled
-        self._calls_per_step, self._total = 1.0, 0
+        self._calls_per_step = 1.0
+        self._planned: dict[str, int] = {}
+        self._done: Counter[str] = Counter()
         parameters = inspect.signature(type(pipeline).__call__).parameters
         output_type = OUTPUT_TYPES.get(type(pipeline).__name__, "latent")
         self._call = {**call, **({"output_type": output_type} if "output_type" in parameters else {})}
@@ -132,9 +140,9 @@ class Runs:
     def is_in_half_precision(self) -> bool:
         return any(network.dtype in HALF_PRECISION for network in self._shared.networks.values())
 
-    def plan(self, steps: int) -> None:
-        """Tell how many steps of single images are to come."""
-        self._total = self._shared.num_asked + round(steps * self._calls_per_step)
+    def plan(self, steps: Mapping[str, int]) -> None:
+        """Tell how many steps of single images are to come in each phase."""
+        self._planned = {phase: self._done[phase] + round(n * self._calls_per_step) for phase, n in steps.items()}
 
     def look(self, solvers: Solvers, pair: Pair, num_steps: int) -> Look:
         """Make a first image, by an untuned sampler and by the pipeline's own scheduler.
@@ -177,7 +185,10 @@ class Runs:
 
     def _run(self, phase: str, requests: Sequence[Request]) -> list[Result]:
         def watch() -> bool:
-            self._on_progress(Progress(phase, self._shared.num_asked, max(self._total, self._shared.num_asked)))
+            done, rows = self._shared.num_asked, self._shared.num_rows
+            self._done[phase] += done - self._done.total()
+            phases = {name: (self._done[name], max(total, self._done[name])) for name, total in self._planned.items()}
+            self._on_progress(Progress(phase, done, max(done, sum(self._planned.values())), phases, rows))
             return self._is_cancelled()
 
         return self._shared.run(requests, watch)

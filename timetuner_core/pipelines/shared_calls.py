@@ -186,6 +186,22 @@ class SharedCalls:
         self._end_runs()
         return bool(self._running or self._waiting)
 
+    def first_call(self, request: Request) -> NetworkCall:
+        """The first call of a network that a request would make. The call is not made, and the request ends there.
+
+        Raises:
+            ValueError: it makes none.
+            what the pipeline raises.
+        """
+        run = _Run(self, request)
+        run.advance()
+        asked = run.asked
+        run.close()
+        self.pipeline.maybe_free_model_hooks()
+        if asked is None:
+            raise run.result.error or ValueError("the pipeline ended without a call of its denoiser")
+        return asked
+
     def run(self, requests: Sequence[Request], is_cancelled: Callable[[], bool] = lambda: False) -> list[Result]:
         """Run requests to their ends. An error of one is its result's, and ends no other.
 

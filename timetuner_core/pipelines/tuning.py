@@ -168,11 +168,14 @@ def tune_pipeline(
     look = runs.look(solvers, tuned[0], num_steps)
     solvers.learn_tables = look.starts_at_first_step
     columns = [c for c in solver_columns(num_steps) if solvers.learn_tables or c.kind in ("t_ratio", "time")]
+    runs_of_iteration = num_samples * (1 + len(columns) + COMPARED_PER_SAMPLE * NUM_CANDIDATES)
     runs.plan(
-        teacher_num_steps * (len(tuned) + num_held_out)
-        + num_steps * len(look.grids) * len(tuned)
-        + num_steps * total_iters * num_samples * (1 + len(columns) + COMPARED_PER_SAMPLE * NUM_CANDIDATES)
-        + 3 * num_steps * num_held_out
+        {
+            "teacher": teacher_num_steps * len(tuned),
+            "start": num_steps * len(look.grids) * len(tuned) if state is None else 0,
+            "tuning": num_steps * (total_iters - (state.iterations if state else 0)) * runs_of_iteration,
+            "evaluation": (teacher_num_steps + 3 * num_steps) * num_held_out,
+        }
     )
     teacher = solvers.untuned(teacher_timesteps(solvers.noise_schedule, teacher_num_steps))
     taught = runs.latents("teacher", [teacher], tuned)[0]

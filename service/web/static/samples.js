@@ -36,7 +36,7 @@ async function draw(figure, request) {
 
 async function submit(request) {
   const headers = { "Content-Type": "application/json", Prefer: "respond-async" };
-  const answer = await fetch("/v1/samples", { method: "POST", headers, body: JSON.stringify({ ...request, previews: true }) });
+  const answer = await fetch("/v1/samples", { method: "POST", headers, body: JSON.stringify({ previews: true, ...request }) });
   return json(answer);
 }
 
@@ -95,10 +95,11 @@ function points(samples, text) {
 
 function requestOf(form) {
   const request = Object.fromEntries([...new FormData(form)].filter(([, value]) => value !== ""));
-  for (const name of ["num_steps", "guidance_scale", "seed", "num_images", "class_labels"]) {
+  for (const name of ["num_steps", "guidance_scale", "seed", "num_images", "class_labels", "height", "width"]) {
     if (name in request) request[name] = Number(request[name]);
   }
   const labels = JSON.parse(form.dataset.labels);
+  if ("pipeline" in form.dataset) return { ...request, previews: false };
   if (request.guidance_type === "uncond") {
     delete request.guidance_scale;
     delete request.class_labels;

@@ -15,9 +15,6 @@ from torch import Tensor
 # Kinds whose constructor replaces the scheduler that was saved.
 CONVERTING = ("ddim",)
 
-# diffusers needs accelerate to load a network that keeps some of its modules in float32.
-NOT_LOADED = {"wan": "transformer"}
-
 
 @contextmanager
 def one_thread() -> Iterator[None]:
@@ -45,11 +42,7 @@ def main(folder: Path) -> None:
 
     outputs = {}
     for kind in KINDS:
-        if kind.name in NOT_LOADED:
-            given = {NOT_LOADED[kind.name]: kind.parts()[NOT_LOADED[kind.name]]}
-            pipeline = getattr(diffusers, kind.pipeline).from_pretrained(folder / kind.name, **given)
-        else:
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / kind.name)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / kind.name)
         name = type(pipeline.scheduler).__name__
         assert (name == "TimeTunerScheduler") != (kind.name in CONVERTING), f"{kind.name} has a {name}"
         if kind.name in CONVERTING:

@@ -20,6 +20,8 @@ from tests.core.pipelines.kinds import KINDS, REFUSED, Kind
 from tests.core.pipelines.run import one_thread, run
 from timetuner_core.integrations.diffusers import TimeTunerScheduler
 from timetuner_core.models.folder_files import ModelFormatError
+from timetuner_core.pipelines.inspecting import inspect_pipeline
+from timetuner_core.pipelines.loading import load_pipeline
 
 pytestmark = pytest.mark.xdist_group("pipelines")
 
@@ -76,6 +78,26 @@ def tuned(kind: Kind, before: Native, t_ratios: list[float] | None) -> Any:
         scheduler.init_noise_sigma = 1.0
     before.pipeline.scheduler = scheduler
     return before.pipeline
+
+
+# A request can give no embeddings of images. test_inspecting.py has its refusal.
+NOT_REGISTERED = ("kandinsky22",)
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind.name not in NOT_REGISTERED], ids=lambda kind: kind.name
+)
+def test_a_saved_pipeline_is_described_and_loaded(kind: Kind, natives: dict[str, Native], tmp_path: Path) -> None:
+    """This test is the first one, so that pipelines have the schedulers that they came with."""
+    before = native(kind, natives)
+    before.pipeline.save_pretrained(tmp_path)
+    spec = inspect_pipeline(tmp_path)
+    scheduler = type(before.pipeline.scheduler).__name__
+    assert (spec["pipeline"], spec["scheduler"], spec["dtype"]) == (kind.pipeline, scheduler, "float32")
+    assert (spec["tunable"] is None) == (kind.name != "lcm")
+    given = {"prompt", "negative_prompt", "image", "mask_image", "class_labels", "height", "guidance_scale", "strength"}
+    assert spec["call"].keys() >= given & kind.call().keys()
+    torch.testing.assert_close(run(kind, load_pipeline(tmp_path)), before.output, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

@@ -1,0 +1,307 @@
+"""Registering whole pipelines over HTTP: from an archive, from a folder of the operator, and from a hub's cache."""
+
+import io
+import os
+import shutil
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from starlette.testclient import TestClient
+
+from service.app import create_app
+from service.models.archive import unpack
+from service.registry.database import Registry
+from service.registry.models import next_registration
+from service.registry.tables import Model, ModelRegistration
+from service.shared.queue import celery_app
+from service.shared.settings import Settings
+from tests.core.pipelines.kinds import KINDS
+from tests.core.pipelines.run import one_thread
+from tests.service.problems import assert_problem
+from timetuner_core.pipelines.inspecting import inspect_pipeline
+from timetuner_core.pipelines.loading import load_pipeline
+from worker import registering_pipelines
+from worker.describing import Describer
+from worker.registering import register
+from worker.runtime import ChangedModelError, Runtime
+
+pytestmark = pytest.mark.xdist_group("pipelines")
+
+HERE = "http://127.0.0.1"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+ASYNC = {"Prefer": "respond-async"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    next(kind for kind in KINDS if kind.name == "sd15").build().save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: ours\n---\n")
+    return folder
+
+
+@pytest.fixture
+def models_dir(saved: Path, tmp_path: Path) -> Path:
+    shutil.copytree(saved, tmp_path / "models/tiny")
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def cache(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Hugging Face cache with the pipeline `them/tiny`, whose snapshot is of links to blobs."""
+    repository = tmp_path / "cache/models--them--tiny"
+    shutil.copytree(saved, repository / "blobs")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(COMMIT)
+    for path in (repository / "blobs").rglob("*"):
+        if path.is_file():
+            link = repository / "snapshots" / COMMIT / path.relative_to(repository / "blobs")
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(path, link.parent))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return repository
+
+
+@pytest.fixture
+def settings(tmp_path: Path, models_dir: Path) -> Settings:
+    """A deployment without workers and broker, where requests do not wait long."""
+    url = f"sqlite:///{tmp_path / 'registry.sqlite'}"
+    files = {"artifacts_url": f"file://{tmp_path / 'artifacts'}", "models_dir": models_dir}
+    broker = "redis://127.0.0.1:1"
+    return Settings(database_url=url, broker_url=broker, auth="off", max_wait_seconds=0.1, device="cpu", **files)
+
+
+@pytest.fixture
+def api(settings: Settings) -> Iterator[TestClient]:
+    Registry(settings.database_url).upgrade()
+    with TestClient(create_app(settings), HERE, client=("127.0.0.1", 50000)) as client:
+        yield client
+
+
+@pytest.fixture
+def runtime(settings: Settings, api: TestClient) -> Runtime:
+    return Runtime(settings, celery_app(settings.broker_url))
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pipelines are inspected in this process, which has imported the libraries already."""
+    monkeypatch.setattr(registering_pipelines, "inspect_in_child", inspect_pipeline)
+
+
+def packed(folder: Path) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        tar.add(folder, arcname="tiny")
+    return buffer.getvalue()
+
+
+def described(api: TestClient, runtime: Runtime, request: dict[str, Any]) -> dict[str, Any]:
+    """What becomes of a registration, which a worker in this process takes."""
+    accepted = api.post("/v1/models", headers=ASYNC, **request)
+    assert accepted.status_code == 202, accepted.text
+    with runtime.registry.read() as session:
+        waiting = next_registration(session)
+    assert waiting == accepted.json()["id"]
+    assert runtime.run(ModelRegistration, waiting, register)
+    answer: dict[str, Any] = api.get(accepted.headers["Location"]).json()
+    return answer
+
+
+def row(runtime: Runtime, model: dict[str, Any]) -> Model:
+    with runtime.registry.read() as session:
+        return session.get_one(Model, model["id"])
+
+
+def image(folder: Path) -> torch.Tensor:
+    pipeline = load_pipeline(folder)
+    generator = torch.Generator().manual_seed(0)
+    return torch.as_tensor(
+        pipeline("a red square", num_inference_steps=2, generator=generator, output_type="np").images
+    )
+
+
+def change(folder: Path) -> None:
+    weights = load_file(folder / UNET_WEIGHTS)
+    save_file(weights | {"conv_in.bias": weights["conv_in.bias"] + 1}, folder / UNET_WEIGHTS)
+
+
+def test_an_archive_becomes_a_pipeline(api: TestClient, runtime: Runtime, saved: Path) -> None:
+    """The worker inspects it in a process of its own."""
+    upload = {"files": {"archive": ("tiny.tar.gz", packed(saved))}, "data": {"name": "tiny"}}
+    model = described(api, runtime, upload)
+    spec = model["spec"]
+    facts = {
+        "kind": "pipeline",
+        "pipeline": "StableDiffusionPipeline",
+        "scheduler": "DDIMScheduler",
+        "dtype": "float32",
+        "output": "images",
+        "image_shape": [3, 16, 16],
+        "sample_shape": [4, 8, 8],
+        "size_multiple": 8,
+        "tunable": None,
+        "flags_content": False,
+        "licence": {"name": "ours", "source": "README.md"},
+        "model_type": "noise",
+        "num_train_timesteps": 1000,
+    }
+    assert {name: spec[name] for name in facts} == facts
+    assert spec["call"]["guidance_scale"] == {"type": "number", "default": 7.5, "required": False}
+    assert model["ignored_files"] == []
+    again = api.post("/v1/models", **upload)
+    assert (again.status_code, again.json()["id"]) == (200, model["id"])
+    folder = runtime.pipeline_folder(row(runtime, model))
+    torch.testing.assert_close(image(folder), image(saved))
+    change(folder)
+    with pytest.raises(ChangedModelError, match=r"the files of model 'tiny' .* have changed since it was registered"):
+        runtime.pipeline_folder(row(runtime, model))
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_folder_of_the_operator_becomes_a_pipeline_and_stays(
+    api: TestClient, runtime: Runtime, models_dir: Path
+) -> None:
+    model = described(api, runtime, {"json": {"path": "tiny", "dtype": "bfloat16"}})
+    assert (model["name"], model["path"], model["hub"], model["spec"]["dtype"]) == ("tiny", "tiny", None, "bfloat16")
+    again = described(api, runtime, {"json": {"path": "tiny", "dtype": "bfloat16"}})
+    assert again == model
+    other = described(api, runtime, {"json": {"path": "tiny", "name": "in full"}})
+    assert (other["id"] != model["id"], other["spec"]["dtype"]) == (True, "float32")
+    assert api.delete(f"/v1/models/{other['id']}").status_code == 204
+    assert runtime.pipeline_folder(row(runtime, model)) == models_dir / "tiny"
+    (models_dir / "tiny" / UNET_WEIGHTS).touch()  # The time is new, and the content is not.
+    assert runtime.pipeline_folder(row(runtime, model)) == models_dir / "tiny"
+    change(models_dir / "tiny")
+    with pytest.raises(ChangedModelError, match="have changed since it was registered"):
+        runtime.pipeline_folder(row(runtime, model))
+    shutil.rmtree(models_dir / "tiny")
+    with pytest.raises(ChangedModelError, match="there is no folder 'tiny' in MODELS_DIR"):
+        runtime.pipeline_folder(row(runtime, model))
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_pipeline_in_the_cache_of_a_hub_is_pinned_to_its_commit(
+    api: TestClient, runtime: Runtime, cache: Path
+) -> None:
+    model = described(api, runtime, {"json": {"hub": "them/tiny"}})
+    assert (model["name"], model["hub"], model["revision"]) == ("tiny", "them/tiny", COMMIT)
+    (cache / "refs/main").write_text("f" * 40)
+    folder = runtime.pipeline_folder(row(runtime, model))
+    assert folder == cache / "snapshots" / COMMIT
+    absent = described(api, runtime, {"json": {"hub": "them/tiny"}})
+    expected = "hub: 'them/tiny' at revision 'main' is not in the Hugging Face cache; accepted: "
+    assert absent["problem"]["detail"].startswith(expected)
+    assert absent["problem"]["errors"][0]["loc"] == ["body", "hub"]
+
+
+@pytest.mark.parametrize(
+    ("request_body", "field", "accepted"),
+    [
+        ({"path": "../elsewhere"}, "path", "without '..'"),
+        ({"path": "/etc"}, "path", "without '..'"),
+        ({"path": "tiny", "hub": "them/tiny"}, "hub", ""),
+        ({"path": "tiny", "revision": "main"}, "revision", ""),
+        ({"path": "tiny", "dtype": "int8"}, "dtype", "bfloat16"),
+        ({"hub": "tiny"}, "hub", ""),
+        ({"hub": "../tiny"}, "hub", ""),
+        ({"hub": "them/tiny", "revision": "../main"}, "revision", ""),
+    ],
+)
+def test_a_request_that_names_no_folder_is_refused(
+    api: TestClient, request_body: dict[str, str], field: str, accepted: str
+) -> None:
+    assert_problem(api.post("/v1/models", json=request_body), 422, field, accepted)
+    assert api.get("/v1/models", params={"state": "queued"}).json()["items"] == []
+
+
+def test_no_path_is_accepted_without_a_folder_of_models(settings: Settings) -> None:
+    Registry(settings.database_url).upgrade()
+    app = create_app(settings.model_copy(update={"models_dir": None}))
+    with TestClient(app, HERE, client=("127.0.0.1", 50000)) as api:
+        answer = api.post("/v1/models", json={"path": "tiny"})
+    assert_problem(answer, 422, "path", "a builtin, a hub's name, or an archive")
+    assert "MODELS_DIR" in answer.json()["detail"]
+
+
+def test_an_upload_that_says_what_it_is_not_is_refused(api: TestClient, saved: Path, tmp_path: Path) -> None:
+    def upload(content: bytes, **fields: str) -> Any:
+        return api.post("/v1/models", files={"archive": content}, data=fields)
+
+    assert_problem(upload(packed(saved), kind="video"), 422, "kind", "auto, network or pipeline")
+    assert_problem(upload(packed(saved), dtype="int8"), 422, "dtype", "float16")
+    assert_problem(upload(packed(saved), kind="network", dtype="float16"), 422, "dtype", "a whole pipeline")
+    shutil.copytree(saved, tmp_path / "broken")
+    (tmp_path / "broken/unet/code.py").write_text("print()")
+    assert_problem(upload(packed(tmp_path / "broken")), 422, "unet/code.py", "pipelines of diffusers without it")
+    shutil.rmtree(tmp_path / "broken/unet")
+    (tmp_path / "broken/model_index.json").unlink()
+    assert_problem(upload(packed(tmp_path / "broken"), kind="pipeline"), 422, "model_index.json", "as diffusers saves")
+    assert api.get("/v1/models", params={"state": "queued"}).json()["items"] == []
+    assert not [path for path in (tmp_path / "artifacts").rglob("*") if path.is_file()]
+
+
+def test_an_archive_is_a_network_as_before_unless_it_is_a_whole_pipeline(saved: Path, tmp_path: Path) -> None:
+    assert unpack(io.BytesIO(packed(saved)), tmp_path / "whole", 10**8).is_pipeline
+    assert not unpack(io.BytesIO(packed(saved)), tmp_path / "network", 10**8, "network").is_pipeline
+    assert not (tmp_path / "network/text_encoder").exists()
+    partial = Path(shutil.copytree(saved, tmp_path / "partial"))
+    (partial / "text_encoder/model.safetensors").rename(partial / "text_encoder/pytorch_model.bin")
+    assert not unpack(io.BytesIO(packed(partial)), tmp_path / "pickled", 10**8).is_pipeline
+    shutil.rmtree(partial / "text_encoder")
+    assert not unpack(io.BytesIO(packed(partial)), tmp_path / "without", 10**8).is_pipeline
+
+
+@pytest.mark.usefixtures("in_process")
+def test_what_a_worker_refuses_leaves_nothing(
+    api: TestClient, runtime: Runtime, models_dir: Path, cache: Path, tmp_path: Path
+) -> None:
+    """Links that lead out of the operator's folder or the cache, a folder that is not there, and a missing weight."""
+    (models_dir / "link").symlink_to(cache / "blobs")
+    linked = Path(shutil.copytree(models_dir / "tiny", models_dir / "linked")) / "vae/config.json"
+    linked.unlink()
+    linked.symlink_to(cache / "blobs/vae/config.json")
+    snapshot = cache / "snapshots" / COMMIT / "vae/config.json"
+    snapshot.unlink()
+    snapshot.symlink_to(models_dir / "tiny/vae/config.json")
+    partial = Path(shutil.copytree(models_dir / "tiny", models_dir / "partial")) / UNET_WEIGHTS
+    weights = load_file(partial)
+    del weights["conv_in.bias"]
+    save_file(weights, partial)
+    refused = {
+        "path: 'link' leads out of MODELS_DIR; accepted: a folder below it": {"json": {"path": "link"}},
+        "path: there is no folder 'none' in MODELS_DIR; accepted: ": {"json": {"path": "none"}},
+        "vae/config.json: it is a link that leads out of MODELS_DIR; accepted: ": {"json": {"path": "linked"}},
+        "vae/config.json: it is a link that leads out of the cache; accepted: ": {"json": {"hub": "them/tiny"}},
+        f"{UNET_WEIGHTS}: tensor 'conv_in.bias' is missing; accepted: ": {
+            "files": {"archive": packed(models_dir / "partial")}
+        },
+    }
+    for expected, request in refused.items():
+        registration = described(api, runtime, request)
+        assert registration["state"] == "refused"
+        assert registration["problem"]["detail"].startswith(expected)
+        Describer._remove_unused_files(runtime_describer(runtime), registration["id"])
+    assert api.get("/v1/models").json()["items"] == []
+    assert not [path for path in (tmp_path / "artifacts").rglob("*") if path.is_file()]
+
+
+def runtime_describer(runtime: Runtime) -> Any:
+    """What `Describer` needs to remove files, without its thread."""
+    describer = Describer.__new__(Describer)
+    describer._registry, describer._artifacts = runtime.registry, runtime.artifacts
+    return describer
