@@ -104,9 +104,11 @@ def formats_of(model: Model) -> dict[str, Format]:
 
 def _scheduler_config(artifacts: ArtifactStore, model: dict[str, Any]) -> dict[str, Any]:
     """The configuration of the scheduler that a model came with. Raises: InvalidError, if it came with none."""
-    source = model["source"]
+    source, spec = model["source"], model["spec"]
+    if "scheduler_config" in spec:  # A worker has put that of a pipeline there, wherever its files are.
+        found: dict[str, Any] = spec["scheduler_config"]
+        return found
     accepted = f"accepted as format: {WITHOUT_TORCH}"
-    # Sources below MODELS_DIR (`path`) and in the local Hugging Face cache (`hub`) belong here, too.
     try:
         if "artifact" in source:
             content = artifacts.read(f"{source['artifact']}/{SCHEDULER_CONFIG}")

@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 
 from service.app import create_app
 from service.client import calls
+from service.registry.tables import Model
 from service.schedules import exporting
 from service.shared.settings import Settings
 from tests.service.problems import assert_problem
@@ -99,6 +100,27 @@ def test_a_model_without_a_diffusers_scheduler_is_refused_by_name(api: TestClien
     assert "'mixture-ring' has no diffusers scheduler" in refused.json()["detail"]
     assert "comfyui" not in api.get(f"/schedules/{schedule['id']}").text
     assert_problem(api.get(url, params={"format": "onnx"}), 422, "format", accepted="'comfyui-node'")
+
+
+def test_the_scheduler_of_a_pipeline_is_the_one_that_was_registered(
+    api: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The API may not reach the folder of a pipeline, so that a worker keeps its scheduler's configuration."""
+    model = register(api, "digits8")
+    schedule = import_schedule(api, model)
+    state: Any = api.app.state  # type: ignore[attr-defined]
+    config = {"_class_name": "EulerDiscreteScheduler"}
+    with state.timetuner.registry.write() as session:
+        row = session.get_one(Model, model["id"])
+        row.source, row.spec = {"path": "tiny", "kind": "pipeline"}, row.spec | {"scheduler_config": config}
+    echo = """
+import base64, json, sys
+config = json.dumps(json.load(sys.stdin)["scheduler_config"])
+print(json.dumps({"content": base64.b64encode(config.encode()).decode(), "not_carried": []}))
+"""
+    monkeypatch.setattr(exporting, "python", lambda *_arguments: [sys.executable, "-c", echo])
+    answer = api.get(f"/v1/schedules/{schedule['id']}/export", params={"format": "sigmas"})
+    assert answer.json() == config
 
 
 def test_an_api_without_pytorch_says_so(api: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,7 +163,7 @@ def test_models_are_listed_and_found_by_name_and_id(service: Service, pipeline: 
 REFUSED: dict[str, tuple[Json, str, str]] = {
     "a url": ({"response_format": "url"}, "response_format", "b64_json"),
     "a size that is none": ({"size": "big"}, "size", "pattern"),
-    "a size that cannot be made": ({"size": "17x16"}, "size", "accepted: a multiple of 2"),
+    "a size that cannot be made": ({"size": "17x16"}, "size", "accepted: a multiple of 8"),
     "a network's other size": ({"model": "digits8", "prompt": "", "size": "16x16"}, "size", "accepted for this model"),
     "a network's prompt": ({"model": "digits8"}, "prompt", "takes no prompt; accepted: an empty one"),
     "a network's guidance": ({"model": "digits8", "prompt": "", "guidance_scale": 2}, "guidance_scale", "no pipeline"),

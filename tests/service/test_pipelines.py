@@ -1,6 +1,7 @@
 """Registering whole pipelines over HTTP: from an archive, from a folder of the operator, and from a hub's cache."""
 
 import io
+import json
 import os
 import shutil
 import tarfile
@@ -145,6 +146,8 @@ def test_an_archive_becomes_a_pipeline(api: TestClient, runtime: Runtime, saved:
     upload = {"files": {"archive": ("tiny.tar.gz", packed(saved))}, "data": {"name": "tiny"}}
     model = described(api, runtime, upload)
     spec = model["spec"]
+    stored = row(runtime, model).spec["scheduler_config"]
+    assert stored == json.loads((saved / "scheduler/scheduler_config.json").read_text())
     facts = {
         "kind": "pipeline",
         "pipeline": "StableDiffusionPipeline",
