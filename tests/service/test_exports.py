@@ -16,8 +16,10 @@ from service.client import calls
 from service.registry.tables import Model
 from service.schedules import exporting
 from service.shared.settings import Settings
+from tests.pipelines import register as register_pipeline
 from tests.service.problems import assert_problem
 from tests.stack import Json
+from tests.worker.in_process import InProcess
 
 GRID: Json = {"num_steps": 2, "timesteps": [1.0, 0.5, 0.001], "t_ratios": [0.98, 0.95]}
 
@@ -90,6 +92,25 @@ def test_an_export_in_our_own_format_is_imported_for_the_same_model_only(api: Te
     assert_problem(api.post("/v1/schedules", json=elsewhere), 409, "model_content_hash", accepted="override=true")
     assert api.get("/v1/schedules", params={"model": gratings["id"]}).json()["items"] == []
     assert api.post("/v1/schedules", json=elsewhere | {"override": True}).status_code == 201
+
+
+def test_an_export_of_a_pipelines_schedule_is_imported_with_its_sizes_and_arguments(
+    api: TestClient, tmp_path: Path
+) -> None:
+    state: Any = api.app.state  # type: ignore[attr-defined]
+    worker = InProcess(tmp_path, state.timetuner.registry)
+    model, _ = register_pipeline(worker, "sd15")
+    for_call: Json = {"height": 32, "width": 48, "call": {"guidance_rescale": 0.5}, "guidance_scale": 3}
+    schedule = import_schedule(api, {"id": model}, sampler="ddim", **for_call)
+    content = api.get(f"/v1/schedules/{schedule['id']}/export").json()
+    assert {name: content[name] for name in for_call} == for_call
+    copy = api.post("/v1/schedules", json=content)
+    assert copy.status_code == 201, copy.text
+    assert copy.json()["call"] == schedule["call"]
+    assert copy.json()["version"] == schedule["version"] + 1  # So it is of the same setting.
+    card = api.get(f"/v1/schedules/{schedule['id']}/export", params={"format": "card"}).text
+    assert "guidance_scale=3" in card and '"guidance_rescale": 0.5' in card and '"width": 48' in card
+    worker.close()
 
 
 def test_a_model_without_a_diffusers_scheduler_is_refused_by_name(api: TestClient) -> None:
