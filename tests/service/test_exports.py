@@ -47,9 +47,8 @@ def import_schedule(api: TestClient, model: Json, **fields: Any) -> Json:
 
 def test_a_schedule_is_exported_as_a_file_that_says_what_it_cannot_carry(api: TestClient) -> None:
     model = register(api, "digits8")
-    schedule = import_schedule(
-        api, model, guidance_type="classifier-free", guidance_scale=2, provenance={"prompts": ["a", "b"], "seed": 3}
-    )
+    provenance = {"prompts": ["a", "b"], "seed": 3, "a|\n<b>": "`c`"}
+    schedule = import_schedule(api, model, guidance_type="classifier-free", guidance_scale=2, provenance=provenance)
     url = f"/v1/schedules/{schedule['id']}/export"
     answer = api.get(url, params={"format": "diffusers"})
     assert answer.status_code == 200, answer.text
@@ -67,7 +66,8 @@ def test_a_schedule_is_exported_as_a_file_that_says_what_it_cannot_carry(api: Te
     for text in (card, alone):
         assert 'license: "unknown"' in text and "unknown: ask the base model's authors" in text
         assert 'base_model: "digits8"' in text and model["content_hash"] in text
-        assert "2 prompts, sha256" in text and "| seed | `3` |" in text
+        assert "2 prompts, sha256" in text and "| `seed` | `3` |" in text
+        assert "| `a/ <b>` | `'c'` |" in text  # Texts of others can hold no markup.
         assert "None: the schedule was imported." in text
         assert "num_inference_steps=2" in text
 

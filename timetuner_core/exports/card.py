@@ -7,6 +7,10 @@ from typing import Any
 
 Json = Mapping[str, Any]
 
+PAPER = (
+    "https://openaccess.thecvf.com/content/CVPR2024/papers/"
+    "Xia_Towards_More_Accurate_Diffusion_Model_Acceleration_with_A_Timestep_Tuner_CVPR_2024_paper.pdf"
+)
 UNKNOWN_LICENCE = "unknown: ask the base model's authors"
 
 
@@ -21,7 +25,7 @@ def model_card(schedule: Json, model: Json, not_carried: Sequence[str] = ()) -> 
     parts = [
         _header(model),
         f"# {schedule['num_steps']} tuned steps for {_code(model['name'])}",
-        "A [TimeTuner](https://arxiv.org/abs/2312.02899) schedule: a time grid, a ratio of the told time for each step "
+        f"A [TimeTuner]({PAPER}) schedule: a time grid, a ratio of the told time for each step "
         "and, where one was learned, a solver. The base model's weights are unchanged and are not part of it.",
         _facts(schedule, model),
         "## Evaluation",
@@ -117,7 +121,9 @@ def _evaluation(schedule: Json) -> str:
 
 
 def _tuning(provenance: Json) -> str:
-    rows = [(name, _code(_prompts(value) if name == "prompts" else _json(value))) for name, value in provenance.items()]
+    # An imported schedule's provenance is text of whoever imported it.
+    values = {name: _prompts(value) if name == "prompts" else _json(value) for name, value in provenance.items()}
+    rows = [(_code(name), _code(value)) for name, value in values.items()]
     return _table(("", ""), rows) if rows else "Unknown."
 
 
