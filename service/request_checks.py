@@ -62,17 +62,20 @@ def get_requested_model(session: Session, caller: Caller, model_id: str, where: 
     return model
 
 
-def settled(spec: dict[str, Any], setting: Setting, default_sampler: str, where: str = "body") -> Setting:
+def settled(
+    spec: dict[str, Any], setting: Setting, default_sampler: str, where: str = "body", *, is_run: bool = True
+) -> Setting:
     """A setting that the model supports, as it is stored and looked up: a pipeline's own defaults are filled in.
 
     Args:
         default_sampler: a pipeline's, where the request leaves it out.
+        is_run: whether the request runs the model, and so needs all arguments without a default.
 
     Raises:
         InvalidError.
     """
     if is_pipeline(spec):
-        return _settled_for_pipeline(spec, setting, default_sampler, where)
+        return _settled_for_pipeline(spec, setting, default_sampler, where, is_run)
     for name, none in OF_PIPELINES.items():
         if getattr(setting, name, none) != none:
             message = f"{name} is given, and this model is a network; accepted: {name} for pipelines"
@@ -119,7 +122,9 @@ def check_setting(spec: dict[str, Any], setting: SamplingSetting, where: str = "
         refuse("eta", f"0 for the sampler {setting.sampler!r}")
 
 
-def _settled_for_pipeline(spec: dict[str, Any], setting: Setting, default_sampler: str, where: str) -> Setting:
+def _settled_for_pipeline(
+    spec: dict[str, Any], setting: Setting, default_sampler: str, where: str, is_run: bool
+) -> Setting:
     given, takes = setting.model_fields_set, spec["call"]
     for name, only in OF_NETWORKS.items():
         if (value := getattr(setting, name)) != only:
@@ -127,7 +132,7 @@ def _settled_for_pipeline(spec: dict[str, Any], setting: Setting, default_sample
             raise InvalidError(message, (where, name), setting.model_dump(mode="json")[name])
     found: dict[str, Any] = {}
     if setting.num_steps == NOT_GIVEN:
-        found["num_steps"] = spec.get("default_num_steps") or DEFAULT_NUM_STEPS
+        found["num_steps"] = DEFAULT_NUM_STEPS
     if "sampler" not in given:
         found["sampler"] = default_sampler
     if "guidance_scale" not in takes:
@@ -135,9 +140,9 @@ def _settled_for_pipeline(spec: dict[str, Any], setting: Setting, default_sample
             message = f"guidance_scale is {setting.guidance_scale}, and this pipeline takes none; accepted: 1"
             raise InvalidError(message, (where, "guidance_scale"), float(setting.guidance_scale))
     elif "guidance_scale" not in given and (default := takes["guidance_scale"].get("default")) is not None:
-        found["guidance_scale"] = Decimal(str(default))
+        found["guidance_scale"] = round(Decimal(str(default)), 6)
     try:
-        found["call"] = check_arguments(spec, setting.call)
+        found["call"] = check_arguments(spec, setting.call, is_complete=is_run)
     except ArgumentError as error:
         raise InvalidError(str(error), (where, "call", error.name), error.value) from None
     found |= _sizes(spec, setting, found["call"], where)

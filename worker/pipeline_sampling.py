@@ -138,8 +138,6 @@ class PipelineBatch:
             if moving.row.owner == owner:
                 self._served.shared.interrupt(moving.result)
         self.rows = [moving for moving in self.rows if moving.row.owner != owner]
-        if not self.rows:
-            self._served.shared.cancel()
 
     def close(self) -> None:
         """End all runs."""
@@ -183,8 +181,10 @@ class PipelineBatch:
     def _image(self, moving: Moving) -> Tensor:
         """The image of a run that is over, (C, H, W) or (F, C, H, W) in [-1, 1]. Raises: the run's own error."""
         result, call = moving.result, moving.row.call
-        if not result.num_steps and "strength" in call:
-            problem = f"strength is {call['strength']:g}, which leaves none of {call['num_inference_steps']} steps"
+        takes = self._served.spec["call"]
+        strength = call.get("strength", takes.get("strength", {}).get("default"))
+        if not result.num_steps and strength is not None:
+            problem = f"strength is {strength:g}, which leaves none of {call['num_inference_steps']} steps"
             raise JobRefusedError(f"{problem}; accepted: a larger strength, or more num_steps")
         if result.error is not None:
             error = result.error

@@ -9,6 +9,7 @@ import typer
 
 from service.cli.connection import Url, connected
 from service.cli.options import (
+    CallArguments,
     Clipping,
     Eta,
     GuidanceEnd,
@@ -16,10 +17,12 @@ from service.cli.options import (
     GuidanceScale,
     GuidanceStart,
     GuidanceType,
+    Height,
     ModelName,
     NumSteps,
     Private,
     SamplerName,
+    Width,
     find_model,
     given,
 )
@@ -93,11 +96,17 @@ def resolve(
     guidance_start: GuidanceStart = None,
     guidance_end: GuidanceEnd = None,
     eta: Eta = None,
+    height: Height = None,
+    width: Width = None,
+    call: CallArguments = [],  # noqa: B006
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the schedule that sampling would use, and why."""
     setting = given(
+        height=height,
+        width=width,
+        call=dict(call),
         num_steps=num_steps,
         sampler=sampler,
         clipping=clipping,

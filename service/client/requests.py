@@ -27,7 +27,7 @@ class SettingOptions(TypedDict, total=False):
 
 
 class CallOptions(TypedDict, total=False):
-    """The arguments of a pipeline's call that change its result's size and form. Images are data URLs: `data_url`."""
+    """Arguments of a pipeline's own call. Images in `call` are data URLs, `data:image/png;base64,...`."""
 
     height: int | None
     width: int | None

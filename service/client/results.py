@@ -179,7 +179,7 @@ class Schedule(BaseModel):
         kept: ScheduleImport = self.model_dump(mode="json", include=names)  # type: ignore[assignment]
         if self.call is not None:
             sizes = {name: self.call[name] for name in ("height", "width") if name in self.call}
-            call = {name: value for name, value in self.call.items() if name not in sizes}
+            call = {name: value for name, value in self.call.items() if name not in (*sizes, "image_sizes")}
             kept.update({**sizes, "call": call})  # type: ignore[typeddict-item]
         return kept
 

@@ -92,7 +92,7 @@ def resolve_schedule(caller: AnyCaller, state: State, query: ResolveParams) -> R
     """The schedule that sampling with `schedule: "auto"` would use, and why."""
     with state.registry.read() as session:
         spec = get_requested_model(session, caller, query.model, where="query").spec
-        setting = settled(spec, query, OWN_SAMPLER, where="query")
+        setting = settled(spec, query, OWN_SAMPLER, where="query", is_run=False)
         schedule, reason = logic.resolve(session, caller, setting)
         if schedule is None and is_pipeline(spec):
             reason += logic.mismatch(session, caller, setting)

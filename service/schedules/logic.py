@@ -163,7 +163,7 @@ def import_schedule(session: Session, caller: Caller, request: ScheduleImport) -
         raise ConflictError(
             f"{message}; accepted: {accepted}", ("body", "model_content_hash"), request.model_content_hash
         )
-    request = settled(spec, request, "ddim")
+    request = settled(spec, request, "ddim", is_run=False)
     _check_table(request)
     _check_grid(request, spec["T"], spec.get("t_min", 0.0))  # Models registered by older versions have no t_min.
     key, private_to = request.key(), caller.private_to(request.private)

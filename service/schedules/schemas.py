@@ -18,6 +18,7 @@ from service.shared.job_requests import (
     SamplerName,
     SamplingSetting,
 )
+from service.shared.pipeline_calls import plain_arguments
 from timetuner_core.catalog import GuidanceType
 from timetuner_core.exports.formats import FORMATS
 
@@ -43,7 +44,7 @@ def _from_json(value: Any) -> Any:
     """An object that a query gives as its JSON. Raises: ValueError."""
     try:
         return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("accepted: a JSON object") from None
 
 
@@ -261,7 +262,7 @@ class ResolveQuery(SamplingSetting):
     """A setting as a query."""
 
     sampler: AnySamplerName = "ddim"
-    call: Annotated[dict[str, Any], BeforeValidator(_from_json)] = Field(
+    call: Annotated[dict[str, Any], AfterValidator(plain_arguments), BeforeValidator(_from_json)] = Field(
         {}, description="For pipelines: further arguments of the call, as JSON."
     )
 

@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from service.shared.fields import Eta, ExactNumber, GuidanceScale, Identifier, NumSteps, Seed
-from service.shared.pipeline_calls import MAX_TEXT, call_key
+from service.shared.pipeline_calls import DEFAULT_NUM_STEPS, MAX_TEXT, call_key, plain_arguments
 from service.shared.sampler_facts import sampler_facts
 from service.shared.webhook_url import WEBHOOK_URL, WebhookUrl
 from timetuner_core.catalog import GridName, GuidanceType, sampler_names
@@ -95,7 +95,7 @@ class SamplingSetting(BaseModel):
     eta: Eta = Field(0, validate_default=True, description="The noise of each step, for the sampler ddim only.")
     height: Size | None = Field(None, examples=[None], description="For pipelines, in pixels; null: its own default.")
     width: Size | None = Field(None, examples=[None])
-    call: dict[str, Any] = Field(
+    call: Annotated[dict[str, Any], AfterValidator(plain_arguments)] = Field(
         {},
         examples=[{}],
         description="Further arguments of a pipeline's own call, such as `{\"num_frames\": 9}`: the model's "
@@ -245,7 +245,7 @@ class SampleRequest(SamplingSetting):
         NOT_GIVEN,
         examples=[10],
         json_schema_extra=_without_default,
-        description="A pipeline has a default of its own; networks need a number.",
+        description=f"Of a pipeline, {DEFAULT_NUM_STEPS} if it is left out; networks need a number.",
     )
     sampler: AnySamplerName = Field(
         "ddim",

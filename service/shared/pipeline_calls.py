@@ -36,7 +36,7 @@ class ArgumentError(ValueError):
 
     def __init__(self, name: str, problem: str, accepted: str, value: Any = None) -> None:
         self.name, self.value = name, value
-        super().__init__(f"call.{name} {problem}; accepted: {accepted}")
+        super().__init__(f"call.{name[:100]} {problem}; accepted: {accepted}")
 
 
 def is_pipeline(spec: Mapping[str, Any]) -> bool:
@@ -44,8 +44,30 @@ def is_pipeline(spec: Mapping[str, Any]) -> bool:
     return spec.get("kind") == "pipeline"
 
 
-def check_arguments(spec: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, Any]:
+def plain_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that JSON and databases take: texts, finite numbers, booleans, null, and lists of these.
+
+    Raises:
+        ValueError: what is accepted.
+    """
+    if len(call) > MAX_ITEMS or not all(map(_is_plain, (*call, *call.values()))):
+        raise ValueError("accepted: arguments that are texts, finite numbers, booleans, or lists of these")
+    return call
+
+
+def _is_plain(value: Any, depth: int = 1) -> bool:
+    if isinstance(value, list):
+        return depth > 0 and len(value) <= MAX_ITEMS and all(_is_plain(each, depth - 1) for each in value)
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode() == value  # Half of a surrogate pair has no UTF-8.
+    return value is None or (isinstance(value, bool | int | float) and abs(value) <= MAX_NUMBER)
+
+
+def check_arguments(spec: Mapping[str, Any], call: Mapping[str, Any], *, is_complete: bool = True) -> dict[str, Any]:
     """A request's `call` with each argument as its type has it, without those that are the call's own defaults.
+
+    Args:
+        is_complete: refuse a call without an argument that is required.
 
     Raises:
         ArgumentError: one that the call does not take, of another type, or missing.
@@ -69,7 +91,7 @@ def check_arguments(spec: Mapping[str, Any], call: Mapping[str, Any]) -> dict[st
         if read != default or known[name].get("required"):
             checked[name] = read
     for name, each in known.items():
-        if each.get("required") and name not in checked:
+        if is_complete and each.get("required") and name not in checked:
             raise ArgumentError(name, "is missing", _ACCEPTED[each["type"]])
     if "strength" in checked and not 0 < checked["strength"] <= 1:
         raise ArgumentError("strength", f"is {checked['strength']:g}", "above 0, up to 1", checked["strength"])
@@ -85,20 +107,20 @@ def call_key(height: int | None, width: int | None, call: Mapping[str, Any]) -> 
         call: arguments as `check_arguments` gives them.
     """
     deciding = deciding_arguments(height, width, call)
-    if None in (height, width) and (sizes := image_sizes(call)):
-        deciding["image_sizes"] = sizes
     if not deciding:
         return ""
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def deciding_arguments(height: int | None, width: int | None, call: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call that are no content, by name, the sizes among them."""
-    sizes = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
+    """The arguments of a call that are no content, by name, and its sizes: those given, else those of its images."""
+    sizes: dict[str, Any] = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
+    if len(sizes) < 2 and (found := image_sizes(call)):
+        sizes["image_sizes"] = found
     return sizes | {name: value for name, value in sorted(call.items()) if not _is_content(value)}
 
 
-def image_sizes(call: Mapping[str, Any]) -> list[tuple[int, int]]:
+def image_sizes(call: Mapping[str, Any]) -> list[list[int]]:
     """Width and height of each image of a call, by the arguments' names."""
     sizes = []
     for _, value in sorted(call.items()):
@@ -107,7 +129,7 @@ def image_sizes(call: Mapping[str, Any]) -> list[tuple[int, int]]:
                 try:
                     image = _opened(each)
                     is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in QUARTER_TURNS
-                    sizes.append(image.size[::-1] if is_turned else image.size)
+                    sizes.append([*(image.size[::-1] if is_turned else image.size)])
                 except ValueError:  # It is a text that begins like an image.
                     continue
     return sizes

@@ -171,7 +171,8 @@ def test_every_field_of_a_model_registration_can_be_given() -> None:
 def json_schema(kind: Any) -> Json:
     """The JSON schema of a request's TypedDict."""
     hints = get_type_hints(kind) | {name: str | None for name in ENCODED if name in kind.__annotations__}
-    hints["sampler"] = Literal[tuple(sampler_names())]  # the service's depend on what is installed there
+    own = ("own",) if kind in (requests.SampleRequest, requests.Setting) else ()
+    hints["sampler"] = Literal[(*own, *sampler_names())]  # the service's depend on what is installed there
     fields = {name: (hint, ... if name in kind.__required_keys__ else None) for name, hint in hints.items()}
     return create_model(kind.__name__, **fields).model_json_schema()
 

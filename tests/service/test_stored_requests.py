@@ -1,5 +1,6 @@
 """Requests that commit e4c2e61 stored, as the literal JSON of its rows, are read and run by today's code."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from service.registry.database import Registry
 from service.registry.tables import JobState, Model, SampleJob, Schedule, TuningJob
 from service.samples.schemas import SampleJobOut
+from service.samples.submitting import NOT_HASHED, _hash
 from service.shared.job_requests import SampleRequest, TuningJobRequest
 from service.shared.queue import celery_app
 from service.shared.settings import Settings
@@ -151,3 +153,17 @@ def test_a_sampling_job_with_a_newer_versions_field_can_be_read_over_http(runtim
         session.add(job)
     shown = SampleJobOut.model_validate(job).model_dump(mode="json")
     assert shown["request"] == {**SAMPLE["labels"], **YOUNGER, "prompt": None}
+
+
+def test_a_request_for_a_network_is_found_by_the_hash_it_had_before_pipelines_came() -> None:
+    row = {**SAMPLE["labels"], "clipping": None}
+    deciding = {name: value for name, value in row.items() if name not in NOT_HASHED}
+    before = hashlib.sha256(json.dumps(["mdl_1", None, deciding], sort_keys=True).encode()).hexdigest()
+    request = SampleRequest.stored(row)
+
+    def hash_with(**changed: Any) -> str:
+        return _hash("mdl_1", None, request.model_copy(update=changed).model_dump(mode="json"))
+
+    assert hash_with() == before
+    changes: list[Json] = [{"prompt": "a"}, {"negative_prompt": "a"}, {"height": 8}, {"width": 8}, {"call": {"a": 1}}]
+    assert len({before, *(hash_with(**changed) for changed in changes)}) == 1 + len(changes)

@@ -243,11 +243,14 @@ def test_a_tuning_job_is_cancelled_at_a_step(service: Service) -> None:
 def test_requests_of_4_8_and_5_steps_share_calls(service: Service) -> None:
     kind, pipeline = BY_NAME["sd15"], service.pipeline("sd15")
     served: Any = service.worker.runtime.load(service.model("sd15"))
-    before = served.shared.num_calls
+    before, published = served.shared.num_calls, service.worker.bus.published
+    published.clear()
     jobs = {steps: service.submit("sd15", num_steps=steps, seed=40 + steps) for steps in (4, 8, 5)}
     service.worker.serve()
     assert served.shared.num_calls - before <= 9  # The first shared call of a kind may be checked by one more.
+    told = [event["steps"] for event in published if isinstance(event, dict)]
     for steps, job_id in jobs.items():
+        assert [event[job_id] for event in told if job_id in event] == [[k, steps] for k in range(1, steps + 1)]
         expected = plain(kind, pipeline, 40 + steps, steps)
         assert torch.allclose(torch.from_numpy(service.images(job_id)[0]), expected, atol=2e-5)
 
@@ -269,9 +272,9 @@ def test_runs_join_and_leave_at_any_step_and_one_that_is_cancelled_or_fails_ends
         ("cancelled", 1, 6),
     }
     batch.add([row("later", 3, 4), row("failing", 3, 5, prompt=5), row("other size", 4, 6, height=2 * SIZE)])
-    batch.step()
+    done = {}
+    failed = {each.owner: error for each, error in batch.step().failed}
     batch.discard("cancelled")
-    done, failed = {}, {}
     while batch.rows:
         advance = batch.step()
         failed |= {each.owner: error for each, error in advance.failed}
@@ -329,7 +332,7 @@ def test_frames_come_as_arrays_and_no_video(service: Service) -> None:
     ("name", "changed", "expected"),
     [
         ("sd15", {"prompt": None}, "prompt: prompt is missing"),
-        ("sd15", {"height": 17}, "height: height is 17; accepted: a multiple of 2"),
+        ("sd15", {"height": 17}, "height: height is 17; accepted: a multiple of 8"),
         ("sd15", {"guidance_type": "classifier-free"}, "guidance_type: guidance_type is classifier-free; accepted"),
         ("sd15", {"guidance_rescale": 0.5}, "guidance_rescale: guidance_rescale is 0.5; accepted for a pipeline: 0"),
         ("sd15", {"eta": 0.5}, "eta: eta is 0.5; accepted for a pipeline: 0"),
@@ -446,6 +449,27 @@ def test_a_prompt_beyond_the_limit_is_refused_and_neither_cut_off_nor_logged(
     assert "secret" not in caplog.text
     job = tune(service, "sd15", prompts=[secret, "a"])
     assert job["error"] == "prompt has 43 tokens; accepted: up to 16, its start and end among them"
+
+
+def test_pages_show_prompts_as_text_and_ask_for_them(service: Service, tuned: Json) -> None:
+    script = "<script>alert(1)</script>"
+    request = tuning_request(service, "sd15", prompts=[script, "b"], negative_prompt=script)
+    job_id = service.api.post("/v1/tuning-jobs", json=request).json()["id"]
+    page = service.api.get(f"/jobs/{job_id}").text
+    assert script not in page and page.count("&lt;script&gt;alert(1)") == 2
+    service.api.post(f"/v1/tuning-jobs/{job_id}/cancel")
+    model = service.model("sd15")
+    playground = service.api.get(f"/playground?model={model}").text
+    assert '<input name="prompt" maxlength="8000"' in playground and 'name="guidance_scale" value="7.5"' in playground
+    assert service.api.get(f"/models/{model}").status_code == 200
+    page = service.api.get(f"/schedules/{tuned['id']}").text
+    assert f'href="/playground?model={model}"' in page and "guidance ×3" in page
+    # A form without more than its usual fields makes a job of the pipeline's own tuner.
+    form = {"model": model, "num_steps": "2", "sampler": "dpmpp_2m", "guidance_scale": "7.5", "objective": ""}
+    made = service.api.post("/jobs", data=form, headers={"Origin": "http://127.0.0.1"}, follow_redirects=False)
+    assert made.status_code == 303, made.text
+    job = service.api.get(f"/v1/tuning-jobs/{made.headers['Location'].rpartition('/')[2]}").json()
+    assert job["request"]["tuner"]["objective"] == "pipeline"
 
 
 def test_a_strength_that_leaves_no_step_is_refused(service: Service) -> None:

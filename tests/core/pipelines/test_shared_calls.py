@@ -287,3 +287,19 @@ def test_a_pipeline_with_two_networks_shares_the_calls_of_each() -> None:
     assert sorted(shared.networks) == ["transformer", "transformer_2"]
     # Guided, a step takes two calls. In four steps, sigma is 1, 0.95, 0.88 and 0.7, and in two, 1 and 0.88.
     assert shared.num_calls == 10
+
+
+def test_encoded_prompts_are_remembered_up_to_a_number_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("timetuner_core.pipelines.shared_calls.MAX_REMEMBERED_BYTES", 40)
+    shared, asked = SharedCalls(by_name("ddim").build()), list[int]()
+
+    def encoder(tokens: Tensor) -> Tensor:
+        asked.append(int(tokens[0]))
+        return tokens.float()  # 16 bytes
+
+    for prompt in (1, 2, 1, 3, 1, 2):
+        answer = shared.encode("text_encoder", encoder, (torch.full((4,), prompt),), {})
+        assert answer.tolist() == [prompt] * 4
+        answer += 1  # An answer is its receiver's own.
+        shared.close()
+    assert asked == [1, 2, 3, 2]  # When the third came, the second had been used the longest ago.
