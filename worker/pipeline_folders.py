@@ -1,14 +1,15 @@
 """Where the files of registered pipelines are: in the artifact store, below `MODELS_DIR`, or in a cache of a hub."""
 
-import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from service.shared.artifacts import ArtifactStore
 from service.shared.settings import Settings
-from timetuner_core.models.folder_files import MODEL_INDEX, ModelFormatError, files_of
-from timetuner_core.pipelines.files import PipelineIndex, pipeline_files, read_index
+from timetuner_core.models.folder_files import ModelFormatError, files_of
+from timetuner_core.pipelines.files import pipeline_files, read_index
+from worker.downloading import download
 
 Source = Mapping[str, Any]
 
@@ -28,7 +29,7 @@ class PipelineFolders:
         if "path" in source:
             return self._below_models_dir(source["path"])
         if "hub" in source:
-            return self._in_cache(source["hub"], source["revision"])
+            return self._in_cache(source["hub"], source["revision"], is_complete="fingerprint" in source)
         return self._artifacts.local_folder(source["artifact"])
 
     def _below_models_dir(self, path: str) -> Path:
@@ -43,24 +44,25 @@ class PipelineFolders:
         _refuse_links(folder, root, "MODELS_DIR")
         return folder
 
-    def _in_cache(self, name: str, revision: str) -> Path:
-        """The snapshot of a revision, which is downloaded if it is not there and the operator allows it."""
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    def _in_cache(self, name: str, revision: str, *, is_complete: bool) -> Path:
+        """The snapshot of a revision. What is not there is downloaded if the operator allows it.
 
-        options: dict[str, Any] = {"revision": revision}
-        try:
-            if self._settings.allow_downloads:
-                options["allow_patterns"] = _files_on_hub(name, revision)
-            else:
-                options["local_files_only"] = True
-            snapshot = Path(snapshot_download(name, **options))
-        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        Args:
+            is_complete: whether a snapshot that is there has all files, as that of a registered model has. An earlier
+                download may have been interrupted.
+        """
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        snapshot = None
+        if is_complete or not self._settings.allow_downloads:
+            with suppress(LocalEntryNotFoundError):
+                snapshot = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        if snapshot is None and not self._settings.allow_downloads:
             message = f"{name!r} at revision {revision!r} is not in the Hugging Face cache"
-            if self._settings.allow_downloads:
-                message += f", and cannot be downloaded ({' '.join(str(error).split())[:300]})"
-            accepted = "one that is there; or ALLOW_DOWNLOADS=true, and a name on the hub"
-            raise ModelFormatError("hub", f"{message}; accepted: {accepted}") from None
+            accepted = "one that is there; or any on the hub, if the operator sets ALLOW_DOWNLOADS=true"
+            raise ModelFormatError("hub", f"{message}; accepted: {accepted}")
+        snapshot = snapshot or download(name, revision)
         _refuse_links(snapshot, snapshot.resolve().parents[1], "the cache")
         return snapshot
 
@@ -68,14 +70,6 @@ class PipelineFolders:
 def revision_of(snapshot: Path) -> str:
     """The commit of a snapshot in the cache."""
     return snapshot.name
-
-
-def _files_on_hub(name: str, revision: str) -> list[str]:
-    """The files of a pipeline on the hub that are read. Raises: ModelFormatError; the errors of huggingface_hub."""
-    from huggingface_hub import hf_hub_download, list_repo_files
-
-    index = PipelineIndex.of(json.loads(Path(hf_hub_download(name, MODEL_INDEX, revision=revision)).read_text()))
-    return pipeline_files(list_repo_files(name, revision=revision), index)
 
 
 def _refuse_links(folder: Path, root: Path, named: str) -> None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from service.cli.connection import Url, connected
-from service.cli.options import ModelName, Private, find_model
+from service.cli.options import ModelName, Private, find_model, given
 from service.cli.output import NOT_FOUND, AsJson, CommandError, Limit, print_facts, print_json, print_table
-from service.client.choices import ModelState
+from service.client.choices import Dtype, ModelKind, ModelState
 
 if TYPE_CHECKING:
     from service.client import Model, ModelRegistration
@@ -19,13 +19,21 @@ models = typer.Typer(no_args_is_help=True, help="Register and list models.")
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 Source = Annotated[
-    str, typer.Argument(help="A built-in model's name; or a diffusers-format folder, or a zip, tar or tar.gz of one.")
+    str | None,
+    typer.Argument(help="A built-in model's name; or a diffusers-format folder, or a zip, tar or tar.gz of one."),
 ]
 
 
 @models.command(name="import")
 def import_(
-    source: Source,
+    source: Source = None,
+    path: Annotated[
+        str | None, typer.Option(help="In place of SOURCE: a pipeline below the service's MODELS_DIR.")
+    ] = None,
+    hub: Annotated[str | None, typer.Option(help="In place of SOURCE: a pipeline in the Hugging Face cache.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, with --hub. [main]")] = None,
+    kind: Annotated[ModelKind | None, typer.Option(help="What an archive is read as. [auto]")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="A pipeline's precision. [that of its files]")] = None,
     name: Annotated[str | None, typer.Option(help="[the built-in's or the file's]")] = None,
     private: Private = False,
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait for a worker: print the model's id.")] = False,
@@ -33,20 +41,29 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """Register a model, and wait until a worker has tried it."""
-    is_there = Path(source).exists()
-    if not is_there and _is_path(source):
-        accepted = "a diffusers-format folder, or a zip, tar or tar.gz of one; or the name of a built-in model"
-        raise CommandError(f"there is no file or folder {source!r}; accepted: {accepted}", NOT_FOUND)
+    place = given(**_place_of(source), path=path, hub=hub)
+    if len(place) != 1:
+        raise typer.BadParameter("accepted: one of SOURCE, --path and --hub")
+    request = {**place, **given(revision=revision, kind=kind, dtype=dtype, name=name, private=private or None)}
     with connected(url, outlives=detach) as client:
-        if not is_there:
-            model = client.models.create(builtin=source, name=name, private=private)
-        elif detach:
-            registration = client.models.submit(archive=source, name=name, private=private)
+        if detach and "builtin" not in place:
+            registration = client.models.submit(**request)
             print_json(registration) if as_json else typer.echo(registration.id)
             return
-        else:
-            model = client.models.create(archive=source, name=name, private=private)
+        model = client.models.create(**request)
     _show(model, as_json)
+
+
+def _place_of(source: str | None) -> dict[str, str]:
+    """A source as a field of the client's request."""
+    if source is None:
+        return {}
+    if Path(source).exists():
+        return {"archive": source}
+    if _is_path(source):
+        accepted = "a diffusers-format folder, or a zip, tar or tar.gz of one; or the name of a built-in model"
+        raise CommandError(f"there is no file or folder {source!r}; accepted: {accepted}", NOT_FOUND)
+    return {"builtin": source}
 
 
 @models.command(name="list")

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any, Self, TypeVar, Unpack
 
 import httpx
@@ -14,7 +13,14 @@ from service.client import calls
 from service.client.calls import Call
 from service.client.choices import ExportFormat, JobState, UnreadyState
 from service.client.problems import raise_for
-from service.client.requests import SampleRequest, ScheduleFilters, ScheduleImport, Setting, TuningJobRequest
+from service.client.requests import (
+    ModelSource,
+    SampleRequest,
+    ScheduleFilters,
+    ScheduleImport,
+    Setting,
+    TuningJobRequest,
+)
 from service.client.results import (
     Alias,
     AuditEntry,
@@ -133,27 +139,21 @@ class AsyncModels:
     def __init__(self, client: AsyncTimeTuner) -> None:
         self._client = client
 
-    async def create(
-        self,
-        *,
-        builtin: str | None = None,
-        archive: Path | str | None = None,
-        name: str | None = None,
-        private: bool = False,
-    ) -> Model:
-        """Register a model: a built-in one, or a diffusers-format folder, or an archive (zip, tar, tar.gz) of one.
+    async def create(self, **source: Unpack[ModelSource]) -> Model:
+        """Register a model: a `builtin` one, or an `archive`, a diffusers-format folder or a zip, tar or tar.gz of one.
+
+        A whole pipeline may also be at a `path` below the operator's `MODELS_DIR`, or in the workers' Hugging Face
+        cache, as `hub` and `revision`. It is served and tuned in its `dtype`; by default, in that of its files.
 
         It waits until a worker has described the model. Only this client's API key, and admins, see a `private` one.
         Raises: ApiError, if the model is refused.
         """
-        made = await self._client.send(calls.register_model(builtin, archive, name, private))
+        made = await self._client.send(calls.register_model(source))
         return made if isinstance(made, Model) else await self._bound(made).wait()
 
-    async def submit(
-        self, *, archive: Path | str, name: str | None = None, private: bool = False
-    ) -> "AsyncModelRegistration":
-        """Hand in a folder or an archive; `wait()` for the model."""
-        return self._bound(await self._client.send(calls.submit_model(archive, name, private)))
+    async def submit(self, **source: Unpack[ModelSource]) -> "AsyncModelRegistration":
+        """Hand in a model that is not built in, as `create` does; `wait()` for the model."""
+        return self._bound(await self._client.send(calls.submit_model(source)))
 
     def list(self, *, limit: int = 50) -> AsyncIterator[Model]:
         """All models that are ready and that the key may see, newest first; `limit` is a page's."""

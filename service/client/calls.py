@@ -22,7 +22,14 @@ from pydantic import BaseModel, TypeAdapter
 from service.client.choices import ExportFormat, UnreadyState
 from service.client.errors import UnexpectedAnswerError
 from service.client.problems import raise_for
-from service.client.requests import SampleRequest, ScheduleFilters, ScheduleImport, Setting, TuningJobRequest
+from service.client.requests import (
+    ModelSource,
+    SampleRequest,
+    ScheduleFilters,
+    ScheduleImport,
+    Setting,
+    TuningJobRequest,
+)
 from service.client.results import (
     Alias,
     AuditEntry,
@@ -43,6 +50,7 @@ from service.client.results import (
 T = TypeVar("T")
 B = TypeVar("B", bound=BaseModel)
 ARRAY_TYPE = "application/x-npy"
+PLACES = ("builtin", "archive", "path", "hub")  # A model's files are in one of these.
 UPLOAD_SLOWNESS = 20
 WAIT_SECONDS = 30  # The service may hold a sampling request for this long. Then the client asks for its job.
 
@@ -96,27 +104,28 @@ class Call(Generic[T]):
         return replace(self, params={**self.params, "cursor": cursor})
 
 
-def register_model(
-    builtin: str | None, archive: Path | str | None, name: str | None, private: bool = False
-) -> Call[Model | ModelRegistrationFields]:
+def register_model(source: ModelSource) -> Call[Model | ModelRegistrationFields]:
     """The model, or its registration if the service does not wait any longer."""
-    if (builtin is None) == (archive is None):
-        raise TypeError("accepted: either builtin or archive")
-    fields = {"builtin": builtin, "name": name, "private": private or None}
-    given = {key: value for key, value in fields.items() if value is not None}
+    return _registered(source, _model_or_registration)
+
+
+def submit_model(source: ModelSource) -> Call[ModelRegistrationFields]:
+    if source.get("builtin") is not None:
+        raise TypeError("a built-in model is ready at once; accepted: archive, path or hub")
+    call = _registered(source, _reader(ModelRegistrationFields))
+    return replace(call, headers={**call.headers, "Prefer": "respond-async"})
+
+
+def _registered(source: ModelSource, read: Callable[[httpx.Response], T]) -> Call[T]:
+    """Raises: TypeError, if the model is in none or several of `PLACES`."""
+    given = [place for place in PLACES if source.get(place) is not None]
+    if len(given) != 1:
+        raise TypeError(f"accepted: one of {', '.join(PLACES)}")
+    fields = {key: value for key, value in source.items() if key != "archive" and value not in (None, False)}
+    archive = source.get("archive")
     path = None if archive is None else Path(archive)
-    slowness = 1 if path is None else UPLOAD_SLOWNESS  # The service reads all weights before it answers.
-    read = _model_or_registration
-    call = Call("register_model", "POST", "/v1/models", read, json=given, archive=path, slowness=slowness)
-    return _made_once(call)
-
-
-def submit_model(archive: Path | str, name: str | None, private: bool = False) -> Call[ModelRegistrationFields]:
-    fields = {"name": name, "private": private or None}
-    given = {key: value for key, value in fields.items() if value is not None}
-    read, headers = _reader(ModelRegistrationFields), {"Prefer": "respond-async"}
-    call = Call("register_model", "POST", "/v1/models", read, json=given, archive=Path(archive), headers=headers)
-    return _made_once(replace(call, slowness=UPLOAD_SLOWNESS))
+    slowness = 1 if given == ["builtin"] else UPLOAD_SLOWNESS  # The service reads all weights before it answers.
+    return _made_once(Call("register_model", "POST", "/v1/models", read, json=fields, archive=path, slowness=slowness))
 
 
 def list_models(limit: int) -> Call[Page[Model]]:

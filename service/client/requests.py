@@ -1,16 +1,31 @@
 """Types of requests. Fields that are left out have the service's defaults: see its `/docs`."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Required, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import TypedDict  # Pydantic can read typing's own only from Python 3.12 on.
 
-from service.client.choices import GuidanceType, ScheduleStatus
+from service.client.choices import Dtype, GuidanceType, ModelKind, ScheduleStatus
 
 Timesteps: TypeAlias = Literal["default", "uniform", "quadratic", "log_snr", "edm"] | Sequence[float]
 Data: TypeAlias = Literal["auto", "model", "generated"]
+
+
+class ModelSource(TypedDict, total=False):
+    """A model to register: where it is, one of `builtin`, `archive`, `path` and `hub`, and what it is read as."""
+
+    builtin: str | None
+    archive: Path | str | None
+    path: str | None
+    hub: str | None
+    revision: str
+    kind: ModelKind
+    dtype: Dtype
+    name: str | None
+    private: bool
 
 
 class SettingOptions(TypedDict, total=False):

@@ -24,6 +24,19 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class CallArgument(BaseModel):
+    """An argument of a pipeline's call that a request may give."""
+
+    type: Literal["text", "integer", "number", "boolean", "image", "images", "integers", "numbers", "texts"]
+    default: Any = None
+    required: bool
+
+
+class Licence(BaseModel):
+    name: str | None
+    source: str | None
+
+
 class ModelSpec(BaseModel):
     """The properties of a model that requests depend on."""
 
@@ -43,6 +56,17 @@ class ModelSpec(BaseModel):
     clipping: str | None = None
     t_start: float | None = None
     x0_error_at_start: float | None = None
+    kind: Literal["network", "pipeline"] = "network"
+    pipeline: str | None = None
+    scheduler: str | None = None
+    dtype: str | None = None
+    call: dict[str, CallArgument] | None = None
+    output: Literal["images", "frames"] | None = None
+    size_multiple: int | None = None
+    tunable: str | None = None
+    flags_content: bool = False
+    licence: Licence | None = None
+    num_bytes: int | None = None
 
 
 class Model(BaseModel):
@@ -53,6 +77,9 @@ class Model(BaseModel):
     owner: str | None = None
     private: bool = False
     ignored_files: list[str] = Field(default_factory=list)
+    path: str | None = None
+    hub: str | None = None
+    revision: str | None = None
     spec: ModelSpec
     created_at: datetime
 
@@ -68,6 +95,9 @@ class ModelRegistrationFields(BaseModel):
     private: bool = False
     ignored_files: list[str] = Field(default_factory=list)
     problem: Problem | None = None
+    path: str | None = None
+    hub: str | None = None
+    revision: str | None = None
     spec: ModelSpec | None = None
     created_at: datetime
 

@@ -205,13 +205,13 @@ def _read_index(inside: Mapping[str, Member], kind: Kind) -> PipelineIndex | Non
     if size > MAX_JSON_BYTES:
         raise ModelFormatError(MODEL_INDEX, f"the file is too large; accepted: up to {MAX_JSON_BYTES} bytes")
     with open_member() as file:
-        content = parse_json(MODEL_INDEX, file.read(MAX_JSON_BYTES + 1))
+        content = file.read(MAX_JSON_BYTES + 1)
     try:
-        index = PipelineIndex.of(content)
+        index = PipelineIndex.of(parse_json(MODEL_INDEX, content))
     except ModelFormatError:
         if kind == "pipeline":
             raise
-        return None  # Networks have been accepted beside any index.
+        return None  # A worker looks at the index of a network.
     return index if kind == "pipeline" or is_pipeline(inside, index) else None
 
 

@@ -120,13 +120,13 @@ class ModelSpec(BaseModel):
     image_shape: list[int] = Field(
         examples=[[1, 8, 8]], description="The shape of one sample as it is returned. A VAE decodes to another shape."
     )
-    model_type: ModelType | None = Field(
-        examples=["noise"],
-        description="The quantity that the network predicts; null: a pipeline whose scheduler cannot be expressed.",
+    model_type: ModelType = Field(
+        description="The quantity that the network predicts. Of a pipeline that cannot be tuned: as its scheduler says."
     )
-    T: float | None = Field(
+    T: float = Field(
         examples=[1.0],
-        description="The latest time, all noise. Times of schedules are in [0, T]. null: as of `model_type`.",
+        description="The latest time, all noise. Times of schedules are in [0, T]. 1 for a pipeline whose scheduler "
+        "cannot be expressed: it has no schedules.",
     )
     t_start: float | None = Field(
         None,

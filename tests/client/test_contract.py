@@ -14,13 +14,14 @@ from service.app import create_app
 from service.client import asynchronous, calls, requests, results, synchronous
 from service.client.calls import Call
 from service.client.problems import Problem
+from service.client.requests import ModelSource
 from tests.stack import Json
 from timetuner_core.samplers import sampler_names
 
 SETTING: requests.Setting = {"model": "m", "num_steps": 1}
 CALLS: list[Call[Any]] = [
-    calls.register_model("digits8", None, "n", True),
-    calls.submit_model("a.zip", "n", True),
+    calls.register_model({"builtin": "digits8", "name": "n", "private": True}),
+    calls.submit_model({"archive": "a.zip", "name": "n", "private": True}),
     calls.list_models(1),
     calls.list_model_registrations("refused", 1),
     calls.get_model("i"),
@@ -161,11 +162,14 @@ def test_every_parameter_of_a_query_can_be_given_and_no_other(operation: str, ki
 
 def test_every_field_of_a_model_registration_can_be_given() -> None:
     archive = operations()["register_model"][2]["requestBody"]["content"]["multipart/form-data"]["schema"]
-    builtin = document()["components"]["schemas"]["BuiltinModelRequest"]
-    fields = set(archive["properties"]) | set(builtin["properties"])
-    assert fields == set(inspect.signature(calls.register_model).parameters)
-    call = calls.register_model(None, Path("a.zip"), "n")
+    schemas = document()["components"]["schemas"]
+    requests = [archive, *(schemas[f"{place}ModelRequest"] for place in ("Builtin", "Path", "Hub"))]
+    assert {field for request in requests for field in request["properties"]} == ModelSource.__annotations__.keys()
+    call = calls.register_model({"archive": Path("a.zip"), "name": "n"})
     assert (call.archive, call.json) == (Path("a.zip"), {"name": "n"})
+    assert calls.register_model({"hub": "them/tiny", "private": False}).json == {"hub": "them/tiny"}
+    with pytest.raises(TypeError, match="accepted: one of builtin, archive, path, hub"):
+        calls.register_model({"hub": "them/tiny", "path": "tiny"})
 
 
 def json_schema(kind: Any) -> Json:

@@ -253,7 +253,7 @@ def add_files(folder: Path, *names: str) -> Path:
 
 def unpacked(folder: Path, destination: Path, archive: Callable[[Path], bytes]) -> tuple[list[str], set[str]]:
     """The files that `unpack` says it ignored, and the files that it wrote."""
-    ignored = unpack(io.BytesIO(archive(folder)), destination, max_bytes=10**8)
+    _, ignored = unpack(io.BytesIO(archive(folder)), destination, max_bytes=10**8)
     return ignored, {path.relative_to(destination).as_posix() for path in destination.rglob("*") if path.is_file()}
 
 

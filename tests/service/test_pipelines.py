@@ -1,13 +1,17 @@
 """Registering whole pipelines over HTTP: from an archive, from a folder of the operator, and from a hub's cache."""
 
+import hashlib
 import io
 import json
 import os
 import shutil
 import tarfile
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, ClassVar
 
 import huggingface_hub
 import pytest
@@ -20,15 +24,19 @@ from service.models.archive import unpack
 from service.registry.database import Registry
 from service.registry.models import next_registration
 from service.registry.tables import Model, ModelRegistration
+from service.shared.artifacts import ArtifactStore
 from service.shared.queue import celery_app
 from service.shared.settings import Settings
 from tests.core.pipelines.kinds import KINDS
 from tests.core.pipelines.run import one_thread
 from tests.service.problems import assert_problem
+from timetuner_core.models.folder_files import ModelFormatError
+from timetuner_core.pipelines.files import pipeline_hash
 from timetuner_core.pipelines.inspecting import inspect_pipeline
 from timetuner_core.pipelines.loading import load_pipeline
 from worker import registering_pipelines
 from worker.describing import Describer
+from worker.pipeline_folders import PipelineFolders
 from worker.registering import register
 from worker.runtime import ChangedModelError, Runtime
 
@@ -166,6 +174,9 @@ def test_an_archive_becomes_a_pipeline(api: TestClient, runtime: Runtime, saved:
     assert {name: spec[name] for name in facts} == facts
     assert spec["call"]["guidance_scale"] == {"type": "number", "default": 7.5, "required": False}
     assert model["ignored_files"] == []
+    page = api.get(f"/models/{model['id']}").text
+    for shown in ("StableDiffusionPipeline, DDIMScheduler, float32", "ours (README.md)", "guidance_scale", "7.5"):
+        assert shown in page
     again = api.post("/v1/models", **upload)
     assert (again.status_code, again.json()["id"]) == (200, model["id"])
     folder = runtime.pipeline_folder(row(runtime, model))
@@ -210,6 +221,78 @@ def test_a_pipeline_in_the_cache_of_a_hub_is_pinned_to_its_commit(
     expected = "hub: 'them/tiny' at revision 'main' is not in the Hugging Face cache; accepted: "
     assert absent["problem"]["detail"].startswith(expected)
     assert absent["problem"]["errors"][0]["loc"] == ["body", "hub"]
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of a hub as a download asks for; it has the pipeline `them/tiny`, a pickle, and notes."""
+
+    folder: Path
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        _, is_file, rest = path.partition("/them/tiny/resolve/")
+        name = rest.partition("/")[2]
+        if "/tree/" in path:
+            files = [file.relative_to(self.folder).as_posix() for file in self.folder.rglob("*.*")]
+            tree = [{"type": "file", "path": file, "size": 1, "oid": "0"} for file in files]
+            self._answer(json.dumps(tree).encode())
+        elif not is_file:
+            self._answer(json.dumps({"id": "them/tiny", "sha": COMMIT, "siblings": []}).encode())
+        elif (self.folder / name).is_file():
+            self.asked.append(name)
+            self._answer((self.folder / name).read_bytes())
+        else:
+            self.send_error(404)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def _answer(self, content: bytes) -> None:
+        self.send_response(200)
+        headers = {"Content-Length": len(content), "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+        for name, value in {**headers, "X-Repo-Commit": COMMIT, "Content-Type": "application/json"}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def hub(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    Hub.folder = Path(shutil.copytree(saved, tmp_path / "hub"))
+    (Hub.folder / "unet/diffusion_pytorch_model.bin").write_bytes(b"a pickle")
+    (Hub.folder / "notes.md").write_text("nothing reads it")
+    Hub.asked.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_CACHE": str(tmp_path / "cache")}
+    for name, value in {**environment, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", environment["HF_HUB_CACHE"])
+    yield Hub
+    server.shutdown()
+    server.server_close()
+
+
+def test_only_what_is_read_is_downloaded_and_only_if_that_is_allowed(
+    settings: Settings, hub: type[Hub], saved: Path
+) -> None:
+    source = {"kind": "pipeline", "dtype": "auto", "hub": "them/tiny", "revision": "main"}
+    artifacts = ArtifactStore(settings.artifacts_url)
+    with pytest.raises(ModelFormatError, match="ALLOW_DOWNLOADS=true"):
+        PipelineFolders(settings, artifacts).find(source)
+    assert hub.asked == []
+    folders = PipelineFolders(settings.model_copy(update={"allow_downloads": True}), artifacts)
+    folder = folders.find(source)
+    assert pipeline_hash(folder, "float32") == pipeline_hash(saved, "float32")
+    assert {name for name in hub.asked if name.endswith((".bin", "notes.md"))} == set()
+    (folder / UNET_WEIGHTS).unlink()  # An interrupted download is completed.
+    assert pipeline_hash(folders.find(source), "float32") == pipeline_hash(saved, "float32")
+    (hub.folder / "unet/code.py").write_text("print()")
+    with pytest.raises(ModelFormatError, match=r"unet/code.py: it is code"):
+        folders.find(source)
 
 
 @pytest.mark.parametrize(
@@ -294,17 +377,13 @@ def test_what_a_worker_refuses_leaves_nothing(
             "files": {"archive": packed(models_dir / "partial")}
         },
     }
+    stopping = Event()
+    stopping.set()  # This test does without the describer's thread.
+    describer = Describer(runtime.settings, runtime.celery, stopping, lambda: runtime)
     for expected, request in refused.items():
         registration = described(api, runtime, request)
         assert registration["state"] == "refused"
         assert registration["problem"]["detail"].startswith(expected)
-        Describer._remove_unused_files(runtime_describer(runtime), registration["id"])
+        describer._remove_unused_files(registration["id"])
     assert api.get("/v1/models").json()["items"] == []
     assert not [path for path in (tmp_path / "artifacts").rglob("*") if path.is_file()]
-
-
-def runtime_describer(runtime: Runtime) -> Any:
-    """What `Describer` needs to remove files, without its thread."""
-    describer = Describer.__new__(Describer)
-    describer._registry, describer._artifacts = runtime.registry, runtime.artifacts
-    return describer

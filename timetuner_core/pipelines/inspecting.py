@@ -166,13 +166,16 @@ def _why_not_tunable(pipeline: Any) -> str | None:
 
 
 def _schedule(pipeline: Any) -> dict[str, Any]:
-    """The noise schedule and the prediction, null where the scheduler cannot be expressed."""
-    from timetuner_core.models.schedulers import read_scheduler_config
+    """The noise schedule and the prediction. A scheduler that cannot be expressed has 1 as its `T` and no `t_start`."""
+    from timetuner_core.models.schedulers import MODEL_TYPES, read_scheduler_config
 
+    config = pipeline.scheduler.config
     try:
-        spec = read_scheduler_config({**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__})
+        spec = read_scheduler_config({**config, "_class_name": type(pipeline.scheduler).__name__})
     except ModelFormatError:
-        return {"model_type": None, "T": None, "t_start": None, "t_min": None, "num_train_timesteps": None}
+        model_type = MODEL_TYPES.get(config.get("prediction_type", ""), "x_start")
+        steps = config.get("num_train_timesteps")
+        return {"model_type": model_type, "T": 1.0, "t_start": None, "t_min": 0.0, "num_train_timesteps": steps}
     schedule = spec.noise_schedule
     return {
         "model_type": spec.model_type,

@@ -309,7 +309,7 @@ def test_pipelines_for_few_steps_say_why_they_cannot_be_tuned(tmp_path: Path) ->
     pipeline.save_pretrained(tmp_path)
     spec = inspect_pipeline(tmp_path)
     assert "ConsistencyModelPipeline, trained for few steps; accepted: " in spec["tunable"]
-    assert (spec["model_type"], spec["T"]) == (None, None)
+    assert (spec["model_type"], spec["T"], spec["t_start"]) == ("x_start", 1.0, None)
     assert try_pipeline(pipeline, spec)["image_shape"] == [3, 8, 8]
 
 
