@@ -36,6 +36,8 @@ from service.http.security_headers import SecurityHeadersMiddleware
 from service.metrics import Metrics, MetricsMiddleware, QueueCollector
 from service.models import endpoints as models
 from service.models.schemas import BuiltinModelRequest, HubModelRequest, PathModelRequest
+from service.openai import endpoints as openai
+from service.openai.errors import OpenAIErrorMiddleware
 from service.samples import endpoints as samples
 from service.samples.admission import AdmissionMiddleware
 from service.samples.state import samples_state
@@ -51,6 +53,8 @@ from service.web import forms as web_forms
 from service.web.error_pages import ErrorPageMiddleware
 
 # FastAPI makes a span for each request to the API, in the client's trace if it has one. Without a tracer it makes none.
+SAMPLING_PATHS = ("/v1/samples", "/openai/v1/images/generations")
+
 TRACED: TelemetryConfig = {
     "metrics": False,
     "logs": False,
@@ -89,7 +93,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.metrics = metrics
     areas = (models, tuning_jobs, schedules, samples, audit, health)
-    every = [route for area in (*areas, web, web_forms) for route in area.router.routes]
+    every = [route for area in (*areas, openai, web, web_forms) for route in area.router.routes]
     routes = [route for route in every if isinstance(route, APIRoute)]
     _add_middleware(app, settings, metrics, [route.path for route in routes])
     install_error_handlers(app, routes)
@@ -97,6 +101,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for area in areas:
         app.include_router(area.router, responses={} if area is health else key_errors)
 
+    app.include_router(openai.router, responses=openai.ERRORS)
     app.include_router(web.router)
     app.include_router(web_forms.router)
     app.mount("/static", StaticFiles(directory=web.STATIC), name="static")
@@ -106,7 +111,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, paths: list[str]) -> None:
     """Add the middleware, the innermost first."""
-    app.add_middleware(AdmissionMiddleware, admission=lambda: app.state.samples.admission, path="/v1/samples")
+    app.add_middleware(AdmissionMiddleware, admission=lambda: app.state.samples.admission, paths=SAMPLING_PATHS)
     app.add_middleware(AuthenticationMiddleware, state=lambda: app.state.timetuner, access=lambda: app.state.access)
     app.add_middleware(
         BodyLimitMiddleware,
@@ -121,10 +126,18 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, paths: l
             allow_origins=settings.cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["Content-Location", "ETag", "Location", "Retry-After", REQUEST_ID_HEADER],
+            expose_headers=[
+                "Content-Location",
+                "ETag",
+                "Location",
+                "Retry-After",
+                "TimeTuner-Not-Carried",
+                REQUEST_ID_HEADER,
+            ],
         )
     app.add_middleware(RequestIdMiddleware)
     app.add_middleware(ErrorPageMiddleware)
+    app.add_middleware(OpenAIErrorMiddleware)
     app.add_middleware(SecurityHeadersMiddleware)
     app.add_middleware(ForwardedMiddleware, trusted_hosts=settings.forwarded_allow_ips)
 

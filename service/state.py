@@ -27,6 +27,7 @@ class AppState:
 
     Attributes:
         writers: has a token for each request that writes. Requests without one wait for it without a thread.
+        exporters: has one token, as each export that needs PyTorch loads it in a process of its own.
     """
 
     settings: Settings
@@ -35,6 +36,7 @@ class AppState:
     celery: Celery
     bus: Bus
     writers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MAX_WRITERS))
+    exporters: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
 
     async def run_write(self, write: Callable[..., T], *args: object) -> T:
         """Call a function that writes to the registry, in a thread."""

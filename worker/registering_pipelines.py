@@ -1,6 +1,7 @@
 """Registering a whole pipeline: its files are found and inspected, and a first call is tried."""
 
 import gc
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 
-from timetuner_core.models.folder_files import MODEL_INDEX, ModelFormatError
+from timetuner_core.models.folder_files import MODEL_INDEX, SCHEDULER_CONFIG, ModelFormatError
 from timetuner_core.pipelines.files import check_pipeline_files, fingerprint, pipeline_hash, saved_dtype
 from timetuner_core.pipelines.inspecting import inspect_in_child
 from timetuner_core.pipelines.loading import load_pipeline
@@ -58,4 +59,6 @@ class FoundPipeline:
                 torch.cuda.empty_cache()
         if "fingerprint" in self.source and fingerprint(self.folder) != self.source["fingerprint"]:
             raise ModelFormatError(MODEL_INDEX, "the files changed while they were read; accepted: files that stay")
-        return spec
+        # Exports of schedules need it, and the API may not reach the folder.
+        config = self.folder / SCHEDULER_CONFIG
+        return spec | ({"scheduler_config": json.loads(config.read_text())} if config.is_file() else {})

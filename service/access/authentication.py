@@ -21,7 +21,7 @@ from service.shared.logs import request_id
 from service.state import AppState
 
 # Paths that nobody may use without a key. Of all others, the web page's endpoints check the caller themselves.
-GUARDED_PREFIXES = ("/v1/", "/metrics")
+GUARDED_PREFIXES = ("/v1/", "/openai/", "/metrics")
 # Paths that everybody may use. A cookie is not looked at.
 OPEN_PREFIXES = ("/docs", "/redoc", "/openapi.json", "/healthz", "/readyz", "/static/", "/login")
 HEALTH_PATH, HEALTH_SECONDS = "/healthz", 0.5

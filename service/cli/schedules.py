@@ -27,7 +27,7 @@ from service.cli.options import (
     given,
 )
 from service.cli.output import USAGE, AsJson, CommandError, Limit, print_facts, print_json, print_table
-from service.client.choices import ScheduleStatus
+from service.client.choices import ExportFormat, ScheduleStatus
 
 if TYPE_CHECKING:
     from service.client import Schedule
@@ -130,21 +130,31 @@ def resolve(
 @schedules.command()
 def export(
     schedule_id: ScheduleId,
-    out: Annotated[Path | None, typer.Option(help="A file. [stdout]")] = None,
+    format: Annotated[
+        ExportFormat, typer.Option(help="json is what `import` reads; the others are for other programs.")
+    ] = "json",
+    lossy: Annotated[
+        bool, typer.Option("--lossy", help="Export the grid although ratios or a learned solver are lost.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option("--out", "--output", help="A file. [stdout]")] = None,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a schedule as `import` reads it, which is JSON."""
+    """Write a schedule as `import` reads it, or for another program."""
+    if format == "diffusers" and out is None:
+        raise CommandError("a zip file cannot be printed; accepted: --out FILE", USAGE)
     with connected(url) as client:
-        content = client.schedules.get(schedule_id).to_import()
+        exported = client.schedules.export(schedule_id, format, lossy=lossy)
     if out is None:
-        print_json(content)
+        typer.echo(exported.content.decode(), nl=False)
         return
-    out.write_text(json.dumps(content, indent=2) + "\n")
+    out.write_bytes(exported.content)
     if as_json:
-        print_json({"out": str(out)})
-    else:
-        typer.echo(out)
+        print_json({"out": str(out), "not_carried": exported.not_carried})
+        return
+    typer.echo(out)
+    for sentence in exported.not_carried:
+        typer.echo(f"not carried: {sentence}", err=True)
 
 
 @schedules.command(name="import")
@@ -152,6 +162,9 @@ def import_(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A file that `export` wrote.")],
     model: Annotated[str | None, typer.Option(help="A model's id or name. [the file's]")] = None,
     private: Private = False,
+    override: Annotated[
+        bool, typer.Option("--override", help="Take it for a model with another content hash all the same.")
+    ] = False,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
@@ -162,6 +175,8 @@ def import_(
             content["model"] = find_model(client, model)
         if private:
             content["private"] = True
+        if override:
+            content["override"] = True
         schedule = client.schedules.import_(**content)
     if as_json:
         print_json(schedule)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         UnreachableError,
         WaitTimeoutError,
     )
-    from service.client.results import Evaluation, Model, Resolution, Samples, Schedule
+    from service.client.results import Evaluation, Model, Resolution, Samples, Schedule, ScheduleExport
     from service.client.synchronous import ModelRegistration, SampleJob, TimeTuner, TuningJob
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "SampleJob",
     "Samples",
     "Schedule",
+    "ScheduleExport",
     "ServerError",
     "TimeTuner",
     "TimeTunerError",

@@ -19,7 +19,7 @@ from httpx_sse import ServerSentEvent
 from numpy.typing import NDArray
 from pydantic import BaseModel, TypeAdapter
 
-from service.client.choices import UnreadyState
+from service.client.choices import ExportFormat, UnreadyState
 from service.client.errors import UnexpectedAnswerError
 from service.client.problems import raise_for
 from service.client.requests import (
@@ -43,6 +43,7 @@ from service.client.results import (
     SampleJobFields,
     Samples,
     Schedule,
+    ScheduleExport,
     TuningJobFields,
 )
 
@@ -189,6 +190,12 @@ def get_schedule(schedule: str) -> Call[Schedule]:
     return Call("get_schedule", "GET", _path("/v1/schedules", schedule), _reader(Schedule))
 
 
+def export_schedule(schedule: str, format: ExportFormat, lossy: bool) -> Call[ScheduleExport]:
+    """A call that may take long, as the service loads PyTorch for most formats."""
+    path, params = _path("/v1/schedules", schedule, "export"), {"format": format, "lossy": lossy}
+    return Call("export_schedule", "GET", path, _export, params=params, slowness=UPLOAD_SLOWNESS)
+
+
 def delete_schedule(schedule: str) -> Call[None]:
     return Call("delete_schedule", "DELETE", _path("/v1/schedules", schedule), _nothing)
 
@@ -290,6 +297,12 @@ def _samples(response: httpx.Response) -> Samples:
     flagged = response.headers.get("TimeTuner-Flagged", "none")
     numbers = [] if flagged == "none" else [int(number) for number in flagged.split(",")]
     return Samples(array, job, None if schedule == "none" else schedule, numbers)
+
+
+def _export(response: httpx.Response) -> ScheduleExport:
+    name = response.headers["Content-Disposition"].partition('filename="')[2].rstrip('"')
+    not_carried = json.loads(response.headers["TimeTuner-Not-Carried"])
+    return ScheduleExport(response.content, name, response.headers["Content-Type"], not_carried)
 
 
 def _samples_or_job(response: httpx.Response) -> Samples | SampleJobFields:

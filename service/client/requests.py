@@ -199,6 +199,8 @@ class ScheduleImport(Setting, total=False):
     solver_table: SolverTable | None
     provenance: dict[str, Any]
     private: bool
+    model_content_hash: str | None
+    override: bool
 
 
 class ScheduleFilters(SettingOptions, total=False):

@@ -227,7 +227,8 @@ class Schedule(BaseModel):
 
         Whether it is private there is for the one who imports it to say.
         """
-        names = set(ScheduleImport.__annotations__) - {"private", "height", "width", "call"}
+        theirs = {"private", "override", "model_content_hash", "height", "width", "call"}
+        names = set(ScheduleImport.__annotations__) - theirs
         kept: ScheduleImport = self.model_dump(mode="json", include=names)  # type: ignore[assignment]
         if self.call is not None:
             sizes = {name: self.call[name] for name in ("height", "width") if name in self.call}
@@ -240,6 +241,20 @@ class Schedule(BaseModel):
 
     def _repr_png_(self) -> bytes | None:
         return display.schedule_png(self) if display.can_draw() else None
+
+
+@dataclass(frozen=True)
+class ScheduleExport:
+    """A schedule as a file for another program.
+
+    Attributes:
+        not_carried: what the file cannot carry, one sentence for each.
+    """
+
+    content: bytes
+    file_name: str
+    media_type: str
+    not_carried: list[str]
 
 
 class Resolution(BaseModel):

@@ -11,7 +11,7 @@ from tenacity import Retrying
 
 from service.client import calls
 from service.client.calls import Call
-from service.client.choices import JobState, UnreadyState
+from service.client.choices import ExportFormat, JobState, UnreadyState
 from service.client.problems import raise_for
 from service.client.requests import (
     ModelSource,
@@ -35,6 +35,7 @@ from service.client.results import (
     SampleJobFields,
     Samples,
     Schedule,
+    ScheduleExport,
     TuningJobFields,
 )
 from service.client.sending import MAX_ATTEMPTS, http_options, retries, telling_unreachable
@@ -224,6 +225,14 @@ class Schedules:
     def import_(self, **schedule: Unpack[ScheduleImport]) -> Schedule:
         """Store a schedule made elsewhere."""
         return self._client.send(calls.import_schedule(schedule))
+
+    def export(self, schedule: str, format: ExportFormat = "json", *, lossy: bool = False) -> ScheduleExport:
+        """A schedule as a file for another program.
+
+        Args:
+            lossy: export the time grid although the format has no place for ratios or a learned solver.
+        """
+        return self._client.send(calls.export_schedule(schedule, format, lossy))
 
     def delete(self, schedule: str) -> None:
         """Delete a schedule that no alias and no sampling job names."""

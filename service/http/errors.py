@@ -140,6 +140,23 @@ class ImagesLostError(ServiceError):
     headers = {"Retry-After": "2"}  # noqa: RUF012
 
 
+class UnavailableError(ServiceError):
+    """What a request needs cannot be had now."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    example = "the export took more than 120 seconds; accepted: the same request, later"
+    headers = {"Retry-After": "10"}  # noqa: RUF012
+
+
+class NotInstalledError(ServiceError):
+    """A request that needs a package which this installation lacks."""
+
+    status = HTTPStatus.NOT_IMPLEMENTED
+    example = (
+        "this API has no PyTorch; accepted as format: json, card; the others, where timetuner[diffusers] is installed"
+    )
+
+
 class DeadlineError(ServiceError):
     """A request whose deadline passed before a worker was free."""
 

@@ -18,6 +18,7 @@ ABOUT: Json = {
         {"name": "tuning jobs", "description": "Making schedules."},
         {"name": "schedules", "description": "What tuning made: time grids with a ratio per step, and their names."},
         {"name": "samples", "description": "Images, by the best schedule or a chosen one."},
+        {"name": "openai", "description": "OpenAI's images API, for clients that know no other."},
         {"name": "audit", "description": "Who changed what."},
         {"name": "health", "description": "For those who run the service."},
     ],

@@ -15,7 +15,7 @@ DOCS_POLICY = (
     "frame-ancestors 'none'"
 )
 DOCS_PATHS = ("/docs", "/redoc")
-API = "/v1/"
+API = ("/v1/", "/openai/")
 
 
 class SecurityHeadersMiddleware:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from fastapi.concurrency import run_in_threadpool
@@ -160,13 +160,13 @@ def _add(counts: Counts, owner: str | None, jobs: int, images: int) -> None:
 class AdmissionMiddleware:
     """Answers 429 to requests for samples while there is no room, before their body is read."""
 
-    def __init__(self, app: ASGIApp, admission: Callable[[], Admission], path: str) -> None:
+    def __init__(self, app: ASGIApp, admission: Callable[[], Admission], paths: Collection[str]) -> None:
         self.app = app
         self.admission = admission
-        self.path = path
+        self.paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] == self.path:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in self.paths:
             caller: Caller | None = scope.get(CALLER_IN_SCOPE)
             seconds = await self.admission().refusal(caller.owner if caller else None)
             if seconds is not None:

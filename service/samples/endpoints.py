@@ -1,8 +1,6 @@
 """/v1/samples"""
 
 import hashlib
-import logging
-import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
@@ -26,23 +24,21 @@ from service.http.errors import (
 )
 from service.http.fields import JSON_TYPE, PageParams, PathId, require_json
 from service.http.preferences import Prefer, read_preference
-from service.registry.samples import LATE, Ended, sample_again
+from service.registry.samples import Ended
 from service.registry.tables import FINAL_STATES, JobState, Model, SampleJob
 from service.registry.types import new_id
 from service.samples.content import negotiate
-from service.samples.reading import cancel_job, end_of, newest, read_job
+from service.samples.reading import artifact_of, cancel_job, end_of, newest, read_images, read_job
 from service.samples.schemas import SampleJobOut, SampleJobPage
+from service.samples.serving import serve
 from service.samples.state import Samples, SamplesState
 from service.samples.submitting import Submission
-from service.samples.waiting import stream_events, wait_for_end
+from service.samples.waiting import stream_events
 from service.shared import telemetry
-from service.shared.artifacts import DamagedArtifactError
 from service.shared.fields import Identifier
 from service.shared.image_formats import FORMATS
 from service.shared.job_requests import SampleRequest
 from service.state import WRITES, AppState, State
-
-logger = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1/samples", tags=["samples"])
 Accept = Annotated[str, Header(include_in_schema=False)]
@@ -97,25 +93,16 @@ async def sample(
     while it waits cancels its job, unless it gave an `Idempotency-Key`: then it may ask again for what came of it.
     """
     respond_async, seconds = read_preference(prefer, state.settings.max_wait_seconds)
-    job_id = new_id("smp")
-    with samples.events.follow(job_id) as events:
-        once = Once.of(caller, "sample", idempotency_key, body.model_dump_json())
-        waits_for = None if respond_async else accept
-        submission = Submission(job_id, body, waits_for, telemetry.traceparent(), caller, once)
-        with samples.admission.admit(body.num_images, caller.owner):
-            job = await samples.submissions.add(submission)
-        if job.state == JobState.SUCCEEDED or job.id != job_id:
-            samples.admission.spared(body.num_images, caller.owner)
-        samples.admission.refresh()
-        if respond_async:
-            return _accepted(job)
-        waiting, deadline = request if once is None else None, time.monotonic() + seconds
-        while end := await wait_for_end(state, caller, waiting, job, events, deadline - time.monotonic()):
-            try:
-                return await run_in_threadpool(_content, state, samples, job, end, accept, None)
-            except ImagesLostError:
-                job = await run_in_threadpool(read_job, state, caller, job.id)
-    return _accepted(await run_in_threadpool(read_job, state, caller, job.id))
+    once = Once.of(caller, "sample", idempotency_key, body.model_dump_json())
+    waits_for = None if respond_async else accept
+    submission = Submission(new_id("smp"), body, waits_for, telemetry.traceparent(), caller, once)
+
+    def answer(job: SampleJob, end: Ended) -> Response:
+        return _content(state, samples, job, end, accept, None)
+
+    waiting = request if once is None else None
+    job, response = await serve(state, samples, submission, None if respond_async else seconds, answer, waiting)
+    return response or _accepted(job)
 
 
 @router.get("", operation_id="list_sample_jobs", responses=error_responses(InvalidError))
@@ -210,11 +197,9 @@ def _content(
     state: AppState, samples: SamplesState, job: SampleJob, end: Ended, accept: str, if_none_match: str | None
 ) -> Response:
     """The images of a job that is over. Raises: ImagesLostError, and the job is queued again."""
-    if end.state != JobState.SUCCEEDED or end.artifact is None:
-        detail = f"sampling job {job.id!r} has {end.state}: {end.error}"
-        raise DeadlineError(detail) if end.error == LATE else JobFailedError(detail)
+    artifact = artifact_of(job, end)
     media_type = negotiate(accept, _image_shape(state, samples, job.model_id))
-    place = f"{end.artifact}:{end.artifact_row}:{job.num_images}:{media_type}"
+    place = f"{artifact}:{end.artifact_row}:{job.num_images}:{media_type}"
     etag = f'"{hashlib.sha256(place.encode()).hexdigest()[:32]}"'
     headers = {
         "Content-Location": f"/v1/samples/{job.id}/content",
@@ -226,15 +211,7 @@ def _content(
         headers["TimeTuner-Flagged"] = ", ".join(map(str, end.flagged)) or "none"
     if if_none_match is not None and (if_none_match.strip() == "*" or etag in if_none_match):
         return Response(status_code=304, headers=headers)
-    try:
-        images = state.artifacts.get_rows(end.artifact, end.artifact_row, job.num_images)
-    except DamagedArtifactError as error:
-        logger.warning("the images of %s are sampled again: %s", job.id, error)
-        with state.registry.write() as session:
-            sample_again(session, job.id, end.artifact)
-        state.bus.announce_samples()
-        detail = f"the images of sampling job {job.id!r} were damaged, and are sampled again"
-        raise ImagesLostError(f"{detail}; accepted: the same request, once it has succeeded") from error
+    images = read_images(state, job, end)
     return Response(FORMATS[media_type](images), headers=headers, media_type=media_type)
 
 

@@ -1,18 +1,23 @@
 """Reading a caller's sampling jobs."""
 
+import logging
 from collections.abc import Sequence
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from service.access.callers import Caller
-from service.http.errors import NotFoundError
+from service.http.errors import DeadlineError, ImagesLostError, JobFailedError, NotFoundError
 from service.http.fields import PageQuery, newest_first
 from service.registry.jobs import request_cancel
 from service.registry.keys import Scope
-from service.registry.samples import Ended, ended
+from service.registry.samples import LATE, Ended, ended, sample_again
 from service.registry.tables import FINAL_STATES, JobState, SampleJob
+from service.shared.artifacts import DamagedArtifactError
+from service.shared.image_formats import Images
 from service.state import AppState
+
+logger = logging.getLogger(__name__)
 
 
 def get_job(session: Session, caller: Caller, job_id: str, with_for_update: bool = False) -> SampleJob:
@@ -59,6 +64,33 @@ def read_followed(state: AppState, caller: Caller, job_id: str) -> SampleJob | N
     """A job of the caller's that is followed for long; None once the caller's key is revoked or has expired."""
     with state.registry.read() as session:
         return get_job(session, caller, job_id) if caller.is_still_valid(session) else None
+
+
+def artifact_of(job: SampleJob, end: Ended) -> str:
+    """The key of the images of a job that is over. Raises: JobFailedError, DeadlineError, if there are none."""
+    if end.state != JobState.SUCCEEDED or end.artifact is None:
+        detail = f"sampling job {job.id!r} has {end.state}: {end.error}"
+        raise DeadlineError(detail) if end.error == LATE else JobFailedError(detail)
+    return end.artifact
+
+
+def read_images(state: AppState, job: SampleJob, end: Ended) -> Images:
+    """The images of a job that is over.
+
+    Raises:
+        JobFailedError, DeadlineError: it has none.
+        ImagesLostError: they are damaged, and the job is queued again.
+    """
+    artifact = artifact_of(job, end)
+    try:
+        return state.artifacts.get_rows(artifact, end.artifact_row, job.num_images)
+    except DamagedArtifactError as error:
+        logger.warning("the images of %s are sampled again: %s", job.id, error)
+        with state.registry.write() as session:
+            sample_again(session, job.id, artifact)
+        state.bus.announce_samples()
+        detail = f"the images of sampling job {job.id!r} were damaged, and are sampled again"
+        raise ImagesLostError(f"{detail}; accepted: the same request, once it has succeeded") from error
 
 
 def cancel_job(state: AppState, caller: Caller, job_id: str) -> SampleJob:

@@ -1,23 +1,35 @@
 """/v1/schedules, and the aliases of a model's schedules."""
 
+import json
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Response
+from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.orm import Session
 
 from service.access.callers import AnyCaller, MayWriteModels
 from service.access.idempotency import GivenKey, Once, make_once
-from service.http.errors import ConflictError, InvalidError, NotFoundError, UnsupportedMediaTypeError, error_responses
-from service.http.fields import PathId, require_json
+from service.http.errors import (
+    ConflictError,
+    InvalidError,
+    NotFoundError,
+    NotInstalledError,
+    UnavailableError,
+    UnsupportedMediaTypeError,
+    error_responses,
+)
+from service.http.fields import JSON_TYPE, PathId, require_json
 from service.models.logic import get_model
 from service.registry.tables import Schedule
 from service.request_checks import get_requested_model, settled
 from service.schedules import logic
+from service.schedules.exporting import export, read_subject
 from service.schedules.schemas import (
     ALIAS,
     AliasList,
     AliasOut,
     AliasRequest,
+    ExportOptions,
     Resolution,
     ResolveParams,
     ScheduleFilters,
@@ -28,8 +40,14 @@ from service.schedules.schemas import (
 from service.shared.job_requests import OWN_SAMPLER
 from service.shared.pipeline_calls import is_pipeline
 from service.state import WRITES, State
+from timetuner_core.exports.formats import FORMATS
 
 router = APIRouter(tags=["schedules"])
+
+FILES = {
+    name: {"schema": {"type": "object"} if name == JSON_TYPE else {"type": "string", "format": "binary"}}
+    for name in dict.fromkeys(each.media_type.partition(";")[0] for each in FORMATS.values())
+}
 
 AliasName = Annotated[str, Path(pattern=ALIAS, description="Such as `production`.")]
 
@@ -90,6 +108,30 @@ def get_schedule(caller: AnyCaller, schedule_id: PathId, state: State) -> Schedu
     """One schedule, with its evaluation."""
     with state.registry.read() as session:
         return ScheduleOut.model_validate(logic.get_schedule(session, caller, schedule_id))
+
+
+@router.get(
+    "/v1/schedules/{schedule_id}/export",
+    operation_id="export_schedule",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "A file. `TimeTuner-Not-Carried` is a JSON list of what it cannot carry.",
+            "content": FILES,
+        },
+        **error_responses(NotFoundError, InvalidError, NotInstalledError, UnavailableError),
+    },
+)
+async def export_schedule(caller: AnyCaller, schedule_id: PathId, state: State, query: ExportOptions) -> Response:
+    """A schedule for other programs: diffusers, ComfyUI, stable-diffusion.cpp, or a registry that imports it."""
+    subject = await run_in_threadpool(read_subject, state, caller, schedule_id)
+    exported = await export(state, subject, query)
+    chosen = FORMATS[query.format]
+    headers = {
+        "Content-Disposition": f'attachment; filename="{schedule_id}{chosen.ending}"',
+        "TimeTuner-Not-Carried": json.dumps(exported.not_carried),
+    }
+    return Response(exported.content, headers=headers, media_type=chosen.media_type)
 
 
 @router.delete(

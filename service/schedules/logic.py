@@ -148,8 +148,21 @@ def _best(of_any_sampler: bool) -> Select[Schedule | None, int]:
 
 
 def import_schedule(session: Session, caller: Caller, request: ScheduleImport) -> Schedule:
-    """Store a schedule made elsewhere as the next version of its setting. Raises: InvalidError."""
-    spec = get_requested_model(session, caller, request.model).spec
+    """Store a schedule made elsewhere as the next version of its setting.
+
+    Raises:
+        InvalidError.
+        ConflictError: it was made for a model of another content, and `override` is not set.
+    """
+    model = get_requested_model(session, caller, request.model)
+    spec = model.spec
+    if request.model_content_hash not in (None, model.content_hash) and not request.override:
+        own = f"that of {model.name!r} is {model.content_hash!r}"
+        message = f"model_content_hash is {request.model_content_hash!r}, and {own}"
+        accepted = "a schedule of the same model, or override=true"
+        raise ConflictError(
+            f"{message}; accepted: {accepted}", ("body", "model_content_hash"), request.model_content_hash
+        )
     request = settled(spec, request, "ddim", is_run=False)
     _check_table(request)
     _check_grid(request, spec["T"], spec.get("t_min", 0.0))  # Models registered by older versions have no t_min.

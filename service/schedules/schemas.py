@@ -21,6 +21,7 @@ from service.shared.job_requests import (
 )
 from service.shared.pipeline_calls import plain_arguments
 from timetuner_core.catalog import GuidanceType
+from timetuner_core.exports.formats import FORMATS
 
 MAX_DEPTH = 20
 EXAMPLE_GRID, EXAMPLE_RATIOS = [1.0, 0.55, 0.001], [0.98, 0.94]
@@ -134,6 +135,13 @@ class ScheduleImport(SamplingSetting):
         examples=[{"made_by": "another registry"}], default_factory=dict, description="How it was made."
     )
     private: bool = PRIVATE_SCHEDULE
+    model_content_hash: Identifier | None = Field(
+        None,
+        examples=[None],
+        description="The content hash of the model that it was made for, as an export has it. If the model's own is "
+        "another, the schedule is refused.",
+    )
+    override: bool = Field(False, description="Take the schedule for a model with another content hash all the same.")
 
 
 class SchedulePage(BaseModel):
@@ -192,6 +200,16 @@ class AliasList(BaseModel):
     items: list[AliasOut]
 
 
+class ExportQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[tuple(FORMATS)] = Field("json", description="What to export the schedule as.")  # type: ignore[valid-type]
+    lossy: bool = Field(
+        False, description="Export the time grid although the format has no place for ratios or a learned solver."
+    )
+
+
+ExportOptions = Annotated[ExportQuery, Query()]
 ScheduleFilters = Annotated[ScheduleQuery, Query()]
 
 

@@ -74,6 +74,14 @@ class ArtifactStore:
         """Keep arrays as one, of `num_rows` rows together. Only one of them is in memory at a time."""
         self.put(key, _pieces(num_rows, arrays))
 
+    def read(self, key: str) -> bytes:
+        """The content of a small file. Raises: DamagedArtifactError, if it is missing."""
+        try:
+            content: bytes = self.fs.cat_file(self._path(key))
+        except FileNotFoundError:
+            raise DamagedArtifactError(f"{key} is missing") from None
+        return content
+
     def get_rows(self, key: str, first: int, count: int) -> "NDArray[Any]":
         """Some rows of an array that `put_array` kept; little else of the file is read.
 

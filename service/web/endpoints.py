@@ -21,6 +21,7 @@ from service.models.schemas import STATES, ModelRegistrationOut
 from service.registry.tables import JobState, Model, ScheduleStatus
 from service.request_checks import get_requested_model
 from service.schedules import logic as schedules_logic
+from service.schedules.exporting import formats_of
 from service.schedules.schemas import ScheduleQuery
 from service.state import State
 from service.tuning_jobs import logic as jobs_logic
@@ -142,12 +143,14 @@ def schedules(request: Request, caller: AnyCaller, state: State) -> HTMLResponse
 def schedule(schedule_id: PathId, request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
     with state.registry.read() as session:
         row = schedules_logic.get_schedule(session, caller, schedule_id)
+        model = session.get_one(Model, row.model_id)
         context = {
             "schedule": row,
-            "model": session.get_one(Model, row.model_id),
+            "model": model,
             "aliases": views.aliases_of(session, [row])[row.id],
             "charts": views.schedule_charts(row),
             "worth_chart": views.worth_chart(row),
+            "formats": formats_of(model),
         }
     base_url = str(request.base_url).rstrip("/")
     return render(request, "schedule.html", caller, views=views, base_url=base_url, **context)

@@ -14,7 +14,7 @@ PROBLEM_TYPE = b"application/problem+json"
 
 
 class ErrorPageMiddleware:
-    """Turns problem documents into pages for browsers. Those of the API under /v1/ stay as they are."""
+    """Turns problem documents into pages for browsers. Those of the API, under /v1/ and /openai/, stay as they are."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -41,7 +41,7 @@ class ErrorPageMiddleware:
 
 
 def _wants_a_page(scope: Scope) -> bool:
-    return not scope["path"].startswith("/v1/") and "text/html" in Headers(scope=scope).get("accept", "")
+    return not scope["path"].startswith(("/v1/", "/openai/")) and "text/html" in Headers(scope=scope).get("accept", "")
 
 
 def _is_problem(start: Message) -> bool:

@@ -68,6 +68,10 @@ def test_a_schedule_is_tuned_named_moved_and_sampled_with(connected: Run, gratin
     connected("schedules", "export", schedule_id, "--out", "schedule.json")
     copy = json.loads(connected("schedules", "import", "schedule.json", "--model", gratings, "--json").out)
     assert (copy["t_ratios"], copy["status"]) == (made["schedule"]["t_ratios"], "imported")
+    card = connected("schedules", "export", schedule_id, "--format", "card")
+    assert "## Evaluation" in card.out and made["schedule"]["id"] in card.out
+    refused = connected("schedules", "export", schedule_id, "--format", "diffusers")
+    assert (refused.code, "accepted: --out FILE" in refused.err) == (2, True)
     listed = connected("schedules", "list", "--model", gratings, "--status", "imported", "--limit", "1", "--json").out
     assert [each["id"] for each in json.loads(listed)] == [copy["id"]]
     reason = json.loads(connected("schedules", "resolve", gratings, "--num-steps", "55", "--json").out)["reason"]

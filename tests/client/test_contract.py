@@ -35,6 +35,7 @@ CALLS: list[Call[Any]] = [
     calls.import_schedule({**SETTING, "timesteps": [1, 0], "t_ratios": [1]}),
     calls.resolve_schedule(SETTING),
     calls.get_schedule("i"),
+    calls.export_schedule("i", "json", True),
     calls.delete_schedule("i"),
     calls.list_aliases("i"),
     calls.set_alias("i", "i", "i"),
@@ -93,6 +94,7 @@ def operations() -> dict[str, tuple[str, str, Json]]:
         operation["operationId"]: (method.upper(), path, operation)
         for path, methods in document()["paths"].items()
         for method, operation in methods.items()
+        if not path.startswith("/openai/")  # Its client is OpenAI's.
     }
 
 

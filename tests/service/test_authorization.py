@@ -68,6 +68,7 @@ RULES: dict[str, frozenset[str] | None] = {
     "delete_model": frozenset({"models:write"}),
     "list_schedules": READING,
     "get_schedule": READING,
+    "export_schedule": READING,
     "resolve_schedule": READING,
     "import_schedule": frozenset({"models:write"}),
     "delete_schedule": frozenset({"models:write"}),
@@ -86,6 +87,9 @@ RULES: dict[str, frozenset[str] | None] = {
     "follow_sample_job": READING,
     "cancel_sample_job": frozenset({"sample"}),
     "list_audit": frozenset({"admin"}),
+    "openai_generate_images": frozenset({"sample"}),
+    "openai_list_models": READING,
+    "openai_get_model": READING,
 }
 BODIES: dict[str, Json] = {
     "register_model": {"builtin": "mixture-ring"},
@@ -93,6 +97,7 @@ BODIES: dict[str, Json] = {
     "import_schedule": {"num_steps": 1, "timesteps": [1, 0.001], "t_ratios": [1]},
     "set_alias": {},
     "sample": {"num_steps": 1, "schedule": "none"},
+    "openai_generate_images": {"prompt": "", "num_steps": 1, "schedule": "none", "seed": 321},
 }
 KINDS: dict[str, tuple[Scope, ...]] = {"reader": (), **{str(scope): (scope,) for scope in Scope}}
 
@@ -103,6 +108,7 @@ class World:
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
         self.model = stack.register("mixture-ring")
+        self.of_images = stack.register("mixture-gratings")
         body = {"model": self.model, "num_steps": 1, "seed": 321}
         answer = stack.client.post("/v1/samples", json=body, headers={"Accept": "application/x-npy"})
         with stack.registry.read() as session:
@@ -116,6 +122,8 @@ class World:
         if "{schedule_id}" in path or operation.id == "set_alias":
             schedule = self._schedule()
             path = path.replace("{schedule_id}", schedule)
+        if path.startswith("/openai/"):
+            path = path.replace("{name}", self.model)
         if "{name}" in path:
             path = path.replace("{name}", self._alias())
         if operation.is_of_a_job:
@@ -124,6 +132,8 @@ class World:
             body = dict(BODIES[operation.id])
             if operation.id == "set_alias":
                 body["schedule"] = schedule
+            elif operation.id == "openai_generate_images":
+                body["model"] = self.of_images
             elif operation.id != "register_model":
                 body["model"] = self.model
         if operation.id == "resolve_schedule":
@@ -224,7 +234,7 @@ def test_nobody_gets_in_without_a_valid_key(
         if operation.scopes is PUBLIC:
             assert answer.status_code == 200, name
         else:
-            assert_problem(answer, 401, "Authorization", "Bearer tt_...")
+            assert_refusal(operation, answer, 401, "Authorization", "Bearer tt_...")
             assert answer.headers["www-authenticate"].startswith("Bearer"), name
             assert not SECRET.search(answer.text), name
 
@@ -246,7 +256,7 @@ def test_a_key_may_do_what_its_scopes_say_with_what_is_its_own(
         allowed = operation.scopes is PUBLIC or kind == "admin" or operation.scopes <= {kind}
         if not allowed:
             needed = min(operation.scopes or ())
-            assert_problem(answer, 403, accepted=f"accepted: one that has {needed!r}")
+            assert_refusal(operation, answer, 403, accepted=f"accepted: one that has {needed!r}")
         elif whose == "other's" and kind != "admin":
             assert_problem(answer, 404)
         elif operation.id == "delete_model":
@@ -256,6 +266,17 @@ def test_a_key_may_do_what_its_scopes_say_with_what_is_its_own(
         changed = operation.changes and not (operation.id == "register_model" and answer.status_code == 200)
         if changed or not allowed:
             check_entry(stack, before, user, operation, answer)
+
+
+def assert_refusal(
+    operation: Operation, answer: httpx.Response, status: int, field: str | None = None, accepted: str = ""
+) -> None:
+    """A problem; of operations under /openai/, an error in OpenAI's form."""
+    if not operation.path.startswith("/openai/"):
+        assert_problem(answer, status, field, accepted)
+        return
+    assert answer.status_code == status, answer.text
+    assert accepted in answer.json()["error"]["message"]
 
 
 def check_entry(
@@ -269,7 +290,9 @@ def check_entry(
 
     entry: AuditEntry = wait_until(newer, f"entry of {operation.id}")
     outcome = "done" if answer.is_success else f"refused: {answer.status_code}"
-    assert (entry.actor, entry.action, entry.outcome) == (user.id, operation.id, outcome)
+    # OpenAI's request for images makes a sampling job as ours does.
+    action = "sample" if operation.id == "openai_generate_images" and answer.is_success else operation.id
+    assert (entry.actor, entry.action, entry.outcome) == (user.id, action, outcome)
 
 
 @pytest.mark.parametrize("path", ["/v1/nothing", "/v1", "/v1/models/", "/metrics"])

@@ -154,6 +154,8 @@ def test_an_archive_becomes_a_pipeline(api: TestClient, runtime: Runtime, saved:
     upload = {"files": {"archive": ("tiny.tar.gz", packed(saved))}, "data": {"name": "tiny"}}
     model = described(api, runtime, upload)
     spec = model["spec"]
+    stored = row(runtime, model).spec["scheduler_config"]
+    assert stored == json.loads((saved / "scheduler/scheduler_config.json").read_text())
     facts = {
         "kind": "pipeline",
         "pipeline": "StableDiffusionPipeline",

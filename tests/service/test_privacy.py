@@ -53,13 +53,15 @@ NAMING: dict[str, tuple[str, str, dict[str, Any]]] = {
     "import_schedule": ("POST", "/v1/schedules", {"json": {"model": "ID", **GRID}}),
     "resolve_schedule": ("GET", "/v1/schedules/resolve?model=ID&num_steps=2", {}),
     "list_schedules": ("GET", "/v1/schedules?model=ID", {}),
+    "openai_get_model": ("GET", "/openai/v1/models/ID", {}),
+    "openai_generate_images": ("POST", "/openai/v1/images/generations", {"json": {"model": "ID", "prompt": ""}}),
     "page: tune": ("POST", "/jobs", {"data": {"model": "ID", "num_steps": 2}}),
     "page: compare": ("GET", "/compare?model=ID", {}),
     "page: playground": ("GET", "/playground?model=ID", {}),
     "page: schedules": ("GET", "/schedules?model=ID", {}),
 }
 # Operations that name nothing, whose answers hold what the caller sees; or nothing that could be private.
-LISTING = {"list_models", "list_tuning_jobs", "list_sample_jobs", "list_audit"}
+LISTING = {"list_models", "openai_list_models", "list_tuning_jobs", "list_sample_jobs", "list_audit"}
 NAMELESS = {"register_model", "health", "readiness", "metrics"}
 LISTS = (
     "/v1/models",
@@ -67,6 +69,7 @@ LISTS = (
     "/v1/schedules",
     "/v1/tuning-jobs",
     "/v1/samples",
+    "/openai/v1/models",
     "/metrics",
     "/",
     "/models",
@@ -192,7 +195,7 @@ def routes_of(client: TestClient) -> list[APIRoute]:
 
 def ask(client: TestClient, method: str, path: str, key: Headers, **given: Any) -> httpx.Response:
     """Send a request with a key; one for a page has it in a cookie, as browsers do."""
-    if not path.startswith(("/v1/", "/metrics")):
+    if not path.startswith(("/v1/", "/openai/", "/metrics")):
         key = {"Cookie": f"{COOKIE}={key['Authorization'].removeprefix('Bearer ')}", "Sec-Fetch-Site": "same-origin"}
     return client.request(method, path, headers=key, follow_redirects=False, **given)
 
