@@ -1,6 +1,6 @@
 """Calls pipelines. As a program, it loads every pipeline that a folder has saved and writes what each gives:
 
-python -m tests.core.pipelines.run FOLDER
+python -m tests.core.pipelines.run FOLDER [KIND ...]
 """
 
 import sys
@@ -31,7 +31,7 @@ def run(kind: Any, pipeline: Any, **call: Any) -> Tensor:
     return torch.as_tensor(next(iter(outputs.values())))
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, names: list[str]) -> None:
     import timetuner_core  # noqa: F401 (the one import that a saved pipeline needs)
 
     assert "diffusers" not in sys.modules, "import timetuner_core is not light"
@@ -41,7 +41,7 @@ def main(folder: Path) -> None:
     from tests.core.pipelines.kinds import KINDS
 
     outputs = {}
-    for kind in KINDS:
+    for kind in [kind for kind in KINDS if not names or kind.name in names]:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / kind.name)
         name = type(pipeline.scheduler).__name__
         assert (name == "TimeTunerScheduler") != (kind.name in CONVERTING), f"{kind.name} has a {name}"
@@ -56,4 +56,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     with one_thread():
-        main(Path(sys.argv[1]))
+        main(Path(sys.argv[1]), sys.argv[2:])

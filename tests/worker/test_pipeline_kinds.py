@@ -1,0 +1,157 @@
+"""Each kind of pipeline on its way through the service: registered, sampled, tuned, exported, and run in a fresh process.
+
+The table in docs/models.md has a row for each kind; a test compares the two.
+"""
+
+import io
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
+from safetensors.torch import load_file
+from starlette.testclient import TestClient
+
+from service.app import create_app
+from service.registry.database import Registry
+from service.registry.models import next_registration
+from service.registry.tables import JobState, ModelRegistration, TuningJob
+from tests.conftest import MakeDatabaseUrl
+from tests.core.pipelines.kinds import KINDS, Kind
+from tests.core.pipelines.run import one_thread, run
+from tests.pipelines import Json, plain, request_of
+from tests.worker.in_process import InProcess
+from timetuner_core.integrations.diffusers import TimeTunerScheduler
+from timetuner_core.pipelines.inspecting import inspect_pipeline
+from timetuner_core.pipelines.loading import load_pipeline
+from worker import registering_pipelines
+from worker.registering import register
+from worker.tuning import run_tuning_job
+
+pytestmark = pytest.mark.xdist_group("pipelines")
+
+ASYNC = {"Prefer": "respond-async"}
+PROMPTS = ["a red square on a table", "a bad table", "red on red", "a table on a square", "a square"]
+CONSISTENCY = Kind(
+    "consistency",
+    "ConsistencyModelPipeline",
+    lambda: {
+        "unet": next(kind for kind in KINDS if kind.name == "ddpm").parts()["unet"],
+        "scheduler": CMStochasticIterativeScheduler(),
+    },
+    lambda: {"output_type": "pt"},
+)
+NOT_REGISTERED = {
+    "kandinsky22": "image_embeds",
+}
+FOR_FEW_STEPS = ("lcm", "consistency")
+REGISTERED = [kind for kind in (*KINDS, CONSISTENCY) if kind.name not in NOT_REGISTERED]
+
+
+class Way:
+    """The API and a worker in this process, and the folder of the operator's pipelines."""
+
+    def __init__(self, folder: Path, registry: Registry) -> None:
+        self.folder = folder / "models"
+        self.worker = InProcess(folder, registry, models_dir=self.folder)
+        self.api: TestClient
+        self.exported: dict[str, torch.Tensor] = {}  # What each pipeline gives with its exported scheduler.
+
+    def save(self, kind: Kind) -> Path:
+        kind.build().save_pretrained(self.folder / kind.name)
+        return self.folder / kind.name
+
+    def register(self, kind: Kind) -> Json:
+        """What becomes of a pipeline that is handed in."""
+        accepted = self.api.post("/v1/models", json={"path": kind.name}, headers=ASYNC)
+        assert accepted.status_code == 202, accepted.text
+        with self.worker.registry.read() as session:
+            waiting = next_registration(session)
+        assert waiting is not None
+        self.worker.runtime.run(ModelRegistration, waiting, register)
+        found: Json = self.api.get(accepted.headers["Location"]).json()
+        return found
+
+    def sample(self, request: Json) -> torch.Tensor:
+        answer = self.api.post("/v1/samples", json=request, headers=ASYNC)
+        assert answer.status_code == 202, answer.text
+        self.worker.serve()
+        job = self.worker.job(answer.json()["id"])
+        assert job.state == JobState.SUCCEEDED, job.error
+        return torch.from_numpy(self.worker.images(job.id))[0]
+
+    def tune(self, kind: Kind, model: str) -> Json:
+        """The schedule of a job that this process has run."""
+        tuner = {"objective": "pipeline", "total_iters": 1, "num_samples": 1}
+        request = request_of(kind, model, tuner=tuner, evaluation={"num_samples": 16, "teacher_num_steps": 5})
+        if request.pop("prompt", None):
+            request["prompts"] = PROMPTS
+        answer = self.api.post("/v1/tuning-jobs", json=request)
+        assert answer.status_code == 202, answer.text
+        job_id = answer.json()["id"]
+        self.worker.runtime.run(TuningJob, job_id, run_tuning_job)
+        job = self.api.get(f"/v1/tuning-jobs/{job_id}").json()
+        assert job["state"] == "succeeded", job["error"]
+        schedule: Json = self.api.get(f"/v1/schedules/{job['schedule_id']}").json()
+        return schedule
+
+    def export(self, schedule: Json, folder: Path) -> None:
+        """Put the exported scheduler into a pipeline's folder."""
+        answer = self.api.get(f"/v1/schedules/{schedule['id']}/export", params={"format": "diffusers"})
+        assert answer.status_code == 200, answer.text
+        with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+            archive.extract("scheduler/scheduler_config.json", folder)
+
+
+@pytest.fixture(scope="module")
+def way(make_database_url: MakeDatabaseUrl, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Way]:
+    folder = tmp_path_factory.mktemp("kinds")
+    registry = Registry(make_database_url("sqlite", folder))
+    made = Way(folder, registry)
+    address = {"base_url": "http://127.0.0.1", "client": ("127.0.0.1", 1)}
+    with pytest.MonkeyPatch.context() as patch, one_thread():
+        # The child process that inspects a pipeline is tested elsewhere; it takes seconds to start.
+        patch.setattr(registering_pipelines, "inspect_in_child", inspect_pipeline)
+        with TestClient(create_app(made.worker.settings), **address) as made.api:  # type: ignore[arg-type]
+            yield made
+    made.worker.close()
+    registry.close()
+
+
+@pytest.mark.parametrize("kind", REGISTERED, ids=lambda kind: kind.name)
+def test_a_kind_is_registered_sampled_tuned_and_exported(way: Way, kind: Kind) -> None:
+    folder = way.save(kind)
+    model = way.register(kind)
+    assert model["state"] == "ready", model["problem"]
+    pipeline = load_pipeline(folder)
+    request = request_of(kind, model["id"], seed=3)
+    served = way.sample(request)
+    torch.testing.assert_close(served, plain(kind, pipeline, 3, kind.num_steps), atol=2e-5, rtol=0)
+    if kind.name in FOR_FEW_STEPS:
+        assert "trained for few steps" in model["spec"]["tunable"] or "LCM" in model["spec"]["tunable"]
+        return
+    schedule = way.tune(kind, model["id"])
+    tuned = way.sample({**request, "schedule": schedule["id"], "sampler": schedule["sampler"]})
+    way.export(schedule, folder)
+    pipeline.scheduler = TimeTunerScheduler.from_pretrained(folder, subfolder="scheduler")
+    torch.testing.assert_close(tuned, plain(kind, pipeline, 3, kind.num_steps), atol=2e-5, rtol=0)
+    assert not torch.allclose(tuned, served, atol=1e-4), "the schedule made no difference"
+    way.exported[kind.name] = run(kind, pipeline)
+
+
+@pytest.mark.timeout(900)
+def test_a_fresh_process_runs_every_kind_with_its_exported_scheduler(way: Way) -> None:
+    """It needs the kinds that were exported before it."""
+    if not way.exported:
+        pytest.skip("no kind was exported before")
+    subprocess.run([sys.executable, "-m", "tests.core.pipelines.run", way.folder, *way.exported], check=True)
+    loaded = load_file(way.folder / "outputs.safetensors")
+    assert loaded.keys() == way.exported.keys()
+    for name, output in way.exported.items():
+        torch.testing.assert_close(loaded[name], output, msg=lambda message, name=name: f"{name}: {message}")
