@@ -47,7 +47,11 @@ NO_LIST = "Input should be 'default', 'uniform', 'quadratic', 'log_snr' or 'edm'
         (JOBS, {"num_steps": 5, "tuner": 5}, {"tuner": "Input should be an object"}),
         (JOBS, {"num_steps": 5, "evaluation": 5}, {"evaluation": "Input should be an object"}),
         (JOBS, {"num_steps": 5, "evaluation": {"num_sample": 5}}, {"evaluation.num_sample": "mean 'num_samples'?"}),
-        (JOBS, {"num_steps": 5, "zzz": 1}, {"zzz": "there is no field 'zzz'; accepted: call, clipping, eta, evaluation"}),
+        (
+            JOBS,
+            {"num_steps": 5, "zzz": 1},
+            {"zzz": "there is no field 'zzz'; accepted: call, clipping, eta, evaluation"},
+        ),
         (JOBS, {"num_steps": 5, "timesteps": "x"}, {"timesteps": NO_LIST}),
         (JOBS, {"num_steps": 5, "timesteps": [1, "x"]}, {"timesteps.1": "Input should be a valid number"}),
         (JOBS, {"num_steps": 5, "sampler": "ddm"}, {"sampler": "sampler is 'ddm'; accepted: ddim"}),
