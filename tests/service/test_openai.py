@@ -212,7 +212,7 @@ def test_a_client_that_hangs_up_cancels_its_job(service: Service) -> None:
 
 @pytest.mark.usefixtures("pipeline")
 def test_what_takes_too_long_is_503_and_only_a_request_with_a_seed_goes_on(service: Service) -> None:
-    settings = service.worker.settings.model_copy(update={"max_wait_seconds": 0.2})
+    settings = service.worker.settings.model_copy(update={"max_wait_seconds": 0.2, "max_queued_jobs": 1})
     body = {"model": "sd15", "prompt": PROMPT}
     with TestClient(create_app(settings), base_url="http://127.0.0.1", client=("127.0.0.1", 1)) as api:
         for seed, state in ((None, JobState.CANCELLED), (5, JobState.QUEUED)):
@@ -221,6 +221,9 @@ def test_what_takes_too_long_is_503_and_only_a_request_with_a_seed_goes_on(servi
             assert int(late.headers["retry-after"]) > 0
             assert late.json()["error"]["type"] == "server_error"
             assert service.last_job().state == state
+        too_many = api.post("/openai/v1/images/generations", json=body)
+        assert (too_many.status_code, too_many.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert int(too_many.headers["retry-after"]) > 0
         api.post(f"/v1/samples/{service.last_job().id}/cancel")
 
 
