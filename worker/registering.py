@@ -49,13 +49,17 @@ def _describe_pipeline(runtime: Runtime, lease: Lease, source: dict[str, Any]) -
     Raises:
         ModelFormatError, MemoryError.
     """
-    pipeline = FoundPipeline.at(runtime.pipeline_folders, source)
+    with (
+        lease.watch.paused()
+    ):  # Downloads of many gigabytes, and their hash, take long; a stalled download ends itself.
+        pipeline = FoundPipeline.at(runtime.pipeline_folders, source)
     lease.persist(lambda: _note_content(lease, pipeline))
     with runtime.registry.read() as session:
         registration = session.get_one(ModelRegistration, lease.claim.job_id)
         if model := find_model(session, registration.content_hash, registration.private_to):
             return model.spec
-    return pipeline.describe(runtime.device)
+    with lease.watch.slow():
+        return pipeline.describe(runtime.device)
 
 
 def _note_content(lease: Lease, pipeline: FoundPipeline) -> None:

@@ -27,6 +27,8 @@ README = "README.md"
 CONFIG = "config.json"
 NETWORK_WEIGHTS = "diffusion_pytorch_model.safetensors"
 ENCODER_WEIGHTS = "model.safetensors"
+# The name of a file of weights has its variant besides these words.
+WORDS_OF_WEIGHTS = ("", "diffusion_pytorch_model", "index", "json", "model", "safetensors")
 # Besides weights, a component's files are JSON, lists of words, models of sentencepiece, and templates of chats.
 READ_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
@@ -164,10 +166,8 @@ def variant_of(names: Collection[str], index: PipelineIndex) -> str | None:
     variants: dict[str, str] = {}
     for component in index.components:
         for name in component_weights(names, component):
-            stem = PurePosixPath(name).name.removesuffix(".json").removesuffix(".index").removesuffix(".safetensors")
-            parts = re.sub(r"-\d{5}-of-\d{5}", "", stem.replace(".safetensors", "").replace(".index", "")).split(".")
-            if len(parts) > 1:
-                variants[parts[1]] = name
+            words = re.split(r"\.|-\d{5}-of-\d{5}", PurePosixPath(name).name)
+            variants |= {word: name for word in words if word not in WORDS_OF_WEIGHTS}
     if len(variants) > 1:
         given = ", ".join(sorted(variants.values()))
         raise ModelFormatError(MODEL_INDEX, f"the weights are {given}; accepted: one variant for all components")

@@ -26,7 +26,7 @@ from timetuner_core.pipelines.files import (
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
-PASSED_ON = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "TMPDIR", "LD_LIBRARY_PATH")
+PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "PYTHONPATH", "TMPDIR", "LD_LIBRARY_PATH")
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -55,7 +55,7 @@ def inspect_in_child(folder: Path, dtype: str = "auto", limits: Limits = DEFAULT
     """
     with tempfile.TemporaryDirectory(prefix="timetuner-inspecting-") as home:
         environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-        environment |= OFFLINE | {"HOME": home, "HF_HOME": home, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment |= OFFLINE | {"HF_HOME": home, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-P", "-m", __name__, str(folder), dtype]
         command += [str(limits.memory_bytes), str(limits.cpu_seconds)]
         try:

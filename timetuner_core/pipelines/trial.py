@@ -26,7 +26,8 @@ MAX_SHOWN_CHARACTERS = 500
 def try_pipeline(pipeline: Any, spec: Mapping[str, Any], **given: Any) -> dict[str, Any]:
     """A spec of `inspecting.inspect_pipeline`, completed by a call of the pipeline with default arguments.
 
-    Arguments without which the call fails, the images of image-to-image among them, become required in `call`.
+    Arguments without which the call fails, a prompt and the images of image-to-image among them, become required in
+    `call`.
 
     Args:
         given: arguments in place of defaults.
@@ -53,6 +54,8 @@ def try_pipeline(pipeline: Any, spec: Mapping[str, Any], **given: Any) -> dict[s
         )
         raise _error(pipeline, message)
     required = {argument for argument in arguments if arguments[argument]["required"] or argument in _images(call)}
+    if "prompt" in arguments and not _is_called(shared, {name: call[name] for name in call if name != "prompt"}):
+        required.add("prompt")
     return {
         **spec,
         "call": {argument: {**facts, "required": argument in required} for argument, facts in arguments.items()},
@@ -158,6 +161,15 @@ def _size_multiple(pipeline: Any, shared: SharedCalls, call: Mapping[str, Any]) 
         if values is not None:
             accepted.append(multiple)
     return math.lcm(min(accepted, default=1), least)
+
+
+def _is_called(shared: SharedCalls, call: Mapping[str, Any]) -> bool:
+    """Whether the pipeline takes a call, up to where it calls its denoiser."""
+    try:
+        shared.first_call(_request(shared.pipeline, call))
+    except Exception:  # The pipeline refuses the call, in its own words.
+        return False
+    return True
 
 
 def _num_values(shared: SharedCalls, call: Mapping[str, Any], size: int) -> int | None:

@@ -90,13 +90,17 @@ def test_a_pipeline_is_described_and_tried(saved: Path) -> None:
     ("name", "given", "expected"),
     [
         ("dit", {}, {"required": ["class_labels"], "image_shape": [3, 16, 16], "size_multiple": 1}),
-        ("sd15-inpaint", {}, {"required": ["image", "mask_image"], "image_shape": [3, 16, 16]}),
+        ("sd15-inpaint", {}, {"required": ["prompt", "image", "mask_image"], "image_shape": [3, 16, 16]}),
         (
             "wan",
             {"height": 32, "width": 16, "num_frames": 5},
-            {"required": [], "output": "frames", "image_shape": [5, 3, 32, 16], "size_multiple": 16},
+            {"required": ["prompt"], "output": "frames", "image_shape": [5, 3, 32, 16], "size_multiple": 16},
         ),
-        ("flux", {"height": 16, "width": 8}, {"required": [], "image_shape": [3, 16, 8], "sample_shape": [32, 4]}),
+        (
+            "flux",
+            {"height": 16, "width": 8},
+            {"required": ["prompt"], "image_shape": [3, 16, 8], "sample_shape": [32, 4]},
+        ),
     ],
 )
 def test_a_trial_finds_shapes_and_required_arguments(
