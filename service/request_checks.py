@@ -180,8 +180,7 @@ def _check_texts(spec: dict[str, Any], setting: SamplingSetting, where: str) -> 
         argument = "negative_prompt" if name == "negative_prompt" else "prompt"
         if getattr(setting, name, None) is not None and argument not in spec["call"]:
             raise InvalidError(f"{name} is given; accepted: null, as this pipeline takes none", (where, name))
-    # A pipeline whose prompt is null by default takes embeddings in its place, which no request can give.
-    is_needed = takes_prompt is not None and takes_prompt.get("default") is None
+    is_needed = takes_prompt is not None and takes_prompt.get("required")
     if is_needed and getattr(setting, "prompt", "") is None:
         raise InvalidError("prompt is missing; accepted: a text", (where, "prompt"))
 

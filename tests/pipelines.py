@@ -46,7 +46,7 @@ def call_of(kind: Kind) -> Json:
 def request_of(kind: Kind, model: str, **changed: Any) -> Json:
     """The same as a request to the API."""
     call = {name: data_url(v) if isinstance(v, Image.Image) else v for name, v in call_of(kind).items()}
-    fields = {name: call.pop(name) for name in ("prompt", "guidance_scale", "height", "width") if name in call}
+    fields: Json = {name: call.pop(name) for name in ("prompt", "guidance_scale", "height", "width") if name in call}
     return {"model": model, "num_steps": kind.num_steps, **fields, "call": call, **changed}
 
 

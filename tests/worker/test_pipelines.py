@@ -180,7 +180,7 @@ def test_a_tuned_schedule_is_used_by_auto_at_its_own_sizes_and_guidance_only(ser
 
 
 def test_resolving_says_what_does_not_match(service: Service, tuned: Json) -> None:
-    setting = {"model": service.model("sd15"), "num_steps": 2, "guidance_scale": 3}
+    setting: Json = {"model": service.model("sd15"), "num_steps": 2, "guidance_scale": 3}
 
     def resolve(**changed: Any) -> Json:
         answer = service.api.get("/v1/schedules/resolve", params={**setting, **changed})
@@ -272,14 +272,16 @@ def test_runs_join_and_leave_at_any_step_and_one_that_is_cancelled_or_fails_ends
         ("cancelled", 1, 6),
     }
     batch.add([row("later", 3, 4), row("failing", 3, 5, prompt=5), row("other size", 4, 6, height=2 * SIZE)])
-    done = {}
+    done: dict[tuple[str, int], torch.Tensor] = {}
     failed = {each.owner: error for each, error in batch.step().failed}
     batch.discard("cancelled")
     while batch.rows:
         advance = batch.step()
         failed |= {each.owner: error for each, error in advance.failed}
         if advance.images is not None:
-            done |= {(each.owner, each.seed): image for each, image in zip(advance.done, advance.images, strict=True)}
+            done |= {
+                (str(each.owner), each.seed): image for each, image in zip(advance.done, advance.images, strict=True)
+            }
     assert list(failed) == ["failing"]
     assert set(done) == {("first", 1), ("first", 2), ("later", 4), ("other size", 6)}
     for (owner, seed), image in done.items():
