@@ -49,9 +49,7 @@ def _describe_pipeline(runtime: Runtime, lease: Lease, source: dict[str, Any]) -
     Raises:
         ModelFormatError, MemoryError.
     """
-    with (
-        lease.watch.paused()
-    ):  # Downloads of many gigabytes, and their hash, take long; a stalled download ends itself.
+    with lease.watch.paused():  # Many gigabytes take long to download and to hash. A stalled download ends itself.
         pipeline = FoundPipeline.at(runtime.pipeline_folders, source)
     lease.persist(lambda: _note_content(lease, pipeline))
     with runtime.registry.read() as session:

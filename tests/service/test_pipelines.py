@@ -8,7 +8,9 @@ import shutil
 import tarfile
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from pathlib import Path
 from threading import Event
 from typing import Any, ClassVar
@@ -18,8 +20,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from starlette.testclient import TestClient
+from typer.testing import CliRunner
 
 from service.app import create_app
+from service.client import TimeTuner
 from service.models.archive import unpack
 from service.registry.database import Registry
 from service.registry.models import next_registration
@@ -313,6 +317,28 @@ def test_a_request_that_names_no_folder_is_refused(
 ) -> None:
     assert_problem(api.post("/v1/models", json=request_body), 422, field, accepted)
     assert api.get("/v1/models", params={"state": "queued"}).json()["items"] == []
+
+
+@pytest.mark.filterwarnings("ignore:You should not use the 'timeout' argument")
+def test_the_command_hands_in_folders(api: TestClient, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = TimeTuner(HERE)
+    client._http = api
+    commands = import_module("service.cli.models")
+    monkeypatch.setattr(commands, "connected", lambda *_args, **_options: nullcontext(client))
+
+    def handed_in(*arguments: str) -> dict[str, Any]:
+        done = CliRunner().invoke(commands.models, ["import", "--detach", *arguments])
+        assert done.exit_code == 0, done.output
+        with runtime.registry.read() as session:
+            return session.get_one(ModelRegistration, done.stdout.strip()).source
+
+    common = {"kind": "pipeline", "dtype": "bfloat16"}
+    assert handed_in("--path", "tiny", "--dtype", "bfloat16") == {**common, "path": "tiny"}
+    hub = handed_in("--hub", "them/tiny", "--revision", "v1", "--dtype", "bfloat16")
+    assert hub == {**common, "hub": "them/tiny", "revision": "v1"}
+    for wrong in ([], ["digits8", "--path", "tiny"]):
+        refused = CliRunner().invoke(commands.models, ["import", *wrong])
+        assert (refused.exit_code, "one of SOURCE, --path and --hub" in refused.output) == (2, True)
 
 
 def test_no_path_is_accepted_without_a_folder_of_models(settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""Each kind of pipeline on its way through the service: registered, sampled, tuned, exported, and run in a fresh process.
+"""Each kind of pipeline on its way through the service: registered, sampled, tuned, exported, run in a fresh process.
 
 The table in docs/models.md has a row for each kind; a test compares the two.
 """
@@ -9,12 +9,10 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
+from diffusers import CMStochasticIterativeScheduler
 from safetensors.torch import load_file
 from starlette.testclient import TestClient
 

@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -147,16 +147,12 @@ def _check_network(folder: Path, name: str, cls: Any) -> Any:
     found = _on_meta(shapes_by_file)
     module._fix_state_dict_keys_on_load(found)  # It gives old names of weights their new ones.
     expected: dict[str, Tensor] = module.state_dict()
-    result = module.load_state_dict({k: v for k, v in found.items() if _same_shape(k, v, expected)}, strict=False)
-    wrong = {k: (tuple(v.shape), tuple(expected[k].shape)) for k, v in found.items() if not _same_shape(k, v, expected)}
-    missing = set(result.missing_keys) - wrong.keys() - _tied(module, found)
-    unexpected = _not_ignored(result.unexpected_keys, cls)
+    pairs = {name: (tuple(found[name].shape), tuple(expected[name].shape)) for name in found.keys() & expected.keys()}
+    wrong = {name: (given, accepted) for name, (given, accepted) in pairs.items() if given != accepted}
+    missing = expected.keys() - found.keys() - _tied(module, found)
+    unexpected = _not_ignored(found.keys() - expected.keys(), cls)
     _refuse_differences(next(iter(shapes_by_file)), config_name, wrong, missing, unexpected)
     return module
-
-
-def _same_shape(name: str, tensor: Tensor, expected: Mapping[str, Tensor]) -> bool:
-    return name not in expected or expected[name].shape == tensor.shape
 
 
 def _tied(module: torch.nn.Module, found: Mapping[str, Tensor]) -> set[str]:
@@ -167,7 +163,8 @@ def _tied(module: torch.nn.Module, found: Mapping[str, Tensor]) -> set[str]:
     return {name for same in names.values() if any(each in found for each in same) for name in same}
 
 
-def _not_ignored(names: list[str], cls: Any) -> list[str]:
+def _not_ignored(names: Collection[str], cls: Any) -> list[str]:
+    """Those names for which a class has no place, and which it does not know either."""
     patterns = cls._keys_to_ignore_on_load_unexpected or []
     return [name for name in names if not any(re.search(pattern, name) for pattern in patterns)]
 
