@@ -20,7 +20,13 @@ from worker.pipeline_sampling import image_of
 
 Json = dict[str, Any]
 BY_NAME = {kind.name: kind for kind in KINDS}
-NOT_GIVEN = ("output_type",)
+NOT_GIVEN = ("output_type", "prompt_template")
+FIELDS = ("prompt", "negative_prompt", "guidance_scale", "height", "width")
+# Arguments of some kinds as a request gives them: sizes that its tiny autoencoder does not tell, and no list for none.
+GIVEN: dict[str, dict[str, Any]] = {
+    "ldm-text": {"height": 16, "width": 16},
+    "sana": {"complex_human_instruction": []},
+}
 SIZE = 16
 
 
@@ -40,13 +46,13 @@ def call_of(kind: Kind) -> Json:
     """The arguments of a kind's call as Python has them, with a picture in place of a tensor."""
     call = {name: value for name, value in kind.call().items() if name not in NOT_GIVEN}
     pictures: Json = {"image": picture(), "mask_image": picture(mode="L")}
-    return {name: pictures.get(name, value) for name, value in call.items()}
+    return {name: pictures.get(name, value) for name, value in call.items()} | GIVEN.get(kind.name, {})
 
 
 def request_of(kind: Kind, model: str, **changed: Any) -> Json:
     """The same as a request to the API."""
     call = {name: data_url(v) if isinstance(v, Image.Image) else v for name, v in call_of(kind).items()}
-    fields: Json = {name: call.pop(name) for name in ("prompt", "guidance_scale", "height", "width") if name in call}
+    fields: Json = {name: call.pop(name) for name in FIELDS if name in call}
     return {"model": model, "num_steps": kind.num_steps, **fields, "call": call, **changed}
 
 

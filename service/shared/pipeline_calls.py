@@ -227,7 +227,8 @@ def _image(value: Any) -> str:
 
 def _several(read: Callable[[Any], Any], kind: str) -> Callable[[Any], list[Any]]:
     def read_all(value: Any) -> list[Any]:
-        if not isinstance(value, list) or not 0 < len(value) <= MAX_ITEMS:
+        least = 1 if kind == "images" else 0
+        if not isinstance(value, list) or not least <= len(value) <= MAX_ITEMS:
             raise ValueError(_ACCEPTED[kind])
         return [read(each) for each in value]
 

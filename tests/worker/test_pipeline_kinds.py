@@ -20,14 +20,17 @@ from service.app import create_app
 from service.registry.database import Registry
 from service.registry.models import next_registration
 from service.registry.tables import JobState, ModelRegistration, TuningJob
+from service.schedules import exporting
 from tests.conftest import MakeDatabaseUrl
 from tests.core.pipelines.kinds import KINDS, Kind
-from tests.core.pipelines.run import one_thread, run
-from tests.pipelines import Json, plain, request_of
+from tests.core.pipelines.run import EXPORTED, one_thread, run
+from tests.pipelines import Json, call_of, plain, request_of
 from tests.worker.in_process import InProcess
+from timetuner_core.exports.__main__ import answer
 from timetuner_core.integrations.diffusers import TimeTunerScheduler
 from timetuner_core.pipelines.inspecting import inspect_pipeline
 from timetuner_core.pipelines.loading import load_pipeline
+from timetuner_core.pipelines.trial import try_pipeline
 from worker import registering_pipelines
 from worker.registering import register
 from worker.tuning import run_tuning_job
@@ -52,6 +55,32 @@ FOR_FEW_STEPS = ("lcm", "consistency")
 REGISTERED = [kind for kind in (*KINDS, CONSISTENCY) if kind.name not in NOT_REGISTERED]
 
 
+def cells_of(kind: Kind) -> list[str]:
+    """A kind's row in docs/models.md: what the tests below do with it."""
+    call = kind.call()
+    registered, tuned = kind.name not in NOT_REGISTERED, kind.name not in FOR_FEW_STEPS
+    service = "yes" if registered else "no"
+    image = next((name for name in ("mask_image", "strength", "image") if name in call), None)
+    return [
+        kind.name,
+        f"`{kind.pipeline}`",
+        service,
+        service,
+        ("yes" if registered else "in the library") if tuned else "no",
+        "yes" if tuned and registered else "no",
+        "yes" if "prompt" in call else "no",
+        {"strength": "image to image", "mask_image": "inpainting", "image": "controlled by it", None: "no"}[image],
+    ]
+
+
+def test_the_page_of_models_says_what_these_tests_do() -> None:
+    page = (Path(__file__).parents[2] / "docs/models.md").read_text()
+    rows = [
+        line.strip("| \n").split(" | ") for line in page.splitlines() if line.startswith("| ") and "Pipeline`" in line
+    ]
+    assert rows == [cells_of(kind) for kind in (*KINDS, CONSISTENCY)]
+
+
 class Way:
     """The API and a worker in this process, and the folder of the operator's pipelines."""
 
@@ -59,6 +88,7 @@ class Way:
         self.folder = folder / "models"
         self.worker = InProcess(folder, registry, models_dir=self.folder)
         self.api: TestClient
+        self.patch: pytest.MonkeyPatch
         self.exported: dict[str, torch.Tensor] = {}  # What each pipeline gives with its exported scheduler.
 
     def save(self, kind: Kind) -> Path:
@@ -66,7 +96,10 @@ class Way:
         return self.folder / kind.name
 
     def register(self, kind: Kind) -> Json:
-        """What becomes of a pipeline that is handed in."""
+        """What becomes of a pipeline that is handed in. It is tried at the kind's sizes, as videos are large."""
+        self.patch.setattr(
+            registering_pipelines, "try_pipeline", lambda pipeline, spec: try_pipeline(pipeline, spec, **call_of(kind))
+        )
         accepted = self.api.post("/v1/models", json={"path": kind.name}, headers=ASYNC)
         assert accepted.status_code == 202, accepted.text
         with self.worker.registry.read() as session:
@@ -77,12 +110,12 @@ class Way:
         return found
 
     def sample(self, request: Json) -> torch.Tensor:
-        answer = self.api.post("/v1/samples", json=request, headers=ASYNC)
-        assert answer.status_code == 202, answer.text
+        answered = self.api.post("/v1/samples", json=request, headers=ASYNC)
+        assert answered.status_code == 202, answered.text
         self.worker.serve()
-        job = self.worker.job(answer.json()["id"])
+        job = self.worker.job(answered.json()["id"])
         assert job.state == JobState.SUCCEEDED, job.error
-        return torch.from_numpy(self.worker.images(job.id))[0]
+        return torch.from_numpy(self.worker.images(job.id)[0].copy())
 
     def tune(self, kind: Kind, model: str) -> Json:
         """The schedule of a job that this process has run."""
@@ -90,21 +123,21 @@ class Way:
         request = request_of(kind, model, tuner=tuner, evaluation={"num_samples": 16, "teacher_num_steps": 5})
         if request.pop("prompt", None):
             request["prompts"] = PROMPTS
-        answer = self.api.post("/v1/tuning-jobs", json=request)
-        assert answer.status_code == 202, answer.text
-        job_id = answer.json()["id"]
+        answered = self.api.post("/v1/tuning-jobs", json=request)
+        assert answered.status_code == 202, answered.text
+        job_id = answered.json()["id"]
         self.worker.runtime.run(TuningJob, job_id, run_tuning_job)
         job = self.api.get(f"/v1/tuning-jobs/{job_id}").json()
         assert job["state"] == "succeeded", job["error"]
-        schedule: Json = self.api.get(f"/v1/schedules/{job['schedule_id']}").json()
+        schedule: Json = self.api.get(f"/v1/schedules/{job['schedule']}").json()
         return schedule
 
     def export(self, schedule: Json, folder: Path) -> None:
-        """Put the exported scheduler into a pipeline's folder."""
-        answer = self.api.get(f"/v1/schedules/{schedule['id']}/export", params={"format": "diffusers"})
-        assert answer.status_code == 200, answer.text
-        with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
-            archive.extract("scheduler/scheduler_config.json", folder)
+        """Unpack the exported scheduler within a pipeline's folder."""
+        answered = self.api.get(f"/v1/schedules/{schedule['id']}/export", params={"format": "diffusers"})
+        assert answered.status_code == 200, answered.text
+        with zipfile.ZipFile(io.BytesIO(answered.content)) as archive:
+            archive.extractall(folder / EXPORTED)
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +147,10 @@ def way(make_database_url: MakeDatabaseUrl, tmp_path_factory: pytest.TempPathFac
     made = Way(folder, registry)
     address = {"base_url": "http://127.0.0.1", "client": ("127.0.0.1", 1)}
     with pytest.MonkeyPatch.context() as patch, one_thread():
-        # The child process that inspects a pipeline is tested elsewhere; it takes seconds to start.
+        made.patch = patch
+        # The child processes that inspect and export are tested elsewhere. Each takes seconds to start.
         patch.setattr(registering_pipelines, "inspect_in_child", inspect_pipeline)
+        patch.setattr(exporting, "_run", answer)
         with TestClient(create_app(made.worker.settings), **address) as made.api:  # type: ignore[arg-type]
             yield made
     made.worker.close()
@@ -137,7 +172,7 @@ def test_a_kind_is_registered_sampled_tuned_and_exported(way: Way, kind: Kind) -
     schedule = way.tune(kind, model["id"])
     tuned = way.sample({**request, "schedule": schedule["id"], "sampler": schedule["sampler"]})
     way.export(schedule, folder)
-    pipeline.scheduler = TimeTunerScheduler.from_pretrained(folder, subfolder="scheduler")
+    pipeline.scheduler = TimeTunerScheduler.from_pretrained(folder / EXPORTED, subfolder="scheduler")
     torch.testing.assert_close(tuned, plain(kind, pipeline, 3, kind.num_steps), atol=2e-5, rtol=0)
     assert not torch.allclose(tuned, served, atol=1e-4), "the schedule made no difference"
     way.exported[kind.name] = run(kind, pipeline)

@@ -43,18 +43,19 @@ def export(
     return writers[format](levels, lossy)
 
 
-def main() -> None:
-    request = json.load(sys.stdin)
+def answer(request: str) -> dict[str, Any]:
+    """The export that a request in JSON asks for, or its error, in a form that JSON takes."""
     try:
-        exported = export(**request)
-        answer: dict[str, Any] = {
-            "content": base64.b64encode(exported.content).decode(),
-            "not_carried": exported.not_carried,
-        }
+        exported = export(**json.loads(request))
     except ExportError as error:
-        answer = {"error": str(error)}
+        return {"error": str(error)}
+    return {"content": base64.b64encode(exported.content).decode(), "not_carried": exported.not_carried}
+
+
+def main() -> None:
+    answered = json.dumps(answer(sys.stdin.read()))
     print()  # Packages may have written a part of a line.
-    print(json.dumps(answer))
+    print(answered)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from torch import Tensor
 
 # Kinds whose constructor replaces the scheduler that was saved.
 CONVERTING = ("ddim",)
+# The folder, in that of a pipeline, of an exported schedule.
+EXPORTED = "exported"
 
 
 @contextmanager
@@ -44,11 +46,14 @@ def main(folder: Path, names: list[str]) -> None:
     for kind in [kind for kind in KINDS if not names or kind.name in names]:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / kind.name)
         name = type(pipeline.scheduler).__name__
-        assert (name == "TimeTunerScheduler") != (kind.name in CONVERTING), f"{kind.name} has a {name}"
-        if kind.name in CONVERTING:
+        exported = folder / kind.name / EXPORTED
+        is_replaced = kind.name in CONVERTING or exported.exists()
+        assert (name == "TimeTunerScheduler") != is_replaced, f"{kind.name} has a {name}"
+        if is_replaced:
             from timetuner_core.integrations.diffusers import TimeTunerScheduler
 
-            pipeline.scheduler = TimeTunerScheduler.from_pretrained(folder / kind.name, subfolder="scheduler")
+            saved = exported if exported.exists() else folder / kind.name
+            pipeline.scheduler = TimeTunerScheduler.from_pretrained(saved, subfolder="scheduler")
         pipeline.set_progress_bar_config(disable=True)
         outputs[kind.name] = run(kind, pipeline).contiguous()
     save_file(outputs, folder / "outputs.safetensors")
