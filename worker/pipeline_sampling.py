@@ -64,15 +64,17 @@ class PipelineRow:
 
     Attributes:
         call: the arguments of the run, without its generator. scheduler: makes one for the run.
+        is_previewed: whether the request asks what each step predicts.
     """
 
     owner: str
     seed: int
     call: Mapping[str, Any]
     scheduler: Callable[[], Any]
+    is_previewed: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class Moving:
     """An image on its way."""
 
@@ -106,7 +108,6 @@ class PipelineAdvance:
     travelling: list[Moving]
     failed: list[tuple[PipelineRow, Exception]]
     flagged: list[bool] = field(default_factory=list)
-    x0: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class PipelineBatch:
@@ -120,6 +121,7 @@ class PipelineBatch:
     def __init__(self, served: ServedPipeline, capacity: int, count: Callable[[int], None]) -> None:
         self._served, self._capacity, self._count = served, capacity, count
         self.rows: list[Moving] = []
+        self._ending: list[Result] = []  # Runs that were interrupted: they end with the next step.
 
     @property
     def room(self) -> int:
@@ -130,29 +132,49 @@ class PipelineBatch:
         for row in rows:
             scheduler = row.scheduler()
             call = {**row.call, "generator": torch.Generator().manual_seed(row.seed)}
-            self.rows.append(Moving(row, scheduler, self._served.shared.submit(Request(call, scheduler))))
+            request = Request(call, scheduler, is_previewed=row.is_previewed)
+            self.rows.append(Moving(row, scheduler, self._served.shared.submit(request)))
 
     def discard(self, owner: object) -> None:
         """End an owner's runs, by the pipeline's interrupt."""
-        for moving in self.rows:
-            if moving.row.owner == owner:
-                self._served.shared.interrupt(moving.result)
-        self.rows = [moving for moving in self.rows if moving.row.owner != owner]
+        self._interrupt([moving for moving in self.rows if moving.row.owner == owner])
 
     def close(self) -> None:
-        """End all runs."""
-        self.rows = []
-        self._served.shared.close()
+        """End all runs of this batch. Another batch may have others of the same pipeline."""
+        self._served.shared.end([*[moving.result for moving in self.rows], *self._ending])
+        self.rows, self._ending = [], []
 
-    def decode(self, x: Tensor) -> Tensor:
-        """Raises: ValueError, as latents of pipelines have forms that only their own calls can decode."""
-        raise ValueError("previews are not for pipelines")
+    def _interrupt(self, interrupted: Sequence[Moving]) -> None:
+        for moving in interrupted:
+            self._served.shared.interrupt(moving.result)
+            self._ending.append(moving.result)
+        self.rows = [moving for moving in self.rows if moving not in interrupted]
+
+    def preview(self, advance: PipelineAdvance, rows: Sequence[int]) -> Tensor | None:
+        """What some travelling runs predict, `(len(rows), C, H, W)`; of frames, the one in the middle.
+
+        Returns:
+            None where a scheduler does not tell its predictions.
+
+        Raises:
+            what the pipeline raises.
+        """
+        shown: list[Tensor] = []
+        for row in rows:
+            result = advance.travelling[row].result
+            output = result.output if result.is_over else self._served.shared.preview(result)
+            if output is None:
+                return None
+            image = image_of(output)
+            shown.append(image if image.ndim == 3 else image[len(image) // 2])
+        return torch.stack(shown)
 
     def step(self) -> PipelineAdvance:
         """Move every run on by one call of the network."""
         before = self._served.shared.num_rows
         if not all(moving.result.is_over for moving in self.rows):
             self._served.shared.step()
+            self._ending = [result for result in self._ending if not result.is_over]
             self._count(self._served.shared.num_rows - before)
         travelling = list(self.rows)
         images: dict[int, Tensor] = {}
@@ -164,10 +186,7 @@ class PipelineBatch:
                 except Exception as error:  # Pipelines have errors of their own.
                     failed.append((moving.row, error))
         lost = {row.owner for row, _ in failed}
-        self.rows = [moving for moving in self.rows if moving.row.owner not in lost]
-        for moving in travelling:
-            if moving.row.owner in lost:
-                self._served.shared.interrupt(moving.result)
+        self._interrupt([moving for moving in self.rows if moving.row.owner in lost])
         open_owners = {moving.row.owner for moving in self.rows if id(moving) not in images}
         ready = [moving for moving in self.rows if moving.row.owner not in open_owners]
         # Images of one file have one shape. Those of another shape are handed in with the next step.
@@ -243,7 +262,7 @@ def rows_of_pipeline(
     except ValueError as error:
         raise JobRefusedError(str(error)) from None
     scheduler = _scheduler_of(request, served.pipeline, schedule)
-    return [PipelineRow(job.id, request.seed + k, call, scheduler) for k in range(job.num_images)]
+    return [PipelineRow(job.id, request.seed + k, call, scheduler, request.previews) for k in range(job.num_images)]
 
 
 def call_of(request: Any, served: ServedPipeline) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from datetime import datetime
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from sqlalchemy.exc import DBAPIError
 from ulid import ULID
@@ -257,8 +256,8 @@ class SampleServer:
             self._runtime.bus.publish({"steps": steps, "previews": images})
 
     def _preview(self, cohort: Cohort, advance: Advance, rows: list[int]) -> str | None:
-        images = cohort.batch.decode(advance.x0[torch.tensor(rows)])
-        preview = to_preview(images.float().cpu().numpy())
+        images = cohort.batch.preview(advance, rows)
+        preview = None if images is None else to_preview(images.float().cpu().numpy())
         return None if preview is None else base64.b64encode(preview).decode()
 
     def _hand_in(self, cohort: Cohort, advance: Advance, leases: SampleLeases) -> None:

@@ -41,8 +41,6 @@ def check_fields_of_networks(request: SampleRequest, model: Model) -> None:
     for name in ("class_labels", "condition", "uncond_condition"):
         if getattr(request, name) is not None:
             raise InvalidError(f"{name} is given; accepted for a pipeline: null, and arguments in call", ("body", name))
-    if request.previews:
-        raise InvalidError("previews is True; accepted for a pipeline: false", ("body", "previews"), True)
 
 
 def check_size(request: SampleRequest, model: Model, settings: Settings) -> None:

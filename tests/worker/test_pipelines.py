@@ -1,5 +1,6 @@
 """Whole pipelines through the service: requests to the API, a worker in this process, and plain calls beside them."""
 
+import base64
 import copy
 import io
 import json
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from starlette.testclient import TestClient
 
 from service.app import create_app
@@ -265,6 +267,8 @@ def test_runs_join_and_leave_at_any_step_and_one_that_is_cancelled_or_fails_ends
         call = {**call_of(kind), "output_type": "np", "num_inference_steps": num_steps, **changed}
         return PipelineRow(owner, seed, call, lambda: copy.deepcopy(pipeline.scheduler))
 
+    other = PipelineBatch(served, 8, rows.append)
+    other.add([row("another batch's", 9, 7)])
     batch.add([row("first", 4, 1), row("first", 4, 2), row("cancelled", 6, 3)])
     first = batch.step()
     assert {(str(each.row.owner), each.step, each.num_steps) for each in first.travelling} == {
@@ -290,6 +294,74 @@ def test_runs_join_and_leave_at_any_step_and_one_that_is_cancelled_or_fails_ends
         assert torch.allclose(image, plain(kind, pipeline, seed, steps, **size), atol=2e-5), owner
     assert sum(rows) > 0
     batch.close()
+    # The end of a batch is none of another batch's runs.
+    (left,) = other.rows
+    assert not left.result.is_over
+    while other.rows:
+        advance = other.step()
+    assert advance.images is not None
+    assert torch.allclose(advance.images[0], plain(kind, pipeline, 7, 9), atol=2e-5)
+    other.close()
+
+
+def captured_x0(pipeline: Any, kind: Any, seed: int, step: int) -> torch.Tensor:
+    """What a plain run's own scheduler predicts in a step, from the network's output there."""
+    scheduler = copy.deepcopy(pipeline.scheduler)
+    found, own_step = [], scheduler.step
+
+    def noted(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, **options: Any) -> Any:
+        if hasattr(scheduler, "scale_noise"):
+            sigma = scheduler.sigmas[len(found)]
+            found.append(sample - sigma * model_output)
+        else:
+            alpha_bar = scheduler.alphas_cumprod[int(timestep)]
+            found.append((sample - (1 - alpha_bar).sqrt() * model_output) / alpha_bar.sqrt())
+        return own_step(model_output, timestep, sample, **options)
+
+    scheduler.step = noted
+    replaced = copy.copy(pipeline)
+    replaced.__dict__["scheduler"] = scheduler
+    plain(kind, replaced, seed, 5)
+    return found[step - 1]
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_a_preview_is_the_picture_of_what_a_step_predicts(service: Service, name: str) -> None:
+    kind, pipeline = BY_NAME[name], service.pipeline(name)
+    served: Any = service.worker.runtime.load(service.model(name))
+    batch = PipelineBatch(served, 8, lambda _: None)
+    call = {**call_of(kind), "output_type": "np", "num_inference_steps": 5}
+    batch.add([PipelineRow("job", 3, call, lambda: copy.deepcopy(pipeline.scheduler), is_previewed=True)])
+    calls, last = served.shared.num_calls, batch.step()
+    assert batch.preview(batch.step(), [0]) is not None
+    advance = batch.step()
+    assert served.shared.num_calls == calls + 3  # A preview calls no network.
+    preview = batch.preview(advance, [0])
+    assert preview is not None
+    x0 = captured_x0(pipeline, kind, 3, advance.travelling[0].step)
+    if name == "flux":
+        x0 = pipeline._unpack_latents(x0, SIZE, SIZE, pipeline.vae_scale_factor)
+    config = pipeline.vae.config
+    decoded = pipeline.vae.decode(x0 / config.scaling_factor + (config.shift_factor or 0)).sample.detach().clamp(-1, 1)
+    assert torch.allclose(preview, decoded, atol=2e-5)
+    while batch.rows:
+        last = batch.step()
+    assert last.images is not None
+    assert torch.allclose(last.images[0], plain(kind, pipeline, 3, 5), atol=2e-5)
+    batch.close()
+
+
+@pytest.mark.parametrize("name", ["sdxl", "wan"])
+def test_previews_are_published_with_each_step(service: Service, name: str) -> None:
+    job = service.submit(name, previews=True, seed=11)
+    published = len(service.worker.bus.published)
+    service.worker.serve()
+    assert service.worker.job(job).state == JobState.SUCCEEDED, service.worker.job(job).error
+    events = [event for event in service.worker.bus.published[published:] if isinstance(event, dict)]
+    pictures = [event["previews"][job] for event in events if job in event["previews"]]
+    assert len(pictures) >= BY_NAME[name].num_steps
+    assert all(Image.open(io.BytesIO(base64.b64decode(each))).format == "PNG" for each in pictures if each)
+    assert sum(each is not None for each in pictures) >= BY_NAME[name].num_steps - 1
 
 
 def test_a_request_needs_no_more_than_a_model_and_a_prompt(service: Service) -> None:
@@ -340,7 +412,6 @@ def test_frames_come_as_arrays_and_no_video(service: Service) -> None:
         ("sd15", {"eta": 0.5}, "eta: eta is 0.5; accepted for a pipeline: 0"),
         ("sd15", {"clipping": "none"}, "clipping: clipping is none; accepted for a pipeline: null"),
         ("sd15", {"class_labels": 1}, "class_labels: class_labels is given; accepted for a pipeline: null"),
-        ("sd15", {"previews": True}, "previews: previews is True; accepted for a pipeline: false"),
         ("sd15", {"sampler": "heun"}, "sampler: sampler is 'heun'; accepted for a pipeline"),
         ("sd15", {"timesteps": "uniform"}, "timesteps: timesteps is given, and the sampler 'own' has its own"),
         ("sd15", {"num_steps": 1001}, "num_steps: num_steps is 1001; accepted: 1 to 1000"),

@@ -12,7 +12,7 @@ import contextvars
 import copy
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -32,6 +32,7 @@ from timetuner_core.pipelines.joining import (
     split,
 )
 from timetuner_core.pipelines.kinds import PROMPT_ENCODERS, SHARED_NETWORKS
+from timetuner_core.pipelines.predictions import ShownStep, predicted_x0
 
 MAX_BATCH = 16
 MAX_THREADS = 64
@@ -58,11 +59,13 @@ class Request:
         call: arguments of the pipeline's `__call__`.
         scheduler: this run's own; it takes the place of the pipeline's.
         is_remembered: whether the network's answers to it are kept for requests that begin alike.
+        is_previewed: whether `SharedCalls.preview` may be asked what it predicts.
     """
 
     call: Mapping[str, Any]
     scheduler: Any
     is_remembered: bool = False
+    is_previewed: bool = False
 
 
 @dataclass
@@ -71,7 +74,7 @@ class Result:
 
     Attributes:
         output: what the pipeline gave; None if it failed.
-        x: the sample that the scheduler's last step gave.
+        x: the sample that the scheduler's last step gave. x0: what a step of a previewed run predicted, if it is told.
         first_step: at which of its scheduler's steps it began. num_steps: how many steps it has made.
         num_calls: how often it asked the denoiser. rows: the rows of its largest call.
     """
@@ -79,6 +82,7 @@ class Result:
     output: Any = None
     error: BaseException | None = None
     x: Tensor | None = None
+    x0: Tensor | None = None
     first_step: int | None = None
     num_steps: int = 0
     num_calls: int = 0
@@ -223,7 +227,7 @@ class SharedCalls:
 
     def cancel(self) -> None:
         """End all runs at their next step, by the pipeline's interrupt; the calls of the present step are answered."""
-        self._drop_waiting()
+        self._drop_waiting({id(run.result) for run in self._waiting})
         for run in self._running:
             run.interrupt()
         while self._running:
@@ -231,13 +235,40 @@ class SharedCalls:
 
     def interrupt(self, result: Result) -> None:
         """End the run with this result at its next step, by the pipeline's interrupt. Others go on."""
-        for run in self._waiting:
-            if run.result is result:
-                run.result.error = RunCancelledError("cancelled before it began")
-        self._waiting = deque(run for run in self._waiting if run.result is not result)
+        self._drop_waiting({id(result)})
         for run in self._running:
             if run.result is result:
                 run.interrupt()
+
+    def preview(self, result: Result) -> Any:
+        """What the pipeline would give for the x0 that a previewed run predicts now.
+
+        The pipeline itself makes it, from the same arguments: all its steps end at x0, and the network's last answer
+        stands for all others, so that nothing but the decoder is called.
+
+        Returns:
+            The pipeline's output; None before the first prediction, or where the scheduler tells none.
+
+        Raises:
+            what the pipeline raises.
+        """
+        run = next((run for run in self._running if run.result is result), None)
+        x0 = result.x0
+        if run is None or x0 is None or not run.answers:
+            return None
+        scheduler = copy.deepcopy(run.request.scheduler)
+        scheduler.step = lambda *_args, **_kwargs: ShownStep((x0,))
+        generator = run.request.call.get("generator")
+        again = {} if generator is None else {"generator": torch.Generator(generator.device).manual_seed(0)}
+        shown = _Run(self, Request({**run.request.call, **again}, scheduler))
+        shown.advance()
+        while shown.asked is not None:
+            shown.answer = copied(run.answers.get(shown.network, next(iter(run.answers.values()))))
+            shown.advance()
+        shown.join()
+        if shown.result.error is not None:
+            raise shown.result.error
+        return shown.result.output
 
     def forget(self) -> None:
         """Forget the answers that were kept for requests that begin alike."""
@@ -248,18 +279,25 @@ class SharedCalls:
 
         More requests may be submitted afterwards. Encoded prompts are remembered.
         """
-        self._drop_waiting()
-        was_running = bool(self._running)
-        for run in self._running:
+        self.end([run.result for run in (*self._waiting, *self._running)])
+
+    def end(self, results: Iterable[Result]) -> None:
+        """End the runs with these results now. Others go on."""
+        ids = set(map(id, results))
+        self._drop_waiting(ids)
+        ending = [run for run in self._running if id(run.result) in ids]
+        for run in ending:
             run.close()
-        self._running.clear()
-        if was_running:
+        self._running = [run for run in self._running if id(run.result) not in ids]
+        if ending and not self._running:
             self.pipeline.maybe_free_model_hooks()
 
-    def _drop_waiting(self) -> None:
+    def _drop_waiting(self, ids: Collection[int]) -> None:
+        """Drop the waiting runs whose results have these ids."""
         for run in self._waiting:
-            run.result.error = RunCancelledError("cancelled before it began")
-        self._waiting.clear()
+            if id(run.result) in ids:
+                run.result.error = RunCancelledError("cancelled before it began")
+        self._waiting = deque(run for run in self._waiting if id(run.result) not in ids)
 
     def _end_runs(self) -> None:
         ended = [run for run in self._running if run.has_ended]
@@ -299,6 +337,8 @@ class SharedCalls:
             if run.request.is_remembered and not isinstance(answer, BaseException):
                 self._remembered[key] = answer
             run.answer = answer if isinstance(answer, BaseException) else copied(answer)
+            if run.request.is_previewed and not isinstance(answer, BaseException):
+                run.answers[run.network] = answer
 
     def _batches(self, calls: list[NetworkCall], *, together: bool) -> list[list[NetworkCall]]:
         """The calls in groups of at most `max_batch` rows."""
@@ -365,6 +405,7 @@ class _Run:
         self.network = ""
         self.asked: NetworkCall | None = None
         self.answer: Any = None
+        self.answers: dict[str, Any] = {}  # The last one of each network, of a previewed run.
         self._is_interrupted = self._is_closed = self.has_ended = False
         self._resumed, self._paused = threading.Semaphore(0), threading.Semaphore(0)
         self._thread: threading.Thread | None = None
@@ -463,6 +504,9 @@ class _Run:
             output = step(*args, **kwargs)
             self.result.x = output[0]
             self.result.num_steps += 1
+            if self.request.is_previewed:
+                given = dict(zip(("model_output", "timestep", "sample"), args, strict=False)) | kwargs
+                self.result.x0 = predicted_x0(scheduler, given["model_output"], given["sample"], output)
             if self.result.first_step is None:
                 self.result.first_step = (getattr(scheduler, "_step_index", None) or 1) - 1
             return output

@@ -199,6 +199,10 @@ class RollingBatch:
         """Take all rows out."""
         self._keep([])
 
+    def preview(self, advance: Advance, rows: Sequence[int]) -> Tensor:
+        """What the last step predicts of some travelling rows, as images. Raises: as `decode`."""
+        return self.decode(advance.x0[torch.tensor(rows)])
+
     def decode(self, x: Tensor) -> Tensor:
         """Images of latents, at the network's batch sizes. Raises: the error of the first that cannot be decoded."""
         images, errors = self._decode(x)

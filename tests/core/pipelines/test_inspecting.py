@@ -307,6 +307,26 @@ def test_a_call_that_no_request_can_make_is_refused(tmp_path: Path) -> None:
         inspect_pipeline(tmp_path)
 
 
+def test_a_pipeline_of_sound_is_refused_by_its_output(tmp_path: Path) -> None:
+    unet = diffusers.UNet1DModel(
+        sample_size=512,
+        sample_rate=16_000,
+        extra_in_channels=16,
+        time_embedding_dim=16,
+        flip_sin_to_cos=True,
+        use_timestep_embedding=False,
+        time_embedding_type="fourier",
+        mid_block_type="UNetMidBlock1D",
+        block_out_channels=(32, 32, 64),
+        down_block_types=("DownBlock1DNoSkip", "DownBlock1D", "AttnDownBlock1D"),
+        up_block_types=("AttnUpBlock1D", "UpBlock1D", "UpBlock1DNoSkip"),
+    ).eval()
+    pipeline = diffusers.DanceDiffusionPipeline(unet, diffusers.IPNDMScheduler())
+    pipeline.save_pretrained(tmp_path)
+    with pytest.raises(ModelFormatError, match="its output is 'audios'; accepted: images, or frames of a video"):
+        try_pipeline(pipeline, inspect_pipeline(tmp_path), audio_length_in_s=0.04)
+
+
 def test_pipelines_for_few_steps_say_why_they_cannot_be_tuned(tmp_path: Path) -> None:
     scheduler = diffusers.CMStochasticIterativeScheduler(sigma_max=80.0)
     pipeline = diffusers.ConsistencyModelPipeline(unet=parts.unet(), scheduler=scheduler)
