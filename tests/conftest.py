@@ -28,6 +28,7 @@ ENGINES = ("sqlite", "postgresql")
 # Fixtures that start processes; tests that share them run one after another in the same worker of pytest-xdist.
 DEPLOYMENTS = ("breakable", "stack", "hooked", "watched", "api", "target", "service", "deployment")
 LONGEST = (
+    "pipelines",
     "tests/test_documentation.py service sqlite",
     "tests/worker breakable sqlite",
     "README",

@@ -4,7 +4,16 @@ import json
 from typing import Annotated, Any, Literal, Self
 
 from fastapi import Query
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    field_validator,
+    model_validator,
+)
 
 from service.http.fields import ModelId, Owner, PageQuery, Private, ScheduleId, Time, TuningJobId
 from service.registry.tables import ScheduleStatus
@@ -142,6 +151,12 @@ class ScheduleImport(SamplingSetting):
         "another, the schedule is refused.",
     )
     override: bool = Field(False, description="Take the schedule for a model with another content hash all the same.")
+
+    @field_validator("call", mode="before")
+    @classmethod
+    def _none_is_empty(cls, call: Any) -> Any:
+        """A schedule as `GET` gives it has null, where its model is a network."""
+        return {} if call is None else call
 
 
 class SchedulePage(BaseModel):

@@ -50,7 +50,7 @@ def test_a_schedule_is_tuned_named_moved_and_sampled_with(connected: Run, gratin
     )
     assert f"{made['job']['id']} succeeded" in tuned.err
     shown = connected("schedules", "show", schedule_id).out
-    assert made["schedule"]["evaluation"]["reason"] in shown
+    assert made["schedule"]["evaluation"]["summary"] in shown
     assert "teacher_l2" in shown
 
     assert connected("schedules", "alias", "by-command", schedule_id).out.strip() == "by-command"

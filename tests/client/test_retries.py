@@ -126,10 +126,10 @@ kinds = pytest.mark.parametrize("kind", ["sync", "async"])
 @pytest.mark.parametrize("failure", [503, 502, 504, BUSY, None])
 def test_a_request_is_sent_again_with_the_same_key(kind: str, failure: Answer) -> None:
     with serving(failure, failure, 201, 201) as server:
-        model = send(server.url, register_model("digits8", None, None), kind)
+        model = send(server.url, register_model({"builtin": "digits8"}), kind)
         assert isinstance(model, Model)
         assert model.id == "mdl_1"
-        send(server.url, register_model("digits8", None, None), kind)
+        send(server.url, register_model({"builtin": "digits8"}), kind)
         *same, other = server.keys
     assert len(same) == 3
     assert same[0] and set(same) == {same[0]}
@@ -141,7 +141,7 @@ def test_a_file_is_sent_again_whole(kind: str, tmp_path: Path) -> None:
     archive = tmp_path / "model.zip"
     archive.write_bytes(b"0123456789" * 100_000)
     with serving(503, 201) as server:
-        send(server.url, register_model(None, archive, "n"), kind)
+        send(server.url, register_model({"archive": archive, "name": "n"}), kind)
         assert all(archive.read_bytes() in body for body in server.bodies)
         assert len(server.bodies) == 2
 
@@ -150,7 +150,7 @@ def test_a_file_is_sent_again_whole(kind: str, tmp_path: Path) -> None:
 def test_a_model_may_take_longer_than_other_requests(kind: str, tmp_path: Path) -> None:
     (archive := tmp_path / "model.zip").write_bytes(b"0123456789")
     with serving(3.0) as server:
-        send(server.url, register_model(None, archive, "n"), kind, max_attempts=1, timeout=1)
+        send(server.url, register_model({"archive": archive, "name": "n"}), kind, max_attempts=1, timeout=1)
     with serving(3.0) as server, pytest.raises(UnreachableError, match=r"timed out|Timeout"):
         send(server.url, get_model("mdl_1"), kind, max_attempts=1, timeout=1)
 

@@ -228,7 +228,7 @@ def test_pages_ask_for_a_key_and_show_what_it_may_do(
     expect(page.get_by_text("Your API key may not tune.")).to_be_visible()
     page.goto(f"{guarded}/schedules/{world.schedules[0]['id']}")
     settle(page)  # scripts use the API by the same cookie
-    expect(page.locator("figure.sample img")).to_have_count(2)
+    expect(page.locator("figure.sample img")).to_have_count(3)
     expect(page.get_by_label("New alias")).to_have_count(0)
     page.get_by_role("button", name="Log out").click()
     page.wait_for_url(f"{guarded}/login")

@@ -187,4 +187,5 @@ def test_a_fresh_process_runs_every_kind_with_its_exported_scheduler(way: Way) -
     loaded = load_file(way.folder / "outputs.safetensors")
     assert loaded.keys() == way.exported.keys()
     for name, output in way.exported.items():
-        torch.testing.assert_close(loaded[name], output, msg=lambda message, name=name: f"{name}: {message}")
+        difference = float((loaded[name] - output).abs().max())
+        assert difference <= 1e-4 * max(1.0, float(output.abs().max())), name
