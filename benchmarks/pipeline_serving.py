@@ -26,7 +26,7 @@ from serving_processes import HERE, Processes, environment, free_port, is_answer
 CLIENTS = 16
 WARM_UP_SECONDS = 3.0
 STEPS = {"mixed": (4, 8, 20), "equal": (8,)}
-SETTINGS = ((8, 0.01), (16, 0.01), (16, 0.1))
+SETTINGS = ((16, 0.01), (16, 0.1))
 START_SECONDS = 120.0
 PROMPT = "a red square on a table"
 
