@@ -1,23 +1,20 @@
 """Memory of tuning a pipeline beside that of sampling it, with as many rows in a call.
 
-python -m benchmarks.pipeline_memory
+python benchmarks/pipeline_memory.py
 
 The pipeline is Stable Diffusion 1.5 in small: latents of 32 x 32, and random weights. PyTorch's profiler counts what is
 allocated in all threads.
 """
 
 import argparse
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-from diffusers import UNet2DConditionModel
+from small_pipelines import small_stable_diffusion
 from torch.profiler import ProfilerActivity, profile
 
-from tests.core.pipelines.kinds import KINDS
 from timetuner_core.pipelines.tuning import tune_pipeline
 
 SIZE = 64  # The tiny VAE halves it.
@@ -40,17 +37,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=64)
     parser.add_argument("--images", type=int, default=8)
     options = parser.parse_args()
-    pipeline = copy.copy(next(kind for kind in KINDS if kind.name == "sd15").build())
-    torch.manual_seed(0)
-    pipeline.unet = UNet2DConditionModel(
-        sample_size=32,
-        block_out_channels=(options.channels, 2 * options.channels),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=pipeline.unet.config.cross_attention_dim,
-        norm_num_groups=8,
-    ).eval()
+    pipeline = small_stable_diffusion(options.channels, SIZE // 2, norm_num_groups=8)
     call = {"guidance_scale": options.guidance_scale, "height": SIZE, "width": SIZE}
     rows = options.images * (2 if options.guidance_scale > 1 else 1)
     prompts = [f"{number} red squares on a table" for number in range(8)]

@@ -8,12 +8,12 @@ Each batches by its own means. A batch's requests of equal steps are one call of
 import asyncio
 import io
 import os
-import signal
 import sys
 from collections import defaultdict
 from typing import Any
 
 import numpy as np
+from rival_servers import run_litserve, run_ray
 
 # The rivals import this file in processes of their own, whose arguments are others.
 os.environ.setdefault("RIVAL", " ".join(sys.argv[1:]))
@@ -91,21 +91,7 @@ if NAME == "bentoml" and __name__ != "__main__":
             return [base64.b64encode(image).decode() for image in self.pipeline.images(requests)]
 
 
-def run_litserve() -> None:
-    us = os.getpid()
-
-    def interrupt(*_: object) -> None:
-        if os.getpid() == us:  # and not in a child, which LitServe stops
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-    api = Api(max_batch_size=int(BATCH_SIZE), batch_timeout=float(WAIT))
-    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1, fast_queue=True)
-    server.run("127.0.0.1", int(PORT), num_api_servers=1, log_level="warning", generate_client_file=False)
-
-
-def run_ray() -> None:
-    import ray
+def ray_application() -> Any:
     from fastapi import Request, Response
     from ray import serve
 
@@ -122,24 +108,7 @@ def run_ray() -> None:
         async def __call__(self, request: Request) -> Response:
             return Response(await self.images(await request.json()), media_type="application/x-npy")
 
-    signals = {signal.SIGTERM, signal.SIGINT}
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=100 * 2**20,
-        logging_level="warning",
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
-        _temp_dir=os.environ["RAY_TMPDIR"],
-    )
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": int(PORT)})
-        serve.run(Api.bind(), route_prefix="/predict")
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        signal.sigwait(signals)
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+    return Api.bind()
 
 
 def run_bentoml() -> None:
@@ -149,4 +118,9 @@ def run_bentoml() -> None:
 
 
 if __name__ == "__main__":
-    {"litserve": run_litserve, "ray": run_ray, "bentoml": run_bentoml}[NAME]()
+    if NAME == "litserve":
+        run_litserve(Api(max_batch_size=int(BATCH_SIZE), batch_timeout=float(WAIT)), int(PORT))
+    elif NAME == "ray":
+        run_ray(ray_application(), int(PORT))
+    else:
+        run_bentoml()

@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import torch
 from serving import Measured, head, ratio
 from serving_load import Target, closed_loop
 from serving_processes import HERE, Processes, environment, free_port, is_answered, serve
+from small_pipelines import small_stable_diffusion
 
 CLIENTS = 16
 WARM_UP_SECONDS = 3.0
@@ -29,26 +29,6 @@ STEPS = {"mixed": (4, 8, 20), "equal": (8,)}
 SETTINGS = ((16, 0.01), (16, 0.1))
 START_SECONDS = 120.0
 PROMPT = "a red square on a table"
-
-
-def make_pipeline(folder: Path, channels: int, size: int) -> None:
-    """Save Stable Diffusion 1.5 in small, with latents of `size`, which the VAE doubles."""
-    from diffusers import UNet2DConditionModel
-
-    from tests.core.pipelines.kinds import KINDS
-
-    pipeline = next(kind for kind in KINDS if kind.name == "sd15").build()
-    torch.manual_seed(0)
-    pipeline.unet = UNet2DConditionModel(
-        sample_size=size,
-        block_out_channels=(channels, 2 * channels),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=pipeline.unet.config.cross_attention_dim,
-        norm_num_groups=4,
-    ).eval()
-    pipeline.save_pretrained(folder)
 
 
 @contextmanager
@@ -132,7 +112,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="pipelines-") as home:
         folder = Path(home, "sd15")
-        make_pipeline(folder, args.channels, args.size)
+        small_stable_diffusion(args.channels, args.size, norm_num_groups=4).save_pretrained(folder)
         for load in args.load:
             compare(args, load, folder)
 

@@ -6,12 +6,11 @@ It batches by its own means, is told by each request what our service is told, l
 same bytes.
 """
 
-import os
-import signal
 import sys
 
 import litserve
 from fastapi import Response
+from rival_servers import run_litserve
 from serving_model import Image, Sampler
 
 
@@ -38,16 +37,8 @@ class Api(litserve.LitAPI):
 
 def main() -> None:
     guidance, port, batch_size, wait = sys.argv[1:]
-    us = os.getpid()
-
-    def interrupt(*_: object) -> None:
-        if os.getpid() == us:  # and not in a child, which LitServe stops
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
     api = Api(guidance, int(batch_size), float(wait))
-    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1, fast_queue=True)
-    server.run("127.0.0.1", int(port), num_api_servers=1, log_level="warning", generate_client_file=False)
+    run_litserve(api, int(port))
 
 
 if __name__ == "__main__":

@@ -7,14 +7,12 @@ same bytes.
 """
 
 import asyncio
-import os
-import signal
 import sys
 from typing import Any
 
-import ray
 from fastapi import Request, Response
 from ray import serve
+from rival_servers import run_ray
 from serving_model import Image, Sampler
 
 
@@ -37,24 +35,7 @@ def application(guidance: str, batch_size: int, wait: float) -> Any:
 
 def main() -> None:
     guidance, port, batch_size, wait = sys.argv[1:]
-    signals = {signal.SIGTERM, signal.SIGINT}
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=100 * 2**20,
-        logging_level="warning",
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
-        _temp_dir=os.environ["RAY_TMPDIR"],
-    )
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
-        serve.run(application(guidance, int(batch_size), float(wait)), route_prefix="/predict")
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        signal.sigwait(signals)
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+    run_ray(application(guidance, int(batch_size), float(wait)), int(port))
 
 
 if __name__ == "__main__":

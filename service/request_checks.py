@@ -161,13 +161,14 @@ def _sizes(spec: dict[str, Any], setting: SamplingSetting, call: dict[str, Any],
     default = dict(zip(("height", "width"), spec["image_shape"][-2:], strict=True))
     multiple = spec.get("size_multiple") or 1
     sizes: dict[str, int | None] = {}
+    has_images = bool(image_sizes(call))
     for name, usual in default.items():
         value: int | None = getattr(setting, name)
         if name not in spec["call"]:
             if value is not None:
                 raise InvalidError(f"{name} is {value}; accepted: null for this pipeline", (where, name), value)
         elif value is None:
-            sizes[name] = None if image_sizes(call) else usual
+            sizes[name] = None if has_images else usual
         elif value % multiple:
             raise InvalidError(f"{name} is {value}; accepted: a multiple of {multiple}", (where, name), value)
     return sizes

@@ -2,14 +2,21 @@
 
 import base64
 import io
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from starlette.testclient import TestClient
 from ulid import ULID
 
+from service.app import create_app
+from service.registry.database import Registry
 from service.registry.tables import Model
+from tests.conftest import MakeDatabaseUrl
 from tests.core.pipelines.kinds import KINDS, Kind
 from tests.worker.in_process import InProcess
 from timetuner_core.pipelines.files import pipeline_hash
@@ -28,6 +35,23 @@ GIVEN: dict[str, dict[str, Any]] = {
     "sana": {"complex_human_instruction": []},
 }
 SIZE = 16
+
+
+class ApiAndWorker(NamedTuple):
+    api: TestClient
+    worker: InProcess
+
+
+@contextmanager
+def api_and_worker(make_database_url: MakeDatabaseUrl, folder: Path, **settings: Any) -> Iterator[ApiAndWorker]:
+    """The API and a worker, both in this process, with a new database."""
+    registry = Registry(make_database_url("sqlite", folder))
+    worker = InProcess(folder, registry, **settings)
+    address: Json = {"base_url": "http://127.0.0.1", "client": ("127.0.0.1", 1)}
+    with TestClient(create_app(worker.settings), **address) as api:
+        yield ApiAndWorker(api, worker)
+    worker.close()
+    registry.close()
 
 
 def picture(size: int = SIZE, mode: str = "RGB") -> Image.Image:

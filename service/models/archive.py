@@ -25,9 +25,8 @@ from timetuner_core.models.folder_files import (
     model_files,
     parse_json,
 )
-from timetuner_core.pipelines.files import PipelineIndex, is_pipeline, pipeline_files
+from timetuner_core.pipelines.files import PICKLE_SUFFIXES, PipelineIndex, is_pipeline, pipeline_files
 
-PICKLE_SUFFIXES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 MAX_FILES = 1000
 MAX_NAME = 1000
 MAX_ZIP_DIRECTORY_BYTES = 2**20

@@ -41,7 +41,7 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorBody, "description": DESCRIPTIONS[status]} for status in statuses}
 
 
-# What any endpoint may answer.
+# Any endpoint may answer these.
 ERRORS = {**errors(401, 403, 429), "default": {"model": ErrorBody, "description": "Any other error."}}
 
 router = APIRouter(prefix=PREFIX, tags=["openai"])

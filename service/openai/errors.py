@@ -1,48 +1,26 @@
 """Errors under /openai/ in OpenAI's own form, whichever part of the service they come from."""
 
-import json
 from typing import Any
 
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.responses import JSONResponse, Response
+from starlette.types import Message, Scope
 
+from service.http.problem_responses import ProblemMiddleware
 from service.openai.schemas import ErrorBody, ErrorDetail
 
 PREFIX = "/openai/"
-PROBLEM_TYPE = b"application/problem+json"
 BAD_REQUESTS = (406, 413, 415, 422)  # OpenAI answers 400 to these. Its clients have no error for some of them.
 CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 
 
-class OpenAIErrorMiddleware:
+class OpenAIErrorMiddleware(ProblemMiddleware):
     """Turns problem documents into `{"error": {"message", "type", "param", "code"}}` on paths under /openai/."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def applies_to(self, scope: Scope) -> bool:
+        return bool(scope["path"].startswith(PREFIX))
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith(PREFIX):
-            await self.app(scope, receive, send)
-            return
-        start: Message | None = None
-        body = b""
-
-        async def converted(message: Message) -> None:
-            nonlocal start, body
-            if message["type"] == "http.response.start" and _is_problem(message):
-                start = message
-            elif start is None:
-                await send(message)
-            else:
-                body += message.get("body", b"")
-                if not message.get("more_body", False):
-                    await _error(start, json.loads(body))(scope, receive, send)
-
-        await self.app(scope, receive, converted)
-
-
-def _is_problem(start: Message) -> bool:
-    return any(name == b"content-type" and value.startswith(PROBLEM_TYPE) for name, value in start["headers"])
+    def answer(self, scope: Scope, start: Message, problem: dict[str, Any]) -> Response:
+        return _error(start, problem)
 
 
 def _error(start: Message, problem: dict[str, Any]) -> JSONResponse:

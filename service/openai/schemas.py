@@ -30,7 +30,7 @@ class ImagesRequest(BaseModel):
     )
     response_format: Literal["b64_json"] | None = Field("b64_json", description="`url` is not offered.")
     output_format: OutputFormat | None = "png"
-    # What OpenAI's models have and ours do not is accepted if it asks for nothing.
+    # Fields of OpenAI's that our models lack are accepted if they ask for nothing.
     output_compression: Literal[100] | None = None
     quality: Literal["auto", "standard"] | None = None
     style: Literal["vivid"] | None = None
@@ -39,7 +39,7 @@ class ImagesRequest(BaseModel):
     partial_images: Literal[0] | None = None
     stream: Literal[False] | None = None
     user: str | None = Field(None, max_length=1000, examples=[None], description="It is not looked at.")
-    # What ours have and OpenAI's do not.
+    # The fields below are ours alone.
     seed: Seed | None = Field(None, description="Null: one by chance, which the answer tells.")
     num_steps: NumSteps | None = Field(None, description="A pipeline has a default of its own; networks need a number.")
     schedule: str | None = Field(

@@ -420,8 +420,8 @@ class ModelRegistration(CanBePrivate, Job):
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("mdl"))
     name: Mapped[str]
     content_hash: Mapped[str] = mapped_column(index=True)
-    artifact: Mapped[str | None]  # the folder of its files in the artifact store; null for files that are not ours
-    source: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default="{}")  # what else `Model.source` gets
+    artifact: Mapped[str | None]  # The folder of its files in the artifact store; null: they are not ours.
+    source: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default="{}")  # The rest of `Model.source`.
     model_id: Mapped[str | None]  # the model it became, or that has the same content; not a foreign key: it may go
     refused_field: Mapped[str | None]  # what `error` is about, if the model cannot be used; null of other errors
 

@@ -43,7 +43,8 @@ def check_fields_of_networks(request: SampleRequest, model: Model) -> None:
             raise InvalidError(f"{name} is given; accepted for a pipeline: null, and arguments in call", ("body", name))
 
 
-def check_size(request: SampleRequest, model: Model, settings: Settings) -> None:
+def check_size(request: SampleRequest, model: Model, settings: Settings) -> int:
+    """The cost of a request. Raises: InvalidError, TooLargeError."""
     if request.num_images > settings.max_images:
         message = f"num_images is {request.num_images}; accepted: 1 to {settings.max_images}"
         raise InvalidError(message, ("body", "num_images"), request.num_images)
@@ -51,6 +52,7 @@ def check_size(request: SampleRequest, model: Model, settings: Settings) -> None
     if cost > settings.max_pixel_steps:
         detail = f"values x steps x images x network calls is {cost}; accepted: up to {settings.max_pixel_steps}"
         raise TooLargeError(detail, ("body", "num_images"), request.num_images)
+    return cost
 
 
 def sampling_cost(request: SampleRequest, model: Model) -> int:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -27,7 +27,6 @@ from service.samples.checks import (
     check_fields_of_networks,
     check_grid,
     check_size,
-    sampling_cost,
     shape_of,
 )
 from service.samples.content import negotiate
@@ -66,15 +65,19 @@ def submit_all(
         For each request its job, or its refusal: InvalidError, TooLargeError, NotAcceptableError, KeyLimitError.
     """
     outcomes: list[SampleJob | ServiceError] = []
+    costs: dict[str, int] = {}
     with registry.write() as session:
         catalog.refresh(session)
         for submission in submissions:
             try:
-                outcomes.append(_made_before(session, submission) or _make_job(session, settings, catalog, submission))
+                job = _made_before(session, submission)
+                if job is None:
+                    job, costs[submission.job_id] = _make_job(session, settings, catalog, submission)
+                outcomes.append(job)
             except ServiceError as refusal:
                 outcomes.append(refusal)
         _reuse(session, [job for _, job in _new(submissions, outcomes)], settings.keep_samples_days)
-        _charge(session, catalog, submissions, outcomes)
+        _charge(session, costs, submissions, outcomes)
         new = _new(submissions, outcomes)
         parts = [part for _, job in new for part in split_into_parts(job, settings.part_size)]
         add_samples(session, [*(job for _, job in new), *parts])
@@ -101,14 +104,15 @@ def _new(
     return [(sub, job) for sub, job in pairs if isinstance(job, SampleJob) and job.id == sub.job_id]
 
 
-def _make_job(session: Session, settings: Settings, catalog: Catalog, submission: Submission) -> SampleJob:
+def _make_job(session: Session, settings: Settings, catalog: Catalog, submission: Submission) -> tuple[SampleJob, int]:
+    """A request's job, and what it costs."""
     given = submission.request
     model = catalog.model(session, submission.caller, given.model)
     request = settled(model.spec, given, OWN_SAMPLER)
     if submission.accept is not None:
         negotiate(submission.accept, shape_of(request, model))
     check_grid(request, model)
-    check_size(request, model, settings)
+    cost = check_size(request, model, settings)
     check_webhook(request.webhook_url, settings)
     check_fields_of_networks(request, model)
     labels = check_class_labels(request, model)
@@ -119,7 +123,7 @@ def _make_job(session: Session, settings: Settings, catalog: Catalog, submission
     schedule = catalog.schedule(session, submission.caller, request)
     stored = request.model_copy(update={"class_labels": labels}).model_dump(mode="json")
     deadline, schedule_id = request.deadline_seconds, None if schedule is None else schedule.id
-    return SampleJob(
+    job = SampleJob(
         id=submission.job_id,
         owner=submission.caller.owner,
         model_id=model.id,
@@ -133,6 +137,7 @@ def _make_job(session: Session, settings: Settings, catalog: Catalog, submission
         traceparent=submission.traceparent,
         request_id=submission.caller.request_id,
     )
+    return job, cost
 
 
 def _hash(model_id: str, schedule_id: str | None, request: dict[str, Any]) -> str:
@@ -170,7 +175,10 @@ def _reuse(session: Session, jobs: Sequence[SampleJob], keep_days: float) -> Non
 
 
 def _charge(
-    session: Session, catalog: Catalog, submissions: Sequence[Submission], outcomes: list[SampleJob | ServiceError]
+    session: Session,
+    cost_of: Mapping[str, int],
+    submissions: Sequence[Submission],
+    outcomes: list[SampleJob | ServiceError],
 ) -> None:
     """Count new jobs against the quotas of their keys. A job that does not fit is replaced by its refusal."""
     limited: dict[str, list[int]] = defaultdict(list)
@@ -180,14 +188,8 @@ def _charge(
         if new and key is not None and key.pixel_steps_per_day is not None:
             limited[key.id].append(i)
     for key_id, indices in sorted(limited.items()):
-        limited_by = [submissions[i] for i in indices]
-        costs = [_cost(session, catalog, each) for each in limited_by]
+        costs = [cost_of[submissions[i].job_id] for i in indices]
         for i, cost, left in zip(indices, costs, charge(session, key_id, costs), strict=True):
             key = submissions[i].caller.key
             if left is not None and key is not None:
                 outcomes[i] = quota_error(key, cost, left)
-
-
-def _cost(session: Session, catalog: Catalog, submission: Submission) -> int:
-    model = catalog.model(session, submission.caller, submission.request.model)
-    return sampling_cost(settled(model.spec, submission.request, OWN_SAMPLER), model)

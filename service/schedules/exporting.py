@@ -21,13 +21,13 @@ from service.state import AppState
 from timetuner_core.catalog import BUILTIN_FOLDERS, BUILTINS
 from timetuner_core.exports.card import guidance_notes, model_card
 from timetuner_core.exports.formats import FORMATS, Exported, Format
+from timetuner_core.models.folder_files import SCHEDULER_CONFIG
 
 EXPORT_SECONDS = 120.0
 MAX_REMEMBERED = 32
-SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 WITHOUT_TORCH = ", ".join(name for name, each in FORMATS.items() if not each.needs_torch)
 
-# What somebody else's registry decides by itself.
+# The registry that imports a schedule decides these by itself.
 NOT_EXPORTED = {"private", "override", "model_content_hash"}
 
 logger = logging.getLogger(__name__)

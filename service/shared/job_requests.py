@@ -211,7 +211,7 @@ class TuningJobRequest(SamplingSetting):
             self.tuner = default_tuner(self.num_steps, sampler_facts(self.sampler), float(self.eta))
         if isinstance(self.tuner, TeacherMatchingTuner) and self.tuner.start is None:
             self.tuner.start = "best" if self.timesteps == "default" else "given"
-        # What the request left out is known later, too: a pipeline has other defaults.
+        # The fields that the request left out are known later, too: a pipeline has other defaults.
         self.model_fields_set.intersection_update(given)
         return self
 

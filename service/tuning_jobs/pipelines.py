@@ -14,8 +14,6 @@ from timetuner_core.tuners import PipelineTuner
 DEFAULT_SAMPLER = "dpmpp_2m"
 DEFAULT_HELD_OUT = 16
 DEFAULT_TEACHER_STEPS = 50
-# The tuner sets these arguments itself.
-SET_BY_THE_TUNER = ("eta", "batch_size")
 
 
 def check_tunable(request: TuningJobRequest, spec: dict[str, Any]) -> None:
@@ -32,10 +30,6 @@ def check_pipeline_job(
     Raises:
         InvalidError, TooLargeError.
     """
-    for name in SET_BY_THE_TUNER:
-        if name in request.call:
-            message = f"call.{name} is {request.call[name]!r}; accepted: a call without it, since the tuner sets it"
-            raise InvalidError(message, ("body", "call", name), request.call[name])
     if request.timesteps != "default":
         message = "timesteps is given, and the tuner of pipelines finds its own; accepted: 'default'"
         raise InvalidError(message, ("body", "timesteps"))

@@ -16,15 +16,13 @@ from diffusers import CMStochasticIterativeScheduler
 from safetensors.torch import load_file
 from starlette.testclient import TestClient
 
-from service.app import create_app
-from service.registry.database import Registry
 from service.registry.models import next_registration
 from service.registry.tables import JobState, ModelRegistration, TuningJob
 from service.schedules import exporting
 from tests.conftest import MakeDatabaseUrl
 from tests.core.pipelines.kinds import KINDS, Kind
 from tests.core.pipelines.run import EXPORTED, one_thread, run
-from tests.pipelines import Json, call_of, plain, request_of
+from tests.pipelines import Json, api_and_worker, call_of, plain, request_of
 from tests.worker.in_process import InProcess
 from timetuner_core.exports.__main__ import answer
 from timetuner_core.integrations.diffusers import TimeTunerScheduler
@@ -84,11 +82,8 @@ def test_the_page_of_models_says_what_these_tests_do() -> None:
 class Way:
     """The API and a worker in this process, and the folder of the operator's pipelines."""
 
-    def __init__(self, folder: Path, registry: Registry) -> None:
-        self.folder = folder / "models"
-        self.worker = InProcess(folder, registry, models_dir=self.folder)
-        self.api: TestClient
-        self.patch: pytest.MonkeyPatch
+    def __init__(self, folder: Path, api: TestClient, worker: InProcess, patch: pytest.MonkeyPatch) -> None:
+        self.folder, self.api, self.worker, self.patch = folder, api, worker, patch
         self.exported: dict[str, torch.Tensor] = {}  # What each pipeline gives with its exported scheduler.
 
     def save(self, kind: Kind) -> Path:
@@ -143,18 +138,13 @@ class Way:
 @pytest.fixture(scope="module")
 def way(make_database_url: MakeDatabaseUrl, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Way]:
     folder = tmp_path_factory.mktemp("kinds")
-    registry = Registry(make_database_url("sqlite", folder))
-    made = Way(folder, registry)
-    address = {"base_url": "http://127.0.0.1", "client": ("127.0.0.1", 1)}
+    models = folder / "models"
     with pytest.MonkeyPatch.context() as patch, one_thread():
-        made.patch = patch
         # The child processes that inspect and export are tested elsewhere. Each takes seconds to start.
         patch.setattr(registering_pipelines, "inspect_in_child", inspect_pipeline)
         patch.setattr(exporting, "_run", answer)
-        with TestClient(create_app(made.worker.settings), **address) as made.api:  # type: ignore[arg-type]
-            yield made
-    made.worker.close()
-    registry.close()
+        with api_and_worker(make_database_url, folder, models_dir=models) as (api, worker):
+            yield Way(models, api, worker, patch)
 
 
 @pytest.mark.parametrize("kind", REGISTERED, ids=lambda kind: kind.name)

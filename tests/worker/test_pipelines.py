@@ -6,7 +6,6 @@ import io
 import json
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from starlette.testclient import TestClient
 
-from service.app import create_app
-from service.registry.database import Registry
 from service.registry.tables import JobState, TuningJob
 from tests.conftest import MakeDatabaseUrl
-from tests.pipelines import BY_NAME, SIZE, Json, call_of, data_url, picture, plain, register, request_of
+from tests.pipelines import BY_NAME, SIZE, Json, api_and_worker, call_of, data_url, picture, plain, register, request_of
 from tests.worker.in_process import InProcess
 from timetuner_core.integrations.diffusers import TimeTunerScheduler
 from worker.lease import JobCancelledError
@@ -36,9 +33,8 @@ ASYNC = {"Prefer": "respond-async"}
 class Service:
     """The API and a worker in this process."""
 
-    def __init__(self, folder: Path, registry: Registry) -> None:
-        self.worker = InProcess(folder, registry)
-        self.api: TestClient
+    def __init__(self, api: TestClient, worker: InProcess) -> None:
+        self.api, self.worker = api, worker
         self._models: dict[str, tuple[str, Any]] = {}
 
     def model(self, name: str) -> str:
@@ -78,14 +74,8 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service(make_database_url: MakeDatabaseUrl, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    folder = tmp_path_factory.mktemp("pipelines")
-    registry = Registry(make_database_url("sqlite", folder))
-    made = Service(folder, registry)
-    address = {"base_url": "http://127.0.0.1", "client": ("127.0.0.1", 1)}
-    with TestClient(create_app(made.worker.settings), **address) as made.api:  # type: ignore[arg-type]
-        yield made
-    made.worker.close()
-    registry.close()
+    with api_and_worker(make_database_url, tmp_path_factory.mktemp("pipelines")) as (api, worker):
+        yield Service(api, worker)
 
 
 @pytest.mark.parametrize(

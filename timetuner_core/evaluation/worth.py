@@ -39,11 +39,6 @@ class Worth:
         return None
 
     @property
-    def most_steps(self) -> int:
-        """The most steps that were measured."""
-        return max(self.untuned)
-
-    @property
     def is_beyond(self) -> bool:
         """Whether the schedule comes nearer than the untuned sampler with any number of steps that was measured."""
         return self.teacher_l2 < min(self.untuned.values())

@@ -103,7 +103,7 @@ def _for_euler(levels: Levels) -> tuple[str, dict[str, Any], list[float]]:
     """The class, changes of its configuration, and `num_steps + 1` noise levels."""
     sigma, alpha = float(levels.sigmas[0]), float(levels.alphas[0])
     wanted = levels.noise_schedule.starting_std(levels.timesteps[0]) / alpha
-    scales = {"leading": math.sqrt(sigma**2 + 1), "linspace": sigma}  # Of the first noise, by timestep_spacing.
+    scales = {"leading": math.sqrt(sigma**2 + 1), "linspace": sigma}  # The first noise's, by timestep_spacing.
     own = levels.config.get("timestep_spacing", "linspace")
     spacing = min(scales, key=lambda name: abs(scales[name] - wanted))
     is_own = (

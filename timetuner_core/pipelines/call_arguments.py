@@ -6,35 +6,20 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal, TypeAlias
 
+from timetuner_core.pipelines.checks import SET_BY_THE_TUNER
+
 ArgumentType: TypeAlias = Literal[
     "text", "integer", "number", "boolean", "image", "images", "integers", "numbers", "texts"
 ]
 
-# The service sets these itself, or they place the steps, or they are no data.
-NOT_GIVEN = frozenset(
-    {
-        "batch_size",
-        "callback",
-        "callback_on_step_end",
-        "callback_on_step_end_tensor_inputs",
-        "callback_steps",
-        "decode_chunk_size",
-        "eta",
-        "generator",
-        "latents",
-        "num_images_per_prompt",
-        "num_inference_steps",
-        "num_videos_per_prompt",
-        "num_waveforms_per_prompt",
-        "output_latent",
-        "output_type",
-        "output_uncertainty",
-        "return_dict",
-        "self",
-        "sigmas",
-        "timesteps",
-    }
-)
+# The service sets these itself as the tuner does, or they are no data. Requests do give a prompt.
+NOT_GIVEN = (SET_BY_THE_TUNER - {"prompt"}) | {
+    "decode_chunk_size",
+    "num_waveforms_per_prompt",
+    "output_latent",
+    "output_uncertainty",
+    "self",
+}
 NOT_GIVEN_ENDINGS = ("_embeds", "_embeds_2", "_embeddings", "_embeds_mask", "_kwargs", "_latents", "attention_mask")
 NOT_GIVEN_BEGINNINGS = ("ip_adapter_", "negative_ip_adapter_")  # They need an adapter, which no pipeline is saved with.
 
