@@ -21,7 +21,7 @@ import httpx
 from serving import Measured, head, ratio
 from serving_load import Target, closed_loop
 from serving_processes import HERE, Processes, environment, free_port, is_answered, serve
-from small_pipelines import small_stable_diffusion
+from small_pipelines import kind, small_stable_diffusion
 
 CLIENTS = 16
 WARM_UP_SECONDS = 3.0
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--rivals-python", required=True, help="the Python of their environment")
     parser.add_argument("--rivals", nargs="+", default=["litserve", "ray", "bentoml"])
     parser.add_argument("--load", nargs="+", choices=tuple(STEPS), default=list(STEPS))
-    parser.add_argument("--channels", type=int, default=32)
+    parser.add_argument("--channels", type=int, default=0, help="of the U-Net; 0: the pipeline of the tests")
     parser.add_argument("--size", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--rounds", type=int, default=2)
@@ -112,7 +112,11 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="pipelines-") as home:
         folder = Path(home, "sd15")
-        small_stable_diffusion(args.channels, args.size, norm_num_groups=4).save_pretrained(folder)
+        if args.channels:
+            pipeline = small_stable_diffusion(args.channels, args.size, norm_num_groups=4)
+        else:
+            pipeline = kind("sd15")
+        pipeline.save_pretrained(folder)
         for load in args.load:
             compare(args, load, folder)
 

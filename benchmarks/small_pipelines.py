@@ -9,9 +9,14 @@ from diffusers import UNet2DConditionModel
 from tests.core.pipelines.kinds import KINDS
 
 
+def kind(name: str) -> Any:
+    """A pipeline of the tests."""
+    return next(kind for kind in KINDS if kind.name == name).build()
+
+
 def small_stable_diffusion(channels: int, sample_size: int, norm_num_groups: int) -> Any:
     """A pipeline with latents of `sample_size`, which the VAE doubles; its U-Net has two levels, from `channels` on."""
-    pipeline = copy.copy(next(kind for kind in KINDS if kind.name == "sd15").build())
+    pipeline = copy.copy(kind("sd15"))
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=sample_size,

@@ -22,6 +22,8 @@ from timetuner_core.samplers import get_sampler
 from worker.conversion import timesteps_of
 from worker.lease import JobRefusedError
 
+# A batch whose size is found has at most so many rows.
+LARGEST_BATCH = 64
 # Values of pixels may leave [0, 1] by rounding.
 TOLERANCE = 1e-3
 
@@ -48,8 +50,15 @@ class ServedPipeline:
 
         logging.set_verbosity_error()  # diffusers warns of prompts that CLIP cuts off by their text.
         size = settings.sample_batch_size
-        most = 1 if settings.same_bits else MAX_BATCH if size == "auto" else size
-        return cls(pipeline, spec, SharedCalls(pipeline, max_batch=most, refuse_large=False))
+        if settings.same_bits:
+            rows = largest = 1
+        elif size == "auto":
+            rows, largest = MAX_BATCH, LARGEST_BATCH
+        else:
+            rows = largest = size
+        seconds = settings.batch_step_seconds
+        shared = SharedCalls(pipeline, max_batch=rows, largest_batch=largest, max_seconds=seconds, refuse_large=False)
+        return cls(pipeline, spec, shared)
 
     @property
     def num_bytes(self) -> int:

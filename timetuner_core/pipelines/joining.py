@@ -6,11 +6,12 @@ import secrets
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from timetuner_core.pipelines.kinds import ARGUMENTS_WITH_MORE_ROWS, ARGUMENTS_WITHOUT_ROWS, TIME_ARGUMENTS
 
@@ -41,14 +42,14 @@ class NetworkCall:
         rows: the length of the batch; None where the first argument is no batch. Such a call is made alone.
         has_lists: whether the batch is a list with one tensor for each row, as Z-Image has.
         positional: the names of the arguments that are passed by position.
-        structure: where the leaves are among the arguments.
+        arguments: the names of all arguments, each with the structure of its leaves; None where it is one leaf itself.
     """
 
     rows: int | None
     has_lists: bool
     positional: tuple[str, ...]
     leaves: tuple[Leaf, ...]
-    structure: TreeSpec
+    arguments: tuple[tuple[str, TreeSpec | None], ...]
 
     @classmethod
     def of(cls, network: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "NetworkCall":
@@ -63,28 +64,36 @@ class NetworkCall:
                 return False
             return lists or not any(isinstance(each, Tensor) for each in value)
 
-        paths, structure = tree_flatten_with_path(dict(sorted(arguments.items())), is_leaf=is_list_of_rows)
-        keyed = [(path[0].key, value) for path, value in paths]  # type: ignore[attr-defined]
-        leaves = tuple(Leaf(_role(name, value, rows), value) for name, value in keyed)
-        return cls(rows, lists, positional, leaves, structure)
+        leaves: list[Leaf] = []
+        structures: list[tuple[str, TreeSpec | None]] = []
+        for name, value in sorted(arguments.items()):
+            # Most arguments are one leaf, and a tree's code is slow beside a step's other work.
+            if isinstance(value, (Tensor, *PLAIN)) or is_list_of_rows(value):
+                parts, structure = [value], None
+            else:
+                parts, structure = tree_flatten(value, is_leaf=is_list_of_rows)
+            leaves += [Leaf(_role(name, part, rows), part) for part in parts]
+            structures.append((name, structure))
+        return cls(rows, lists, positional, tuple(leaves), tuple(structures))
 
     @cached_property
     def content(self) -> bytes:
         """A digest of the whole input. Calls that have the same are answered alike."""
-        return content_of([str(self.structure), *[leaf.value for leaf in self.leaves]])
+        return content_of([str(self.arguments), *[leaf.value for leaf in self.leaves]])
 
     @cached_property
-    def kind(self) -> bytes:
-        """A digest of all that has to agree between calls that are made as one."""
-        parts: list[Any] = [str(self.structure), *self.positional]
+    def kind(self) -> Hashable:
+        """All that has to agree between calls that are made as one."""
+        parts: list[Hashable] = [self.positional]
+        parts += [(name, structure and str(structure)) for name, structure in self.arguments]
         for role, value in self.leaves:
             if role == "same":
-                parts.append(value)
+                parts.append(repr(value) if isinstance(value, PLAIN) else content_of(value))
             elif role == "rows":
                 parts.append(_shapes_without_batch(value, self.rows or 1))
             else:
                 parts.append(str(value.dtype) if isinstance(value, Tensor) else type(value).__name__)
-        return content_of(parts)
+        return tuple(parts)
 
     @property
     def device(self) -> torch.device:
@@ -93,7 +102,11 @@ class NetworkCall:
 
     def on(self, network: Any) -> Any:
         """The network's answer to the call."""
-        arguments = tree_unflatten([leaf.value for leaf in self.leaves], self.structure)
+        values = iter([leaf.value for leaf in self.leaves])
+        arguments = {
+            name: next(values) if structure is None else tree_unflatten(islice(values, structure.num_leaves), structure)
+            for name, structure in self.arguments
+        }
         return network(*[arguments.pop(name) for name in self.positional], **arguments)
 
 
@@ -127,6 +140,18 @@ def split(answer: Any, calls: Sequence[NetworkCall]) -> list[Any]:
     ends = torch.tensor(sizes).cumsum(0).tolist()
     slices = [slice(end - count, end) for end, count in zip(ends, sizes, strict=True)]
     return [tree_map(partial(part, own=own), answer, is_leaf=is_list_of_rows) for own in slices]
+
+
+def batches(calls: Sequence[NetworkCall], max_rows: int) -> list[list[NetworkCall]]:
+    """The calls in groups of at most `max_rows` rows, or of one call that has more. A call without rows is alone."""
+    groups: list[list[NetworkCall]] = []
+    for call in calls:
+        fits = groups and sum(sizes_of([*groups[-1], call])) <= max_rows
+        if call.rows is not None and fits:
+            groups[-1].append(call)
+        else:
+            groups.append([call])
+    return groups
 
 
 def copied(answer: Any) -> Any:
@@ -183,12 +208,12 @@ def _role(name: str, value: Any, rows: int | None) -> Literal["rows", "time", "s
     return "same"
 
 
-def _shapes_without_batch(value: Any, rows: int) -> list[Any]:
+def _shapes_without_batch(value: Any, rows: int) -> Hashable:
     """What batches of one kind have in common; a list of rows may hold several shapes."""
     if isinstance(value, Tensor):
-        return [str(value.dtype), str(value.device), len(value) // rows, *value.shape[1:]]
+        return (value.dtype, value.device, len(value) // rows, *value.shape[1:])
     shapes = [_shapes_without_batch(each[None], 1) if isinstance(each, Tensor) else each for each in value]
-    return sorted({str(shape) for shape in shapes})
+    return frozenset(map(str, shapes))
 
 
 def _joined(calls: Sequence[NetworkCall], index: int) -> Any:

@@ -11,8 +11,9 @@ The threads take turns: only one of them, or the caller's, is ever running. They
 import contextvars
 import copy
 import threading
+import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -22,13 +23,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from timetuner_core.models.out_of_memory import is_out_of_memory
+from timetuner_core.pipelines.batch_limit import BatchLimit
 from timetuner_core.pipelines.joining import (
     NetworkCall,
+    batches,
     content_of,
     copied,
     join,
     relative_difference,
-    sizes_of,
     split,
 )
 from timetuner_core.pipelines.kinds import PROMPT_ENCODERS, SHARED_NETWORKS
@@ -115,14 +118,16 @@ class SharedCalls:
     Where a cache such as FirstBlockCache is on, its state belongs to one run: requests then run one after the other.
 
     Args:
-        max_batch: the most rows of one call of the network.
+        max_batch: the most rows of one call of the network. largest_batch: more than that, up to this many, if timing
+            such calls shows that it pays, for each kind of call; see `BatchLimit`.
+        max_seconds: a call of more than `max_batch` rows takes at most this long.
         max_threads: the most requests that run at once.
         refuse_large: a run whose own calls have more rows than `max_batch` fails. If not, they are made alone.
         check_rows: compare the first shared call of each kind with the call of its first request alone. If a network's
             rows depend on each other by more than rounding, all calls of that kind are made alone.
 
     Attributes:
-        networks: those whose calls are shared, by name.
+        networks: those whose calls are shared, by name. pipeline_class: that of the copies which make the runs.
         num_calls: how often a network was called. num_asked: how often a run asked for one.
         num_rows: the rows of all calls. most_rows: those of the largest.
     """
@@ -132,6 +137,8 @@ class SharedCalls:
         pipeline: Any,
         *,
         max_batch: int = MAX_BATCH,
+        largest_batch: int | None = None,
+        max_seconds: float = 0.25,
         max_threads: int = MAX_THREADS,
         refuse_large: bool = True,
         check_rows: bool = True,
@@ -140,19 +147,23 @@ class SharedCalls:
             if value < 1:
                 raise ValueError(f"{name} is {value}; accepted: 1 or more")
         self.pipeline = pipeline
+        self.pipeline_class = _class_with_known_device(type(pipeline))
         self.networks = {name: part for name in SHARED_NETWORKS if (part := getattr(pipeline, name, None)) is not None}
         if not self.networks:
             accepted = f"a pipeline with one of {', '.join(SHARED_NETWORKS)}"
             raise ValueError(f"{type(pipeline).__name__} has no denoiser; accepted: {accepted}")
         self._max_batch, self._max_threads, self._check_rows = max_batch, max_threads, check_rows
         self._refuse_large = refuse_large
+        self._largest_batch, self._max_seconds = largest_batch or max_batch, max_seconds
+        self._limits: dict[tuple[str, Hashable], BatchLimit] = {}
         self._remembered: dict[tuple[str, bytes], Any] = {}
         self._prompts: OrderedDict[tuple[str, bytes], Any] = OrderedDict()  # The one that was used last is the last.
         self._prompt_bytes = 0
-        self._separable: dict[tuple[str, bytes], bool] = {}
+        self._separable: dict[tuple[str, Hashable], bool] = {}
         self._waiting: deque[_Run] = deque()
         self._running: list[_Run] = []
         self._runs_alone = False
+        self._device: torch.device | None = None
         self.num_calls = self.num_asked = self.num_rows = self.most_rows = 0
 
     def submit(self, request: Request) -> Result:
@@ -189,6 +200,13 @@ class SharedCalls:
             run.advance()
         self._end_runs()
         return bool(self._running or self._waiting)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the pipeline computes on, as it was when the runs of now began."""
+        if self._device is None or not self._running:
+            self._device = self.pipeline._execution_device
+        return self._device
 
     def first_call(self, request: Request) -> NetworkCall:
         """The first call of a network that a request would make. The call is not made, and the request ends there.
@@ -320,15 +338,18 @@ class SharedCalls:
             """Calls of one key are answered alike. A digest copies an input to the CPU, so it is made if needed."""
             return call.content if remembers else id(call).to_bytes(8)
 
-        groups: dict[tuple[str, bytes], dict[bytes, NetworkCall]] = {}
+        groups: dict[tuple[str, Hashable], dict[bytes, NetworkCall]] = {}
         for run in runs:
             call = run.asked_call
             if (run.network, key_of(call)) not in self._remembered:
                 groups.setdefault((run.network, call.kind), {})[key_of(call)] = call
         answers: dict[tuple[str, bytes], Any] = {}
         for (network, kind), calls in groups.items():
-            for part in self._batches(list(calls.values()), together=self._separable.get((network, kind), True)):
-                made = self._call_together(network, kind, part)
+            new = BatchLimit(self._max_batch, self._largest_batch, self._max_seconds)
+            limit = self._limits.setdefault((network, kind), new)
+            together = self._separable.get((network, kind), True)
+            for part in batches(list(calls.values()), limit.rows if together else 1):
+                made = self._call_together(network, kind, part, limit)
                 answers |= {(network, key_of(call)): answer for call, answer in zip(part, made, strict=True)}
         for run in runs:
             key = (run.network, key_of(run.asked_call))
@@ -340,24 +361,15 @@ class SharedCalls:
             if run.request.is_previewed and not isinstance(answer, BaseException):
                 run.answers[run.network] = answer
 
-    def _batches(self, calls: list[NetworkCall], *, together: bool) -> list[list[NetworkCall]]:
-        """The calls in groups of at most `max_batch` rows."""
-        groups: list[list[NetworkCall]] = []
-        for call in calls:
-            fits = groups and sum(sizes_of([*groups[-1], call])) <= self._max_batch
-            if together and call.rows is not None and fits:
-                groups[-1].append(call)
-            else:
-                groups.append([call])
-        return groups
-
-    def _call_together(self, network: str, kind: bytes, calls: list[NetworkCall]) -> list[Any]:
+    def _call_together(self, network: str, kind: Hashable, calls: list[NetworkCall], limit: BatchLimit) -> list[Any]:
         """The answers, or the errors, of calls of one kind."""
         if len(calls) == 1 or not self._separable.get((network, kind), True):
             return [self._call_one(network, call) for call in calls]
         try:
-            answers = split(self._call(network, join(calls)), calls)
-        except Exception:  # Each call by itself tells whose error it is.
+            answers = split(self._timed(network, join(calls), limit), calls)
+        except Exception as error:  # Each call by itself tells whose error it is.
+            if is_out_of_memory(error):
+                limit.give_up()
             return [self._call_one(network, call) for call in calls]
         if self._check_rows and (network, kind) not in self._separable:
             alone = self._call_one(network, calls[0])
@@ -375,6 +387,17 @@ class SharedCalls:
             return self._call(network, call)
         except Exception as error:
             return error
+
+    def _timed(self, network: str, call: NetworkCall, limit: BatchLimit) -> Any:
+        """The answer to a call, which teaches its limit something until that is found."""
+        if not limit.would_learn(call.rows or 1):
+            return self._call(network, call)
+        started = time.perf_counter()
+        answer = self._call(network, call)
+        first = next(each for each in tree_leaves(answer) if isinstance(each, Tensor))
+        first.flatten()[0].item()  # A GPU is done only when a number has arrived.
+        limit.note(call.rows or 1, time.perf_counter() - started)
+        return answer
 
     def _call(self, network: str, call: NetworkCall) -> Any:
         self.num_calls += 1
@@ -477,7 +500,8 @@ class _Run:
     def _copy_of(self, shared: SharedCalls) -> Any:
         """The pipeline with this run's scheduler and with proxies; it has no effect on the original."""
         pipeline = copy.copy(shared.pipeline)
-        replaced: dict[str, Any] = {}
+        pipeline.__class__ = shared.pipeline_class
+        replaced: dict[str, Any] = {"_known_device": shared.device}
         for name, network in shared.networks.items():
             replaced[name] = _Proxy(network, partial(self._ask, name, network))
         for name in PROMPT_ENCODERS:
@@ -519,6 +543,13 @@ class _Run:
                 del scheduler.step
             else:
                 scheduler.step = own
+
+
+def _class_with_known_device(pipeline_class: type[Any]) -> type[Any]:
+    """A pipeline's class that is told its device. diffusers searches all modules for it, each time that it is asked."""
+    known_device = property(lambda pipeline: pipeline._known_device)
+    own = {"_execution_device": known_device, "__module__": pipeline_class.__module__}
+    return type(pipeline_class.__name__, (pipeline_class,), own)
 
 
 class _Proxy:
