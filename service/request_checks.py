@@ -18,6 +18,7 @@ from service.shared.addresses import is_allowed
 from service.shared.job_requests import ALWAYS, NOT_GIVEN, OWN_SAMPLER, SamplingSetting, Timesteps
 from service.shared.pipeline_calls import (
     DEFAULT_NUM_STEPS,
+    SIZES,
     ArgumentError,
     check_arguments,
     image_sizes,
@@ -42,6 +43,7 @@ OF_PIPELINES: dict[str, Any] = {
     "negative_prompt": None,
     "height": None,
     "width": None,
+    "sizes": None,
     "call": {},
 }
 
@@ -162,6 +164,9 @@ def _sizes(spec: dict[str, Any], setting: SamplingSetting, call: dict[str, Any],
     multiple = spec.get("size_multiple") or 1
     sizes: dict[str, int | None] = {}
     has_images = bool(image_sizes(call))
+    if (several := getattr(setting, "sizes", None)) is not None:
+        _check_sizes(spec, setting, several, where, has_images=has_images)
+        return dict.fromkeys(SIZES)
     for name, usual in default.items():
         value: int | None = getattr(setting, name)
         if name not in spec["call"]:
@@ -172,6 +177,24 @@ def _sizes(spec: dict[str, Any], setting: SamplingSetting, call: dict[str, Any],
         elif value % multiple:
             raise InvalidError(f"{name} is {value}; accepted: a multiple of {multiple}", (where, name), value)
     return sizes
+
+
+def _check_sizes(
+    spec: dict[str, Any], setting: SamplingSetting, sizes: list[tuple[int, int]], where: str, *, has_images: bool
+) -> None:
+    """Refuse several sizes beside one, of a pipeline that takes none, or that its decoder cannot make."""
+    multiple = spec.get("size_multiple") or 1
+    for name in SIZES:
+        if (value := getattr(setting, name)) is not None:
+            raise InvalidError(f"{name} is {value}; accepted beside sizes: null", (where, name), value)
+        if name not in spec["call"]:
+            raise InvalidError(f"sizes is given, and this pipeline takes no {name}; accepted: null", (where, "sizes"))
+    if has_images:
+        raise InvalidError("sizes is given; accepted for a call with an image: null", (where, "sizes"))
+    for number, size in enumerate(sizes):
+        if any(value % multiple for value in size):
+            message = f"sizes[{number}] is {list(size)}; accepted: multiples of {multiple}"
+            raise InvalidError(message, (where, "sizes", number), list(size))
 
 
 def _check_texts(spec: dict[str, Any], setting: SamplingSetting, where: str) -> None:

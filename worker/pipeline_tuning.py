@@ -24,7 +24,7 @@ from service.registry.tables import (
     TuningJobStep,
 )
 from service.shared.job_requests import TuningJobRequest
-from service.shared.pipeline_calls import deciding_arguments
+from service.shared.pipeline_calls import SIZES
 from timetuner_core.pipelines.prompts import check_prompt_lengths
 from timetuner_core.tuners import PipelineTuner
 from worker.lease import JobRefusedError, Lease, WorkerStoppingError
@@ -58,6 +58,8 @@ def run_pipeline_job(runtime: Runtime, lease: Lease, job: TuningJob) -> None:
     assert isinstance(tuner, PipelineTuner)
     call = call_of(request, served)
     call.pop("output_type", None)  # The tuner compares latents.
+    if request.sizes is not None:
+        call |= dict(zip(SIZES, map(list, zip(*request.sizes, strict=True)), strict=True))
     prompts = read_prompts(request.prompts) if takes_prompts(served.pipeline) else None
     for prompt in prompts or []:
         try:
@@ -202,7 +204,7 @@ def _schedule_row(
         timesteps=found.timesteps,
         t_ratios=found.t_ratios,
         solver_table=found.solver_table,
-        call=deciding_arguments(request.height, request.width, request.call) or None,
+        call=request.deciding() or None,
         provenance={
             "tuner": dataclasses.asdict(request.tuner),
             "seed": request.seed,

@@ -56,8 +56,22 @@ def assignment(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def size(text: str) -> tuple[int, int]:
+    """A height and a width."""
+    height, times, width = text.partition("x")
+    if not (times and height.isdecimal() and width.isdecimal()):
+        raise typer.BadParameter(f"{text!r}; accepted: HEIGHTxWIDTH, such as 768x1024")
+    return int(height), int(width)
+
+
 Height = Annotated[int | None, typer.Option(help="Of pipelines, in pixels. [the pipeline's own]")]
 Width = Annotated[int | None, typer.Option(help="[the pipeline's own]")]
+Sizes = Annotated[
+    list[Any],
+    typer.Option(
+        "--size", parser=size, metavar="HEIGHTxWIDTH", help="Of pipelines: several sizes, each by its own --size."
+    ),
+]
 NegativePrompt = Annotated[str | None, typer.Option(help="What a pipeline's images are not to show.")]
 CallArguments = Annotated[
     list[Any],

@@ -24,6 +24,7 @@ from service.cli.options import (
     NumSteps,
     Private,
     SamplerName,
+    Sizes,
     Timesteps,
     Width,
     assignment,
@@ -49,6 +50,7 @@ def tune(
     negative_prompt: NegativePrompt = None,
     height: Height = None,
     width: Width = None,
+    sizes: Sizes = [],  # noqa: B006
     call: CallArguments = [],  # noqa: B006
     image: ImageFiles = [],  # noqa: B006
     sampler: SamplerName = None,
@@ -87,6 +89,7 @@ def tune(
         negative_prompt=negative_prompt,
         height=height,
         width=width,
+        sizes=sizes or None,
         call=call_of(call, image),
         sampler=sampler,
         clipping=clipping,

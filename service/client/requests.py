@@ -49,6 +49,12 @@ class CallOptions(TypedDict, total=False):
     call: Mapping[str, Any]
 
 
+class SizesOption(TypedDict, total=False):
+    """For pipelines, in place of `height` and `width`: several (height, width). The schedule serves all between."""
+
+    sizes: Sequence[tuple[int, int]] | None
+
+
 class Setting(SettingOptions, CallOptions, total=False):
     """A model and how it is sampled. A schedule is tuned for one setting and found by it."""
 
@@ -139,7 +145,7 @@ class EvaluationRequest(TypedDict, total=False):
     batch_size: int
 
 
-class TuningJobRequest(Setting, total=False):
+class TuningJobRequest(Setting, SizesOption, total=False):
     """Tune one schedule."""
 
     timesteps: Timesteps
@@ -191,7 +197,7 @@ class SolverTable(TypedDict):
     b: Sequence[Sequence[float]]
 
 
-class ScheduleImport(Setting, total=False):
+class ScheduleImport(Setting, SizesOption, total=False):
     """A schedule made elsewhere; `Schedule.to_import()` is one."""
 
     timesteps: Required[Sequence[float]]

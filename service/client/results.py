@@ -17,6 +17,7 @@ from service.client.errors import JobFailedError, NoScheduleError, NotReadyError
 from service.client.problems import Problem, error_of
 from service.client.requests import ScheduleImport
 from service.shared.image_formats import to_images, to_png_grid
+from service.shared.pipeline_calls import SIZES, sizes_of_import
 
 if TYPE_CHECKING:
     from timetuner_core.integrations.diffusers import TimeTunerScheduler
@@ -227,13 +228,13 @@ class Schedule(BaseModel):
 
         Whether it is private there is for the one who imports it to say.
         """
-        theirs = {"private", "override", "model_content_hash", "height", "width", "call"}
+        theirs = {"private", "override", "model_content_hash", "height", "width", "sizes", "call"}
         names = set(ScheduleImport.__annotations__) - theirs
         kept: ScheduleImport = self.model_dump(mode="json", include=names)  # type: ignore[assignment]
         if self.call is not None:
-            sizes = {name: self.call[name] for name in ("height", "width") if name in self.call}
+            sizes = {name: self.call[name] for name in SIZES if name in self.call}
             call = {name: value for name, value in self.call.items() if name not in (*sizes, "image_sizes")}
-            kept.update({**sizes, "call": call})  # type: ignore[typeddict-item]
+            kept.update({**sizes_of_import(sizes), "call": call})  # type: ignore[typeddict-item]
         return kept
 
     def _repr_html_(self) -> str:

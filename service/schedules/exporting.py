@@ -16,6 +16,7 @@ from service.registry.tables import Model
 from service.schedules.logic import get_schedule
 from service.schedules.schemas import ExportQuery, ScheduleImport, ScheduleOut
 from service.shared.artifacts import ArtifactStore, DamagedArtifactError
+from service.shared.pipeline_calls import SIZES, sizes_of_import
 from service.shared.processes import python
 from service.state import AppState
 from timetuner_core.catalog import BUILTIN_FOLDERS, BUILTINS
@@ -76,7 +77,8 @@ def _import_file(subject: Subject) -> Exported:
     names = ScheduleImport.model_fields.keys() - NOT_EXPORTED
     content = {name: value for name, value in schedule.items() if name in names}
     call = dict(content.pop("call", None) or {})  # Only a pipeline's schedule has arguments of a call.
-    content |= {name: call.pop(name) for name in ("height", "width") if name in call}
+    sizes = {name: call.pop(name) for name in SIZES if name in call}
+    content |= sizes_of_import(sizes)
     content |= {"call": call} if call else {}
     content["model_content_hash"] = subject.model["content_hash"]
     return Exported((json.dumps(content, indent=2) + "\n").encode(), ["The evaluation stays in this registry."])

@@ -19,12 +19,11 @@ from service.registry.tables import SampleJob, Schedule, ScheduleAlias, Schedule
 from service.request_checks import check_timesteps, get_requested_model, settled
 from service.schedules.schemas import ScheduleImport, ScheduleQuery
 from service.shared.job_requests import OWN_SAMPLER, SamplingSetting
-from service.shared.pipeline_calls import deciding_arguments
+from service.shared.pipeline_calls import INTERVAL, SIZES, covers, covers_value
 from service.shared.sampler_facts import sampler_facts
 
 MAX_SCANNED = 10_000  # One page of a list looks at no more schedules than that.
 MAX_COUNTED = 100
-SIZES = ("height", "width")  # Arguments of a pipeline's call that requests have fields for.
 RESERVED_ALIASES = ("auto", "none")
 
 
@@ -74,14 +73,16 @@ def newest(session: Session, caller: Caller, query: ScheduleQuery) -> tuple[Sequ
 
 
 def resolve(session: Session, caller: Caller, setting: SamplingSetting) -> tuple[Schedule | None, str]:
-    """The best accepted schedule for exactly this setting, or None for untuned, and the reason.
+    """The best accepted schedule for exactly this setting, or for sizes that hold its own; or None, and the reason.
 
     It is one of the public schedules and of those that are private to the caller's own key, for admins, too.
     """
     of_any_sampler = setting.sampler == OWN_SAMPLER
+    key = setting.key()
     found = [
-        session.execute(_best(of_any_sampler), setting.key() | {"private_to": private_to}).one()
+        session.execute(_best(of_any_sampler), key | {"private_to": private_to, "call_key": call_key}).one()
         for private_to in realms(caller)
+        for call_key in (key["call_key"], *_intervals(session, setting, private_to))
     ]
     accepted = [schedule for schedule, _ in found if schedule is not None]
     num_rejected = sum(count for _, count in found)
@@ -93,11 +94,26 @@ def resolve(session: Session, caller: Caller, setting: SamplingSetting) -> tuple
     return None, f"untuned: no accepted schedule for this setting ({counted} rejected)"
 
 
+def _intervals(session: Session, setting: SamplingSetting, private_to: str) -> list[str]:
+    """The call keys of accepted schedules for intervals of sizes that hold those of a setting."""
+    deciding = setting.deciding()
+    if not all(isinstance(deciding.get(name), int) for name in SIZES):
+        return []
+    key = {name: value for name, value in setting.key().items() if name != "call_key"}
+    if setting.sampler == OWN_SAMPLER:
+        del key["sampler"]
+    of_intervals = (Schedule.call_key >= INTERVAL, Schedule.call_key < INTERVAL[:-1] + chr(ord(INTERVAL[-1]) + 1))
+    query = select(func.min(Schedule.id)).filter_by(**key, private_to=private_to, status=ScheduleStatus.ACCEPTED)
+    one_of_each = query.where(*of_intervals).group_by(Schedule.call_key).limit(MAX_COUNTED)
+    schedules = session.scalars(select(Schedule).where(Schedule.id.in_(one_of_each.scalar_subquery())))
+    return [schedule.call_key for schedule in schedules if covers(schedule.call or {}, deciding)]
+
+
 def mismatch(session: Session, caller: Caller, setting: SamplingSetting) -> str:
     """What does not match of the accepted schedule that is nearest to a pipeline's setting; empty if there is none."""
     query = select(Schedule).where(Schedule.model_id == setting.model, Schedule.status == ScheduleStatus.ACCEPTED)
     newest_first = query.where(is_visible(caller, Schedule)).order_by(Schedule.id.desc()).limit(MAX_COUNTED)
-    wanted = _matched(setting.key(), deciding_arguments(setting.height, setting.width, setting.call))
+    wanted = _matched(setting.key(), setting.deciding())
     if setting.sampler == OWN_SAMPLER:
         del wanted["sampler"]
     nearest: tuple[str, list[str]] | None = None
@@ -107,7 +123,7 @@ def mismatch(session: Session, caller: Caller, setting: SamplingSetting) -> str:
         different = [
             f"{name} is {_shown(wanted.get(name))}, tuned for {_shown(tuned.get(name))}"
             for name in names
-            if wanted.get(name) != tuned.get(name)
+            if not covers_value(tuned.get(name), wanted.get(name))
         ]
         if different and (nearest is None or len(different) < len(nearest[1])):
             nearest = schedule.id, different
@@ -176,7 +192,7 @@ def import_schedule(session: Session, caller: Caller, request: ScheduleImport) -
         timesteps=request.timesteps,
         t_ratios=request.t_ratios,
         solver_table=None if request.solver_table is None else request.solver_table.model_dump(),
-        call=deciding_arguments(request.height, request.width, request.call) or None,
+        call=request.deciding() or None,
         provenance=request.provenance,
         evaluation=None,
     )

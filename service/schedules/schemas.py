@@ -27,6 +27,7 @@ from service.shared.job_requests import (
     GuidanceTime,
     SamplerName,
     SamplingSetting,
+    SettingOfSizes,
 )
 from service.shared.pipeline_calls import plain_arguments
 from timetuner_core.catalog import GuidanceType
@@ -128,7 +129,7 @@ class ScheduleOut(BaseModel):
         return self
 
 
-class ScheduleImport(SamplingSetting):
+class ScheduleImport(SettingOfSizes):
     """A schedule made elsewhere, or exported by another registry."""
 
     timesteps: list[FiniteFloat] = Field(

@@ -16,7 +16,14 @@ from pydantic import (
 )
 
 from service.shared.fields import Eta, ExactNumber, GuidanceScale, Identifier, NumSteps, Seed
-from service.shared.pipeline_calls import DEFAULT_NUM_STEPS, MAX_TEXT, call_key, plain_arguments
+from service.shared.pipeline_calls import (
+    DEFAULT_NUM_STEPS,
+    MAX_TEXT,
+    call_key,
+    deciding_arguments,
+    plain_arguments,
+    size_intervals,
+)
 from service.shared.sampler_facts import sampler_facts
 from service.shared.webhook_url import WEBHOOK_URL, WebhookUrl
 from timetuner_core.catalog import GridName, GuidanceType, sampler_names
@@ -64,6 +71,7 @@ ClippingText = Annotated[str, Field(max_length=200), AfterValidator(_canonical)]
 OWN_CLIPPING = "own"  # The registry's word for the clipping of the model's own scheduler, which requests leave null.
 GuidanceTime = Annotated[ExactNumber, Field(ge=0, le=1000)]
 ALWAYS = {"guidance_scale": 1, "guidance_rescale": 0, "guidance_start": 0, "guidance_end": 1000}
+MAX_SIZES = 64
 NOT_GIVEN = 0  # The number of steps of a request that leaves it to the pipeline.
 Prompt = Annotated[str, Field(max_length=MAX_TEXT)]
 Size = Annotated[int, Field(ge=1, le=16_384)]
@@ -112,6 +120,10 @@ class SamplingSetting(BaseModel):
         """
         return cls.model_validate(row, extra="ignore")
 
+    def deciding(self) -> dict[str, Any]:
+        """The arguments of a pipeline's call that a schedule belongs to; see `deciding_arguments`."""
+        return deciding_arguments(self.height, self.width, self.call)
+
     def key(self) -> dict[str, Any]:
         """The columns of `Schedule.KEY`. Unguided sampling has the values of `ALWAYS`.
 
@@ -122,8 +134,23 @@ class SamplingSetting(BaseModel):
             guidance = {**ALWAYS, "guidance_scale": self.guidance_scale}
         names = ("sampler", "num_steps", "guidance_type", "eta")
         clipping = {"clipping": self.clipping or OWN_CLIPPING}
-        call = {"call_key": call_key(self.height, self.width, self.call)}
+        call = {"call_key": call_key(self.deciding())}
         return {"model_id": self.model, **{name: getattr(self, name) for name in names}, **clipping, **guidance, **call}
+
+
+class SettingOfSizes(SamplingSetting):
+    """A setting that may have several sizes."""
+
+    sizes: Annotated[list[tuple[Size, Size]], Field(min_length=2, max_length=MAX_SIZES)] | None = Field(
+        None,
+        examples=[None],
+        description="For pipelines, in place of `height` and `width`: several [height, width]. Images have them in "
+        "turn, and the schedule serves all heights and all widths from the smallest to the largest.",
+    )
+
+    def deciding(self) -> dict[str, Any]:
+        """As of one size, with intervals in place of the sizes."""
+        return super().deciding() | ({} if self.sizes is None else size_intervals(self.sizes))
 
 
 def _objective(value: Any) -> str:
@@ -176,7 +203,7 @@ def _any_of(schema: dict[str, Any]) -> None:
 PRIVATE_SCHEDULE = Field(False, description="Only the API key that makes the schedule, and admins, see and use it.")
 
 
-class TuningJobRequest(SamplingSetting):
+class TuningJobRequest(SettingOfSizes):
     """Tune one schedule."""
 
     model_config = ConfigDict(

@@ -10,7 +10,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from PIL import ExifTags, Image, ImageOps
@@ -25,6 +25,8 @@ DATA_URL = re.compile(r"data:image/(png|jpeg|webp);base64,")
 IMAGE = f"a data URL of a PNG, JPEG or WebP image of up to {MAX_IMAGE_BYTES >> 20} MiB and {MAX_IMAGE_PIXELS} pixels"
 DEFAULT_NUM_STEPS = 50
 
+INTERVAL = "sizes:"  # Keys of calls with an interval of sizes begin so.
+SIZES = ("height", "width")
 # Requests have fields of their own for these arguments of a call.
 FIELDS = ("prompt", "negative_prompt", "height", "width", "guidance_scale")
 # Arguments that are images of one channel.
@@ -98,26 +100,52 @@ def check_arguments(spec: Mapping[str, Any], call: Mapping[str, Any], *, is_comp
     return checked
 
 
-def call_key(height: int | None, width: int | None, call: Mapping[str, Any]) -> str:
-    """A digest of the arguments that change latents and are no content; empty if there are none.
+def call_key(deciding: Mapping[str, Any]) -> str:
+    """A digest of what `deciding_arguments` gives, which begins with `INTERVAL` if a size is one. Empty of nothing."""
+    if not deciding:
+        return ""
+    digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:32]
+    return INTERVAL + digest if any(isinstance(deciding.get(name), list) for name in SIZES) else digest
+
+
+def deciding_arguments(height: int | None, width: int | None, call: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call that change latents and are no content, by name, and its sizes.
 
     Texts and images are content. The size of an image counts where it decides the size of the result.
 
     Args:
         call: arguments as `check_arguments` gives them.
     """
-    deciding = deciding_arguments(height, width, call)
-    if not deciding:
-        return ""
-    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def deciding_arguments(height: int | None, width: int | None, call: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call that are no content, by name, and its sizes: those given, else those of its images."""
     sizes: dict[str, Any] = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
     if len(sizes) < 2 and (found := image_sizes(call)):
         sizes["image_sizes"] = found
     return sizes | {name: value for name, value in sorted(call.items()) if not _is_content(value)}
+
+
+def size_intervals(sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Height and width of several sizes, each as [smallest, largest]; one that all share is a number."""
+    bounds = {name: [min(each), max(each)] for name, each in zip(SIZES, zip(*sizes, strict=True), strict=True)}
+    return {name: low if low == high else [low, high] for name, (low, high) in bounds.items()}
+
+
+def sizes_of_import(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an import that stand for sizes as a schedule's `call` has them: `sizes` if one is an interval."""
+    if not any(isinstance(size, list) for size in sizes.values()):
+        return dict(sizes)
+    corners = [size if isinstance(size, list) else [size, size] for size in (sizes[name] for name in SIZES)]
+    return {"sizes": [list(corner) for corner in zip(*corners, strict=True)]}
+
+
+def covers(tuned: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a schedule that was tuned for some deciding arguments, maybe for intervals of sizes, serves others."""
+    return tuned.keys() == wanted.keys() and all(covers_value(tuned[name], wanted[name]) for name in tuned)
+
+
+def covers_value(tuned: Any, wanted: Any) -> bool:
+    """Whether one value is the other, or a number within its interval."""
+    if isinstance(tuned, list) and isinstance(wanted, int):
+        return len(tuned) == 2 and bool(tuned[0] <= wanted <= tuned[1])
+    return bool(tuned == wanted)
 
 
 def image_sizes(call: Mapping[str, Any]) -> list[list[int]]:

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+import typer
 
-from service.cli.options import assignment, call_of, image_file
+from service.cli.options import assignment, call_of, image_file, size
 from service.cli.output import CommandError
 from service.cli.tune import _read_prompts
 from service.shared.pipeline_calls import decode_image
@@ -28,6 +29,12 @@ def test_arguments_and_image_files_become_a_call(tmp_path: Path) -> None:
 def test_what_is_no_image_is_refused(tmp_path: Path, name: str, expected: str) -> None:
     with pytest.raises(CommandError, match=expected):
         call_of([], [image_file(str(tmp_path / name))])
+
+
+def test_a_size_is_height_and_width() -> None:
+    assert size("768x1024") == (768, 1024)
+    with pytest.raises(typer.BadParameter, match=r"'768'; accepted: HEIGHTxWIDTH"):
+        size("768")
 
 
 def test_prompts_are_the_lines_of_a_file(tmp_path: Path) -> None:

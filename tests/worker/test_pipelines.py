@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from starlette.testclient import TestClient
 
+from service.client.results import Schedule as ClientSchedule
 from service.registry.tables import JobState, TuningJob
 from tests.conftest import MakeDatabaseUrl
 from tests.pipelines import BY_NAME, SIZE, Json, api_and_worker, call_of, data_url, picture, plain, register, request_of
@@ -169,6 +170,38 @@ def test_a_tuned_schedule_is_used_by_auto_at_its_own_sizes_and_guidance_only(ser
     finally:
         pipeline.scheduler = own
     assert torch.allclose(torch.from_numpy(service.images(by_id)[0]), expected, atol=2e-5)
+
+
+def test_a_schedule_of_several_sizes_serves_all_between(service: Service, tuned: Json) -> None:
+    job = tune(service, "sd15", sizes=[[SIZE, SIZE], [3 * SIZE, SIZE]], guidance_scale=2, num_steps=3)
+    assert job["state"] == "succeeded", job["error"]
+    schedule: Json = service.api.get(f"/v1/schedules/{job['schedule']}").json()
+    assert schedule["call"] == {"height": [SIZE, 3 * SIZE], "width": SIZE}
+    assert schedule["status"] == "accepted"
+    setting: Json = {"model": service.model("sd15"), "num_steps": 3, "guidance_scale": 2}
+
+    def resolve(**changed: Any) -> Json:
+        found: Json = service.api.get("/v1/schedules/resolve", params={**setting, **changed}).json()
+        return found
+
+    for height in (SIZE, 2 * SIZE, 3 * SIZE):
+        assert resolve(height=height)["schedule"]["id"] == schedule["id"]
+        assert resolve(height=height, sampler="dpmpp_2m")["schedule"]["id"] == schedule["id"]
+    tall = resolve(height=4 * SIZE)
+    assert tall["schedule"] is None
+    assert f"height is {4 * SIZE}, tuned for [{SIZE}, {3 * SIZE}]" in tall["reason"]
+    for changed in ({"width": 2 * SIZE}, {"sampler": "ddim"}, {"call": '{"guidance_rescale": 0.5}'}):
+        assert resolve(**changed)["schedule"] is None, changed
+    job_id = service.submit("sd15", num_steps=3, guidance_scale=2, height=2 * SIZE)
+    assert service.api.get(f"/v1/samples/{job_id}").json()["schedule"] == schedule["id"]
+    service.worker.serve()
+
+    content = service.api.get(f"/v1/schedules/{schedule['id']}/export", params={"format": "json"}).json()
+    assert content["sizes"] == [[SIZE, SIZE], [3 * SIZE, SIZE]]
+    for request in (content, ClientSchedule.model_validate(schedule).to_import()):
+        answer = service.api.post("/v1/schedules", json=request)
+        assert answer.status_code == 201, answer.text
+        assert answer.json()["call"] == schedule["call"]
 
 
 def test_resolving_says_what_does_not_match(service: Service, tuned: Json) -> None:
@@ -457,6 +490,9 @@ def test_what_a_pipeline_does_not_take_is_refused_by_name(
         ({"prompts": ["a", " "]}, "prompts.1: prompts[1] is empty; accepted: a text"),
         ({"tuner": {"objective": "solver"}}, "tuner.objective: tuner.objective is 'solver'; accepted for a pipeline"),
         ({"sampler": "own"}, "sampler: "),
+        ({"sizes": [[16, 16], [24, 17]]}, "sizes.1: sizes[1] is [24, 17]; accepted: multiples of 8"),
+        ({"sizes": [[16, 16], [24, 24]], "width": 16}, "width: width is 16; accepted beside sizes: null"),
+        ({"sizes": [[16, 16]]}, "sizes: "),
         ({"sampler": "ddpm"}, "sampler: sampler is 'ddpm'; accepted for a pipeline: ddim, euler"),
         ({"timesteps": "uniform"}, "timesteps: timesteps is given"),
         ({"call": {"eta": 0.5}}, "call.eta: call.eta is no argument of this pipeline"),
