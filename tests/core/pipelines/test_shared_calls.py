@@ -115,8 +115,8 @@ def test_prompts_of_other_lengths_with_several_images_each_are_not_mixed_up(name
 def test_an_error_ends_its_own_run_only() -> None:
     kind = by_name("sd15")
     pipeline = kind.build()
-    threads = threading.active_count()
     expected = alone(pipeline, request(pipeline, kind, 4, 0))
+    threads = threading.active_count()  # The first call of a pipeline starts a thread of tqdm's.
     wrong = [
         request(pipeline, kind, 4, 1, prompt=3),
         request(pipeline, kind, 3, 2, scheduler=scheduler_of(pipeline, 4)),
