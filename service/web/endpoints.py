@@ -149,7 +149,7 @@ def schedule(schedule_id: PathId, request: Request, caller: AnyCaller, state: St
             "model": model,
             "aliases": views.aliases_of(session, [row])[row.id],
             "charts": views.schedule_charts(row),
-            "worth_chart": views.worth_chart(row),
+            "worth_chart": views.worth_chart(row, views.rivals_of(session, caller, row)),
             "formats": formats_of(model),
         }
     base_url = str(request.base_url).rstrip("/")

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import func, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, joinedload
 
 from service.access.callers import Caller
 from service.access.visibility import is_visible
-from service.registry.tables import Model, Schedule, ScheduleAlias, TuningJob
+from service.registry.tables import Model, Schedule, ScheduleAlias, ScheduleStatus, TuningJob
 from service.schedules.schemas import ScheduleOut
 from service.shared.job_requests import ALWAYS, OWN_CLIPPING
 from service.shared.pipeline_calls import is_pipeline
@@ -20,6 +20,7 @@ from timetuner_core.tuners import TUNERS
 
 MAX_COUNTED = 1000
 MAX_EVENTS = 1000
+MAX_RIVALS = 200
 METRICS = {
     "teacher_l2": "distance to the teacher",
     "teacher_l2_native": "distance to the teacher, against the pipeline's own scheduler",
@@ -69,12 +70,35 @@ def guidance_of(schedule: Schedule) -> str:
 
 def network_calls(schedule: Schedule) -> int | None:
     """Network calls per image, or None if the sampler's package is not installed any more, or not loaded yet."""
+    return _calls(schedule, schedule.timesteps)
+
+
+def untuned_calls(schedule: Schedule, num_steps: int) -> int | None:
+    """Network calls per image of a schedule's setting with so many steps, untuned; None where they are not known."""
+    return _calls(schedule, [*[1.0] * num_steps, schedule.timesteps[-1]])  # Only the last time decides.
+
+
+def _calls(schedule: Schedule, timesteps: Sequence[float]) -> int | None:
     try:
         sampler = sampler_facts(schedule.sampler)
     except (ValueError, SamplersUnknownError):
         return None
     guided = schedule.guidance_type == "classifier-free" and schedule.guidance_scale != 1
-    return sampler.network_calls(schedule.timesteps) * (2 if guided else 1)
+    return sampler.network_calls(timesteps) * (2 if guided else 1)
+
+
+def verdict_of(schedule: Schedule) -> str:
+    """What was found of a schedule: that it is accepted, rejected or undecided; or that it was imported."""
+    verdict = schedule.evaluation.verdict if schedule.evaluation else None
+    return verdict or str(schedule.status)
+
+
+def playground_query(schedule: Schedule) -> dict[str, Any]:
+    """The query that opens the playground with a schedule and its setting."""
+    call = {name: value for name, value in (schedule.call or {}).items() if name in ("height", "width")}
+    setting = {name: getattr(schedule, name) for name in ("sampler", "num_steps", "guidance_type")}
+    scale = f"{schedule.guidance_scale:f}".rstrip("0").rstrip(".")
+    return {"model": schedule.model_id, **setting, "guidance_scale": scale, **call, "schedule": schedule.id}
 
 
 def tuner_of(schedule: Schedule) -> str:
@@ -128,7 +152,7 @@ def sample_request(schedule: Schedule, model: Model) -> dict[str, Any] | None:
     if is_pipeline(model.spec):
         return None
     is_image = len(model.spec["image_shape"]) == 3
-    count, labels = 8 if is_image else 128, labels_of(model)
+    count, labels = 9 if is_image else 128, labels_of(model)
     guided = schedule.guidance_type != "uncond"
     return {
         "model": model.id,
@@ -150,20 +174,53 @@ def schedule_charts(schedule: Schedule) -> list[Chart | None]:
 
 
 def summary(schedule: Schedule) -> str | None:
-    """What a schedule brought, in a sentence or two; None for an imported one."""
+    """What a schedule brought, in a sentence or two, without the verdict's name; None for an imported one."""
     evaluation = ScheduleOut.model_validate(schedule).evaluation
-    return None if evaluation is None else evaluation.summary
-
-
-def worth_chart(schedule: Schedule) -> Chart | None:
-    """The untuned sampler's distance to the teacher by its steps, and the schedule's."""
-    worth = schedule.evaluation.worth if schedule.evaluation else None
-    if worth is None:
+    if evaluation is None:
         return None
-    untuned = Series("untuned", [(each["num_steps"], each["teacher_l2"]) for each in worth["untuned"]])
-    tuned = Series("tuned", [(schedule.num_steps, worth["teacher_l2"])])
-    description = f"Distance to the teacher by the number of steps, of {worth['num_samples']} noises; lower is better."
-    return make_chart("Distance to the teacher", description, "steps", "distance", [untuned, tuned], log_y=True)
+    if schedule.status == ScheduleStatus.REJECTED:
+        reason = evaluation.reason or "not better than untuned beyond chance, or worse in some respect"
+        return f"{reason[0].upper()}{reason[1:]}."
+    return evaluation.summary
+
+
+def rivals_of(session: Session, caller: Caller, schedule: Schedule) -> list[Schedule]:
+    """Other schedules of the same setting, with any number of steps, that were measured on the same noises."""
+    key = [name for name in Schedule.KEY if name != "num_steps"]
+    same = [getattr(Schedule, name) == getattr(schedule, name) for name in key]
+    query = select(Schedule).where(*same, is_visible(caller, Schedule), Schedule.id != schedule.id)
+    rows = session.scalars(
+        query.options(joinedload(Schedule.evaluation)).order_by(Schedule.id.desc()).limit(MAX_RIVALS)
+    )
+    return [row for row in rows if _noises(row) is not None and _noises(row) == _noises(schedule)]
+
+
+def _noises(schedule: Schedule) -> tuple[int, int, int] | None:
+    """What decides the noises and the teacher that a schedule's worth was measured with; None if it was not."""
+    evaluation = schedule.evaluation
+    if evaluation is None or evaluation.worth is None:
+        return None
+    return evaluation.seed, evaluation.teacher_num_steps, evaluation.worth["num_samples"]
+
+
+def worth_chart(schedule: Schedule, rivals: Sequence[Schedule] = ()) -> Chart | None:
+    """The distance to the teacher by network calls: untuned, by the schedule, and by the best other of each tuner."""
+    worth, calls = schedule.evaluation.worth if schedule.evaluation else None, network_calls(schedule)
+    if worth is None or calls is None:
+        return None
+    points = [(untuned_calls(schedule, each["num_steps"]), each["teacher_l2"]) for each in worth["untuned"]]
+    series = [Series("untuned", [(count, value) for count, value in points if count is not None])]
+    series.append(Series("this schedule", [(calls, worth["teacher_l2"])]))
+    best: dict[str, dict[int, float]] = {}
+    for rival in rivals:
+        of_tuner, value = best.setdefault(tuner_of(rival), {}), rival.evaluation.worth["teacher_l2"]  # type: ignore[index, union-attr]
+        if (rival_calls := network_calls(rival)) is not None:
+            of_tuner[rival_calls] = min(value, of_tuner.get(rival_calls, value))
+    series += [Series(f"other by {name}", sorted(of_tuner.items())) for name, of_tuner in sorted(best.items())]
+    description = (
+        f"Distance to the teacher by network calls per image, of {worth['num_samples']} noises; lower is better."
+    )
+    return make_chart("Quality against cost", description, "network calls per image", "distance", series, log_y=True)
 
 
 def ratio_chart(ratios: Sequence[tuple[int, float]]) -> Chart | None:

@@ -17,8 +17,9 @@ LONG = {"total_iters": 500, "population_size": 16, "teacher_num_steps": 10}
 
 
 def pixels(page: Page, selector: str) -> list[int]:
-    """The colours of a picture, as red, green, blue and alpha."""
-    script = """async (image) => {
+    """The colours of the picture that a link leads to, as red, green, blue and alpha."""
+    script = """async (link) => {
+        const image = Object.assign(new Image(), {src: link.href});
         await image.decode();
         const size = [image.naturalWidth, image.naturalHeight];
         const context = new OffscreenCanvas(...size).getContext("2d");
@@ -26,6 +27,12 @@ def pixels(page: Page, selector: str) -> list[int]:
         return [...context.getImageData(0, 0, ...size).data];
     }"""
     found: list[int] = page.locator(selector).evaluate(script)
+    return found
+
+
+def shown(page: Page, selector: str) -> str:
+    """The picture that a canvas shows, as a URL of its content."""
+    found: str = page.locator(selector).evaluate("(canvas) => canvas.toDataURL()")
     return found
 
 
@@ -93,16 +100,43 @@ def test_a_schedule_shows_its_figures_its_curves_and_pictures_from_the_same_nois
     for ratio in schedule["t_ratios"]:
         expect(page.get_by_role("region", name="Ratio of each step")).to_contain_text(f"{ratio:.6g}")
     figures = page.locator("figure.sample")
-    for number, alt in enumerate(("Teacher, 100 steps: 8 samples", "Untuned, 4 steps: 8 samples")):
-        expect(figures.nth(number).get_by_role("img")).to_have_attribute("alt", re.compile(alt))
-    expect(figures.nth(2).get_by_role("link")).to_have_attribute("href", f"/schedules/{schedule['id']}")
-    assert len({figures.nth(k).locator("img").get_attribute("src") for k in range(3)}) == 3
+    for number, alt in enumerate(("Teacher, 100 steps: 9 samples", "Untuned, 4 steps: 9 samples")):
+        expect(figures.nth(number).get_by_role("img")).to_have_attribute("aria-label", re.compile(alt))
+        expect(figures.nth(number).locator(".about")).to_contain_text(("100 network calls", "4 network calls")[number])
+    expect(figures.nth(2).get_by_role("link").first).to_have_attribute("href", f"/schedules/{schedule['id']}")
+    assert len({shown(page, f"#{name} canvas") for name in ("teacher", "untuned", "tuned")}) == 3
+    expect(page.locator(".summary .badge")).to_have_text("accepted")
     expect(page.locator(".summary")).to_contain_text("4 steps, as good as 10 untuned: 60% fewer.")
-    page.get_by_text("Distance to the teacher as a table").click()
-    expect(page.get_by_role("region", name="Distance to the teacher")).to_contain_text("tuned")
+    page.get_by_text("Quality against cost as a table").click()
+    for text in ("untuned", "this schedule", "other by dmn", "other by end_to_end"):
+        expect(page.get_by_role("region", name="Quality against cost")).to_contain_text(text)
     code = page.locator("pre")
     for text in ("from service.client import TimeTuner", "TimeTunerScheduler.from_schedule", f"curl {world.url}/v1/"):
         expect(code.filter(has_text=text)).to_have_count(1)
+
+
+def test_the_first_screen_holds_what_a_schedule_brought_and_a_slider_compares_any_two_pictures(
+    world: World, page: Page
+) -> None:
+    page.goto(f"{world.url}/schedules/{world.schedules[0]['id']}")
+    settle(page)
+    for width, height in ((1280, 800), (390, 844)):
+        page.set_viewport_size({"width": width, "height": height})
+        for selector in (".summary", ".summary .badge", "#teacher canvas", "#untuned canvas", "#tuned canvas"):
+            box = page.locator(selector).bounding_box()
+            assert box is not None and box["y"] >= 0 and box["y"] + box["height"] <= height, selector
+    slider, line = page.locator(".between"), page.get_by_role("slider", name="The line between both pictures")
+    line.focus()
+    line.press("Home")
+    expect(line).to_have_attribute("aria-valuetext", "Untuned on 0 % from the left, then Tuned")
+    slider.get_by_label("Left").select_option("teacher")
+    line.press("ArrowRight")
+    expect(line).to_have_attribute("aria-valuetext", "Teacher on 1 % from the left, then Tuned")
+    assert (
+        page.locator(".between .over").evaluate("(over) => getComputedStyle(over).clipPath") == "inset(0px 99% 0px 0px)"
+    )
+    assert shown(page, ".between .over") == shown(page, "#teacher canvas")
+    assert shown(page, ".between canvas:not(.over)") == shown(page, "#tuned canvas")
 
 
 def test_a_schedule_shows_its_learned_solver_and_whether_it_is_undecided(world: World, page: Page) -> None:
@@ -112,8 +146,9 @@ def test_a_schedule_shows_its_learned_solver_and_whether_it_is_undecided(world: 
     expect(page.locator(".badge").first).to_have_text("accepted")
     page.goto(f"{world.url}/schedules/{world.schedules[2]['id']}")
     expect(page.locator(".badge").first).to_have_text("undecided")
-    expect(page.locator(".summary")).to_have_text("Undecided: as the test has it.")
-    expect(page.locator(".warning")).to_contain_text("auto does not take it")
+    expect(page.locator(".summary")).to_have_text("undecided As the test has it.")
+    expect(page.get_by_role("link", name="Try it all the same")).to_be_visible()
+    expect(page.locator(".warning")).to_contain_text("Undecided: it is not known to be better than untuned sampling")
     expect(page.get_by_role("region", name="Learned solver")).to_have_count(0)
 
 
@@ -151,7 +186,8 @@ def test_tuners_are_compared_by_cost(world: World, page: Page) -> None:
 def test_the_playground_streams_previews_and_ends_with_the_images_of_the_api(world: World, page: Page) -> None:
     page.goto(f"{world.url}/playground?model={world.model}")
     page.evaluate("""window.previews = new Set();
-        const note = () => document.querySelectorAll("#untuned img").forEach((image) => previews.add(image.src));
+        const predicted = "#untuned canvas[aria-label='The images as predicted so far']";
+        const note = () => document.querySelectorAll(predicted).forEach((canvas) => previews.add(canvas.toDataURL()));
         new MutationObserver(note).observe(document.body, {childList: true, subtree: true})""")
     steps = page.locator("[name=num_steps]")
     steps.focus()
@@ -164,13 +200,12 @@ def test_the_playground_streams_previews_and_ends_with_the_images_of_the_api(wor
     page.get_by_role("button", name="Sample").click()
     for figure in ("#untuned", "#tuned"):
         expect(page.locator(figure)).to_have_attribute("aria-busy", "false")
-    previews = page.evaluate("[...previews].filter((source) => source.startsWith('data:image/png'))")
-    assert len(previews) >= 2
+    assert page.evaluate("previews.size") >= 2
     expect(page.locator("#tuned")).to_contain_text("No accepted schedule")
     body = {"model": world.model, "num_steps": 30, "num_images": 4, "seed": 77, "schedule": "none", "class_labels": 3}
     body |= {"guidance_type": "classifier-free", "guidance_scale": 2}
     png = world.stack.client.post("/v1/samples", json=body, headers={"Accept": "image/png"}).content
-    assert pixels(page, "#untuned img") == [*Image.open(io.BytesIO(png)).convert("RGBA").tobytes()]
+    assert pixels(page, "#untuned a[download]") == [*Image.open(io.BytesIO(png)).convert("RGBA").tobytes()]
 
 
 def test_the_playground_draws_points_and_says_what_was_refused(world: World, page: Page) -> None:
@@ -228,7 +263,7 @@ def test_pages_ask_for_a_key_and_show_what_it_may_do(
     expect(page.get_by_text("Your API key may not tune.")).to_be_visible()
     page.goto(f"{guarded}/schedules/{world.schedules[0]['id']}")
     settle(page)  # scripts use the API by the same cookie
-    expect(page.locator("figure.sample img")).to_have_count(3)
+    expect(page.locator("figure.sample canvas")).to_have_count(3)
     expect(page.get_by_label("New alias")).to_have_count(0)
     page.get_by_role("button", name="Log out").click()
     page.wait_for_url(f"{guarded}/login")
