@@ -6,7 +6,7 @@ from typing import Any, TypeVar, get_args
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -23,10 +23,13 @@ from service.request_checks import get_requested_model
 from service.schedules import logic as schedules_logic
 from service.schedules.exporting import formats_of
 from service.schedules.schemas import ScheduleQuery
+from service.shared.fields import GuidanceScale, Identifier, NumSteps, Seed
+from service.shared.job_requests import AnySamplerName, Prompt, Size
 from service.state import State
 from service.tuning_jobs import logic as jobs_logic
 from service.web import views
 from service.web.rendering import render
+from service.web.views import AUTO
 from timetuner_core.catalog import BUILTINS, GuidanceType, sampler_names
 
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
@@ -42,6 +45,29 @@ Query = TypeVar("Query", bound=BaseModel)
 
 class JobsQuery(PageQuery):
     state: JobState | None = None
+
+
+class SettingQuery(BaseModel):
+    """A setting that a form begins with. What is not given has the model's usual value."""
+
+    num_steps: NumSteps | None = None
+    sampler: AnySamplerName | None = None
+    guidance_type: GuidanceType | None = None
+    guidance_scale: GuidanceScale | None = None
+
+
+class PlaygroundQuery(SettingQuery):
+    """The playground's form, so that its address can be sent to somebody."""
+
+    model: str | None = None
+    schedule: Identifier | None = None
+    seed: Seed = 0
+    num_images: int | None = Field(None, ge=1)
+    class_labels: int | None = None
+    prompt: Prompt | None = None
+    negative_prompt: Prompt | None = None
+    height: Size | None = None
+    width: Size | None = None
 
 
 def read_query(request: Request, query: type[Query]) -> Query:
@@ -84,6 +110,7 @@ def models(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
 
 @router.get("/models/{model_id}")
 def model(model_id: PathId, request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
+    setting = read_query(request, SettingQuery).model_dump(exclude_none=True)
     with state.registry.read() as session:
         row = get_handed_in(session, caller, model_id)
         if not isinstance(row, Model):
@@ -91,6 +118,7 @@ def model(model_id: PathId, request: Request, caller: AnyCaller, state: State) -
         schedules, _ = schedules_logic.newest(session, caller, ScheduleQuery(model=model_id, limit=ROWS_ON_OVERVIEW))
         context = {
             "model": row,
+            "given": views.form_fields(row, views.tuned_settings(session, caller, row.id)[:1], setting),
             "count": views.count_schedules(session, caller, model_id),
             "schedules": schedules,
             "aliases": views.aliases_of(session, schedules),
@@ -182,11 +210,24 @@ def compare(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
 
 @router.get("/playground")
 def playground(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
+    """The playground. It begins with the setting that the query names, or else with one that has a schedule."""
+    query = read_query(request, PlaygroundQuery)
+    context: dict[str, Any] = {"given": {}, "tuned": [], "formats": {}}
     with state.registry.read() as session:
         choices = _choices(session, caller)
-        chosen = _chosen(session, caller, request.query_params.get("model"), choices)
+        chosen = _chosen(session, caller, query.model, choices)
+        if chosen is not None:
+            tuned = views.tuned_settings(session, caller, chosen.id)
+            if query.schedule not in (None, AUTO):
+                named = schedules_logic.find_for_sampling(session, caller, chosen.id, query.schedule or "", "query")
+                session.refresh(named, ["evaluation"])
+                tuned = [named, *(one for one in tuned if one.id != named.id)]
+            given = views.form_fields(chosen, tuned, query.model_dump(exclude_none=True, exclude={"model"}))
+            context = {"given": given, "tuned": tuned, "formats": formats_of(chosen)}
     samplers = sampler_names()
-    return render(request, "playground.html", caller, models=choices, chosen=chosen, samplers=samplers, views=views)
+    return render(
+        request, "playground.html", caller, models=choices, chosen=chosen, samplers=samplers, views=views, **context
+    )
 
 
 def _names(session: Session, rows: Any) -> dict[str, str]:

@@ -10,7 +10,8 @@ from sqlalchemy.orm import Session, joinedload
 from service.access.callers import Caller
 from service.access.visibility import is_visible
 from service.registry.tables import Model, Schedule, ScheduleAlias, ScheduleStatus, TuningJob
-from service.schedules.schemas import ScheduleOut
+from service.schedules.logic import newest as newest_schedules
+from service.schedules.schemas import ScheduleOut, ScheduleQuery
 from service.shared.job_requests import ALWAYS, OWN_CLIPPING
 from service.shared.pipeline_calls import is_pipeline
 from service.shared.sampler_facts import SamplersUnknownError, sampler_facts
@@ -21,6 +22,10 @@ from timetuner_core.tuners import TUNERS
 MAX_COUNTED = 1000
 MAX_EVENTS = 1000
 MAX_RIVALS = 200
+MAX_TUNED = 200
+USUAL_NUM_STEPS = 5
+AUTO = "auto"
+FORM_SETTING = ("num_steps", "sampler", "guidance_type", "guidance_scale")
 METRICS = {
     "teacher_l2": "distance to the teacher",
     "teacher_l2_native": "distance to the teacher, against the pipeline's own scheduler",
@@ -95,10 +100,7 @@ def verdict_of(schedule: Schedule) -> str:
 
 def playground_query(schedule: Schedule) -> dict[str, Any]:
     """The query that opens the playground with a schedule and its setting."""
-    call = {name: value for name, value in (schedule.call or {}).items() if name in ("height", "width")}
-    setting = {name: getattr(schedule, name) for name in ("sampler", "num_steps", "guidance_type")}
-    scale = f"{schedule.guidance_scale:f}".rstrip("0").rstrip(".")
-    return {"model": schedule.model_id, **setting, "guidance_scale": scale, **call, "schedule": schedule.id}
+    return {"model": schedule.model_id, "schedule": schedule.id, **setting_of(schedule)["fields"]}
 
 
 def tuner_of(schedule: Schedule) -> str:
@@ -130,15 +132,60 @@ def objectives_of(model: Model) -> dict[str, str]:
     return {"": TUNERS[PIPELINE].label} if is_pipeline(model.spec) else DEFAULT_OBJECTIVE | OBJECTIVES
 
 
-def usual_sampler(model: Model) -> str:
-    """The sampler that tuning takes if none is chosen."""
-    return "dpmpp_2m" if is_pipeline(model.spec) else "ddim"
-
-
-def usual_guidance_scale(model: Model) -> float:
-    """The guidance scale that a request has if none is given."""
+def usual_setting(model: Model) -> dict[str, Any]:
+    """The setting that the forms for tuning and for sampling begin with, where nothing was tuned."""
     default = model.spec.get("call", {}).get("guidance_scale", {}).get("default")
-    return 1 if default is None else float(default)
+    return {
+        "num_steps": USUAL_NUM_STEPS,
+        "sampler": "dpmpp_2m" if is_pipeline(model.spec) else "ddim",
+        "guidance_type": "uncond",
+        "guidance_scale": "1" if default is None else f"{float(default):g}",
+    }
+
+
+def setting_of(schedule: Schedule) -> dict[str, dict[str, Any]]:
+    """A schedule's setting: the fields that forms have, and `more`, the others that are not at their defaults."""
+    fields = {name: getattr(schedule, name) for name in FORM_SETTING}
+    fields["guidance_scale"] = f"{float(schedule.guidance_scale):.10g}"
+    fields |= {name: value for name, value in (schedule.call or {}).items() if name in ("height", "width")}
+    defaults = {"eta": 0, **{name: value for name, value in ALWAYS.items() if name != "guidance_scale"}}
+    more = {name: float(getattr(schedule, name)) for name in defaults if getattr(schedule, name) != defaults[name]}
+    clipping = {} if schedule.clipping == OWN_CLIPPING else {"clipping": schedule.clipping}
+    return {"fields": fields, "more": more | clipping}
+
+
+def tuned_settings(session: Session, caller: Caller, model_id: str) -> list[Schedule]:
+    """The best of the newest accepted schedules for each setting of a model, newest first."""
+    query = ScheduleQuery(model=model_id, status=ScheduleStatus.ACCEPTED, limit=MAX_TUNED)
+    best: dict[tuple[Any, ...], Schedule] = {}
+    for schedule in newest_schedules(session, caller, query)[0]:
+        key = tuple(getattr(schedule, name) for name in Schedule.KEY)
+        if key not in best or (schedule.score or 0.0) < (best[key].score or 0.0):
+            best[key] = schedule
+    return list(best.values())
+
+
+def form_fields(model: Model, tuned: Sequence[Schedule], given: dict[str, Any]) -> dict[str, Any]:
+    """The values that a form begins with, and the `schedule` that they are of: its id, or `auto`.
+
+    They are what the query gave, and else those of the first tuned schedule, or the usual ones. A query that gives part
+    of a setting, and no schedule, means another than the tuned ones.
+    """
+    begins_tuned = given.get("schedule", AUTO) != AUTO or (tuned and not given.keys() & {*FORM_SETTING, "schedule"})
+    fields = usual_setting(model)
+    if begins_tuned:
+        fields |= setting_of(tuned[0])["fields"]
+    few = 1 if is_pipeline(model.spec) else 9 if len(model.spec["image_shape"]) == 3 else 128
+    others = dict.fromkeys(("class_labels", "prompt", "negative_prompt", "height", "width"))
+    return {"num_images": few, **others, **fields, **given, "schedule": tuned[0].id if begins_tuned else AUTO}
+
+
+def calls_per_step(sampler: str) -> int | None:
+    """Network calls of a step, or None if the sampler's package cannot be loaded, or is not loaded yet."""
+    try:
+        return sampler_facts(sampler).calls_per_step
+    except (ValueError, SamplersUnknownError):
+        return None
 
 
 def labels_of(model: Model) -> list[int]:

@@ -191,9 +191,11 @@ def test_the_playground_streams_previews_and_ends_with_the_images_of_the_api(wor
         new MutationObserver(note).observe(document.body, {childList: true, subtree: true})""")
     steps = page.locator("[name=num_steps]")
     steps.focus()
-    for _ in range(25):
+    for _ in range(22):
         steps.press("ArrowRight")
     expect(page.locator("output")).to_have_text("30")
+    page.locator("[name=guidance_type]").select_option("classifier-free")
+    page.get_by_label("Guidance scale").fill("2")
     page.locator("[name=class_labels]").select_option("3")
     page.get_by_label("Seed").fill("77")
     page.get_by_label("Images").fill("4")
@@ -206,6 +208,64 @@ def test_the_playground_streams_previews_and_ends_with_the_images_of_the_api(wor
     body |= {"guidance_type": "classifier-free", "guidance_scale": 2}
     png = world.stack.client.post("/v1/samples", json=body, headers={"Accept": "image/png"}).content
     assert pixels(page, "#untuned a[download]") == [*Image.open(io.BytesIO(png)).convert("RGBA").tobytes()]
+
+
+def test_the_forms_begin_with_a_setting_that_has_a_schedule(world: World) -> None:
+    client, newest = world.stack.client, world.schedules[1]
+    both = [client.get(path).text for path in (f"/playground?model={world.model}", f"/models/{world.model}")]
+    for html in both:
+        assert re.search(r'name="num_steps" value="8"', html)
+        assert re.search(r'<option(?: value="ddim")? selected[^>]*>ddim<', html)
+    assert f'<option value="{newest["id"]}"' in both[0]
+    asked = [
+        f"{path}num_steps=6&sampler=heun" for path in (f"/playground?model={world.model}&", f"/models/{world.model}?")
+    ]
+    for html in (client.get(path).text for path in asked):
+        assert re.search(r'name="num_steps" value="6"', html)
+        assert re.search(r'<option(?: value="heun")? selected[^>]*>heun<', html)
+    undecided = world.schedules[2]["id"]
+    html = client.get(f"/playground?model={world.model}&schedule={undecided}").text
+    assert re.search(f'<option value="{undecided}"[^>]* selected>[^<]*undecided', html)
+    wrong = client.get(f"/playground?model={world.model}&schedule=sch_none")
+    assert (wrong.status_code, wrong.json()["errors"][0]["loc"]) == (422, ["query", "schedule"])
+    assert f"/playground?model={world.model}&amp;schedule={undecided}" in client.get("/schedules").text
+
+
+def test_a_link_to_the_playground_shows_its_pictures_and_the_code_and_is_remembered(world: World, page: Page) -> None:
+    schedule = world.schedules[0]["id"]
+    page.goto(f"{world.url}/schedules/{schedule}")
+    page.get_by_role("link", name="Try it", exact=True).click()
+    tuned = page.locator("#tuned")
+    expect(tuned).to_contain_text(schedule[-8:])
+    expect(tuned.locator(".about")).to_contain_text("4 network calls · ")
+    page.get_by_text("Show the code").click()
+    for name, text in (("curl", f'"schedule":"{schedule}"'), ("python", "num_steps=4,"), ("comfyui", "comfyui-node")):
+        expect(page.locator(f"[data-code={name}]")).to_contain_text(text)
+    before = page.locator("[name=seed]").input_value()
+    page.get_by_role("button", name="Roll the dice").click()
+    seed = page.locator("[name=seed]").input_value()
+    assert seed != before
+    expect(page.locator("[data-code=curl]")).to_contain_text(f'"seed":{seed}')
+    page.locator("[name=sampler]").select_option("heun")
+    expect(page.get_by_label("Tuned setting")).to_have_value("auto")
+    expect(page.locator("#comfyui")).to_be_hidden()
+    page.get_by_role("button", name="Keep as a preset").click()
+    page.get_by_role("button", name="Sample").click()
+    expect(tuned.locator(".about")).to_contain_text("at most 8 network calls")
+    assert f"seed={seed}" in page.url and "sampler=heun" in page.url
+    expect(page.get_by_role("link", name="Tune this setting")).to_have_attribute(
+        "href", re.compile("sampler=heun.*#tune")
+    )
+    page.reload()
+    expect(page.locator("[name=seed]")).to_have_value(seed)
+    page.get_by_text("Presets and history").click()
+    entries = page.locator("#history li")
+    expect(entries).to_have_count(2)
+    expect(entries.first).to_contain_text("preset")
+    page.get_by_label("Tuned setting").select_option(schedule)
+    expect(page.locator("[name=sampler]")).to_have_value("ddim")
+    page.get_by_role("button", name="Forget all").click()
+    expect(entries).to_have_count(0)
 
 
 def test_the_playground_draws_points_and_says_what_was_refused(world: World, page: Page) -> None:
