@@ -90,6 +90,7 @@ def overview(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
             "models": models,
             "counts": {model.id: views.count_schedules(session, caller, model.id) for model in models},
             "jobs": jobs,
+            "verdicts": views.verdicts_of(session, jobs),
             "schedules": schedules,
             "names": _names(session, (*jobs, *schedules)),
             "aliases": views.aliases_of(session, schedules),
@@ -136,18 +137,35 @@ def jobs(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
     query = read_query(request, JobsQuery)
     with state.registry.read() as session:
         rows, cursor = jobs_logic.newest(session, caller, query.state, query)
-        names = _names(session, rows)
-    return render(request, "jobs.html", caller, jobs=rows, names=names, cursor=cursor, query=query, states=JobState)
+        names, verdicts = _names(session, rows), views.verdicts_of(session, rows)
+    return render(
+        request,
+        "jobs.html",
+        caller,
+        jobs=rows,
+        names=names,
+        verdicts=verdicts,
+        cursor=cursor,
+        query=query,
+        states=JobState,
+    )
 
 
 @router.get("/jobs/{job_id}")
 def job(job_id: PathId, request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
     with state.registry.read() as session:
         row = jobs_logic.get_job(session, caller, job_id)
-        charts = views.job_charts(session, row)
-        model = session.get_one(Model, row.model_id)
-        progress = jobs_logic.progress_of(session, row)
-    return render(request, "job.html", caller, job=row, model=model, charts=charts, progress=progress)
+        events = views.newest_events(session, row)
+        context = {
+            "job": row,
+            "model": session.get_one(Model, row.model_id),
+            "charts": views.job_charts(row, events),
+            "progress": jobs_logic.progress_of(session, row),
+            "log": views.job_log(events),
+            "worker": views.worker_of(events),
+            "verdict": views.verdicts_of(session, [row]).get(row.id),
+        }
+    return render(request, "job.html", caller, **context)
 
 
 @router.get("/schedules")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import func, select
@@ -9,13 +10,20 @@ from sqlalchemy.orm import Session, joinedload
 
 from service.access.callers import Caller
 from service.access.visibility import is_visible
-from service.registry.tables import Model, Schedule, ScheduleAlias, ScheduleStatus, TuningJob
+from service.registry.tables import (
+    EvaluationRow,
+    Model,
+    Schedule,
+    ScheduleAlias,
+    ScheduleStatus,
+    TuningJob,
+    TuningJobEvent,
+)
 from service.schedules.logic import newest as newest_schedules
 from service.schedules.schemas import ScheduleOut, ScheduleQuery
 from service.shared.job_requests import ALWAYS, OWN_CLIPPING
 from service.shared.pipeline_calls import is_pipeline
 from service.shared.sampler_facts import SamplersUnknownError, sampler_facts
-from service.tuning_jobs.logic import events_after
 from service.web.charts import Chart, Series, make_chart
 from timetuner_core.tuners import TUNERS
 
@@ -23,6 +31,7 @@ MAX_COUNTED = 1000
 MAX_EVENTS = 1000
 MAX_RIVALS = 200
 MAX_TUNED = 200
+SMOOTHING = 5
 USUAL_NUM_STEPS = 5
 AUTO = "auto"
 FORM_SETTING = ("num_steps", "sampler", "guidance_type", "guidance_scale")
@@ -283,17 +292,75 @@ def _grid_chart(times: Sequence[float], ratios: Sequence[float]) -> Chart | None
     return make_chart("Time grid", description, "step", "time", series)
 
 
-def job_charts(session: Session, job: TuningJob) -> list[Chart | None]:
-    """The loss over the job's progress so far, and the current ratios."""
-    events = events_after(session, job.id, 0, MAX_EVENTS)
-    losses = [
-        (100 * event.data["progress"], event.data["loss"])
-        for event in events
-        if event.type == "progress" and event.data.get("loss") is not None
-    ]
-    description = "The sum of all steps' losses as tuning went on, on a logarithmic scale."
-    loss = make_chart("Loss", description, "progress, %", "loss", [Series("loss", losses)], log_y=True)
+def newest_events(session: Session, job: TuningJob) -> list[TuningJobEvent]:
+    """The newest `MAX_EVENTS` events of a job, in their order."""
+    query = select(TuningJobEvent).where(TuningJobEvent.job_id == job.id).order_by(TuningJobEvent.id.desc())
+    return [*session.scalars(query.limit(MAX_EVENTS))][::-1]
+
+
+def job_charts(job: TuningJob, events: Sequence[TuningJobEvent]) -> list[Chart | None]:
+    """The loss by the time since the first of these events, and the current ratios."""
+    progress = [event for event in events if event.type == "progress" and event.data.get("loss") is not None]
+    seconds = [(event.created_at - events[0].created_at).total_seconds() for event in progress]
+    first = next((event.data["loss"] for event in progress if event.data["loss"] > 0), 1.0)
+    losses = [event.data["loss"] / first for event in progress]
+    measured = Series("as measured", list(zip(seconds, losses, strict=True)), is_faint=True)
+    smoothed = Series("smoothed", list(zip(seconds, _smoothed(losses), strict=True)))
+    description = "The sum of all steps' losses over time, as a share of the first one measured; lower is better."
+    title, label = "Loss", "share of the first loss"
+    loss = make_chart(title, description, "seconds", label, [smoothed, measured], log_y=True)
     return [loss, ratio_chart([(step.step_index, step.t_ratio) for step in job.steps])]
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """A moving average whose weights halve every `SMOOTHING` values."""
+    weight, total, averages = 0.0, 0.0, []
+    for value in values:
+        weight, total = 0.5 ** (1 / SMOOTHING) * weight + 1, 0.5 ** (1 / SMOOTHING) * total + value
+        averages.append(total / weight)
+    return averages
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """A line of a job's log."""
+
+    time: datetime
+    what: str
+
+
+def job_log(events: Sequence[TuningJobEvent]) -> list[LogEntry]:
+    """A job's events as sentences for people; of its progress, only the beginning of each phase."""
+    entries, phase = [], None
+    for event in events:
+        data = event.data
+        if event.type == "progress":
+            if data.get("phase") not in (None, phase):
+                phase = data["phase"]
+                entries.append(LogEntry(event.created_at, f"{phase} began"))
+            continue
+        what = event.type.replace("_", " ")
+        if event.type == "started":
+            phase = None
+            what = f"started by {data.get('worker', 'a worker')}, attempt {data.get('attempt', 1)}"
+        entries.append(LogEntry(event.created_at, f"{what}: {data['error']}" if data.get("error") else what))
+    return entries
+
+
+def worker_of(events: Sequence[TuningJobEvent]) -> str | None:
+    """The worker that runs or ran the latest attempt."""
+    workers = [event.data.get("worker") for event in events if event.type == "started"]
+    return workers[-1] if workers else None
+
+
+def verdicts_of(session: Session, jobs: Iterable[TuningJob]) -> dict[str, str]:
+    """What was found of the schedules that jobs made, by the job's id."""
+    query = (
+        select(Schedule.job_id, Schedule.status, EvaluationRow.verdict)
+        .outerjoin(EvaluationRow)
+        .where(Schedule.job_id.in_([job.id for job in jobs]))
+    )
+    return {str(job_id): verdict or str(status) for job_id, status, verdict in session.execute(query)}
 
 
 def figure(schedule: Schedule, metric: str, when: str = "after") -> float | None:

@@ -45,7 +45,7 @@ def test_a_model_is_registered_by_one_click_and_tuned_by_another(world: World, p
     page.locator("[name=objective]").select_option("dmn")
     page.get_by_role("button", name="Start tuning").click()
     page.wait_for_url(re.compile("/jobs/job_"))
-    expect(page.locator(".state .badge")).to_have_text("succeeded")  # The page was not loaded again.
+    expect(page.locator(".state .badge").first).to_have_text("succeeded")  # The page was not loaded again.
     page.get_by_role("link", name="See the schedule").click()
     expect(page.get_by_role("heading", level=1)).to_contain_text("2 steps of ddim")
 
@@ -71,6 +71,29 @@ def test_a_running_job_shows_its_progress_and_curves_and_can_be_cancelled(world:
     expect(page.locator(".state .badge")).to_have_text("cancelled")
     expect(page.get_by_role("button", name="Cancel")).to_have_count(0)
     assert world.stack.client.get(f"/v1/tuning-jobs/{job['id']}").json()["state"] == "cancelled"
+
+
+def test_a_job_tells_its_verdict_times_worker_cost_and_log_and_lists_tell_verdicts(world: World) -> None:
+    client, (first, _, undecided, _) = world.stack.client, world.schedules
+    html = client.get(f"/jobs/{first['job']}").text
+    text = re.sub(r"<[^>]*>|\s+", " ", html)
+    text = re.sub(" +", " ", text)
+    for fact in (
+        "succeeded its schedule: accepted took 1 min 15 s",
+        "Worker worker-1@here, attempt 1",
+        "Waited 3 s",
+        "Took 1 min 15 s, of which tuning 10 s",
+        "123 456 samples through the network",
+        "started by worker-1@here, attempt 1",
+        "teacher began",
+        "tuning began",
+    ):
+        assert fact in text, fact
+    assert text.index("teacher began") < text.index("tuning began")
+    rows = re.findall(r"<tr>.*?</tr>", client.get("/jobs").text, re.DOTALL)
+    for schedule, verdict in ((first, "accepted"), (undecided, "undecided")):
+        [row] = [row for row in rows if f"/jobs/{schedule['job']}" in row]
+        assert f'badge {verdict}">{verdict}<' in row and "succeeded" not in row and "1 min 15 s" in row
 
 
 def test_filters_are_in_the_address(world: World, page: Page) -> None:
