@@ -8,17 +8,17 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, Field, ValidationError
 from sqlalchemy import select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, joinedload
 
 from service.access.callers import AnyCaller, Caller
-from service.access.visibility import visible_models
+from service.access.visibility import is_visible, visible_models
 from service.http.errors import InvalidError
 from service.http.fields import PageQuery, PathId, newest_first
 from service.http.validation import FieldsError
 from service.models.logic import get_handed_in
 from service.models.registrations import newest_registrations
 from service.models.schemas import STATES, ModelRegistrationOut
-from service.registry.tables import JobState, Model, ScheduleStatus
+from service.registry.tables import JobState, Model, Schedule, ScheduleStatus
 from service.request_checks import get_requested_model
 from service.schedules import logic as schedules_logic
 from service.schedules.exporting import formats_of
@@ -27,7 +27,7 @@ from service.shared.fields import GuidanceScale, Identifier, NumSteps, Seed
 from service.shared.job_requests import AnySamplerName, Prompt, Size
 from service.state import State
 from service.tuning_jobs import logic as jobs_logic
-from service.web import views
+from service.web import comparing, views
 from service.web.rendering import render
 from service.web.views import AUTO
 from timetuner_core.catalog import BUILTINS, GuidanceType, sampler_names
@@ -39,12 +39,20 @@ ROWS_ON_OVERVIEW = 8
 MODELS_IN_FORM = 100
 UNREADY_MODELS = 20
 COMPARED_SCHEDULES = 200
+MATRIX_SCHEDULES = 2000
 
 Query = TypeVar("Query", bound=BaseModel)
 
 
 class JobsQuery(PageQuery):
     state: JobState | None = None
+
+
+class TwoQuery(BaseModel):
+    """Two schedules that are compared."""
+
+    a: Identifier
+    b: Identifier
 
 
 class SettingQuery(BaseModel):
@@ -190,12 +198,14 @@ def schedule(schedule_id: PathId, request: Request, caller: AnyCaller, state: St
     with state.registry.read() as session:
         row = schedules_logic.get_schedule(session, caller, schedule_id)
         model = session.get_one(Model, row.model_id)
+        rivals = views.rivals_of(session, caller, row)
         context = {
+            "rivals": rivals,
             "schedule": row,
             "model": model,
             "aliases": views.aliases_of(session, [row])[row.id],
             "charts": views.schedule_charts(row),
-            "worth_chart": views.worth_chart(row, views.rivals_of(session, caller, row)),
+            "worth_chart": views.worth_chart(row, rivals),
             "formats": formats_of(model),
         }
     base_url = str(request.base_url).rstrip("/")
@@ -222,8 +232,34 @@ def compare(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
     context["chosen_group"] = chosen_group
     context |= {"measured": measured, "metric": metric, "aliases": aliases}
     context["schedules"] = sorted(rows, key=lambda row: (views.network_calls(row) or 0, row.score or 1.0))
+    context["board"] = comparing.leaderboard(rows)
     context["chart_of"] = views.comparison_chart(rows, metric) if metric else None
     return render(request, "compare.html", caller, views=views, **context)
+
+
+@router.get("/compare/schedules")
+def compare_two(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
+    """Two schedules side by side."""
+    query = read_query(request, TwoQuery)
+    with state.registry.read() as session:
+        a, b = (schedules_logic.get_schedule(session, caller, id) for id in (query.a, query.b))
+        models = [session.get_one(Model, one.model_id) for one in (a, b)]
+    both = [("first", a, models[0]), ("second", b, models[1])]
+    found = {"metrics": comparing.metrics_of_both(a, b), "same": comparing.have_one_teacher(a, b)}
+    return render(request, "two.html", caller, both=both, charts=comparing.charts_of_both(a, b), views=views, **found)
+
+
+@router.get("/matrix")
+def matrix(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
+    """The best schedule of each model for each number of network calls."""
+    with state.registry.read() as session:
+        models = _choices(session, caller)
+        ids = [model.id for model in models]
+        newest = select(Schedule).where(Schedule.model_id.in_(ids), is_visible(caller, Schedule))
+        newest = newest.where(Schedule.status != ScheduleStatus.IMPORTED).order_by(Schedule.id.desc())
+        schedules = session.scalars(newest.options(joinedload(Schedule.evaluation)).limit(MATRIX_SCHEDULES)).all()
+    made = comparing.matrix(models, schedules)
+    return render(request, "matrix.html", caller, matrix=made, most=MATRIX_SCHEDULES, comparing=comparing, views=views)
 
 
 @router.get("/playground")

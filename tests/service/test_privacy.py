@@ -58,6 +58,7 @@ NAMING: dict[str, tuple[str, str, dict[str, Any]]] = {
     "page: tune": ("POST", "/jobs", {"data": {"model": "ID", "num_steps": 2}}),
     "page: compare": ("GET", "/compare?model=ID", {}),
     "page: playground": ("GET", "/playground?model=ID", {}),
+    "page: compare two": ("GET", "/compare/schedules?a=ID&b=ID", {}),
     "page: schedules": ("GET", "/schedules?model=ID", {}),
 }
 # Operations that name nothing, whose answers hold what the caller sees; or nothing that could be private.
@@ -76,6 +77,7 @@ LISTS = (
     "/jobs",
     "/schedules",
     "/compare",
+    "/matrix",
     "/playground",
     "/v1/models/PUBLIC",
     "/v1/models/PUBLIC/aliases",
@@ -248,6 +250,19 @@ def test_a_private_model_that_a_request_names_is_as_unknown_as_any(world: World)
 
         for named, unknown in ((world.model, UNKNOWN), (world.registration, UNKNOWN), (NAME, "nobody-has")):
             assert told_about(named) == told_about(unknown), operation
+
+
+def test_a_private_schedule_that_a_page_names_is_as_unknown_as_any(world: World) -> None:
+    unknown = "sch_00000000000000000000000000"
+    for path in ("/compare/schedules?a=ID&b=ID", "/playground?model=PUBLIC&schedule=ID"):
+        for named in world.private_schedules:
+            answers = [
+                told(ask(world.client, "GET", path.replace("PUBLIC", world.public).replace("ID", id), world.other), id)
+                for id in (named, unknown)
+            ]
+            assert answers[0] == answers[1], path
+            own = ask(world.client, "GET", path.replace("PUBLIC", world.public).replace("ID", named), world.owner)
+            assert own.status_code == 200, path
 
 
 def test_lists_pages_and_counts_hold_nothing_that_is_private_to_another(world: World) -> None:

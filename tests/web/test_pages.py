@@ -206,6 +206,32 @@ def test_tuners_are_compared_by_cost(world: World, page: Page) -> None:
     expect(page.locator("figure.chart .axis").nth(1)).to_have_text("sliced Wasserstein distance")
 
 
+def test_the_matrix_shows_the_best_of_each_cell_and_tunes_the_empty_ones(world: World) -> None:
+    client, best = world.stack.client, world.schedules[1]
+    html = client.get("/matrix").text
+    assert re.search(f'href="/schedules/{best["id"]}">30 % closer</a> <span class="badge accepted">', html)
+    assert f'<a href="/models/{world.model}?num_steps=8#tune"' not in html  # It has an accepted schedule there.
+    assert f'<a href="/models/{world.model}?num_steps=10#tune"' in html
+    assert 'name="num_steps" value="10"' in client.get(f"/models/{world.model}?num_steps=10").text
+
+
+def test_the_best_tuner_leads_and_any_two_schedules_are_compared(world: World) -> None:
+    client, (first, second, undecided, of_points) = world.stack.client, world.schedules
+    html = client.get(f"/compare?model={world.model}").text
+    board = html[html.index("Leaderboard of tuners") : html.index("Compared schedules")]
+    assert board.index("end_to_end") < board.index("dmn")
+    two = "/compare/schedules?a={}&b={}"
+    html = client.get(two.format(first["id"], second["id"])).text
+    for schedule in (first, second):
+        figures = schedule["evaluation"]["metrics"]["teacher_l2"]
+        assert all(f'<td class="n">{figures[when]:.4g}</td>' in html for when in ("before", "after"))
+    assert "cannot be compared" not in html
+    assert "cannot be compared" in client.get(two.format(undecided["id"], of_points["id"])).text
+    assert client.get(two.format(first["id"], "sch_none")).status_code == 404
+    assert client.get("/compare/schedules?a=1").status_code == 422
+    assert f'<option value="{second["id"]}">' in client.get(f"/schedules/{first['id']}").text
+
+
 def test_the_playground_streams_previews_and_ends_with_the_images_of_the_api(world: World, page: Page) -> None:
     page.goto(f"{world.url}/playground?model={world.model}")
     page.evaluate("""window.previews = new Set();
