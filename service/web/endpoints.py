@@ -26,6 +26,7 @@ from service.schedules.schemas import ScheduleQuery
 from service.shared.fields import GuidanceScale, Identifier, NumSteps, Seed
 from service.shared.job_requests import AnySamplerName, Prompt, Size
 from service.state import State
+from service.tuning_groups.logic import get_group
 from service.tuning_jobs import logic as jobs_logic
 from service.web import comparing, views
 from service.web.rendering import render
@@ -174,6 +175,16 @@ def job(job_id: PathId, request: Request, caller: AnyCaller, state: State) -> HT
             "verdict": views.verdicts_of(session, [row]).get(row.id),
         }
     return render(request, "job.html", caller, **context)
+
+
+@router.get("/groups/{group_id}")
+def group(group_id: PathId, request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
+    """Jobs that were submitted together."""
+    with state.registry.read() as session:
+        found = get_group(session, caller, group_id)
+        names, verdicts = _names(session, found.jobs), views.verdicts_of(session, found.jobs)
+    counts = Counter(verdicts.get(job.id, str(job.state)) for job in found.jobs)
+    return render(request, "group.html", caller, group=found, names=names, verdicts=verdicts, counts=counts)
 
 
 @router.get("/schedules")

@@ -1,7 +1,10 @@
 """The web page in use."""
 
+import base64
 import io
 import re
+import tarfile
+from pathlib import Path
 
 from PIL import Image
 from playwright.sync_api import BrowserContext, Page, expect
@@ -9,7 +12,7 @@ from playwright.sync_api import BrowserContext, Page, expect
 from service.access.cookies import COOKIE
 from service.registry.keys import Scope
 from tests.keys import NewUser
-from tests.stack import START_SECONDS, Json, wait_until
+from tests.stack import START_SECONDS, Json, own_digits8, wait_until
 from tests.web.conftest import World
 from tests.web.test_looks import settle
 
@@ -48,6 +51,39 @@ def test_a_model_is_registered_by_one_click_and_tuned_by_another(world: World, p
     expect(page.locator(".state .badge").first).to_have_text("succeeded")  # The page was not loaded again.
     page.get_by_role("link", name="See the schedule").click()
     expect(page.get_by_role("heading", level=1)).to_contain_text("2 steps of ddim")
+
+
+def test_several_jobs_are_priced_and_submitted_as_a_group(world: World, page: Page) -> None:
+    page.goto(f"{world.url}/models/{world.points}")
+    page.locator("[name=num_steps]").fill("2, 3")
+    page.locator("[name=objective]").select_option(["dmn", "ays"])
+    expect(page.locator("#price")).to_contain_text("4 jobs: at most ")
+    page.get_by_role("button", name="Start tuning").click()
+    page.wait_for_url(re.compile("/groups/grp_"))
+    expect(page.locator("tbody tr")).to_have_count(4)
+    expect(page.get_by_role("link", name="Compare what they made")).to_be_visible()  # The page was not loaded again.
+
+
+def test_an_archive_is_uploaded_and_a_wrong_one_is_refused(world: World, page: Page, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "own.tar.gz", "w:gz", compresslevel=1) as file:
+        file.add(own_digits8(tmp_path), arcname=".")
+    page.goto(f"{world.url}/models")
+    page.get_by_label("Archive").set_input_files({"name": "x.zip", "mimeType": "application/zip", "buffer": b"no zip"})
+    page.get_by_role("button", name="Upload").click()
+    expect(page.locator("#upload .error")).to_contain_text("accepted")
+    content = base64.b64encode((tmp_path / "own.tar.gz").read_bytes()).decode()
+    dropped = page.evaluate_handle(
+        """(content) => {
+            const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0)), data = new DataTransfer();
+            data.items.add(new File([bytes], "own.tar.gz"));
+            return data;
+        }""",
+        content,
+    )
+    page.locator("#upload").dispatch_event("drop", {"dataTransfer": dropped})
+    page.wait_for_url(re.compile("/models/mdl_"))
+    expect(page.get_by_role("heading", level=1)).to_have_text("own")
+    expect(page.get_by_role("button", name="Start tuning")).to_be_visible()  # It is ready.
 
 
 def test_a_refused_form_says_why_beside_its_button(world: World, page: Page) -> None:
@@ -201,7 +237,7 @@ def test_tuners_are_compared_by_cost(world: World, page: Page) -> None:
     first = world.schedules[0]["evaluation"]["metrics"]["teacher_l2"]
     expect(figure.get_by_role("region")).to_contain_text(f"{first['after']:.6g}")
     page.locator("[name=metric]").select_option("sliced_wasserstein")
-    page.get_by_role("button", name="Compare").click()
+    page.get_by_role("button", name="Compare", exact=True).click()
     page.wait_for_url(re.compile("metric=sliced_wasserstein"))
     expect(page.locator("figure.chart .axis").nth(1)).to_have_text("sliced Wasserstein distance")
 
