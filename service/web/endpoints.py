@@ -104,7 +104,7 @@ def overview(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
             "names": _names(session, (*jobs, *schedules)),
             "aliases": views.aliases_of(session, schedules),
         }
-    return render(request, "overview.html", caller, builtins=BUILTINS, views=views, **context)
+    return render(request, "overview.html", caller, builtins=BUILTINS, start=views.START_MODEL, views=views, **context)
 
 
 @router.get("/models")

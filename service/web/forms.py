@@ -6,13 +6,14 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Form, Request, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from service.access.callers import MayTune, MayWriteModels
+from service.access.callers import Caller, MayTune, MayWriteModels, needs
 from service.access.cookies import COOKIE, check_same_origin
 from service.access.state import Access
 from service.http.errors import InvalidError, TooLargeError, UnauthenticatedError
 from service.http.fields import PathId
 from service.models import logic as models_logic
 from service.models.schemas import BuiltinModelRequest
+from service.registry.keys import Scope
 from service.registry.tables import TuningJob
 from service.schedules import logic as schedules_logic
 from service.schedules.schemas import ALIAS
@@ -24,7 +25,7 @@ from service.tuning_groups import logic as groups_logic
 from service.tuning_groups.schemas import MAX_JOBS, TuningGroupRequest
 from service.tuning_jobs import logic as jobs_logic
 from service.web.rendering import render, see
-from service.web.views import DEFAULT_OBJECTIVE, OBJECTIVES
+from service.web.views import DEFAULT_OBJECTIVE, OBJECTIVES, START_MODEL, USUAL_NUM_STEPS
 from timetuner_core.catalog import GuidanceType
 
 
@@ -84,6 +85,16 @@ def register(
 ) -> Response:
     model, _ = models_logic.register_builtin(state.registry, caller, form.builtin, form.name, private=form.private)
     return see(request, f"/models/{model.id}")
+
+
+@router.post("/start", dependencies=[WRITES])
+def start(caller: Annotated[Caller, needs(Scope.MODELS_WRITE, Scope.TUNE)], state: State, request: Request) -> Response:
+    """Register the bundled model and tune it."""
+    model, _ = models_logic.register_builtin(state.registry, caller, START_MODEL, None, private=False)
+    tuning = TuningJobRequest(model=model.id, num_steps=USUAL_NUM_STEPS)
+    job, _ = jobs_logic.submit(state.registry, state.settings, caller, tuning, None)
+    publish(state.celery, state.registry, TuningJob, [job.id])
+    return see(request, f"/jobs/{job.id}")
 
 
 @router.post("/models/{model_id}/delete", dependencies=[WRITES])

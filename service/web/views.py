@@ -33,6 +33,7 @@ MAX_RIVALS = 200
 MAX_TUNED = 200
 SMOOTHING = 5
 USUAL_NUM_STEPS = 5
+START_MODEL = "digits8"  # An empty home offers to tune it.
 AUTO = "auto"
 FORM_SETTING = ("num_steps", "sampler", "guidance_type", "guidance_scale")
 METRICS = {

@@ -50,6 +50,9 @@ def test_several_steps_and_tuners_are_one_group_whose_cost_is_told_first(connect
     assert asked == [(3, "dmn"), (3, "ays"), (2, "dmn"), (2, "ays")]
     assert {job["state"] for job in made["group"]["jobs"]} == {"succeeded"}
     assert [one["num_steps"] for one in made["schedules"]] == [3, 3, 2, 2]
+    one = made["schedules"][0]["id"]
+    assert connected("schedules", "rm", one).out.strip() == one
+    assert connected("schedules", "show", one).code == 5
     group = connected(*both, "--detach").out.strip()
     assert group.startswith("grp_")
     wrong = connected("tune", gratings, "--num-steps", "3,many")

@@ -248,7 +248,7 @@ def test_every_operation_is_walked_or_decided_about(world: World) -> None:
     assert operations.keys() == walked | {name for name in NAMING if ":" not in name} | LISTING | NAMELESS
     pages = {route.path for module in (web, forms) for route in module.router.routes if isinstance(route, APIRoute)}
     named = {path.partition("?")[0] for _, path, _ in NAMING.values()}
-    assert {path for path in pages if "_id}" not in path} <= {*LISTS, *named, "/login", "/logout"}
+    assert {path for path in pages if "_id}" not in path} <= {*LISTS, *named, "/login", "/logout", "/start"}
 
 
 def test_a_private_model_that_a_request_names_is_as_unknown_as_any(world: World) -> None:
