@@ -2,6 +2,8 @@
 
 import os
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -21,6 +23,22 @@ from service.shared.settings_error import SettingsError
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, help="Tuned timesteps for frozen diffusion models."
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"timetuner {version('timetuner')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and end.")
+    ] = False,
+) -> None: ...
+
+
 for command in (up, api, worker, dispatcher, tune, sample, compare, doctor):
     app.command()(command)
 for name, group in {"models": models, "jobs": jobs, "schedules": schedules, "keys": keys, "db": db}.items():

@@ -45,6 +45,20 @@ def given(**options: Any) -> Any:
     return {name: value for name, value in options.items() if value not in (None, [], {})}
 
 
+def step_counts(text: str) -> list[int]:
+    """The numbers of a list such as `4,6,8`."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
+        raise typer.BadParameter(f"{text!r}; accepted: a number of 1 or more, or several, such as 4,6,8")
+    return list(dict.fromkeys(map(int, parts)))
+
+
+StepCounts = Annotated[
+    Any,
+    typer.Option(parser=step_counts, metavar="N[,N...]", help="Steps of sampling; of several, each is tuned for."),
+]
+
+
 def assignment(text: str) -> tuple[str, Any]:
     """A field of a request, and its value, which is JSON or text."""
     name, equals, value = text.partition("=")

@@ -85,6 +85,17 @@ def show(schedule_id: ScheduleId, url: Url = None, as_json: AsJson = False) -> N
 
 
 @schedules.command()
+def rm(schedule_id: ScheduleId, url: Url = None, as_json: AsJson = False) -> None:
+    """Delete a schedule that has no alias, and that no stored samples were made with."""
+    with connected(url) as client:
+        client.schedules.delete(schedule_id)
+    if as_json:
+        print_json({"deleted": schedule_id})
+    else:
+        typer.echo(schedule_id)
+
+
+@schedules.command()
 def resolve(
     model: ModelName,
     num_steps: NumSteps,

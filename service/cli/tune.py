@@ -1,7 +1,7 @@
 """`timetuner tune`"""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,10 +21,10 @@ from service.cli.options import (
     ImageFiles,
     ModelName,
     NegativePrompt,
-    NumSteps,
     Private,
     SamplerName,
     Sizes,
+    StepCounts,
     Timesteps,
     Width,
     assignment,
@@ -32,18 +32,19 @@ from service.cli.options import (
     find_model,
     given,
 )
-from service.cli.output import USAGE, AsJson, CommandError, print_json, stderr
+from service.cli.output import FAILED, USAGE, AsJson, CommandError, print_json, print_table, stderr
 from service.cli.schedules import show_schedule
+from service.client import ConflictError, JobFailedError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from service.client import TuningJob
+    from service.client import Schedule, TimeTuner, TuningGroup, TuningJob
 
 
 def tune(
     model: ModelName,
-    num_steps: NumSteps,
+    num_steps: StepCounts,
     prompts: Annotated[
         Path | None, typer.Option(help="A text file with a prompt per line, to tune a pipeline with. [64 of ours]")
     ] = None,
@@ -63,7 +64,11 @@ def tune(
     eta: Eta = None,
     timesteps: Timesteps = None,
     objective: Annotated[
-        str | None, typer.Option(help="The tuner's objective. [the service's choice; with --tuner, end_to_end]")
+        str | None,
+        typer.Option(
+            metavar="NAME[,NAME...]",
+            help="The tuner's objective; of several, each is tried. [the service's choice; with --tuner, end_to_end]",
+        ),
     ] = None,
     tuner: Annotated[
         list[Any], typer.Option(parser=assignment, metavar="NAME=VALUE", help="A field of the tuner; may be repeated.")
@@ -80,11 +85,10 @@ def tune(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tune a schedule, and show how good it is. Ctrl-C cancels the job."""
+    """Tune a schedule, or one for each number of steps and objective, and show how good they are. Ctrl-C cancels."""
     if watch and detach:
         raise CommandError("--watch and --detach are given; accepted: one of them", USAGE)
     request = given(
-        num_steps=num_steps,
         prompts=None if prompts is None else _read_prompts(prompts),
         negative_prompt=negative_prompt,
         height=height,
@@ -100,14 +104,22 @@ def tune(
         guidance_end=guidance_end,
         eta=eta,
         timesteps=timesteps,
-        tuner=given(objective=objective) | dict(tuner) or None,
         evaluation=dict(evaluation) or None,
         seed=seed,
         private=private or None,
         webhook_url=webhook_url,
     )
+    objectives = [name.strip() for name in objective.split(",")] if objective else [None]
+    tuners = [given(objective=name) | dict(tuner) for name in dict.fromkeys(objectives)]
     with connected(url, outlives=detach) as client:
-        job = client.tuning_jobs.create(model=find_model(client, model), **request)
+        request["model"] = find_model(client, model)
+        each = [
+            request | {"num_steps": steps} | ({"tuner": one} if one else {}) for steps in num_steps for one in tuners
+        ]
+        if len(each) > 1:
+            _tune_group(client, each, watch, detach, as_json)
+            return
+        job = client.tuning_jobs.create(**each[0])
         if detach:
             _print_job(job, as_json)
             return
@@ -117,6 +129,54 @@ def tune(
         print_json({"job": done, "schedule": schedule})
     else:
         show_schedule(schedule)
+
+
+def _tune_group(client: "TimeTuner", requests: list[Any], watch: bool, detach: bool, as_json: bool) -> None:
+    """Say what several jobs cost, submit them as one group, and show what each made.
+
+    Raises: CommandError, if one failed.
+    """
+    price = client.tuning_groups.create(requests, dry_run=True)
+    time = "" if price.seconds is None else f", {price.seconds:.0f} s of one worker by the pace of earlier jobs"
+    stderr.print(f"{len(requests)} jobs: at most {price.cost:,} samples through the network{time}", soft_wrap=True)
+    group = client.tuning_groups.create(requests)
+    if detach:
+        if as_json:
+            print_json(group)
+        else:
+            typer.echo(group.id)
+        return
+    try:
+        for job in group.jobs:
+            with suppress(JobFailedError):  # The others go on, and the end tells of it.
+                _wait(client.tuning_jobs.get(job.id), watch)
+    except KeyboardInterrupt:
+        for job in group.jobs:
+            with suppress(ConflictError):  # It is over.
+                client.tuning_jobs.cancel(job.id)
+        raise
+    done = client.tuning_groups.get(str(group.id))
+    schedules = {job.id: client.schedules.get(job.schedule) for job in done.jobs if job.schedule}
+    if as_json:
+        print_json({"group": done, "schedules": list(schedules.values())})
+    else:
+        _show_group(done, schedules)
+    if failed := [job.id for job in done.jobs if job.state != "succeeded"]:
+        raise CommandError(f"{len(failed)} of {len(done.jobs)} jobs did not succeed: {', '.join(failed)}", FAILED)
+
+
+def _show_group(group: "TuningGroup", schedules: dict[str, "Schedule"]) -> None:
+    """A line for each job: what it made, or its state."""
+    rows: list[tuple[Any, ...]] = []
+    for job in group.jobs:
+        setting = (job.request["num_steps"], job.request["tuner"]["objective"])
+        made = schedules.get(job.id)
+        if made is None:
+            rows.append((*setting, job.state, None, None))
+        else:
+            verdict = (made.evaluation and made.evaluation.verdict) or made.status
+            rows.append((*setting, verdict, made.score, made.id))
+    print_table(("steps", "tuner", "verdict", "score", "schedule"), rows)
 
 
 def _read_prompts(path: Path) -> list[str]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         UnreachableError,
         WaitTimeoutError,
     )
-    from service.client.results import Evaluation, Model, Resolution, Samples, Schedule, ScheduleExport
+    from service.client.results import Evaluation, Model, Resolution, Samples, Schedule, ScheduleExport, TuningGroup
     from service.client.synchronous import ModelRegistration, SampleJob, TimeTuner, TuningJob
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "TimeTuner",
     "TimeTunerError",
     "TooManyRequestsError",
+    "TuningGroup",
     "TuningJob",
     "UnauthenticatedError",
     "UnexpectedAnswerError",

@@ -1,7 +1,7 @@
 """The client for asyncio."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Self, TypeVar, Unpack
 
 import httpx
@@ -36,6 +36,7 @@ from service.client.results import (
     Samples,
     Schedule,
     ScheduleExport,
+    TuningGroup,
     TuningJobFields,
 )
 from service.client.sending import MAX_ATTEMPTS, http_options, retries, telling_unreachable
@@ -67,6 +68,7 @@ class AsyncTimeTuner:
         self._max_attempts = max_attempts
         self.models = AsyncModels(self)
         self.tuning_jobs = AsyncTuningJobs(self)
+        self.tuning_groups = AsyncTuningGroups(self)
         self.schedules = AsyncSchedules(self)
         self.aliases = AsyncAliases(self)
         self.samples = AsyncSampleJobs(self)
@@ -330,6 +332,21 @@ class AsyncTuningJob(TuningJobFields):
     def events(self, *, follow: bool = False) -> AsyncIterator[Event]:
         """The events of the job. With `follow`, until the job is over."""
         return self._jobs.events(self.id, follow=follow)
+
+
+class AsyncTuningGroups:
+    """`client.tuning_groups`"""
+
+    def __init__(self, client: AsyncTimeTuner) -> None:
+        self._client = client
+
+    async def create(self, jobs: Sequence[TuningJobRequest], *, dry_run: bool = False) -> TuningGroup:
+        """Queue several tuning jobs, or none of them. With `dry_run`, only check and price them."""
+        return await self._client.send(calls.submit_tuning_group(jobs, dry_run))
+
+    async def get(self, group: str) -> TuningGroup:
+        """The jobs of a group as they are now."""
+        return await self._client.send(calls.get_tuning_group(group))
 
 
 class AsyncSampleJobs:

@@ -5,7 +5,7 @@ import io
 import json
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,6 +44,7 @@ from service.client.results import (
     Samples,
     Schedule,
     ScheduleExport,
+    TuningGroup,
     TuningJobFields,
 )
 
@@ -163,6 +164,15 @@ def get_tuning_job(job: str) -> Call[TuningJobFields]:
 
 def cancel_tuning_job(job: str) -> Call[TuningJobFields]:
     return Call("cancel_tuning_job", "POST", _path("/v1/tuning-jobs", job, "cancel"), _reader(TuningJobFields))
+
+
+def submit_tuning_group(jobs: Sequence[TuningJobRequest], dry_run: bool) -> Call[TuningGroup]:
+    body: dict[str, Any] = {"jobs": [_plain(job) for job in jobs], "dry_run": dry_run}
+    return _made_once(Call("submit_tuning_group", "POST", "/v1/tuning-groups", _reader(TuningGroup), json=body))
+
+
+def get_tuning_group(group: str) -> Call[TuningGroup]:
+    return Call("get_tuning_group", "GET", _path("/v1/tuning-groups", group), _reader(TuningGroup))
 
 
 def list_tuning_job_events(job: str, after: int) -> Call[Page[Event]]:

@@ -328,6 +328,7 @@ class Job(BaseModel):
 class TuningJobFields(Job):
     """A tuning job. In lists and when just made, it has no phases, times, `timesteps` and `steps`."""
 
+    group: str | None = None
     attempt: int
     cancel_requested: bool
     request: dict[str, Any]
@@ -337,6 +338,20 @@ class TuningJobFields(Job):
     remaining_seconds: float | None = None
     timesteps: list[float] | None = None
     steps: list[Step] = Field(default_factory=list)
+
+
+class TuningGroup(BaseModel):
+    """Tuning jobs that were submitted together, as they were then; of a dry run, only the cost and the time.
+
+    `cost` counts samples put through the network, at most, and `seconds` is the time of one worker for these.
+    """
+
+    id: str | None
+    cost: int | None
+    seconds: float | None
+    progress: float
+    is_over: bool
+    jobs: list[TuningJobFields]
 
 
 class SampleJobFields(Job):

@@ -1,7 +1,7 @@
 """The client for ordinary code, as tools/synchronous_client.py makes it."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Self, TypeVar, Unpack
 
 import httpx
@@ -36,6 +36,7 @@ from service.client.results import (
     Samples,
     Schedule,
     ScheduleExport,
+    TuningGroup,
     TuningJobFields,
 )
 from service.client.sending import MAX_ATTEMPTS, http_options, retries, telling_unreachable
@@ -67,6 +68,7 @@ class TimeTuner:
         self._max_attempts = max_attempts
         self.models = Models(self)
         self.tuning_jobs = TuningJobs(self)
+        self.tuning_groups = TuningGroups(self)
         self.schedules = Schedules(self)
         self.aliases = Aliases(self)
         self.samples = SampleJobs(self)
@@ -326,6 +328,21 @@ class TuningJob(TuningJobFields):
     def events(self, *, follow: bool = False) -> Iterator[Event]:
         """The events of the job. With `follow`, until the job is over."""
         return self._jobs.events(self.id, follow=follow)
+
+
+class TuningGroups:
+    """`client.tuning_groups`"""
+
+    def __init__(self, client: TimeTuner) -> None:
+        self._client = client
+
+    def create(self, jobs: Sequence[TuningJobRequest], *, dry_run: bool = False) -> TuningGroup:
+        """Queue several tuning jobs, or none of them. With `dry_run`, only check and price them."""
+        return self._client.send(calls.submit_tuning_group(jobs, dry_run))
+
+    def get(self, group: str) -> TuningGroup:
+        """The jobs of a group as they are now."""
+        return self._client.send(calls.get_tuning_group(group))
 
 
 class SampleJobs:

@@ -22,6 +22,7 @@ PathId = Annotated[str, Path(**IDENTIFIER)]
 # These field types of responses have examples for the OpenAPI document.
 ModelId = Annotated[str, Field(examples=["mdl_01JD3K5V8Q2M4N6P7R9S0T1V2W"])]
 TuningJobId = Annotated[str, Field(examples=["job_01JD3K5V8Q2M4N6P7R9S0T1V2W"])]
+TuningGroupId = Annotated[str, Field(examples=["grp_01JD3K5V8Q2M4N6P7R9S0T1V2W"])]
 ScheduleId = Annotated[str, Field(examples=["sch_01JD3K5V8Q2M4N6P7R9S0T1V2W"])]
 SampleJobId = Annotated[str, Field(examples=["smp_01JD3K5V8Q2M4N6P7R9S0T1V2W"])]
 KeyId = Annotated[str, Field(examples=["key_01JD3K5V8Q2M4N6P7R9S0T1V2W"])]

@@ -172,6 +172,7 @@ class TuningJob(Job):
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("job"))
     owner: Mapped[str | None]  # The API key that asked, or null if none was needed.
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
+    group_id: Mapped[str | None] = mapped_column(index=True)  # Jobs that were submitted together share it.
     # Processes of the release before `idempotency_keys` write these two columns while an upgrade replaces them.
     idempotency_key: Mapped[str | None] = mapped_column(unique=True)
     request_hash: Mapped[str | None]

@@ -255,15 +255,15 @@ def _check_table(request: ScheduleImport) -> None:
         raise InvalidError(message, ("body", "eta"), float(request.eta))
 
 
-def find_for_sampling(session: Session, caller: Caller, model_id: str, name: str) -> Schedule:
-    """The schedule a sampling request names, by id or alias. Raises: InvalidError."""
+def find_for_sampling(session: Session, caller: Caller, model_id: str, name: str, where: str = "body") -> Schedule:
+    """The schedule that a sampling request's body or query names, by id or alias. Raises: InvalidError."""
     schedule = session.get(Schedule, name)
     if schedule is None and (alias := session.get(ScheduleAlias, (model_id, name))):
         schedule = session.get(Schedule, alias.schedule_id)
     schedule = visible_schedule(session, caller, schedule)
     if schedule is None or schedule.model_id != model_id:
         accepted = "'auto', 'none', or the id or alias of a schedule of this model"
-        raise InvalidError(f"no schedule {name!r} for this model; accepted: {accepted}", ("body", "schedule"), name)
+        raise InvalidError(f"no schedule {name!r} for this model; accepted: {accepted}", (where, "schedule"), name)
     return schedule
 
 

@@ -63,28 +63,49 @@ def submit(
         return get_job(session, caller, job_id)
 
     def make(session: Session) -> TuningJob:
-        check_room(session, settings.max_queued_jobs, caller.owner)
-        model = get_requested_model(session, caller, request.model)
-        complete, calls, values = _checked(request, model.spec, settings)
-        caller.private_to(request.private)
-        check_webhook(request.webhook_url, settings)
-        caller.charge(session, calls * values)
-        job = TuningJob(
-            owner=caller.owner,
-            model_id=model.id,
-            request=complete.model_dump(mode="json"),
-            request_id=caller.request_id,
-            schedule=None,
-        )
-        session.add(job)
-        session.flush()
-        if request.webhook_url:
-            session.add(Webhook(tuning_job_id=job.id, url=request.webhook_url))
-        session.add(TuningJobEvent(job_id=job.id, type="queued", data={}))
+        job, _, charged = add_job(session, settings, caller, request)
+        caller.charge(session, charged)
         caller.record(session, "submit_tuning_job", job.id)
         return job
 
     return make_once(registry, once, find, make)
+
+
+def add_job(
+    session: Session, settings: Settings, caller: Caller, request: TuningJobRequest, **columns: str
+) -> tuple[TuningJob, int, int]:
+    """Check a request and add its job, which may have an `id` and a `group_id` that were chosen before.
+
+    Returns:
+        The job, the samples that it puts through the network at most, and what these are charged as.
+
+    Raises:
+        InvalidError, TooLargeError, TooManyRequestsError.
+    """
+    check_room(session, settings.max_queued_jobs, caller.owner)
+    model = get_requested_model(session, caller, request.model)
+    complete, calls, values = _checked(request, model.spec, settings)
+    caller.private_to(request.private)
+    check_webhook(request.webhook_url, settings)
+    job = TuningJob(
+        owner=caller.owner,
+        model_id=model.id,
+        request=complete.model_dump(mode="json"),
+        request_id=caller.request_id,
+        schedule=None,
+        **columns,
+    )
+    session.add(job)
+    session.flush()
+    if request.webhook_url:
+        session.add(Webhook(tuning_job_id=job.id, url=request.webhook_url))
+    session.add(TuningJobEvent(job_id=job.id, type="queued", data={}))
+    return job, calls, calls * values
+
+
+def price(request: TuningJobRequest, spec: dict[str, Any], settings: Settings) -> int:
+    """The samples that a request puts through the network, at most. Raises: InvalidError, TooLargeError."""
+    return _checked(request, spec, settings)[1]
 
 
 def get_job(session: Session, caller: Caller, job_id: str, *, lock: bool = False) -> TuningJob:

@@ -4,7 +4,17 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.http.fields import Fault, KeyId, ModelId, NextCursor, RequestId, ScheduleId, Time, TuningJobId
+from service.http.fields import (
+    Fault,
+    KeyId,
+    ModelId,
+    NextCursor,
+    RequestId,
+    ScheduleId,
+    Time,
+    TuningGroupId,
+    TuningJobId,
+)
 from service.registry.tables import JobState
 from service.shared.job_requests import TUNING_EXAMPLE
 
@@ -28,6 +38,9 @@ class TuningJobOut(BaseModel):
     id: TuningJobId
     owner: KeyId | None = Field(description="The API key that asked, or null if none was needed.")
     model: ModelId = Field(validation_alias="model_id")
+    group: TuningGroupId | None = Field(
+        None, validation_alias="group_id", examples=[None], description="The group that it was submitted with."
+    )
     state: JobState
     progress: float = Field(description="0 to 1.")
     attempt: int = Field(description="The number of times that a worker has started the job.")

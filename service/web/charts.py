@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 56, 10, 10, 40
@@ -11,10 +11,11 @@ TICKS = 5
 
 @dataclass(frozen=True)
 class Series:
-    """Points by rising x; those that are not finite are left out."""
+    """Points by rising x; those that are not finite are left out. A faint one stands behind the others."""
 
     name: str
     points: Sequence[tuple[float, float]]
+    is_faint: bool = False
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Drawn:
 
     name: str
     points: list[tuple[float, float]]
+    is_faint: bool = False
 
     @property
     def line(self) -> str:
@@ -52,14 +54,14 @@ def make_chart(
     title: str, description: str, x_label: str, y_label: str, series: Sequence[Series], *, log_y: bool = False
 ) -> Chart | None:
     """A chart, or None if there is nothing to draw. A logarithmic axis leaves out values that are not positive."""
-    kept = [Series(one.name, [p for p in one.points if _fits(p, log_y)]) for one in series]
+    kept = [replace(one, points=[p for p in one.points if _fits(p, log_y)]) for one in series]
     kept = [one for one in kept if one.points]
     if not kept:
         return None
     xs = [x for one in kept for x, _ in one.points]
     ys = [y for one in kept for _, y in one.points]
     x_axis, y_axis = _Axis(xs, LEFT, WIDTH - RIGHT), _Axis(ys, HEIGHT - BOTTOM, TOP, log_y)
-    drawn = [Drawn(one.name, [(x_axis.place(x), y_axis.place(y)) for x, y in one.points]) for one in kept]
+    drawn = [Drawn(one.name, [(x_axis.place(x), y_axis.place(y)) for x, y in one.points], one.is_faint) for one in kept]
     header, rows = _table(x_label, kept)
     return Chart(title, description, x_label, y_label, drawn, x_axis.ticks(), y_axis.ticks(), header, rows)
 

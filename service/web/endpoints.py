@@ -6,27 +6,31 @@ from typing import Any, TypeVar, get_args
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from sqlalchemy import select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, joinedload
 
 from service.access.callers import AnyCaller, Caller
-from service.access.visibility import visible_models
+from service.access.visibility import is_visible, visible_models
 from service.http.errors import InvalidError
 from service.http.fields import PageQuery, PathId, newest_first
 from service.http.validation import FieldsError
 from service.models.logic import get_handed_in
 from service.models.registrations import newest_registrations
 from service.models.schemas import STATES, ModelRegistrationOut
-from service.registry.tables import JobState, Model, ScheduleStatus
+from service.registry.tables import JobState, Model, Schedule, ScheduleStatus
 from service.request_checks import get_requested_model
 from service.schedules import logic as schedules_logic
 from service.schedules.exporting import formats_of
 from service.schedules.schemas import ScheduleQuery
+from service.shared.fields import GuidanceScale, Identifier, NumSteps, Seed
+from service.shared.job_requests import AnySamplerName, Prompt, Size
 from service.state import State
+from service.tuning_groups.logic import get_group
 from service.tuning_jobs import logic as jobs_logic
-from service.web import views
+from service.web import comparing, views
 from service.web.rendering import render
+from service.web.views import AUTO
 from timetuner_core.catalog import BUILTINS, GuidanceType, sampler_names
 
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
@@ -36,12 +40,43 @@ ROWS_ON_OVERVIEW = 8
 MODELS_IN_FORM = 100
 UNREADY_MODELS = 20
 COMPARED_SCHEDULES = 200
+MATRIX_SCHEDULES = 2000
 
 Query = TypeVar("Query", bound=BaseModel)
 
 
 class JobsQuery(PageQuery):
     state: JobState | None = None
+
+
+class TwoQuery(BaseModel):
+    """Two schedules that are compared."""
+
+    a: Identifier
+    b: Identifier
+
+
+class SettingQuery(BaseModel):
+    """A setting that a form begins with. What is not given has the model's usual value."""
+
+    num_steps: NumSteps | None = None
+    sampler: AnySamplerName | None = None
+    guidance_type: GuidanceType | None = None
+    guidance_scale: GuidanceScale | None = None
+
+
+class PlaygroundQuery(SettingQuery):
+    """The playground's form, so that its address can be sent to somebody."""
+
+    model: str | None = None
+    schedule: Identifier | None = None
+    seed: Seed = 0
+    num_images: int | None = Field(None, ge=1)
+    class_labels: int | None = None
+    prompt: Prompt | None = None
+    negative_prompt: Prompt | None = None
+    height: Size | None = None
+    width: Size | None = None
 
 
 def read_query(request: Request, query: type[Query]) -> Query:
@@ -64,11 +99,12 @@ def overview(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
             "models": models,
             "counts": {model.id: views.count_schedules(session, caller, model.id) for model in models},
             "jobs": jobs,
+            "verdicts": views.verdicts_of(session, jobs),
             "schedules": schedules,
             "names": _names(session, (*jobs, *schedules)),
             "aliases": views.aliases_of(session, schedules),
         }
-    return render(request, "overview.html", caller, builtins=BUILTINS, views=views, **context)
+    return render(request, "overview.html", caller, builtins=BUILTINS, start=views.START_MODEL, views=views, **context)
 
 
 @router.get("/models")
@@ -84,6 +120,7 @@ def models(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
 
 @router.get("/models/{model_id}")
 def model(model_id: PathId, request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
+    setting = read_query(request, SettingQuery).model_dump(exclude_none=True)
     with state.registry.read() as session:
         row = get_handed_in(session, caller, model_id)
         if not isinstance(row, Model):
@@ -91,6 +128,7 @@ def model(model_id: PathId, request: Request, caller: AnyCaller, state: State) -
         schedules, _ = schedules_logic.newest(session, caller, ScheduleQuery(model=model_id, limit=ROWS_ON_OVERVIEW))
         context = {
             "model": row,
+            "given": views.form_fields(row, views.tuned_settings(session, caller, row.id)[:1], setting),
             "count": views.count_schedules(session, caller, model_id),
             "schedules": schedules,
             "aliases": views.aliases_of(session, schedules),
@@ -108,18 +146,45 @@ def jobs(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
     query = read_query(request, JobsQuery)
     with state.registry.read() as session:
         rows, cursor = jobs_logic.newest(session, caller, query.state, query)
-        names = _names(session, rows)
-    return render(request, "jobs.html", caller, jobs=rows, names=names, cursor=cursor, query=query, states=JobState)
+        names, verdicts = _names(session, rows), views.verdicts_of(session, rows)
+    return render(
+        request,
+        "jobs.html",
+        caller,
+        jobs=rows,
+        names=names,
+        verdicts=verdicts,
+        cursor=cursor,
+        query=query,
+        states=JobState,
+    )
 
 
 @router.get("/jobs/{job_id}")
 def job(job_id: PathId, request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
     with state.registry.read() as session:
         row = jobs_logic.get_job(session, caller, job_id)
-        charts = views.job_charts(session, row)
-        model = session.get_one(Model, row.model_id)
-        progress = jobs_logic.progress_of(session, row)
-    return render(request, "job.html", caller, job=row, model=model, charts=charts, progress=progress)
+        events = views.newest_events(session, row)
+        context = {
+            "job": row,
+            "model": session.get_one(Model, row.model_id),
+            "charts": views.job_charts(row, events),
+            "progress": jobs_logic.progress_of(session, row),
+            "log": views.job_log(events),
+            "worker": views.worker_of(events),
+            "verdict": views.verdicts_of(session, [row]).get(row.id),
+        }
+    return render(request, "job.html", caller, **context)
+
+
+@router.get("/groups/{group_id}")
+def group(group_id: PathId, request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
+    """Jobs that were submitted together."""
+    with state.registry.read() as session:
+        found = get_group(session, caller, group_id)
+        names, verdicts = _names(session, found.jobs), views.verdicts_of(session, found.jobs)
+    counts = Counter(verdicts.get(job.id, str(job.state)) for job in found.jobs)
+    return render(request, "group.html", caller, group=found, names=names, verdicts=verdicts, counts=counts)
 
 
 @router.get("/schedules")
@@ -144,12 +209,14 @@ def schedule(schedule_id: PathId, request: Request, caller: AnyCaller, state: St
     with state.registry.read() as session:
         row = schedules_logic.get_schedule(session, caller, schedule_id)
         model = session.get_one(Model, row.model_id)
+        rivals = views.rivals_of(session, caller, row)
         context = {
+            "rivals": rivals,
             "schedule": row,
             "model": model,
             "aliases": views.aliases_of(session, [row])[row.id],
             "charts": views.schedule_charts(row),
-            "worth_chart": views.worth_chart(row),
+            "worth_chart": views.worth_chart(row, rivals),
             "formats": formats_of(model),
         }
     base_url = str(request.base_url).rstrip("/")
@@ -176,17 +243,56 @@ def compare(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
     context["chosen_group"] = chosen_group
     context |= {"measured": measured, "metric": metric, "aliases": aliases}
     context["schedules"] = sorted(rows, key=lambda row: (views.network_calls(row) or 0, row.score or 1.0))
+    context["board"] = comparing.leaderboard(rows)
     context["chart_of"] = views.comparison_chart(rows, metric) if metric else None
     return render(request, "compare.html", caller, views=views, **context)
 
 
+@router.get("/compare/schedules")
+def compare_two(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
+    """Two schedules side by side."""
+    query = read_query(request, TwoQuery)
+    with state.registry.read() as session:
+        a, b = (schedules_logic.get_schedule(session, caller, id) for id in (query.a, query.b))
+        models = [session.get_one(Model, one.model_id) for one in (a, b)]
+    both = [("first", a, models[0]), ("second", b, models[1])]
+    found = {"metrics": comparing.metrics_of_both(a, b), "same": comparing.have_one_teacher(a, b)}
+    return render(request, "two.html", caller, both=both, charts=comparing.charts_of_both(a, b), views=views, **found)
+
+
+@router.get("/matrix")
+def matrix(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
+    """The best schedule of each model for each number of network calls."""
+    with state.registry.read() as session:
+        models = _choices(session, caller)
+        ids = [model.id for model in models]
+        newest = select(Schedule).where(Schedule.model_id.in_(ids), is_visible(caller, Schedule))
+        newest = newest.where(Schedule.status != ScheduleStatus.IMPORTED).order_by(Schedule.id.desc())
+        schedules = session.scalars(newest.options(joinedload(Schedule.evaluation)).limit(MATRIX_SCHEDULES)).all()
+    made = comparing.matrix(models, schedules)
+    return render(request, "matrix.html", caller, matrix=made, most=MATRIX_SCHEDULES, comparing=comparing, views=views)
+
+
 @router.get("/playground")
 def playground(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
+    """The playground. It begins with the setting that the query names, or else with one that has a schedule."""
+    query = read_query(request, PlaygroundQuery)
+    context: dict[str, Any] = {"given": {}, "tuned": [], "formats": {}}
     with state.registry.read() as session:
         choices = _choices(session, caller)
-        chosen = _chosen(session, caller, request.query_params.get("model"), choices)
+        chosen = _chosen(session, caller, query.model, choices)
+        if chosen is not None:
+            tuned = views.tuned_settings(session, caller, chosen.id)
+            if query.schedule not in (None, AUTO):
+                named = schedules_logic.find_for_sampling(session, caller, chosen.id, query.schedule or "", "query")
+                session.refresh(named, ["evaluation"])
+                tuned = [named, *(one for one in tuned if one.id != named.id)]
+            given = views.form_fields(chosen, tuned, query.model_dump(exclude_none=True, exclude={"model"}))
+            context = {"given": given, "tuned": tuned, "formats": formats_of(chosen)}
     samplers = sampler_names()
-    return render(request, "playground.html", caller, models=choices, chosen=chosen, samplers=samplers, views=views)
+    return render(
+        request, "playground.html", caller, models=choices, chosen=chosen, samplers=samplers, views=views, **context
+    )
 
 
 def _names(session: Session, rows: Any) -> dict[str, str]:

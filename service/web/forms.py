@@ -1,28 +1,32 @@
 """The web page's forms. They call the same functions as the API, and then lead to a page."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Form, Request, Response
-from pydantic import BeforeValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from service.access.callers import MayTune, MayWriteModels
+from service.access.callers import Caller, MayTune, MayWriteModels, needs
 from service.access.cookies import COOKIE, check_same_origin
 from service.access.state import Access
-from service.http.errors import InvalidError, UnauthenticatedError
+from service.http.errors import InvalidError, TooLargeError, UnauthenticatedError
 from service.http.fields import PathId
 from service.models import logic as models_logic
 from service.models.schemas import BuiltinModelRequest
+from service.registry.keys import Scope
 from service.registry.tables import TuningJob
 from service.schedules import logic as schedules_logic
 from service.schedules.schemas import ALIAS
-from service.shared.fields import Identifier
-from service.shared.job_requests import ClippingText, SamplingSetting, TuningJobRequest
+from service.shared.fields import GuidanceScale, Identifier, NumSteps
+from service.shared.job_requests import ClippingText, SamplerName, TuningJobRequest
 from service.shared.queue import publish
 from service.state import WRITES, State
+from service.tuning_groups import logic as groups_logic
+from service.tuning_groups.schemas import MAX_JOBS, TuningGroupRequest
 from service.tuning_jobs import logic as jobs_logic
-from service.web.rendering import see
-from service.web.views import DEFAULT_OBJECTIVE, OBJECTIVES
+from service.web.rendering import render, see
+from service.web.views import DEFAULT_OBJECTIVE, OBJECTIVES, START_MODEL, USUAL_NUM_STEPS
+from timetuner_core.catalog import GuidanceType
 
 
 async def _same_origin(request: Request) -> None:
@@ -36,12 +40,43 @@ OWN_PATH = r"/(?![/\\])[^\\\x00-\x20\x7f]*"
 router = APIRouter(include_in_schema=False, dependencies=[Depends(_same_origin)])
 
 
-class TuningForm(SamplingSetting):
-    """A tuning job of a few fields. All others have their defaults."""
+def _split(values: Any) -> Any:
+    """The numbers of a field such as `4, 6, 8`."""
+    parts = [part.strip() for value in values for part in str(value).split(",")]
+    return list(dict.fromkeys(parts))
 
+
+class TuningForm(BaseModel):
+    """Tuning jobs of a few fields: one for each number of steps and tuner. All other fields have their defaults."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: Identifier
+    num_steps: Annotated[list[NumSteps], BeforeValidator(_split)]
+    sampler: SamplerName = "ddim"
     clipping: Annotated[ClippingText | None, BeforeValidator(lambda text: text or None)] = None
+    guidance_type: GuidanceType = "uncond"
+    guidance_scale: GuidanceScale = Field(1, validate_default=True)
     private: bool = False
-    objective: Literal[tuple(DEFAULT_OBJECTIVE | OBJECTIVES)] = ""  # type: ignore[valid-type]
+    objective: list[Literal[tuple(DEFAULT_OBJECTIVE | OBJECTIVES)]] = [""]  # type: ignore[valid-type]
+
+    def requests(self) -> list[TuningJobRequest]:
+        """The jobs that the form asks for."""
+        setting = self.model_dump(exclude={"num_steps", "objective"})
+        tuners = [{"tuner": {"objective": name}} if name else {} for name in dict.fromkeys(self.objective or [""])]
+        return [
+            TuningJobRequest.model_validate(setting | {"num_steps": steps} | tuner)
+            for steps in self.num_steps
+            for tuner in tuners
+        ]
+
+    def group(self) -> TuningGroupRequest:
+        """Raises: InvalidError, if there are too many."""
+        jobs = self.requests()
+        if len(jobs) > MAX_JOBS:
+            message = f"these are {len(jobs)} jobs; accepted: up to {MAX_JOBS}"
+            raise InvalidError(message, ("body", "num_steps"), self.num_steps)
+        return TuningGroupRequest(jobs=jobs)
 
 
 @router.post("/models", dependencies=[WRITES])
@@ -50,6 +85,16 @@ def register(
 ) -> Response:
     model, _ = models_logic.register_builtin(state.registry, caller, form.builtin, form.name, private=form.private)
     return see(request, f"/models/{model.id}")
+
+
+@router.post("/start", dependencies=[WRITES])
+def start(caller: Annotated[Caller, needs(Scope.MODELS_WRITE, Scope.TUNE)], state: State, request: Request) -> Response:
+    """Register the bundled model and tune it."""
+    model, _ = models_logic.register_builtin(state.registry, caller, START_MODEL, None, private=False)
+    tuning = TuningJobRequest(model=model.id, num_steps=USUAL_NUM_STEPS)
+    job, _ = jobs_logic.submit(state.registry, state.settings, caller, tuning, None)
+    publish(state.celery, state.registry, TuningJob, [job.id])
+    return see(request, f"/jobs/{job.id}")
 
 
 @router.post("/models/{model_id}/delete", dependencies=[WRITES])
@@ -66,12 +111,26 @@ def delete_model(
 
 @router.post("/jobs", dependencies=[WRITES])
 def submit(form: Annotated[TuningForm, Form()], caller: MayTune, state: State, request: Request) -> Response:
-    setting = form.model_dump(exclude={"objective"})
-    tuner = {"tuner": {"objective": form.objective}} if form.objective else {}
-    tuning = TuningJobRequest.model_validate(setting | tuner)
-    job, _ = jobs_logic.submit(state.registry, state.settings, caller, tuning, None)
-    publish(state.celery, state.registry, TuningJob, [job.id])
-    return see(request, f"/jobs/{job.id}")
+    """One job, or a group of several."""
+    asked = form.group()
+    if len(asked.jobs) == 1:
+        job, _ = jobs_logic.submit(state.registry, state.settings, caller, asked.jobs[0], None)
+        publish(state.celery, state.registry, TuningJob, [job.id])
+        return see(request, f"/jobs/{job.id}")
+    group, _ = groups_logic.submit(state.registry, state.settings, caller, asked, None)
+    publish(state.celery, state.registry, TuningJob, [job.id for job in group.jobs])
+    return see(request, f"/groups/{group.id}")
+
+
+@router.post("/jobs/price")
+def price(form: Annotated[TuningForm, Form()], caller: MayTune, state: State, request: Request) -> Response:
+    """What the jobs of the form would cost, or why they would be refused, as a part of a page."""
+    asked, found, refusal = form.group(), None, None
+    try:
+        found = groups_logic.dry_run(state.registry, state.settings, caller, asked)
+    except (InvalidError, TooLargeError) as error:
+        refusal = error.detail.removeprefix("jobs[0]: ") if len(asked.jobs) == 1 else error.detail
+    return render(request, "price.html", caller, price=found, refusal=refusal, count=len(asked.jobs))
 
 
 @router.post("/jobs/{job_id}/cancel", dependencies=[WRITES])

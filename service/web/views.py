@@ -2,24 +2,40 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import func, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, joinedload
 
 from service.access.callers import Caller
 from service.access.visibility import is_visible
-from service.registry.tables import Model, Schedule, ScheduleAlias, TuningJob
-from service.schedules.schemas import ScheduleOut
+from service.registry.tables import (
+    EvaluationRow,
+    Model,
+    Schedule,
+    ScheduleAlias,
+    ScheduleStatus,
+    TuningJob,
+    TuningJobEvent,
+)
+from service.schedules.logic import newest as newest_schedules
+from service.schedules.schemas import ScheduleOut, ScheduleQuery
 from service.shared.job_requests import ALWAYS, OWN_CLIPPING
 from service.shared.pipeline_calls import is_pipeline
 from service.shared.sampler_facts import SamplersUnknownError, sampler_facts
-from service.tuning_jobs.logic import events_after
 from service.web.charts import Chart, Series, make_chart
 from timetuner_core.tuners import TUNERS
 
 MAX_COUNTED = 1000
 MAX_EVENTS = 1000
+MAX_RIVALS = 200
+MAX_TUNED = 200
+SMOOTHING = 5
+USUAL_NUM_STEPS = 5
+START_MODEL = "digits8"  # An empty home offers to tune it.
+AUTO = "auto"
+FORM_SETTING = ("num_steps", "sampler", "guidance_type", "guidance_scale")
 METRICS = {
     "teacher_l2": "distance to the teacher",
     "teacher_l2_native": "distance to the teacher, against the pipeline's own scheduler",
@@ -69,12 +85,32 @@ def guidance_of(schedule: Schedule) -> str:
 
 def network_calls(schedule: Schedule) -> int | None:
     """Network calls per image, or None if the sampler's package is not installed any more, or not loaded yet."""
+    return _calls(schedule, schedule.timesteps)
+
+
+def untuned_calls(schedule: Schedule, num_steps: int) -> int | None:
+    """Network calls per image of a schedule's setting with so many steps, untuned; None where they are not known."""
+    return _calls(schedule, [*[1.0] * num_steps, schedule.timesteps[-1]])  # Only the last time decides.
+
+
+def _calls(schedule: Schedule, timesteps: Sequence[float]) -> int | None:
     try:
         sampler = sampler_facts(schedule.sampler)
     except (ValueError, SamplersUnknownError):
         return None
     guided = schedule.guidance_type == "classifier-free" and schedule.guidance_scale != 1
-    return sampler.network_calls(schedule.timesteps) * (2 if guided else 1)
+    return sampler.network_calls(timesteps) * (2 if guided else 1)
+
+
+def verdict_of(schedule: Schedule) -> str:
+    """What was found of a schedule: that it is accepted, rejected or undecided; or that it was imported."""
+    verdict = schedule.evaluation.verdict if schedule.evaluation else None
+    return verdict or str(schedule.status)
+
+
+def playground_query(schedule: Schedule) -> dict[str, Any]:
+    """The query that opens the playground with a schedule and its setting."""
+    return {"model": schedule.model_id, "schedule": schedule.id, **setting_of(schedule)["fields"]}
 
 
 def tuner_of(schedule: Schedule) -> str:
@@ -106,15 +142,60 @@ def objectives_of(model: Model) -> dict[str, str]:
     return {"": TUNERS[PIPELINE].label} if is_pipeline(model.spec) else DEFAULT_OBJECTIVE | OBJECTIVES
 
 
-def usual_sampler(model: Model) -> str:
-    """The sampler that tuning takes if none is chosen."""
-    return "dpmpp_2m" if is_pipeline(model.spec) else "ddim"
-
-
-def usual_guidance_scale(model: Model) -> float:
-    """The guidance scale that a request has if none is given."""
+def usual_setting(model: Model) -> dict[str, Any]:
+    """The setting that the forms for tuning and for sampling begin with, where nothing was tuned."""
     default = model.spec.get("call", {}).get("guidance_scale", {}).get("default")
-    return 1 if default is None else float(default)
+    return {
+        "num_steps": USUAL_NUM_STEPS,
+        "sampler": "dpmpp_2m" if is_pipeline(model.spec) else "ddim",
+        "guidance_type": "uncond",
+        "guidance_scale": "1" if default is None else f"{float(default):g}",
+    }
+
+
+def setting_of(schedule: Schedule) -> dict[str, dict[str, Any]]:
+    """A schedule's setting: the fields that forms have, and `more`, the others that are not at their defaults."""
+    fields = {name: getattr(schedule, name) for name in FORM_SETTING}
+    fields["guidance_scale"] = f"{float(schedule.guidance_scale):.10g}"
+    fields |= {name: value for name, value in (schedule.call or {}).items() if name in ("height", "width")}
+    defaults = {"eta": 0, **{name: value for name, value in ALWAYS.items() if name != "guidance_scale"}}
+    more = {name: float(getattr(schedule, name)) for name in defaults if getattr(schedule, name) != defaults[name]}
+    clipping = {} if schedule.clipping == OWN_CLIPPING else {"clipping": schedule.clipping}
+    return {"fields": fields, "more": more | clipping}
+
+
+def tuned_settings(session: Session, caller: Caller, model_id: str) -> list[Schedule]:
+    """The best of the newest accepted schedules for each setting of a model, newest first."""
+    query = ScheduleQuery(model=model_id, status=ScheduleStatus.ACCEPTED, limit=MAX_TUNED)
+    best: dict[tuple[Any, ...], Schedule] = {}
+    for schedule in newest_schedules(session, caller, query)[0]:
+        key = tuple(getattr(schedule, name) for name in Schedule.KEY)
+        if key not in best or (schedule.score or 0.0) < (best[key].score or 0.0):
+            best[key] = schedule
+    return list(best.values())
+
+
+def form_fields(model: Model, tuned: Sequence[Schedule], given: dict[str, Any]) -> dict[str, Any]:
+    """The values that a form begins with, and the `schedule` that they are of: its id, or `auto`.
+
+    They are what the query gave, and else those of the first tuned schedule, or the usual ones. A query that gives part
+    of a setting, and no schedule, means another than the tuned ones.
+    """
+    begins_tuned = given.get("schedule", AUTO) != AUTO or (tuned and not given.keys() & {*FORM_SETTING, "schedule"})
+    fields = usual_setting(model)
+    if begins_tuned:
+        fields |= setting_of(tuned[0])["fields"]
+    few = 1 if is_pipeline(model.spec) else 9 if len(model.spec["image_shape"]) == 3 else 128
+    others = dict.fromkeys(("class_labels", "prompt", "negative_prompt", "height", "width"))
+    return {"num_images": few, **others, **fields, **given, "schedule": tuned[0].id if begins_tuned else AUTO}
+
+
+def calls_per_step(sampler: str) -> int | None:
+    """Network calls of a step, or None if the sampler's package cannot be loaded, or is not loaded yet."""
+    try:
+        return sampler_facts(sampler).calls_per_step
+    except (ValueError, SamplersUnknownError):
+        return None
 
 
 def labels_of(model: Model) -> list[int]:
@@ -128,7 +209,7 @@ def sample_request(schedule: Schedule, model: Model) -> dict[str, Any] | None:
     if is_pipeline(model.spec):
         return None
     is_image = len(model.spec["image_shape"]) == 3
-    count, labels = 8 if is_image else 128, labels_of(model)
+    count, labels = 9 if is_image else 128, labels_of(model)
     guided = schedule.guidance_type != "uncond"
     return {
         "model": model.id,
@@ -150,20 +231,53 @@ def schedule_charts(schedule: Schedule) -> list[Chart | None]:
 
 
 def summary(schedule: Schedule) -> str | None:
-    """What a schedule brought, in a sentence or two; None for an imported one."""
+    """What a schedule brought, in a sentence or two, without the verdict's name; None for an imported one."""
     evaluation = ScheduleOut.model_validate(schedule).evaluation
-    return None if evaluation is None else evaluation.summary
-
-
-def worth_chart(schedule: Schedule) -> Chart | None:
-    """The untuned sampler's distance to the teacher by its steps, and the schedule's."""
-    worth = schedule.evaluation.worth if schedule.evaluation else None
-    if worth is None:
+    if evaluation is None:
         return None
-    untuned = Series("untuned", [(each["num_steps"], each["teacher_l2"]) for each in worth["untuned"]])
-    tuned = Series("tuned", [(schedule.num_steps, worth["teacher_l2"])])
-    description = f"Distance to the teacher by the number of steps, of {worth['num_samples']} noises; lower is better."
-    return make_chart("Distance to the teacher", description, "steps", "distance", [untuned, tuned], log_y=True)
+    if schedule.status == ScheduleStatus.REJECTED:
+        reason = evaluation.reason or "not better than untuned beyond chance, or worse in some respect"
+        return f"{reason[0].upper()}{reason[1:]}."
+    return evaluation.summary
+
+
+def rivals_of(session: Session, caller: Caller, schedule: Schedule) -> list[Schedule]:
+    """Other schedules of the same setting, with any number of steps, that were measured on the same noises."""
+    key = [name for name in Schedule.KEY if name != "num_steps"]
+    same = [getattr(Schedule, name) == getattr(schedule, name) for name in key]
+    query = select(Schedule).where(*same, is_visible(caller, Schedule), Schedule.id != schedule.id)
+    rows = session.scalars(
+        query.options(joinedload(Schedule.evaluation)).order_by(Schedule.id.desc()).limit(MAX_RIVALS)
+    )
+    return [row for row in rows if _noises(row) is not None and _noises(row) == _noises(schedule)]
+
+
+def _noises(schedule: Schedule) -> tuple[int, int, int] | None:
+    """What decides the noises and the teacher that a schedule's worth was measured with; None if it was not."""
+    evaluation = schedule.evaluation
+    if evaluation is None or evaluation.worth is None:
+        return None
+    return evaluation.seed, evaluation.teacher_num_steps, evaluation.worth["num_samples"]
+
+
+def worth_chart(schedule: Schedule, rivals: Sequence[Schedule] = ()) -> Chart | None:
+    """The distance to the teacher by network calls: untuned, by the schedule, and by the best other of each tuner."""
+    worth, calls = schedule.evaluation.worth if schedule.evaluation else None, network_calls(schedule)
+    if worth is None or calls is None:
+        return None
+    points = [(untuned_calls(schedule, each["num_steps"]), each["teacher_l2"]) for each in worth["untuned"]]
+    series = [Series("untuned", [(count, value) for count, value in points if count is not None])]
+    series.append(Series("this schedule", [(calls, worth["teacher_l2"])]))
+    best: dict[str, dict[int, float]] = {}
+    for rival in rivals:
+        of_tuner, value = best.setdefault(tuner_of(rival), {}), rival.evaluation.worth["teacher_l2"]  # type: ignore[index, union-attr]
+        if (rival_calls := network_calls(rival)) is not None:
+            of_tuner[rival_calls] = min(value, of_tuner.get(rival_calls, value))
+    series += [Series(f"other by {name}", sorted(of_tuner.items())) for name, of_tuner in sorted(best.items())]
+    description = (
+        f"Distance to the teacher by network calls per image, of {worth['num_samples']} noises; lower is better."
+    )
+    return make_chart("Quality against cost", description, "network calls per image", "distance", series, log_y=True)
 
 
 def ratio_chart(ratios: Sequence[tuple[int, float]]) -> Chart | None:
@@ -179,17 +293,75 @@ def _grid_chart(times: Sequence[float], ratios: Sequence[float]) -> Chart | None
     return make_chart("Time grid", description, "step", "time", series)
 
 
-def job_charts(session: Session, job: TuningJob) -> list[Chart | None]:
-    """The loss over the job's progress so far, and the current ratios."""
-    events = events_after(session, job.id, 0, MAX_EVENTS)
-    losses = [
-        (100 * event.data["progress"], event.data["loss"])
-        for event in events
-        if event.type == "progress" and event.data.get("loss") is not None
-    ]
-    description = "The sum of all steps' losses as tuning went on, on a logarithmic scale."
-    loss = make_chart("Loss", description, "progress, %", "loss", [Series("loss", losses)], log_y=True)
+def newest_events(session: Session, job: TuningJob) -> list[TuningJobEvent]:
+    """The newest `MAX_EVENTS` events of a job, in their order."""
+    query = select(TuningJobEvent).where(TuningJobEvent.job_id == job.id).order_by(TuningJobEvent.id.desc())
+    return [*session.scalars(query.limit(MAX_EVENTS))][::-1]
+
+
+def job_charts(job: TuningJob, events: Sequence[TuningJobEvent]) -> list[Chart | None]:
+    """The loss by the time since the first of these events, and the current ratios."""
+    progress = [event for event in events if event.type == "progress" and event.data.get("loss") is not None]
+    seconds = [(event.created_at - events[0].created_at).total_seconds() for event in progress]
+    first = next((event.data["loss"] for event in progress if event.data["loss"] > 0), 1.0)
+    losses = [event.data["loss"] / first for event in progress]
+    measured = Series("as measured", list(zip(seconds, losses, strict=True)), is_faint=True)
+    smoothed = Series("smoothed", list(zip(seconds, _smoothed(losses), strict=True)))
+    description = "The sum of all steps' losses over time, as a share of the first one measured; lower is better."
+    title, label = "Loss", "share of the first loss"
+    loss = make_chart(title, description, "seconds", label, [smoothed, measured], log_y=True)
     return [loss, ratio_chart([(step.step_index, step.t_ratio) for step in job.steps])]
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """A moving average whose weights halve every `SMOOTHING` values."""
+    weight, total, averages = 0.0, 0.0, []
+    for value in values:
+        weight, total = 0.5 ** (1 / SMOOTHING) * weight + 1, 0.5 ** (1 / SMOOTHING) * total + value
+        averages.append(total / weight)
+    return averages
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """A line of a job's log."""
+
+    time: datetime
+    what: str
+
+
+def job_log(events: Sequence[TuningJobEvent]) -> list[LogEntry]:
+    """A job's events as sentences for people; of its progress, only the beginning of each phase."""
+    entries, phase = [], None
+    for event in events:
+        data = event.data
+        if event.type == "progress":
+            if data.get("phase") not in (None, phase):
+                phase = data["phase"]
+                entries.append(LogEntry(event.created_at, f"{phase} began"))
+            continue
+        what = event.type.replace("_", " ")
+        if event.type == "started":
+            phase = None
+            what = f"started by {data.get('worker', 'a worker')}, attempt {data.get('attempt', 1)}"
+        entries.append(LogEntry(event.created_at, f"{what}: {data['error']}" if data.get("error") else what))
+    return entries
+
+
+def worker_of(events: Sequence[TuningJobEvent]) -> str | None:
+    """The worker that runs or ran the latest attempt."""
+    workers = [event.data.get("worker") for event in events if event.type == "started"]
+    return workers[-1] if workers else None
+
+
+def verdicts_of(session: Session, jobs: Iterable[TuningJob]) -> dict[str, str]:
+    """What was found of the schedules that jobs made, by the job's id."""
+    query = (
+        select(Schedule.job_id, Schedule.status, EvaluationRow.verdict)
+        .outerjoin(EvaluationRow)
+        .where(Schedule.job_id.in_([job.id for job in jobs]))
+    )
+    return {str(job_id): verdict or str(status) for job_id, status, verdict in session.execute(query)}
 
 
 def figure(schedule: Schedule, metric: str, when: str = "after") -> float | None:

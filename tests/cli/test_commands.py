@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import signal
 import subprocess
 import zipfile
@@ -37,6 +38,25 @@ def test_a_model_is_imported_listed_shown_and_removed(connected: Run, tmp_path: 
     gone = connected("models", "show", "by-command")
     assert (gone.code, gone.out) == (5, "")
     assert "no model 'by-command'; accepted: an id or a name" in gone.err
+
+
+def test_several_steps_and_tuners_are_one_group_whose_cost_is_told_first(connected: Run, gratings: str) -> None:  # noqa: F811
+    both = ["tune", gratings, "--num-steps", "3,2", "--objective", "dmn, ays", "--evaluation", "num_samples=16"]
+    tuned = connected(*both, "--json")
+    assert tuned.code == 0, tuned.err
+    assert re.match(r"4 jobs: at most [\d,]+ samples through the network", tuned.err)
+    made = json.loads(tuned.out)
+    asked = [(job["request"]["num_steps"], job["request"]["tuner"]["objective"]) for job in made["group"]["jobs"]]
+    assert asked == [(3, "dmn"), (3, "ays"), (2, "dmn"), (2, "ays")]
+    assert {job["state"] for job in made["group"]["jobs"]} == {"succeeded"}
+    assert [one["num_steps"] for one in made["schedules"]] == [3, 3, 2, 2]
+    one = made["schedules"][0]["id"]
+    assert connected("schedules", "rm", one).out.strip() == one
+    assert connected("schedules", "show", one).code == 5
+    group = connected(*both, "--detach").out.strip()
+    assert group.startswith("grp_")
+    wrong = connected("tune", gratings, "--num-steps", "3,many")
+    assert (wrong.code, "--num-steps" in wrong.err, "such as 4,6,8" in wrong.err) == (2, True, True)
 
 
 def test_a_schedule_is_tuned_named_moved_and_sampled_with(connected: Run, gratings: str, tmp_path: Path) -> None:  # noqa: F811

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,10 @@ def commands() -> Iterator[tuple[str, list[str]]]:
             yield words.strip(), [option for parameter in command.params for option in parameter.opts]
 
     yield from walk(typer.main.get_command(app), "")  # type: ignore[arg-type]
+
+
+def test_the_version_is_the_packages(timetuner: Run) -> None:
+    assert timetuner("--version").out.strip() == f"timetuner {version('timetuner')}"
 
 
 def test_every_command_prints_json_on_request() -> None:

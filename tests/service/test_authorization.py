@@ -37,7 +37,7 @@ class Operation:
 
     @property
     def is_of_a_job(self) -> bool:
-        return "{job_id}" in self.path
+        return "{job_id}" in self.path or "{group_id}" in self.path
 
 
 PATHS: Json = create_app().openapi()["paths"]
@@ -80,6 +80,8 @@ RULES: dict[str, frozenset[str] | None] = {
     "list_tuning_job_events": READING,
     "submit_tuning_job": frozenset({"tune"}),
     "cancel_tuning_job": frozenset({"tune"}),
+    "submit_tuning_group": frozenset({"tune"}),
+    "get_tuning_group": READING,
     "sample": frozenset({"sample"}),
     "list_sample_jobs": READING,
     "get_sample_job": READING,
@@ -94,6 +96,7 @@ RULES: dict[str, frozenset[str] | None] = {
 BODIES: dict[str, Json] = {
     "register_model": {"builtin": "mixture-ring"},
     "submit_tuning_job": {"num_steps": 2, "tuner": {"objective": "grid"}, "evaluation": {"num_samples": 16}},
+    "submit_tuning_group": {"jobs": []},
     "import_schedule": {"num_steps": 1, "timesteps": [1, 0.001], "t_ratios": [1]},
     "set_alias": {},
     "sample": {"num_steps": 1, "schedule": "none"},
@@ -127,13 +130,16 @@ class World:
         if "{name}" in path:
             path = path.replace("{name}", self._alias())
         if operation.is_of_a_job:
-            path = path.replace("{job_id}", self._job(operation, owner))
+            job = self._job(operation, owner)
+            path = path.replace("{job_id}", job).replace("{group_id}", job.replace("job_", "grp_"))
         if operation.id in BODIES:
             body = dict(BODIES[operation.id])
             if operation.id == "set_alias":
                 body["schedule"] = schedule
             elif operation.id == "openai_generate_images":
                 body["model"] = self.of_images
+            elif operation.id == "submit_tuning_group":
+                body["jobs"] = [BODIES["submit_tuning_job"] | {"model": self.model}]
             elif operation.id != "register_model":
                 body["model"] = self.model
         if operation.id == "resolve_schedule":
@@ -149,7 +155,8 @@ class World:
             made["request_hash"] = ""
             job = SampleJob(**common, **made, state=JobState.SUCCEEDED)
         else:
-            job = TuningJob(**common, state=JobState.CANCELLED)
+            id = new_id("job")
+            job = TuningJob(id=id, group_id=id.replace("job_", "grp_"), **common, state=JobState.CANCELLED)
         with self.stack.registry.write() as session:
             session.add(job)
         return job.id

@@ -49,7 +49,7 @@ def test_a_method_that_a_path_does_not_have_is_answered_with_those_it_has(
     assert ", ".join(sorted(allow.split(", "))) == allowed
 
 
-POSTS = ["/v1/models", "/v1/tuning-jobs", "/v1/schedules", "/v1/samples"]
+POSTS = ["/v1/models", "/v1/tuning-jobs", "/v1/tuning-groups", "/v1/schedules", "/v1/samples"]
 
 
 @pytest.mark.parametrize("path", POSTS)

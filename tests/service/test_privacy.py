@@ -23,6 +23,7 @@ from service.registry.keys import Scope, create_key
 from service.registry.models import keep_described
 from service.registry.schedules import next_version
 from service.registry.tables import JobState, Model, ModelRegistration, SampleJob, Schedule, ScheduleStatus, TuningJob
+from service.registry.types import new_id
 from service.samples.catalog import Catalog
 from service.schedules.logic import resolve
 from service.shared.job_requests import SampleRequest, SamplingSetting, TuningJobRequest
@@ -38,6 +39,7 @@ pytestmark = pytest.mark.both_engines
 Headers: TypeAlias = dict[str, str]
 NAME = "secret-ring"
 UNKNOWN = "mdl_00000000000000000000000000"
+NAMES = r"{(model_id|schedule_id|job_id|group_id)}"
 GRID: Any = {"num_steps": 2, "timesteps": [1.0, 0.5, 0.001], "t_ratios": [0.98, 0.95]}
 
 # The bodies of requests whose path names something. Without its body a request would be refused for that.
@@ -49,6 +51,7 @@ BODIES: dict[tuple[str, str], dict[str, Any]] = {
 # Operations whose query or body names a model or a schedule, which stands for `ID`.
 NAMING: dict[str, tuple[str, str, dict[str, Any]]] = {
     "submit_tuning_job": ("POST", "/v1/tuning-jobs", {"json": {"model": "ID", "num_steps": 2}}),
+    "submit_tuning_group": ("POST", "/v1/tuning-groups", {"json": {"jobs": [{"model": "ID", "num_steps": 2}]}}),
     "sample": ("POST", "/v1/samples", {"json": {"model": "ID", "num_steps": 2}}),
     "import_schedule": ("POST", "/v1/schedules", {"json": {"model": "ID", **GRID}}),
     "resolve_schedule": ("GET", "/v1/schedules/resolve?model=ID&num_steps=2", {}),
@@ -56,8 +59,10 @@ NAMING: dict[str, tuple[str, str, dict[str, Any]]] = {
     "openai_get_model": ("GET", "/openai/v1/models/ID", {}),
     "openai_generate_images": ("POST", "/openai/v1/images/generations", {"json": {"model": "ID", "prompt": ""}}),
     "page: tune": ("POST", "/jobs", {"data": {"model": "ID", "num_steps": 2}}),
+    "page: price": ("POST", "/jobs/price", {"data": {"model": "ID", "num_steps": 2}}),
     "page: compare": ("GET", "/compare?model=ID", {}),
     "page: playground": ("GET", "/playground?model=ID", {}),
+    "page: compare two": ("GET", "/compare/schedules?a=ID&b=ID", {}),
     "page: schedules": ("GET", "/schedules?model=ID", {}),
 }
 # Operations that name nothing, whose answers hold what the caller sees; or nothing that could be private.
@@ -76,6 +81,7 @@ LISTS = (
     "/jobs",
     "/schedules",
     "/compare",
+    "/matrix",
     "/playground",
     "/v1/models/PUBLIC",
     "/v1/models/PUBLIC/aliases",
@@ -106,6 +112,7 @@ class World:
     schedule: str
     private_schedules: list[str]
     tuning_job: str
+    group: str
     sample_job: str
     registration: str
 
@@ -115,6 +122,8 @@ class World:
             return [self.model, self.registration]
         if "{schedule_id}" in route.path:
             return [self.schedule, *self.private_schedules]
+        if "{group_id}" in route.path:
+            return [self.group]
         return [self.sample_job if "/samples" in route.path else self.tuning_job]
 
     @property
@@ -175,9 +184,10 @@ def world(database_url: str, tmp_path: Path) -> Iterator[World]:
             registration = ModelRegistration(owner=owner_id, private_to=owner_id, **about)
             over: Any = {"owner": owner_id, "model_id": model, "state": JobState.CANCELLED}  # A stream ends at once.
             tuning = TuningJob(request=TuningJobRequest(model=model, num_steps=2).model_dump(mode="json"), **over)
+            tuning.group_id = group = new_id("grp")
             sampling = SampleJob(request={"model": model, "num_steps": 2}, request_hash="", num_images=1, **over)
             session.add_all([registration, tuning, sampling])
-        made = (model, public, schedule, private, tuning.id, sampling.id, registration.id)
+        made = (model, public, schedule, private, tuning.id, group, sampling.id, registration.id)
         yield World(client, state, owner, other, admin, owner_id, *made)
 
 
@@ -207,7 +217,9 @@ def told(answer: httpx.Response, named: str) -> tuple[int, str]:
 
 
 def test_no_path_leads_to_what_is_private_to_another(world: World) -> None:
-    routes = [route for route in routes_of(world.client) if re.search(r"{(model_id|schedule_id|job_id)}", route.path)]
+    routes = [
+        route for route in routes_of(world.client) if re.search(r"{(model_id|schedule_id|job_id|group_id)}", route.path)
+    ]
     assert len(routes) > 20
     for route in routes:
         for method in sorted(route.methods or ()):
@@ -232,11 +244,11 @@ def test_every_operation_is_walked_or_decided_about(world: World) -> None:
     operations = {
         operation["operationId"]: path for path, methods in document["paths"].items() for operation in methods.values()
     }
-    walked = {name for name, path in operations.items() if re.search(r"{(model_id|schedule_id|job_id)}", path)}
+    walked = {name for name, path in operations.items() if re.search(NAMES, path)}
     assert operations.keys() == walked | {name for name in NAMING if ":" not in name} | LISTING | NAMELESS
     pages = {route.path for module in (web, forms) for route in module.router.routes if isinstance(route, APIRoute)}
     named = {path.partition("?")[0] for _, path, _ in NAMING.values()}
-    assert {path for path in pages if "_id}" not in path} <= {*LISTS, *named, "/login", "/logout"}
+    assert {path for path in pages if "_id}" not in path} <= {*LISTS, *named, "/login", "/logout", "/start"}
 
 
 def test_a_private_model_that_a_request_names_is_as_unknown_as_any(world: World) -> None:
@@ -248,6 +260,19 @@ def test_a_private_model_that_a_request_names_is_as_unknown_as_any(world: World)
 
         for named, unknown in ((world.model, UNKNOWN), (world.registration, UNKNOWN), (NAME, "nobody-has")):
             assert told_about(named) == told_about(unknown), operation
+
+
+def test_a_private_schedule_that_a_page_names_is_as_unknown_as_any(world: World) -> None:
+    unknown = "sch_00000000000000000000000000"
+    for path in ("/compare/schedules?a=ID&b=ID", "/playground?model=PUBLIC&schedule=ID"):
+        for named in world.private_schedules:
+            answers = [
+                told(ask(world.client, "GET", path.replace("PUBLIC", world.public).replace("ID", id), world.other), id)
+                for id in (named, unknown)
+            ]
+            assert answers[0] == answers[1], path
+            own = ask(world.client, "GET", path.replace("PUBLIC", world.public).replace("ID", named), world.owner)
+            assert own.status_code == 200, path
 
 
 def test_lists_pages_and_counts_hold_nothing_that_is_private_to_another(world: World) -> None:

@@ -4,14 +4,24 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from service.registry.jobs import add_event
 from service.registry.schedules import next_version
-from service.registry.tables import EvaluationRow, JobState, Schedule, ScheduleStatus, TuningJob, TuningJobStep
+from service.registry.tables import (
+    EvaluationRow,
+    JobState,
+    Schedule,
+    ScheduleStatus,
+    TuningJob,
+    TuningJobEvent,
+    TuningJobStep,
+)
 from service.registry.types import utc_now
 from service.shared.job_requests import TuningJobRequest
 from tests.conftest import StartStack
@@ -60,6 +70,7 @@ def world(stack: Stack) -> World:
     return World(stack, str(stack.client.base_url).rstrip("/"), model, points, schedules)
 
 
+BEGIN = utc_now() - timedelta(minutes=5)
 LEARNED = {"a": [0.75, 0.5, 0.0], "b": [[0.25], [0.125, 0.375], [-0.0625, 0.5, 0.5625]]}
 
 
@@ -74,7 +85,11 @@ def store(session: Session, model_id: str, num_steps: int, objective: str, score
         state=JobState.SUCCEEDED,
         progress=1.0,
         attempt=1,
-        finished_at=utc_now(),
+        network_calls=123_456,
+        tuning_seconds=10.0,
+        created_at=BEGIN - timedelta(seconds=3),
+        started_at=BEGIN,
+        finished_at=BEGIN + timedelta(seconds=75),
     )
     session.add(job)
     session.flush()
@@ -92,8 +107,16 @@ def store(session: Session, model_id: str, num_steps: int, objective: str, score
         )
         for step, ratio in enumerate(ratios)
     )
+    add_event(session, job, "queued")
+    add_event(session, job, "started", attempt=1, worker="worker-1@here")
     for k in range(1, 10):
-        add_event(session, job, "progress", progress=k / 10, loss=2.0**-k, t_ratios=ratios)
+        phase = "teacher" if k == 1 else "tuning"
+        add_event(session, job, "progress", progress=k / 10, loss=2.0**-k, t_ratios=ratios, phase=phase)
+    add_event(session, job, "succeeded")
+    session.flush()
+    events = session.scalars(select(TuningJobEvent).where(TuningJobEvent.job_id == job.id).order_by(TuningJobEvent.id))
+    for seconds, event in enumerate(events):
+        event.created_at = BEGIN + timedelta(seconds=seconds)
     key = request.key()
     schedule = Schedule(
         **key,

@@ -1,10 +1,15 @@
 """Charts, before they are drawn."""
 
 import math
+from datetime import timedelta
+from itertools import pairwise
 
 import pytest
 
+from service.registry.tables import TuningJob, TuningJobEvent
+from service.registry.types import utc_now
 from service.web.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Series, make_chart
+from service.web.views import job_charts
 
 
 def chart(*points: tuple[float, float], log_y: bool = False) -> Chart:
@@ -39,6 +44,27 @@ def test_steps_are_whole_numbers() -> None:
 
 def test_one_value_has_an_axis_too() -> None:
     assert len(chart((4, 1.25)).y_ticks) >= 2
+
+
+def test_a_loss_is_a_share_of_its_first_by_seconds_and_smoothed_values_lie_between_their_neighbours() -> None:
+    begin = utc_now()
+    losses = (8.0, 2.0, 6.0, 1.0, 5.0, 0.5)
+    events = [
+        TuningJobEvent(
+            type="progress", data={"progress": k / 9, "loss": loss}, created_at=begin + timedelta(seconds=3 * k)
+        )
+        for k, loss in enumerate(losses)
+    ]
+    made, _ = job_charts(TuningJob(steps=[]), events)
+    assert made is not None
+    shown = {name: [row for row in made.rows if row[1] == name] for name in ("as measured", "smoothed")}
+    assert [row[0] for row in shown["as measured"]] == ["0", "3", "6", "9", "12", "15"]
+    assert [float(row[2]) for row in shown["as measured"]] == [loss / 8 for loss in losses]
+    smoothed = [float(row[2]) for row in shown["smoothed"]]
+    assert smoothed[0] == 1
+    assert all(abs(b - a) < 0.5 for a, b in pairwise(smoothed))
+    for k in range(1, len(losses)):
+        assert min(losses[: k + 1]) / 8 < smoothed[k] < max(losses[: k + 1]) / 8
 
 
 def test_what_cannot_be_drawn_is_left_out() -> None:

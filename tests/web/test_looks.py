@@ -28,6 +28,8 @@ PAGES = (
     "/schedules/{of_points}",
     "/compare",
     "/compare?model={model}",
+    "/compare/schedules?a={schedule}&b={of_points}",
+    "/matrix",
     "/playground",
     "/playground?model={model}",
     "/login",

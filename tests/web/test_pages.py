@@ -1,7 +1,10 @@
 """The web page in use."""
 
+import base64
 import io
 import re
+import tarfile
+from pathlib import Path
 
 from PIL import Image
 from playwright.sync_api import BrowserContext, Page, expect
@@ -9,7 +12,7 @@ from playwright.sync_api import BrowserContext, Page, expect
 from service.access.cookies import COOKIE
 from service.registry.keys import Scope
 from tests.keys import NewUser
-from tests.stack import START_SECONDS, Json, wait_until
+from tests.stack import START_SECONDS, Json, own_digits8, wait_until
 from tests.web.conftest import World
 from tests.web.test_looks import settle
 
@@ -17,8 +20,9 @@ LONG = {"total_iters": 500, "population_size": 16, "teacher_num_steps": 10}
 
 
 def pixels(page: Page, selector: str) -> list[int]:
-    """The colours of a picture, as red, green, blue and alpha."""
-    script = """async (image) => {
+    """The colours of the picture that a link leads to, as red, green, blue and alpha."""
+    script = """async (link) => {
+        const image = Object.assign(new Image(), {src: link.href});
         await image.decode();
         const size = [image.naturalWidth, image.naturalHeight];
         const context = new OffscreenCanvas(...size).getContext("2d");
@@ -26,6 +30,12 @@ def pixels(page: Page, selector: str) -> list[int]:
         return [...context.getImageData(0, 0, ...size).data];
     }"""
     found: list[int] = page.locator(selector).evaluate(script)
+    return found
+
+
+def shown(page: Page, selector: str) -> str:
+    """The picture that a canvas shows, as a URL of its content."""
+    found: str = page.locator(selector).evaluate("(canvas) => canvas.toDataURL()")
     return found
 
 
@@ -38,9 +48,42 @@ def test_a_model_is_registered_by_one_click_and_tuned_by_another(world: World, p
     page.locator("[name=objective]").select_option("dmn")
     page.get_by_role("button", name="Start tuning").click()
     page.wait_for_url(re.compile("/jobs/job_"))
-    expect(page.locator(".state .badge")).to_have_text("succeeded")  # The page was not loaded again.
+    expect(page.locator(".state .badge").first).to_have_text("succeeded")  # The page was not loaded again.
     page.get_by_role("link", name="See the schedule").click()
     expect(page.get_by_role("heading", level=1)).to_contain_text("2 steps of ddim")
+
+
+def test_several_jobs_are_priced_and_submitted_as_a_group(world: World, page: Page) -> None:
+    page.goto(f"{world.url}/models/{world.points}")
+    page.locator("[name=num_steps]").fill("2, 3")
+    page.locator("[name=objective]").select_option(["dmn", "ays"])
+    expect(page.locator("#price")).to_contain_text("4 jobs: at most ")
+    page.get_by_role("button", name="Start tuning").click()
+    page.wait_for_url(re.compile("/groups/grp_"))
+    expect(page.locator("tbody tr")).to_have_count(4)
+    expect(page.get_by_role("link", name="Compare what they made")).to_be_visible()  # The page was not loaded again.
+
+
+def test_an_archive_is_uploaded_and_a_wrong_one_is_refused(world: World, page: Page, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "own.tar.gz", "w:gz", compresslevel=1) as file:
+        file.add(own_digits8(tmp_path), arcname=".")
+    page.goto(f"{world.url}/models")
+    page.get_by_label("Archive").set_input_files({"name": "x.zip", "mimeType": "application/zip", "buffer": b"no zip"})
+    page.get_by_role("button", name="Upload").click()
+    expect(page.locator("#upload .error")).to_contain_text("accepted")
+    content = base64.b64encode((tmp_path / "own.tar.gz").read_bytes()).decode()
+    dropped = page.evaluate_handle(
+        """(content) => {
+            const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0)), data = new DataTransfer();
+            data.items.add(new File([bytes], "own.tar.gz"));
+            return data;
+        }""",
+        content,
+    )
+    page.locator("#upload").dispatch_event("drop", {"dataTransfer": dropped})
+    page.wait_for_url(re.compile("/models/mdl_"))
+    expect(page.get_by_role("heading", level=1)).to_have_text("own")
+    expect(page.get_by_role("button", name="Start tuning")).to_be_visible()  # It is ready.
 
 
 def test_a_refused_form_says_why_beside_its_button(world: World, page: Page) -> None:
@@ -64,6 +107,29 @@ def test_a_running_job_shows_its_progress_and_curves_and_can_be_cancelled(world:
     expect(page.locator(".state .badge")).to_have_text("cancelled")
     expect(page.get_by_role("button", name="Cancel")).to_have_count(0)
     assert world.stack.client.get(f"/v1/tuning-jobs/{job['id']}").json()["state"] == "cancelled"
+
+
+def test_a_job_tells_its_verdict_times_worker_cost_and_log_and_lists_tell_verdicts(world: World) -> None:
+    client, (first, _, undecided, _) = world.stack.client, world.schedules
+    html = client.get(f"/jobs/{first['job']}").text
+    text = re.sub(r"<[^>]*>|\s+", " ", html)
+    text = re.sub(" +", " ", text)
+    for fact in (
+        "succeeded its schedule: accepted took 1 min 15 s",
+        "Worker worker-1@here, attempt 1",
+        "Waited 3 s",
+        "Took 1 min 15 s, of which tuning 10 s",
+        "123 456 samples through the network",
+        "started by worker-1@here, attempt 1",
+        "teacher began",
+        "tuning began",
+    ):
+        assert fact in text, fact
+    assert text.index("teacher began") < text.index("tuning began")
+    rows = re.findall(r"<tr>.*?</tr>", client.get("/jobs").text, re.DOTALL)
+    for schedule, verdict in ((first, "accepted"), (undecided, "undecided")):
+        [row] = [row for row in rows if f"/jobs/{schedule['job']}" in row]
+        assert f'badge {verdict}">{verdict}<' in row and "succeeded" not in row and "1 min 15 s" in row
 
 
 def test_filters_are_in_the_address(world: World, page: Page) -> None:
@@ -93,16 +159,43 @@ def test_a_schedule_shows_its_figures_its_curves_and_pictures_from_the_same_nois
     for ratio in schedule["t_ratios"]:
         expect(page.get_by_role("region", name="Ratio of each step")).to_contain_text(f"{ratio:.6g}")
     figures = page.locator("figure.sample")
-    for number, alt in enumerate(("Teacher, 100 steps: 8 samples", "Untuned, 4 steps: 8 samples")):
-        expect(figures.nth(number).get_by_role("img")).to_have_attribute("alt", re.compile(alt))
-    expect(figures.nth(2).get_by_role("link")).to_have_attribute("href", f"/schedules/{schedule['id']}")
-    assert len({figures.nth(k).locator("img").get_attribute("src") for k in range(3)}) == 3
+    for number, alt in enumerate(("Teacher, 100 steps: 9 samples", "Untuned, 4 steps: 9 samples")):
+        expect(figures.nth(number).get_by_role("img")).to_have_attribute("aria-label", re.compile(alt))
+        expect(figures.nth(number).locator(".about")).to_contain_text(("100 network calls", "4 network calls")[number])
+    expect(figures.nth(2).get_by_role("link").first).to_have_attribute("href", f"/schedules/{schedule['id']}")
+    assert len({shown(page, f"#{name} canvas") for name in ("teacher", "untuned", "tuned")}) == 3
+    expect(page.locator(".summary .badge")).to_have_text("accepted")
     expect(page.locator(".summary")).to_contain_text("4 steps, as good as 10 untuned: 60% fewer.")
-    page.get_by_text("Distance to the teacher as a table").click()
-    expect(page.get_by_role("region", name="Distance to the teacher")).to_contain_text("tuned")
+    page.get_by_text("Quality against cost as a table").click()
+    for text in ("untuned", "this schedule", "other by dmn", "other by end_to_end"):
+        expect(page.get_by_role("region", name="Quality against cost")).to_contain_text(text)
     code = page.locator("pre")
     for text in ("from service.client import TimeTuner", "TimeTunerScheduler.from_schedule", f"curl {world.url}/v1/"):
         expect(code.filter(has_text=text)).to_have_count(1)
+
+
+def test_the_first_screen_holds_what_a_schedule_brought_and_a_slider_compares_any_two_pictures(
+    world: World, page: Page
+) -> None:
+    page.goto(f"{world.url}/schedules/{world.schedules[0]['id']}")
+    settle(page)
+    for width, height in ((1280, 800), (390, 844)):
+        page.set_viewport_size({"width": width, "height": height})
+        for selector in (".summary", ".summary .badge", "#teacher canvas", "#untuned canvas", "#tuned canvas"):
+            box = page.locator(selector).bounding_box()
+            assert box is not None and box["y"] >= 0 and box["y"] + box["height"] <= height, selector
+    slider, line = page.locator(".between"), page.get_by_role("slider", name="The line between both pictures")
+    line.focus()
+    line.press("Home")
+    expect(line).to_have_attribute("aria-valuetext", "Untuned on 0 % from the left, then Tuned")
+    slider.get_by_label("Left").select_option("teacher")
+    line.press("ArrowRight")
+    expect(line).to_have_attribute("aria-valuetext", "Teacher on 1 % from the left, then Tuned")
+    assert (
+        page.locator(".between .over").evaluate("(over) => getComputedStyle(over).clipPath") == "inset(0px 99% 0px 0px)"
+    )
+    assert shown(page, ".between .over") == shown(page, "#teacher canvas")
+    assert shown(page, ".between canvas:not(.over)") == shown(page, "#tuned canvas")
 
 
 def test_a_schedule_shows_its_learned_solver_and_whether_it_is_undecided(world: World, page: Page) -> None:
@@ -112,8 +205,9 @@ def test_a_schedule_shows_its_learned_solver_and_whether_it_is_undecided(world: 
     expect(page.locator(".badge").first).to_have_text("accepted")
     page.goto(f"{world.url}/schedules/{world.schedules[2]['id']}")
     expect(page.locator(".badge").first).to_have_text("undecided")
-    expect(page.locator(".summary")).to_have_text("Undecided: as the test has it.")
-    expect(page.locator(".warning")).to_contain_text("auto does not take it")
+    expect(page.locator(".summary")).to_have_text("undecided As the test has it.")
+    expect(page.get_by_role("link", name="Try it all the same")).to_be_visible()
+    expect(page.locator(".warning")).to_contain_text("Undecided: it is not known to be better than untuned sampling")
     expect(page.get_by_role("region", name="Learned solver")).to_have_count(0)
 
 
@@ -143,34 +237,120 @@ def test_tuners_are_compared_by_cost(world: World, page: Page) -> None:
     first = world.schedules[0]["evaluation"]["metrics"]["teacher_l2"]
     expect(figure.get_by_role("region")).to_contain_text(f"{first['after']:.6g}")
     page.locator("[name=metric]").select_option("sliced_wasserstein")
-    page.get_by_role("button", name="Compare").click()
+    page.get_by_role("button", name="Compare", exact=True).click()
     page.wait_for_url(re.compile("metric=sliced_wasserstein"))
     expect(page.locator("figure.chart .axis").nth(1)).to_have_text("sliced Wasserstein distance")
+
+
+def test_the_matrix_shows_the_best_of_each_cell_and_tunes_the_empty_ones(world: World) -> None:
+    client, best = world.stack.client, world.schedules[1]
+    html = client.get("/matrix").text
+    assert re.search(f'href="/schedules/{best["id"]}">30 % closer</a> <span class="badge accepted">', html)
+    assert f'<a href="/models/{world.model}?num_steps=8#tune"' not in html  # It has an accepted schedule there.
+    assert f'<a href="/models/{world.model}?num_steps=10#tune"' in html
+    assert 'name="num_steps" value="10"' in client.get(f"/models/{world.model}?num_steps=10").text
+
+
+def test_the_best_tuner_leads_and_any_two_schedules_are_compared(world: World) -> None:
+    client, (first, second, undecided, of_points) = world.stack.client, world.schedules
+    html = client.get(f"/compare?model={world.model}").text
+    board = html[html.index("Leaderboard of tuners") : html.index("Compared schedules")]
+    assert board.index("end_to_end") < board.index("dmn")
+    two = "/compare/schedules?a={}&b={}"
+    html = client.get(two.format(first["id"], second["id"])).text
+    for schedule in (first, second):
+        figures = schedule["evaluation"]["metrics"]["teacher_l2"]
+        assert all(f'<td class="n">{figures[when]:.4g}</td>' in html for when in ("before", "after"))
+    assert "cannot be compared" not in html
+    assert "cannot be compared" in client.get(two.format(undecided["id"], of_points["id"])).text
+    assert client.get(two.format(first["id"], "sch_none")).status_code == 404
+    assert client.get("/compare/schedules?a=1").status_code == 422
+    assert f'<option value="{second["id"]}">' in client.get(f"/schedules/{first['id']}").text
 
 
 def test_the_playground_streams_previews_and_ends_with_the_images_of_the_api(world: World, page: Page) -> None:
     page.goto(f"{world.url}/playground?model={world.model}")
     page.evaluate("""window.previews = new Set();
-        const note = () => document.querySelectorAll("#untuned img").forEach((image) => previews.add(image.src));
+        const predicted = "#untuned canvas[aria-label='The images as predicted so far']";
+        const note = () => document.querySelectorAll(predicted).forEach((canvas) => previews.add(canvas.toDataURL()));
         new MutationObserver(note).observe(document.body, {childList: true, subtree: true})""")
     steps = page.locator("[name=num_steps]")
     steps.focus()
-    for _ in range(25):
+    for _ in range(22):
         steps.press("ArrowRight")
     expect(page.locator("output")).to_have_text("30")
+    page.locator("[name=guidance_type]").select_option("classifier-free")
+    page.get_by_label("Guidance scale").fill("2")
     page.locator("[name=class_labels]").select_option("3")
     page.get_by_label("Seed").fill("77")
     page.get_by_label("Images").fill("4")
     page.get_by_role("button", name="Sample").click()
     for figure in ("#untuned", "#tuned"):
         expect(page.locator(figure)).to_have_attribute("aria-busy", "false")
-    previews = page.evaluate("[...previews].filter((source) => source.startsWith('data:image/png'))")
-    assert len(previews) >= 2
+    assert page.evaluate("previews.size") >= 2
     expect(page.locator("#tuned")).to_contain_text("No accepted schedule")
     body = {"model": world.model, "num_steps": 30, "num_images": 4, "seed": 77, "schedule": "none", "class_labels": 3}
     body |= {"guidance_type": "classifier-free", "guidance_scale": 2}
     png = world.stack.client.post("/v1/samples", json=body, headers={"Accept": "image/png"}).content
-    assert pixels(page, "#untuned img") == [*Image.open(io.BytesIO(png)).convert("RGBA").tobytes()]
+    assert pixels(page, "#untuned a[download]") == [*Image.open(io.BytesIO(png)).convert("RGBA").tobytes()]
+
+
+def test_the_forms_begin_with_a_setting_that_has_a_schedule(world: World) -> None:
+    client, newest = world.stack.client, world.schedules[1]
+    both = [client.get(path).text for path in (f"/playground?model={world.model}", f"/models/{world.model}")]
+    for html in both:
+        assert re.search(r'name="num_steps" value="8"', html)
+        assert re.search(r'<option(?: value="ddim")? selected[^>]*>ddim<', html)
+    assert f'<option value="{newest["id"]}"' in both[0]
+    asked = [
+        f"{path}num_steps=6&sampler=heun" for path in (f"/playground?model={world.model}&", f"/models/{world.model}?")
+    ]
+    for html in (client.get(path).text for path in asked):
+        assert re.search(r'name="num_steps" value="6"', html)
+        assert re.search(r'<option(?: value="heun")? selected[^>]*>heun<', html)
+    undecided = world.schedules[2]["id"]
+    html = client.get(f"/playground?model={world.model}&schedule={undecided}").text
+    assert re.search(f'<option value="{undecided}"[^>]* selected>[^<]*undecided', html)
+    wrong = client.get(f"/playground?model={world.model}&schedule=sch_none")
+    assert (wrong.status_code, wrong.json()["errors"][0]["loc"]) == (422, ["query", "schedule"])
+    assert f"/playground?model={world.model}&amp;schedule={undecided}" in client.get("/schedules").text
+
+
+def test_a_link_to_the_playground_shows_its_pictures_and_the_code_and_is_remembered(world: World, page: Page) -> None:
+    schedule = world.schedules[0]["id"]
+    page.goto(f"{world.url}/schedules/{schedule}")
+    page.get_by_role("link", name="Try it", exact=True).click()
+    tuned = page.locator("#tuned")
+    expect(tuned).to_contain_text(schedule[-8:])
+    expect(tuned.locator(".about")).to_contain_text("4 network calls · ")
+    page.get_by_text("Show the code").click()
+    for name, text in (("curl", f'"schedule":"{schedule}"'), ("python", "num_steps=4,"), ("comfyui", "comfyui-node")):
+        expect(page.locator(f"[data-code={name}]")).to_contain_text(text)
+    before = page.locator("[name=seed]").input_value()
+    page.get_by_role("button", name="Roll the dice").click()
+    seed = page.locator("[name=seed]").input_value()
+    assert seed != before
+    expect(page.locator("[data-code=curl]")).to_contain_text(f'"seed":{seed}')
+    page.locator("[name=sampler]").select_option("heun")
+    expect(page.get_by_label("Tuned setting")).to_have_value("auto")
+    expect(page.locator("#comfyui")).to_be_hidden()
+    page.get_by_role("button", name="Keep as a preset").click()
+    page.get_by_role("button", name="Sample").click()
+    expect(tuned.locator(".about")).to_contain_text("at most 8 network calls")
+    assert f"seed={seed}" in page.url and "sampler=heun" in page.url
+    expect(page.get_by_role("link", name="Tune this setting")).to_have_attribute(
+        "href", re.compile("sampler=heun.*#tune")
+    )
+    page.reload()
+    expect(page.locator("[name=seed]")).to_have_value(seed)
+    page.get_by_text("Presets and history").click()
+    entries = page.locator("#history li")
+    expect(entries).to_have_count(2)
+    expect(entries.first).to_contain_text("preset")
+    page.get_by_label("Tuned setting").select_option(schedule)
+    expect(page.locator("[name=sampler]")).to_have_value("ddim")
+    page.get_by_role("button", name="Forget all").click()
+    expect(entries).to_have_count(0)
 
 
 def test_the_playground_draws_points_and_says_what_was_refused(world: World, page: Page) -> None:
@@ -228,7 +408,7 @@ def test_pages_ask_for_a_key_and_show_what_it_may_do(
     expect(page.get_by_text("Your API key may not tune.")).to_be_visible()
     page.goto(f"{guarded}/schedules/{world.schedules[0]['id']}")
     settle(page)  # scripts use the API by the same cookie
-    expect(page.locator("figure.sample img")).to_have_count(3)
+    expect(page.locator("figure.sample canvas")).to_have_count(3)
     expect(page.get_by_label("New alias")).to_have_count(0)
     page.get_by_role("button", name="Log out").click()
     page.wait_for_url(f"{guarded}/login")
