@@ -5,6 +5,7 @@ imports; so each kind of process is also started for real by a test: `tests.serv
 """
 
 import atexit
+import json
 import multiprocessing
 import os
 import runpy
@@ -13,11 +14,14 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+from service.shared import sampler_facts
 from service.up.supervisor import die_with_parent
 
 # A fork's libraries keep what they read from the environment when they were loaded.
@@ -133,6 +137,9 @@ def _become(order: Order) -> None:
     import torch  # here, as the tests' own process may do without it
 
     torch.set_num_threads(int(order.environment.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    if [order.program, *order.arguments[:1]] == ["service", "api"]:
+        facts = _facts_of_installed_samplers()
+        sampler_facts._installed_samplers = lambda: facts  # type: ignore[assignment]
     try:
         if order.program in MODULES:
             runpy.run_module(order.program, run_name="__main__", alter_sys=True)
@@ -141,3 +148,26 @@ def _become(order: Order) -> None:
     finally:  # `multiprocessing` leaves out what an interpreter does at its end
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
+
+
+def _facts_of_installed_samplers() -> dict[str, Any]:
+    """The answer of `python -m timetuner_core.samplers`, from a fork, as an API would wait seconds for a new process.
+
+    `tests.core.test_catalog` and `tests.service.test_error_texts` start that process for real.
+    """
+    from timetuner_core.catalog import SAMPLER_ENTRY_POINTS
+    from timetuner_core.samplers.__main__ import _facts_of
+
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            facts = {entry.name: _facts_of(entry.name) for entry in entry_points(group=SAMPLER_ENTRY_POINTS)}
+            os.write(writing, json.dumps(facts).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    os.waitpid(pid, 0)
+    with os.fdopen(reading) as answer:
+        found: dict[str, Any] = json.load(answer)
+    return found

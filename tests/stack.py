@@ -29,6 +29,15 @@ Json = dict[str, Any]
 Process = Forked | subprocess.Popen[bytes]
 START_SECONDS = 120.0
 LEASE_SECONDS = 3.0
+# An evaluation as small as a request may ask for, with a teacher that passes its check.
+SMALLEST: Json = {"num_samples": 16, "max_num_samples": 16, "teacher_num_steps": 20}
+# A tuning job of a second. Its schedule may be rejected.
+QUICK: Json = {"tuner": {"total_iters": 2, "population_size": 16, "teacher_num_steps": 20}, "evaluation": SMALLEST}
+# A tuning job of mixtures and small networks whose schedule is accepted.
+ENOUGH: Json = {
+    "tuner": {"total_iters": 10, "population_size": 32, "teacher_num_steps": 20},
+    "evaluation": {"num_samples": 64, "max_num_samples": 64, "teacher_num_steps": 20},
+}
 SCRIPT_SECONDS = 600.0  # A script waits so long for an answer, however busy the machine is.
 
 

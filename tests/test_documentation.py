@@ -43,28 +43,36 @@ SHOWN_URL = "http://127.0.0.1:8000"
 GROUPS = ("db", "jobs", "keys", "models", "schedules")  # commands that have commands
 PAGE_SECONDS = 800  # a minute or less, unless the machine does much else
 # Efforts that pages show, and what is enough to see that their lines run.
+LEAST_TUNER = '"total_iters": 2, "population_size": 16, "teacher_num_steps": 10'
+LEAST_EVALUATION = '"num_samples": 16, "max_num_samples": 16, "teacher_num_steps": 10'
+# The schedule is accepted, which those lines need that sample by `auto` or give it to a pipeline.
+ACCEPTED_TUNER = '"total_iters": 10, "population_size": 32, "teacher_num_steps": 10'
+ACCEPTED_EVALUATION = '"num_samples": 64, "teacher_num_steps": 20'
 LESS_WORK = {
     "total_iters=20": "total_iters=10",
-    '"total_iters": 20': '"total_iters": 10',
-    '"tuner": {"total_iters": 40}': '"tuner": {"total_iters": 40, "population_size": 64, "teacher_num_steps": 20}',
-    '"evaluation": {"num_samples": 128, "teacher_num_steps": 50}': (
-        '"evaluation": {"num_samples": 128, "teacher_num_steps": 20}'
-    ),
+    '"tuner": {"total_iters": 20}': f'"tuner": {{{LEAST_TUNER}}}',
+    '"evaluation": {"num_samples": 64, "teacher_num_steps": 50}': f'"evaluation": {{{LEAST_EVALUATION}}}',
+    '"tuner": {"total_iters": 40}': f'"tuner": {{{ACCEPTED_TUNER}}}',
+    '"evaluation": {"num_samples": 128, "teacher_num_steps": 50}': f'"evaluation": {{{ACCEPTED_EVALUATION}}}',
     'tuner={"total_iters": 40}, evaluation={"num_samples": 128}': (
-        'tuner={"total_iters": 40, "population_size": 64, "teacher_num_steps": 20}, '
-        'evaluation={"num_samples": 128, "teacher_num_steps": 20}'
+        f"tuner={{{LEAST_TUNER}}}, evaluation={{{LEAST_EVALUATION}}}"
     ),
+    'tuner={"objective": "dmn"})': f'tuner={{"objective": "dmn"}}, evaluation={{{LEAST_EVALUATION}}})',
 }
 # Of the README's three tuning jobs, only the last, in Python, must make a schedule that is accepted.
 LESS_WORK_IN_THE_README = {
     **LESS_WORK,
-    '"tuner": {"total_iters": 40}': '"tuner": {"total_iters": 2, "population_size": 16, "teacher_num_steps": 10}',
-    '"evaluation": {"num_samples": 128, "teacher_num_steps": 50}': (
-        '"evaluation": {"num_samples": 16, "teacher_num_steps": 10}'
-    ),
+    "total_iters=20": "total_iters=2",
+    "torch.randn(64, 1, 8, 8)": "torch.randn(16, 1, 8, 8)",
+    "torch.arange(64) % 10": "torch.arange(16) % 10",
+    '"tuner": {"total_iters": 40}': f'"tuner": {{{LEAST_TUNER}}}',
+    '"evaluation": {"num_samples": 128, "teacher_num_steps": 50}': f'"evaluation": {{{LEAST_EVALUATION}}}',
     "total_iters=40 --evaluation num_samples=128": (
         "total_iters=2 --tuner population_size=16 --tuner teacher_num_steps=10 "
-        "--evaluation num_samples=16 --evaluation teacher_num_steps=10"
+        "--evaluation num_samples=16 --evaluation max_num_samples=16 --evaluation teacher_num_steps=10"
+    ),
+    'tuner={"total_iters": 40}, evaluation={"num_samples": 128}': (
+        f"tuner={{{ACCEPTED_TUNER}}}, evaluation={{{ACCEPTED_EVALUATION}}}"
     ),
 }
 

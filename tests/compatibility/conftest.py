@@ -6,12 +6,12 @@ import pytest
 
 from tests.compatibility.client import Schedule, TimeTuner
 from tests.compatibility.client.requests import TuningJobRequest
-from tests.stack import Stack
+from tests.stack import QUICK, Stack
 
 
 def quick(model: str, num_steps: int = 3) -> TuningJobRequest:
     """A tuning job of a second or two."""
-    tuner, evaluation = {"total_iters": 2, "population_size": 16}, {"num_samples": 16}
+    tuner, evaluation = QUICK["tuner"], QUICK["evaluation"]
     return {"model": model, "num_steps": num_steps, "tuner": tuner, "evaluation": evaluation}  # type: ignore[typeddict-item]
 
 

@@ -25,11 +25,11 @@ from tests.cli.conftest import Run, timetuner  # noqa: F401
 from tests.conftest import MakeDatabaseUrl
 from tests.keys import NewUser, User, keys
 from tests.service.problems import assert_problem
-from tests.stack import Json, Stack, free_port, wait_until
+from tests.stack import SMALLEST, Json, Stack, free_port, wait_until
 
 NPY = {"Accept": "application/x-npy"}
 ASYNC = {"Prefer": "respond-async"}
-QUICK: Json = {"num_steps": 2, "tuner": {"objective": "grid"}, "evaluation": {"num_samples": 16}}
+QUICK: Json = {"num_steps": 2, "tuner": {"objective": "grid"}, "evaluation": SMALLEST}
 
 
 @pytest.fixture(scope="module")

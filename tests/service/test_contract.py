@@ -9,7 +9,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from tests.service.problems import assert_problem
-from tests.stack import Json, Stack
+from tests.stack import QUICK, Json, Stack
 
 JSON_TYPE = {"Content-Type": "application/json"}
 
@@ -152,7 +152,7 @@ def test_a_nonsense_quality_accepts_nothing(stack: Stack, accept: str) -> None:
 @pytest.mark.parametrize("after", ["-1", "9" * 5000])
 def test_an_event_number_that_can_be_none_is_refused(stack: Stack, after: str) -> None:
     model = stack.register("mixture-ring")
-    job = stack.submit(model, num_steps=3, tuner={"total_iters": 1}, evaluation={"num_samples": 16})
+    job = stack.submit(model, num_steps=3, **QUICK)
     url = f"/v1/tuning-jobs/{job['id']}/events"
     assert_problem(stack.client.get(url, params={"after": after}), 422, "after")
     assert stack.client.get(url, headers={"Last-Event-ID": after}).status_code == 200

@@ -8,17 +8,16 @@ import httpx
 import pytest
 
 from tests.service.problems import assert_problem
-from tests.stack import Json, Stack
+from tests.stack import QUICK, Json, Stack
 
 TIMES = 6
 
 
 def bodies(model: str) -> dict[str, tuple[str, Json, Json]]:
     """A request of each operation, and another one."""
-    effort = {"tuner": {"total_iters": 2, "population_size": 16}, "evaluation": {"num_samples": 16}}
     grid = {"timesteps": [1.0, 0.5, 0.001], "t_ratios": [1.0, 1.0]}
     return {
-        "tuning": ("/v1/tuning-jobs", {"model": model, "num_steps": 3, **effort}, {"model": model, "num_steps": 4}),
+        "tuning": ("/v1/tuning-jobs", {"model": model, "num_steps": 3, **QUICK}, {"model": model, "num_steps": 4}),
         "sampling": ("/v1/samples", {"model": model, "num_steps": 3}, {"model": model, "num_steps": 4}),
         "a large request": (
             "/v1/samples",

@@ -17,13 +17,13 @@ from tests.core.conftest import save_model
 from tests.core.test_model_kinds import CONDITION_DIM, condition_unet, dit, save_dit
 from tests.service.problems import assert_problem
 from tests.service.test_models import upload, zipped
-from tests.stack import Json, Stack
+from tests.stack import ENOUGH, SMALLEST, Json, Stack
 from timetuner_core.samplers import SAMPLERS
 
 NPY = {"Accept": "application/x-npy"}
 QUICK: Json = {
     "tuner": {"total_iters": 2, "population_size": 16, "batch_size": 8, "teacher_num_steps": 8},
-    "evaluation": {"num_samples": 16, "teacher_num_steps": 40},
+    "evaluation": SMALLEST,
 }
 
 
@@ -76,8 +76,7 @@ def test_a_schedule_for_another_sampler_is_kept_apart_and_sampled(stack: Stack, 
 def test_schedules_are_resolved_by_guidance_interval_and_rescale(stack: Stack) -> None:
     model = stack.register("mixture-ring")
     guidance = {"guidance_type": "classifier-free", "guidance_scale": 2, "guidance_end": 0.9}
-    tuner = {"tuner": {"total_iters": 60}, "evaluation": {"num_samples": 256}}
-    schedule = stack.tune(model, num_steps=6, **guidance, **tuner)
+    schedule = stack.tune(model, num_steps=6, **guidance, **ENOUGH)
     assert schedule["status"] == "accepted"
 
     def resolve(**change: Any) -> Json | None:

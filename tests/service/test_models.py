@@ -21,7 +21,7 @@ from service.models.archive import unpack
 from service.models.logic import folder_hash
 from tests.service.networks import small_unet
 from tests.service.problems import assert_problem
-from tests.stack import Stack, wait_until
+from tests.stack import QUICK, Stack, wait_until
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -145,7 +145,7 @@ def test_the_same_content_is_kept_once_and_deleted_with_its_model(stack: Stack, 
 
 def test_a_model_in_use_is_not_deleted(stack: Stack) -> None:
     model = stack.register("mixture-ring")
-    job = stack.submit(model, num_steps=3, tuner={"total_iters": 1}, evaluation={"num_samples": 16})
+    job = stack.submit(model, num_steps=3, **QUICK)
     assert_problem(stack.client.delete(f"/v1/models/{model}"), 409, accepted="a model whose jobs are over")
     assert stack.client.get(f"/v1/models/{model}").status_code == 200
     stack.finished(job)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tests.service.problems import assert_problem
-from tests.stack import Json, Stack
+from tests.stack import QUICK, SMALLEST, Json, Stack
 
 NPY = "application/x-npy"
 
@@ -155,7 +155,12 @@ def test_wait_bounds_how_long_a_request_waits(stack: Stack, digits: str) -> None
 
 
 def test_samples_do_not_wait_for_the_tuning_that_their_only_worker_is_at(stack: Stack, ring: str) -> None:
-    busy = stack.submit(ring, num_steps=4, tuner={"total_iters": 10_000})
+    busy = stack.submit(
+        ring,
+        num_steps=4,
+        tuner={"total_iters": 10_000, "population_size": 16, "teacher_num_steps": 20},
+        evaluation=SMALLEST,
+    )
     stack.running(busy)
     assert arrays(post(stack, model=ring, num_steps=5, seed=77)).shape == (1, 2)
     assert stack.client.get(f"/v1/tuning-jobs/{busy['id']}").json()["state"] == "running"
@@ -192,8 +197,7 @@ def test_a_bad_request_is_refused_and_leaves_nothing(stack: Stack, digits: str, 
 
 
 def test_a_schedule_of_another_step_count_is_refused(stack: Stack, ring: str) -> None:
-    quick = {"tuner": {"total_iters": 1, "population_size": 16}, "evaluation": {"num_samples": 16}}
-    schedule = stack.tune(ring, num_steps=3, **quick)
+    schedule = stack.tune(ring, num_steps=3, **QUICK)
     assert_problem(post(stack, model=ring, num_steps=4, schedule=schedule["id"]), 422, "num_steps", "of 3")
 
 

@@ -12,14 +12,16 @@ import torch
 
 from service.schedules.evaluations import EvaluationOut
 from tests.service.problems import assert_problem
-from tests.stack import Json, Stack
+from tests.stack import ENOUGH, Json, Stack
 from timetuner_core.models.loading import load_builtin
 from timetuner_core.samplers.solver_table import SolverTable
 from timetuner_core.sampling.generate import Guidance, generate
 
-GOOD: Json = {"tuner": {"total_iters": 30, "population_size": 64}, "evaluation": {"num_samples": 64}}
 # One iteration at this rate throws every ratio to its bound: far worse than untuned.
-BAD: Json = {"tuner": {"total_iters": 1, "lr": 1.0, "population_size": 16}, "evaluation": {"num_samples": 64}}
+BAD: Json = {
+    "tuner": {"total_iters": 1, "lr": 1.0, "population_size": 16, "teacher_num_steps": 20},
+    "evaluation": ENOUGH["evaluation"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def model(stack: Stack) -> str:
 
 @pytest.fixture(scope="module")
 def good(stack: Stack, model: str) -> Iterator[Json]:
-    yield stack.tune(model, num_steps=4, **GOOD)
+    yield stack.tune(model, num_steps=4, **ENOUGH)
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +196,7 @@ def sampled(stack: Stack, setting: Json, schedule: str) -> bytes:
 def test_a_learned_solver_is_accepted_sampled_with_and_imported(stack: Stack, model: str) -> None:
     setting: Json = {"model": model, "num_steps": 4, "sampler": "dpmpp_2m"}
     tuner = {"objective": "solver", "population_size": 64, "total_iters": 3}
-    schedule = stack.tune(**setting, tuner=tuner, evaluation={"num_samples": 64})
+    schedule = stack.tune(**setting, tuner=tuner, evaluation=ENOUGH["evaluation"])
     assert schedule["status"] == "accepted"
     table = SolverTable.from_dict(schedule["solver_table"])
 

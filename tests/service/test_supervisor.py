@@ -14,12 +14,11 @@ import httpx
 import pytest
 
 from service.up.supervisor import API, Child, Supervisor
-from tests.stack import START_SECONDS, Json, free_port, wait_until
+from tests.stack import QUICK, START_SECONDS, free_port, wait_until
 
 TIMETUNER = str(Path(sys.executable).parent / "timetuner")
 FOREIGN = "foreign"  # This file shows that a module of the user's folder was imported.
 PARTS = ("valkey-server", "timetuner dispatcher", "--queues sampling", "--queues tuning", "timetuner api")
-QUICK: Json = {"tuner": {"total_iters": 2, "population_size": 16}, "evaluation": {"num_samples": 16}}
 
 
 @pytest.fixture

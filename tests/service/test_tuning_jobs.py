@@ -10,12 +10,15 @@ import pytest
 
 from service.shared.job_requests import TuningJobRequest
 from tests.service.problems import assert_problem
-from tests.stack import Json, Stack
+from tests.stack import ENOUGH, QUICK, SMALLEST, Json, Stack
 from timetuner_core.tuners import MAX_STEPS_OF_DEFAULT_SOLVER
 
-QUICK: Json = {"tuner": {"total_iters": 2, "population_size": 16}, "evaluation": {"num_samples": 16}}
-LONG: Json = {"tuner": {"total_iters": 10_000}}
-LONG_TASKS: Json = {"tuner": {"objective": "next_eps", "optimizer": "adam", "total_iters": 10_000}}
+SMALL: Json = {"population_size": 16, "teacher_num_steps": 20}
+LONG: Json = {"tuner": {"total_iters": 10_000, **SMALL}, "evaluation": SMALLEST}
+LONG_TASKS: Json = {
+    "tuner": {"objective": "next_eps", "optimizer": "adam", "total_iters": 10_000, "population_size": 16},
+    "evaluation": SMALLEST,
+}
 
 
 @pytest.fixture
@@ -34,10 +37,10 @@ GAUSS_NEWTON = range(1, 65)  # it stops when it is sure enough
 @pytest.mark.parametrize(
     ("tuner", "iterations"),
     [
-        ({"objective": "end_to_end", "total_iters": 40}, [40]),
-        ({"objective": "end_to_end", "parameters": "both", "total_iters": 20}, [20]),
+        ({"objective": "end_to_end", "total_iters": 5, **SMALL}, [5]),
+        ({"objective": "end_to_end", "parameters": "both", "total_iters": 4, **SMALL}, [4]),
         ({"objective": "solver", "total_iters": 2, "population_size": 64}, range(1, 3)),
-        ({"objective": "next_eps", "optimizer": "adam", "total_iters": 40}, [40]),
+        ({"objective": "next_eps", "optimizer": "adam", "total_iters": 5}, [5]),
         ({"objective": "next_eps", "tune_type": "sequential", "data": "generated"}, GAUSS_NEWTON),
         ({"objective": "teacher_step", "spread": False, "tolerance": 0.05}, GAUSS_NEWTON),
         ({"objective": "ays", "num_samples": 32}, [0]),
@@ -49,7 +52,7 @@ GAUSS_NEWTON = range(1, 65)  # it stops when it is sure enough
 def test_a_job_makes_one_evaluated_schedule_that_says_how_it_was_made(
     stack: Stack, ring: str, tuner: Json, iterations: Collection[int]
 ) -> None:
-    job = stack.submit(ring, num_steps=4, seed=3, timesteps="log_snr", tuner=tuner, evaluation={"num_samples": 64})
+    job = stack.submit(ring, num_steps=4, seed=3, timesteps="log_snr", tuner=tuner, evaluation=SMALLEST)
     done = stack.finished(job)
     assert (done["state"], done["progress"], done["error"]) == ("succeeded", 1.0, None)
     assert all(step["done"] for step in done["steps"])
@@ -85,7 +88,7 @@ def test_a_request_without_a_tuner_learns_the_solver_where_that_applies(setting:
 
 
 def test_a_default_job_makes_a_learned_solver_that_auto_samples_with(stack: Stack, ring: str) -> None:
-    schedule = stack.tune(ring, num_steps=3, evaluation={"num_samples": 128})
+    schedule = stack.tune(ring, num_steps=3, evaluation=ENOUGH["evaluation"])
     assert (schedule["provenance"]["tuner"]["objective"], schedule["status"]) == ("solver", "accepted")
     assert len(schedule["solver_table"]["a"]) == 3
     found = stack.client.get("/v1/schedules/resolve", params={"model": ring, "num_steps": 3}).json()["schedule"]
@@ -109,7 +112,7 @@ def test_an_evaluation_gives_all_metrics_with_their_intervals_and_says_what_deci
     stack: Stack, ring: str, eta: float
 ) -> None:
     tuner = {"objective": "next_eps", "optimizer": "adam", "total_iters": 10}
-    schedule = stack.tune(ring, num_steps=4, eta=eta, tuner=tuner, evaluation={"num_samples": 64})
+    schedule = stack.tune(ring, num_steps=4, eta=eta, tuner=tuner, evaluation=ENOUGH["evaluation"])
     evaluation = schedule["evaluation"]
     assert evaluation["num_samples"] == 64
     assert evaluation["network_calls"] >= tuner["total_iters"] * 16
@@ -148,7 +151,7 @@ def test_an_evaluation_gives_all_metrics_with_their_intervals_and_says_what_deci
 def test_tuning_end_to_end_brings_guided_samples_closer_to_the_teachers(
     stack: Stack, ring: str, guidance: Json
 ) -> None:
-    schedule = stack.tune(ring, num_steps=5, tuner={"total_iters": 60}, evaluation={"num_samples": 256}, **guidance)
+    schedule = stack.tune(ring, num_steps=5, **ENOUGH, **guidance)
     assert schedule["status"] == "accepted"
     assert schedule["evaluation"]["teacher_l2_after"] < schedule["evaluation"]["teacher_l2_before"]
 

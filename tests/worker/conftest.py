@@ -1,12 +1,16 @@
 """Deployments to break."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 import pytest
 
 from tests.conftest import ENGINES, StartStack
 from tests.registry.conftest import model_id, registry  # noqa: F401
-from tests.stack import Stack
+from tests.stack import Json, Stack
+
+Undisturbed: TypeAlias = Callable[..., Json]
 
 
 @pytest.fixture(scope="session", params=ENGINES)
@@ -16,6 +20,20 @@ def breakable(request: pytest.FixtureRequest, start_stack: StartStack) -> Iterat
     stack.wait_until_ready()
     yield stack
     stack.stop()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(breakable: Stack) -> Undisturbed:
+    """`undisturbed(model, **request)`: the schedule of a job that nothing disturbs. Each request is tuned once."""
+    made: dict[str, Json] = {}
+
+    def tune(model: str, **request: Any) -> Json:
+        key = json.dumps([model, request], sort_keys=True)
+        if key not in made:
+            made[key] = breakable.tune(model, **request)
+        return made[key]
+
+    return tune
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from tests.stack import Json, Stack, wait_until
 
 # Long enough for room to end in the middle.
 LONG: Json = {
-    "tuner": {"total_iters": 200, "start": "given", "population_size": 16, "teacher_num_steps": 10},
-    "evaluation": {"num_samples": 16, "teacher_num_steps": 10},
+    "tuner": {"total_iters": 120, "start": "given", "population_size": 16, "teacher_num_steps": 10},
+    "evaluation": {"num_samples": 16, "max_num_samples": 16, "teacher_num_steps": 10},
 }
 
 

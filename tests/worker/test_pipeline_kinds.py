@@ -9,6 +9,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,9 +27,12 @@ from tests.pipelines import Json, api_and_worker, call_of, plain, request_of
 from tests.worker.in_process import InProcess
 from timetuner_core.exports.__main__ import answer
 from timetuner_core.integrations.diffusers import TimeTunerScheduler
+from timetuner_core.pipelines import tuning
 from timetuner_core.pipelines.inspecting import inspect_pipeline
 from timetuner_core.pipelines.loading import load_pipeline
+from timetuner_core.pipelines.schedule import PipelineSchedule
 from timetuner_core.pipelines.trial import try_pipeline
+from timetuner_core.pipelines.tuning import tune_pipeline
 from worker import registering_pipelines
 from worker.registering import register
 from worker.tuning import run_tuning_job
@@ -77,6 +81,11 @@ def test_the_page_of_models_says_what_these_tests_do() -> None:
         line.strip("| \n").split(" | ") for line in page.splitlines() if line.startswith("| ") and "Pipeline`" in line
     ]
     assert rows == [cells_of(kind) for kind in (*KINDS, CONSISTENCY)]
+
+
+def with_two_held_out(*args: Any, **options: Any) -> PipelineSchedule:
+    """Tune with as few held-out images as an interval takes. A request may ask for 16 or more."""
+    return tune_pipeline(*args, **{**options, "num_held_out": 2})
 
 
 class Way:
@@ -143,6 +152,7 @@ def way(make_database_url: MakeDatabaseUrl, tmp_path_factory: pytest.TempPathFac
         # The child processes that inspect and export are tested elsewhere. Each takes seconds to start.
         patch.setattr(registering_pipelines, "inspect_in_child", inspect_pipeline)
         patch.setattr(exporting, "_run", answer)
+        patch.setattr(tuning, "tune_pipeline", with_two_held_out)
         with api_and_worker(make_database_url, folder, models_dir=models) as (api, worker):
             yield Way(models, api, worker, patch)
 

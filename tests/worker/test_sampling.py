@@ -221,7 +221,7 @@ def test_a_request_that_no_worker_is_free_for_by_its_deadline_is_dropped(stack: 
 def test_samples_whose_worker_is_killed_are_finished_by_another_with_the_same_bits(
     fragile: Stack, fragile_digits: str
 ) -> None:
-    request: Json = {"model": fragile_digits, "eta": 1, "num_steps": 300}
+    request: Json = {"model": fragile_digits, "eta": 1, "num_steps": 150}
     job = start(fragile, **request, num_images=FULL, seed=70)
     running(fragile, job)
     fragile.end("worker", number=signal.SIGKILL)
@@ -236,7 +236,7 @@ def test_samples_whose_worker_is_killed_are_finished_by_another_with_the_same_bi
 
 
 def test_a_worker_that_is_stopped_finishes_what_it_has_and_leaves_the_rest(fragile: Stack, fragile_digits: str) -> None:
-    begun = start(fragile, model=fragile_digits, **LONG, seed=80)
+    begun = start(fragile, model=fragile_digits, num_steps=300, num_images=FULL, seed=80)
     running(fragile, begun)
     waiting = start(fragile, model=fragile_digits, num_steps=5, num_images=FULL, seed=81)
     fragile.end("worker")
