@@ -114,8 +114,10 @@ class SampleServer:
     def _try_to_take(self, claimer: Claimer, leases: SampleLeases) -> None:
         """Have the jobs join that were claimed. While the registry is away, running jobs go on."""
         try:
-            for taken in claimer.take():
-                self._join_all(taken, leases)
+            taken = claimer.take()
+            for one in taken:
+                self._join_all(one, leases)
+            self._results.enter([], [end for one in taken for end in one.late])
         except DBAPIError:
             if not self._cohorts:
                 raise
@@ -152,7 +154,6 @@ class SampleServer:
                     continue
                 logger.exception("%s failed", claim.job_id, extra=ids_of([claim]))
                 self._fail([claim], error, leases)
-        self._results.enter([], taken.late)
 
     def _call_others(self) -> None:
         """Request another worker, because there is no room here."""
