@@ -98,6 +98,12 @@ class Cohort:
     followed: dict[str, SampleRequest] = field(default_factory=dict)
     is_warm: bool = False
 
+    @property
+    def num_staying(self) -> int:
+        """How many rows will still be here after the next step, as far as that is known: pipelines do not tell."""
+        leaving = self.batch.num_leaving if isinstance(self.batch, RollingBatch) else 0
+        return len(self.batch.rows) - leaving
+
     def add(self, claim: SampleClaim, request: SampleRequest, rows: Sequence[Row]) -> None:
         self.batch.add(rows)
         self.claims[claim.job_id] = claim

@@ -4,49 +4,43 @@ import base64
 import logging
 import time
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from datetime import datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy.exc import DBAPIError
-from ulid import ULID
 
 from service.registry.database import is_away
-from service.registry.samples import Ended, SampleClaim, claim_samples, ended, finish_samples, hand_back_samples
+from service.registry.samples import Ended, SampleClaim, claim_samples, ended, hand_back_samples
 from service.registry.tables import JobState, Schedule
-from service.registry.types import utc_now
 from service.shared.image_formats import to_preview
 from service.shared.job_requests import SampleRequest
 from worker import metrics
+from worker.claiming import Claimer, Taken
 from worker.cohorts import Advance, Cohort, cohort_for
-from worker.joining import join_all
 from worker.lease import JobRefusedError, SampleLeases
+from worker.results import Results, ids_of
 from worker.runtime import Runtime
-from worker.traces import trace_samples
 
 logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 0.2  # A worker waits this long for new jobs before it stops: clients often send a next request.
 
-# Jobs are claimed when at least a quarter of the batch is free, or after three steps. Rows that start together end
-# together, so a full batch claims jobs and stores results every few steps and not at every step.
-MIN_FREE_SHARE = 1 / 4
-MAX_STEPS_BETWEEN_CLAIMS = 3
-
 
 class SampleServer:
-    """Claims jobs, samples them step by step, and stores what is done, until there are no jobs."""
+    """Claims jobs, samples them step by step, and stores what is done, until there are no jobs.
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+    One thread samples. While the network makes a step, a second one claims jobs for the seats that will be free after
+    it, and a third stores the results of the steps before.
+    """
+
+    def __init__(self, runtime: Runtime, idle_seconds: float = IDLE_SECONDS) -> None:
+        self._runtime, self._idle_seconds = runtime, idle_seconds
         self._cohorts: list[Cohort] = []
-        self._writer = ThreadPoolExecutor(1, "results")  # Results are stored while the next step is computed.
-        self._writing: list[Future[None]] = []
+        self._results = Results(runtime)
         self._looked_at = self._called_at = 0.0
-        self._steps_since_taking = 0
         self._stop_by: float | None = None  # Jobs that are not done by then are handed back.
 
     @property
@@ -76,93 +70,90 @@ class SampleServer:
                 while self._serve_until_idle(leases):
                     pass
             finally:
-                self._wait_for_results(0)
+                self._results.wait()
                 # Unfinished jobs are dropped after an error. Their leases expire, and another worker runs them.
                 self._drop(*self._cohorts)
 
     def _serve_until_idle(self, leases: SampleLeases) -> bool:
         """Whether jobs may have come after the subscription ended."""
         served = False
-        with self._runtime.bus.subscribe_to_work() as work:
-            more = True
-            while not self.stopping or self._cohorts:
-                leases.watch.advance()
-                if more and not self.stopping and self._is_time_to_take():
-                    more = self._try_to_take(leases)
-                if self._stop_by is not None and time.monotonic() > self._stop_by:
+        claim = partial(self._claim, leases)
+        with Claimer(claim, self._runtime.bus.subscribe_to_work()) as claimer:
+            while True:
+                if self._cohorts or not self._results.is_busy:  # Results that hang are steps that do not advance.
+                    leases.watch.advance()
+                if self.stopping:
+                    claimer.close()
+                self._try_to_take(claimer, leases)
+                if self._cohorts and self._stop_by is not None and time.monotonic() > self._stop_by:
                     self._hand_back(leases)
-                elif self._cohorts:
+                if self._cohorts:
+                    self._offer_seats(claimer)
                     self._move_on(leases)
-                    more = work.has_message() or more
                     served = True
-                elif not work.has_message(IDLE_SECONDS):
+                elif self.stopping:
                     break
                 else:
-                    more = True
-        return served and not self.stopping
+                    self._offer_seats(claimer)
+                    if claimer.wait(self._idle_seconds) and not self._results.is_busy:
+                        break
+        return (served or claimer.more) and not self.stopping
 
     @property
     def _most(self) -> int:
         """How many rows are sampled at once: what suits all models at work, or the model that was used last."""
         return min((cohort.most for cohort in self._cohorts), default=self._runtime.most_rows)
 
-    @property
-    def _room(self) -> int:
-        return self._most - sum(len(cohort.batch.rows) for cohort in self._cohorts)
+    def _offer_seats(self, claimer: Claimer) -> None:
+        """Have jobs claimed for the seats that are free after the next step. If there are none, call other workers."""
+        seats = self._most - sum(cohort.num_staying for cohort in self._cohorts)
+        claimer.offer(seats, frozenset(cohort.model_id for cohort in self._cohorts))
+        if seats <= 0 and claimer.more:
+            self._call_others()
 
-    def _is_time_to_take(self) -> bool:
-        """Whether enough of the batch is free, or the last claim is some steps ago."""
-        room = self._room
-        if 0 < room < int(self._most * MIN_FREE_SHARE):
-            return self._steps_since_taking >= MAX_STEPS_BETWEEN_CLAIMS
-        return True
-
-    def _try_to_take(self, leases: SampleLeases) -> bool:
-        """Call `_take`. While the registry is away, running jobs go on."""
+    def _try_to_take(self, claimer: Claimer, leases: SampleLeases) -> None:
+        """Have the jobs join that were claimed. While the registry is away, running jobs go on."""
         try:
-            return self._take(leases)
+            taken = claimer.take()
+            for one in taken:
+                self._join_all(one, leases)
+            self._results.enter([], [end for one in taken for end in one.late])
         except DBAPIError:
             if not self._cohorts:
                 raise
             logger.exception("cannot look for jobs")
-            return True
 
-    def _take(self, leases: SampleLeases) -> bool:
-        """Claim jobs that there is room for. Returns whether there may be more."""
-        settings, registry = self._runtime.settings, self._runtime.registry
-        room = self._room
-        if room <= 0:
-            self._call_others()
-            return True
-        self._steps_since_taking = 0
-        at_work = {cohort.model_id for cohort in self._cohorts}
-        with metrics.CLAIM.time(), registry.write() as session:
+    def _claim(self, leases: SampleLeases, room: int, at_work: frozenset[str]) -> Taken:
+        """Claim jobs that there is room for, from the claimer's thread."""
+        runtime = self._runtime
+        with metrics.CLAIM.time(), runtime.registry.write() as session:
             claims, late, more = claim_samples(
                 session,
-                self._runtime.owner,
-                settings.lease_seconds,
+                runtime.owner,
+                runtime.settings.lease_seconds,
                 room,
-                at_work or self._runtime.models_held(),
+                at_work or runtime.models_held(),
                 only_these=bool(at_work),
                 is_empty=not at_work,
             )
             schedules = {claim.job.schedule_id for claim in claims if claim.job.schedule_id}
             found = {schedule_id: session.get_one(Schedule, schedule_id) for schedule_id in schedules}
         leases.add(claims)
-        for claim in claims:
+        return Taken(claims, found, late, more)
+
+    def _join_all(self, taken: Taken, leases: SampleLeases) -> None:
+        for claim in taken.claims:
             try:
                 with leases.watch.slow():
-                    self._join(claim, found.get(claim.job.schedule_id or ""))
+                    self._join(claim, taken.schedules.get(claim.job.schedule_id or ""))
             except JobRefusedError as refusal:
                 self._fail([claim], refusal, leases)
             except Exception as error:
                 if is_away(error):  # The lease expires, and the job is claimed again.
                     leases.drop([claim.job_id])
                     continue
-                logger.exception("%s failed", claim.job_id, extra=_ids([claim]))
+                logger.exception("%s failed", claim.job_id, extra=ids_of([claim]))
                 self._fail([claim], error, leases)
-        self._end([], late)
-        return more
 
     def _call_others(self) -> None:
         """Request another worker, because there is no room here."""
@@ -184,9 +175,8 @@ class SampleServer:
         cohort.add(claim, request, rows)
 
     def _move_on(self, leases: SampleLeases) -> None:
-        """Move every batch on by one step. Results are stored meanwhile."""
+        """Move every batch on by one step."""
         self._give_up(leases)
-        self._steps_since_taking += 1
         for cohort in list(self._cohorts):
             try:
                 with metrics.STEP.time(), nullcontext() if cohort.is_warm else leases.watch.slow():
@@ -198,7 +188,7 @@ class SampleServer:
                 self._report(cohort, advance)
                 self._hand_in(cohort, advance, leases)
             except Exception as error:
-                logger.exception("a batch of %d failed", len(cohort.claims), extra=_ids(cohort.claims.values()))
+                logger.exception("a batch of %d failed", len(cohort.claims), extra=ids_of(cohort.claims.values()))
                 self._fail(cohort.claims.values(), error, leases)
                 self._drop(cohort)
                 continue
@@ -215,7 +205,7 @@ class SampleServer:
         """End the jobs of which a row failed, though it was tried alone. No other job of the batch is concerned."""
         for row, error in advance.failed:
             if claim := cohort.pop(str(row.owner)):
-                logger.error("%s failed at seed %d", claim.job_id, row.seed, exc_info=error, extra=_ids([claim]))
+                logger.error("%s failed at seed %d", claim.job_id, row.seed, exc_info=error, extra=ids_of([claim]))
                 self._fail([claim], error, leases)
                 if cohort.batch.rows:
                     cohort.batch.discard(claim.job_id)
@@ -228,7 +218,7 @@ class SampleServer:
                 if cohort.pop(claim.job_id):
                     cohort.batch.discard(claim.job_id)
         self._drop(*[cohort for cohort in self._cohorts if not cohort.claims])
-        self._submit([(claim, ended(claim.job, JobState.CANCELLED)) for claim in cancelled], [], None)
+        self._submit([(claim, ended(claim.job, JobState.CANCELLED)) for claim in cancelled], None, None)
 
     def _report(self, cohort: Cohort, advance: Advance) -> None:
         """Publish the step of each job that may be followed, and a preview if its request asks for one."""
@@ -267,13 +257,12 @@ class SampleServer:
         self._fail_not_finite(cohort, advance, images, leases)
         kept = [k for k, row in enumerate(advance.done) if str(row.owner) in cohort.claims]
         owners = list(dict.fromkeys(str(advance.done[k].owner) for k in kept))  # The rows of a job are adjacent.
-        artifact = f"samples/{ULID()}.npy"
         ends, first = [], 0
         for owner in owners:
             claim = cohort.claims[owner]
             cohort.pop(owner)
             flagged = _flagged(advance, owner)
-            ends.append((claim, ended(claim.job, JobState.SUCCEEDED, artifact, first, flagged=flagged)))
+            ends.append((claim, ended(claim.job, JobState.SUCCEEDED, row=first, flagged=flagged)))
             first += claim.job.num_images
         metrics.IMAGES.labels(cohort.model_id).inc(first)
         self._submit(ends, images[kept], leases)
@@ -303,65 +292,17 @@ class SampleServer:
 
     def _fail(self, claims: Iterable[SampleClaim], error: Exception, leases: SampleLeases) -> None:
         message = str(error) if isinstance(error, JobRefusedError) else f"{type(error).__name__}: {error}"
-        self._submit([(claim, ended(claim.job, JobState.FAILED, error=message)) for claim in claims], [], leases)
+        self._submit([(claim, ended(claim.job, JobState.FAILED, error=message)) for claim in claims], None, leases)
 
     def _submit(
         self,
         ends: list[tuple[SampleClaim, Ended]],
-        images: NDArray[np.float32] | list[Any],
+        images: NDArray[np.float32] | None,
         leases: SampleLeases | None,
     ) -> None:
-        """Store results, one batch after the other. If there is a next step, a thread does it meanwhile."""
-        if not ends:
-            return
-        if any(cohort.batch.rows for cohort in self._cohorts):
-            self._wait_for_results(2)
-            self._writing.append(self._writer.submit(self._write, ends, images, leases, utc_now()))
-        else:
-            self._wait_for_results(0)
-            self._write(ends, images, leases, utc_now())
-
-    def _write(self, ends: Any, images: Any, leases: SampleLeases | None, handed_in: datetime) -> None:
-        try:
-            with metrics.STORE.time():
-                ends = self._store(ends, images)
-                over = {one.job_id for one in self._end(ends, [])}
-            trace_samples([(claim, end) for claim, end in ends if claim.job_id in over], handed_in)
-            logger.info("jobs ended", extra={"state": ends[0][1].state.value, **_ids(claim for claim, _ in ends)})
-        except Exception:
-            logger.exception("results could not be stored")
-        finally:
-            if leases is not None:  # If storing failed, the leases expire, and other workers run the jobs again.
-                leases.drop(claim.job_id for claim, _ in ends)
-
-    def _store(self, ends: Any, images: Any) -> Any:
-        """Store the images. Returns the ends of the jobs, which fail if the images cannot be stored."""
-        if not len(images):
-            return ends
-        try:
-            self._runtime.artifacts.put_array(ends[0][1].artifact, images)
-        except OSError as error:
-            logger.exception("the images of %d jobs could not be stored", len(ends), extra=_ids(c for c, _ in ends))
-            message = f"the images could not be stored: {error}"
-            return [(claim, ended(claim.job, JobState.FAILED, error=message)) for claim, _ in ends]
-        return ends
-
-    def _end(self, ends: list[tuple[SampleClaim, Ended]], others: list[Ended]) -> list[Ended]:
-        """Enter how jobs ended, join parts, and publish the ends. Returns all ends."""
-        if not ends and not others:
-            return []
-        with self._runtime.registry.write() as session:
-            over = [*others, *finish_samples(session, ends)]
-        parents = {one.parent_id for one in over if one.parent_id}
-        over += join_all(self._runtime.registry, self._runtime.artifacts, parents)
-        metrics.samples_ended(over)
-        self._runtime.bus.publish_ends(over)
-        return over
-
-    def _wait_for_results(self, at_most: int) -> None:
-        """Wait until at most so many batches of results are being stored."""
-        while len(self._writing) > at_most:
-            self._writing.pop(0).result()
+        """Have results stored, and their leases dropped then."""
+        if ends:
+            self._results.hand_in(ends, images, leases)
 
 
 def _flagged(advance: Advance, owner: str) -> list[int] | None:
@@ -370,9 +311,3 @@ def _flagged(advance: Advance, owner: str) -> list[int] | None:
         return None
     own = [flag for row, flag in zip(advance.done, advance.flagged, strict=True) if row.owner == owner]
     return [number for number, flag in enumerate(own) if flag]
-
-
-def _ids(claims: Iterable[SampleClaim]) -> dict[str, list[str | None]]:
-    """The ids for a log line about these jobs."""
-    pairs = [(claim.job_id, claim.request_id) for claim in claims]
-    return {"job_ids": [job_id for job_id, _ in pairs], "request_ids": [request_id for _, request_id in pairs]}

@@ -51,6 +51,7 @@ class WorkSubscription:
                 left = 0.0 if received else max(0.0, deadline - time.monotonic())
                 message = self._pubsub.get_message(ignore_subscribe_messages=True, timeout=left)
             except redis.RedisError:
+                time.sleep(seconds)
                 return True  # The broker is unreachable, so the worker must look into the registry.
             received = received or message is not None
             if message is None and (received or time.monotonic() >= deadline):

@@ -1,5 +1,6 @@
 """A worker within the test's own process, without a broker: what is done to a batch can be watched and broken."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,15 +19,17 @@ from service.shared.settings import Settings
 from worker.runtime import Runtime
 from worker.sampling import SampleServer
 
+IDLE_SECONDS = 0.01
 BROKER_URL = "redis://127.0.0.1:1/0"  # Nothing listens there.
 
 
 class SilentBus:
-    """A bus that nobody hears. It keeps what was published."""
+    """A bus that nobody hears. It keeps what was published, and tells the worker of new jobs once a test rings it."""
 
     def __init__(self) -> None:
         self.published: list[Any] = []
         self.marks: set[str] = set()
+        self._rung = threading.Event()
 
     def publish(self, event: Any) -> None:
         self.published.append(event)
@@ -53,8 +56,13 @@ class SilentBus:
     def is_worker_requested(self) -> bool:
         return False
 
-    def has_message(self, _seconds: float = 0.0) -> bool:
-        return False
+    def ring(self) -> None:
+        self._rung.set()
+
+    def has_message(self, seconds: float = 0.0) -> bool:
+        rung = self._rung.wait(min(seconds, IDLE_SECONDS))
+        self._rung.clear()
+        return rung
 
     @contextmanager
     def subscribe_to_work(self) -> Iterator["SilentBus"]:
@@ -101,7 +109,7 @@ class InProcess:
 
     def serve(self) -> None:
         """Sample until there are no jobs."""
-        SampleServer(self.runtime).serve()
+        SampleServer(self.runtime, IDLE_SECONDS).serve()
 
     def job(self, job_id: str) -> SampleJob:
         with self.registry.read() as session:

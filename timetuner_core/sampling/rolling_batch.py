@@ -134,6 +134,11 @@ class RollingBatch:
         return capacity - len(self.rows) if self.mixes_steps or not self._started else 0
 
     @property
+    def num_leaving(self) -> int:
+        """How many rows are done after the next step."""
+        return sum(travelling.step + 1 == travelling.num_steps for travelling in self.rows)
+
+    @property
     def mixes_steps(self) -> bool:
         return (self.learned or get_sampler(self.sampler).rowwise) and self.guidance.interval is None
 
