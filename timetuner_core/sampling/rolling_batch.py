@@ -2,8 +2,8 @@
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from timetuner_core.samplers import (
 )
 from timetuner_core.samplers.solver_table import SolverTable, sampler_of_rows
 from timetuner_core.sampling.generate import UNGUIDED_SCALES, Guidance, batches
+from timetuner_core.sampling.known_levels import KnownLevels, levels_of_steps
 
 T = TypeVar("T")
 
@@ -57,25 +58,36 @@ class Travelling:
     """A row on its way: how many steps it has made, and where its noise comes from.
 
     Attributes:
-        times: t, s and t_ratio of each step; as numbers, since taking three elements of tensors for each row and step
-            would take half of a step's time without the network.
+        levels: the numbers of each step, as `levels_of_steps` has them: taking elements of tensors for each row and
+            step would take half of a step's time without the network.
         by_lag: the numbers of each step of a learned solver, as `SolverTable.by_lag` has them.
     """
 
     row: Row
     generator: torch.Generator
+    levels: list[tuple[float, ...]]
     step: int = 0
-    times: list[tuple[float, float, float]] = field(init=False)
     by_lag: list[list[float]] = field(init=False)
 
     def __post_init__(self) -> None:
-        timesteps, t_ratios = self.row.timesteps.tolist(), self.row.t_ratios.tolist()
-        self.times = list(zip(timesteps[:-1], timesteps[1:], t_ratios, strict=True))
         self.by_lag = [] if self.row.solver_table is None else self.row.solver_table.by_lag()
 
     @property
     def num_steps(self) -> int:
         return self.row.num_steps
+
+
+class Numbers(NamedTuple):
+    """What a step needs of each row, `(B,)`, float64: see `levels_of_steps`."""
+
+    t: Tensor
+    s: Tensor
+    t_ratio: Tensor
+    alpha_t: Tensor
+    sigma_t: Tensor
+    alpha_s: Tensor
+    sigma_s: Tensor
+    guidance_scale: Tensor
 
 
 @dataclass(frozen=True)
@@ -126,6 +138,8 @@ class RollingBatch:
     rows: list[Travelling] = field(default_factory=list)
     x: Tensor | None = None
     history: tuple[Past, ...] = ()
+    _condition: Tensor | None = None
+    _uncond: Tensor | None = None
 
     @property
     def room(self) -> int:
@@ -173,7 +187,12 @@ class RollingBatch:
         self.history = tuple(
             past._replace(x=torch.cat([past.x, nothing]), x0=torch.cat([past.x0, nothing])) for past in self.history
         )
-        self.rows += [Travelling(row, generator) for row, generator in zip(rows, generators, strict=True)]
+        self._condition = _joined(self._condition, [row.condition for row in rows], self.device)
+        self._uncond = _joined(self._uncond, [row.uncond_condition for row in rows], self.device)
+        schedule = self.model.noise_schedule
+        for row, generator in zip(rows, generators, strict=True):
+            levels = levels_of_steps(schedule, row.timesteps, row.t_ratios)
+            self.rows.append(Travelling(row, generator, levels))
 
     def discard(self, owner: Hashable) -> None:
         """Take an owner's rows out; where all started together they go on, unseen, until the end."""
@@ -189,7 +208,7 @@ class RollingBatch:
         failed = self._remove(errors)
         if not moved:
             return Advance([], None, [], torch.empty(0), failed)
-        x_s, x0 = (torch.cat(part) for part in zip(*moved, strict=True))
+        x_s, x0 = moved[0] if len(moved) == 1 else (torch.cat(part) for part in zip(*moved, strict=True))
         if length := self._history_length:
             # Rows of multistep samplers start together, so row 0's time is every row's. Learned solvers need no times.
             first = self.rows[0]
@@ -238,7 +257,7 @@ class RollingBatch:
                 continue
             ((index, held),) = batches(end - start, self.batch_sizes)
             try:
-                results.append(run(start + index, held))
+                results.append(run(start + index if start else index, held))
                 continue
             except Exception as error:  # Networks, samplers and devices have errors of their own.
                 failure = error
@@ -275,12 +294,15 @@ class RollingBatch:
             noise: of all rows, `(rows, *sample_shape)`. The rows that fill the batch up repeat the last one's.
         """
         assert self.x is not None
-        here = index.to(self.x.device)
-        step_fn, x = self._step_fn(index), self.x[here]
-        history = tuple(Past(past.t, past.x[here], past.x0[here]) for past in self.history)
-        kwargs: dict[str, Any] = {**self._conditions(index), **with_history(step_fn, history)}
-        x_s, x0 = step_fn(x, *self._times(index), self.eta, None if noise is None else noise[here], **kwargs)
-        return x_s[:count], x0[:count]
+        is_whole = len(index) == count == len(self.rows)  # Most steps have all rows in one batch, without any more.
+        here = None if is_whole else index.to(self.x.device)
+        numbers = self._numbers(index)
+        step_fn, x = self._step_fn(index, numbers), _rows_at(self.x, here)
+        history = tuple(Past(past.t, _rows_at(past.x, here), _rows_at(past.x0, here)) for past in self.history)
+        kwargs: dict[str, Any] = {**self._conditions(here), **with_history(step_fn, history)}
+        noise = None if noise is None else _rows_at(noise, here)
+        x_s, x0 = step_fn(x, *self._times(numbers), self.eta, noise, **kwargs)
+        return (x_s, x0) if is_whole else (x_s[:count], x0[:count])
 
     def _advance(self, x0: Tensor, failed: list[tuple[Row, Exception]]) -> Advance:
         travelling = list(self.rows)
@@ -304,12 +326,14 @@ class RollingBatch:
     def _keep(self, index: list[int]) -> None:
         if self.x is None:
             return
-        kept = torch.tensor(index, dtype=torch.long)
+        kept = torch.tensor(index, dtype=torch.long).to(self.x.device)
         self.x = self.x[kept]
+        self._condition = None if self._condition is None else self._condition[kept]
+        self._uncond = None if self._uncond is None else self._uncond[kept]
         self.history = tuple(Past(past.t, past.x[kept], past.x0[kept]) for past in self.history)
         self.rows = [self.rows[k] for k in index]
         if not self.rows:
-            self.x, self.history = None, ()
+            self.x, self.history, self._condition, self._uncond = None, (), None, None
 
     @property
     def _history_length(self) -> int:
@@ -317,23 +341,32 @@ class RollingBatch:
             return max(travelling.row.num_steps for travelling in self.rows) - 1
         return get_sampler(self.sampler).history_length
 
-    def _times(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """t, s and t_ratio, `(B,)`; t and s `()` where all rows are at the same step."""
-        at = [travelling.times[travelling.step] for travelling in self.rows]
-        t, s, t_ratio = torch.tensor(at, dtype=torch.float64).unbind(1)
-        if not self.mixes_steps:
-            return t[0], s[0], t_ratio[index]
-        return t[index], s[index], t_ratio[index]
+    def _numbers(self, index: Tensor) -> Numbers:
+        """The numbers of the step at hand. They go to the device together: a copy takes as long as a kernel there."""
+        at = [self.rows[k] for k in index.tolist()]
+        rows = [(*travelling.levels[travelling.step], travelling.row.guidance_scale) for travelling in at]
+        numbers = torch.tensor(list(zip(*rows, strict=True)), dtype=torch.float64)
+        return Numbers(*(numbers.to(self.device) if self.mixes_steps else numbers).unbind(0))
 
-    def _step_fn(self, index: Tensor) -> SamplerStep:
+    def _times(self, numbers: Numbers) -> tuple[Tensor, Tensor, Tensor]:
+        """t, s and t_ratio, `(B,)`; t and s `()` where all rows are at the same step."""
+        t, s = (numbers.t, numbers.s) if self.mixes_steps else (numbers.t[0], numbers.s[0])
+        return t, s, numbers.t_ratio
+
+    def _step_fn(self, index: Tensor, numbers: Numbers) -> SamplerStep:
         """Guided by the rows' scales; or plainly unguided, which takes fewer calls."""
         guidance = self.guidance
         scales = [travelling.row.guidance_scale for travelling in self.rows]
         scale: float | Tensor = scales[0]
         if guidance.type != "uncond" and any(scale != UNGUIDED_SCALES[guidance.type] for scale in scales):
-            scale = torch.tensor(scales, dtype=torch.float64)[index].to(self.device)
+            scale = numbers.guidance_scale.to(self.device)
         model_fn = self.model.model_fn(guidance.type, scale, guidance.rescale, guidance.interval)
-        return self._sampler_of(index).step_fn(model_fn, self.model.noise_schedule)
+        schedule = self.model.noise_schedule
+        if self.mixes_steps:
+            start = numbers.t, numbers.alpha_t, numbers.sigma_t
+            known: Any = KnownLevels(schedule, start, (numbers.s, numbers.alpha_s, numbers.sigma_s))
+            model_fn, schedule = replace(model_fn, noise_schedule=known), known
+        return self._sampler_of(index).step_fn(model_fn, schedule)
 
     def _sampler_of(self, index: Tensor) -> Sampler:
         sampler = get_sampler(self.sampler)
@@ -342,14 +375,14 @@ class RollingBatch:
         by_lag = [self.rows[k].by_lag[self.rows[k].step] for k in index.tolist()]
         width = 2 + len(self.history)
         padded = [[*numbers, *[0.0] * (width - len(numbers))] for numbers in by_lag]
-        return sampler_of_rows(sampler.name, torch.tensor(padded, dtype=torch.float64))
+        return sampler_of_rows(sampler.name, torch.tensor(padded, dtype=torch.float64).to(self.device))
 
-    def _conditions(self, index: Tensor) -> dict[str, Tensor | None]:
-        rows = [self.rows[k].row for k in index.tolist()]
-        condition = _stack([row.condition for row in rows], self.device)
+    def _conditions(self, here: Tensor | None) -> dict[str, Tensor | None]:
+        condition = None if self._condition is None else _rows_at(self._condition, here)
         conditions = self.model.conditions(self.guidance.type, condition)
-        uncond = _stack([row.uncond_condition for row in rows], self.device)
-        return conditions if uncond is None else {**conditions, "uncond_condition": uncond}
+        if self._uncond is None:
+            return conditions
+        return {**conditions, "uncond_condition": _rows_at(self._uncond, here)}
 
     def _noise(self, x: Tensor) -> Tensor | None:
         """Each row's noise of this step, drawn once, however often a batch with the row is tried."""
@@ -358,7 +391,15 @@ class RollingBatch:
         return step_noise(x, [travelling.generator for travelling in self.rows])
 
 
-def _stack(values: list[Tensor | None], device: torch.device | str) -> Tensor | None:
-    """All rows' values, or None if they have none."""
+def _rows_at(rows: Tensor, here: Tensor | None) -> Tensor:
+    """The rows at an index, None for all."""
+    return rows if here is None else rows[here]
+
+
+def _joined(there: Tensor | None, values: list[Tensor | None], device: torch.device | str) -> Tensor | None:
+    """The rows that are there, and those that join. None if they have none."""
     given = [value for value in values if value is not None]
-    return torch.stack(given).to(device) if given else None
+    if not given:
+        return there
+    joining = torch.stack(given).to(device)
+    return joining if there is None else torch.cat([there, joining])
