@@ -46,9 +46,6 @@ class ServedPipeline:
 
         With `same_bits` no run shares a call with another. A run's own calls have as many rows as they have.
         """
-        from diffusers.utils import logging
-
-        logging.set_verbosity_error()  # diffusers warns of prompts that CLIP cuts off by their text.
         size = settings.sample_batch_size
         if settings.same_bits:
             rows = largest = 1

@@ -12,9 +12,9 @@ import torch
 from timetuner_core.models.folder_files import MODEL_INDEX, SCHEDULER_CONFIG, ModelFormatError
 from timetuner_core.pipelines.files import check_pipeline_files, fingerprint, pipeline_hash, saved_dtype
 from timetuner_core.pipelines.inspecting import inspect_in_child
-from timetuner_core.pipelines.loading import load_pipeline
 from timetuner_core.pipelines.trial import try_pipeline
 from worker.pipeline_folders import PipelineFolders, revision_of
+from worker.pipeline_loading import load_quietly
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class FoundPipeline:
         dtype: str = self.source["dtype"]
         spec = inspect_in_child(self.folder, dtype)
         try:
-            spec = try_pipeline(load_pipeline(self.folder, device, getattr(torch, dtype)), spec)
+            spec = try_pipeline(load_quietly(self.folder, device, getattr(torch, dtype)), spec)
         finally:
             gc.collect()
             if device.type == "cuda":

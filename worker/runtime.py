@@ -28,7 +28,6 @@ from timetuner_core.models.folder_files import ModelFormatError, folder_hash
 from timetuner_core.models.loading import DiffusionModel, load_builtin, load_folder
 from timetuner_core.models.out_of_memory import is_out_of_memory
 from timetuner_core.pipelines.files import fingerprint, pipeline_hash
-from timetuner_core.pipelines.loading import load_pipeline
 from timetuner_core.sampling.batch_size import largest_useful_size
 from timetuner_core.sampling.generate import Guidance
 from timetuner_core.sampling.same_bits import all_sizes, sizes_without_padding, steady_sizes
@@ -37,6 +36,7 @@ from worker import metrics
 from worker.conversion import guidance_of
 from worker.lease import JobCancelledError, JobRefusedError, Lease, StepWatch, WorkerStoppingError
 from worker.pipeline_folders import PipelineFolders
+from worker.pipeline_loading import load_quietly
 from worker.pipeline_sampling import ServedPipeline
 from worker.traces import tuning_ended, tuning_span
 
@@ -256,7 +256,7 @@ class Runtime:
         settings, source = self.settings, row.source
         if is_pipeline(row.spec):
             precision: torch.dtype = getattr(torch, row.spec["dtype"])
-            pipeline = load_pipeline(self.pipeline_folder(row), self.device, precision)
+            pipeline = load_quietly(self.pipeline_folder(row), self.device, precision)
             return ServedPipeline.of(pipeline, row.spec, settings)
         dtype: torch.dtype = getattr(torch, settings.dtype)
         options: Any = {"dtype": dtype, "channels_last": settings.channels_last, "compile": settings.compile}

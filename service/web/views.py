@@ -22,7 +22,7 @@ from service.registry.tables import (
 from service.schedules.logic import newest as newest_schedules
 from service.schedules.schemas import ScheduleOut, ScheduleQuery
 from service.shared.job_requests import ALWAYS, OWN_CLIPPING
-from service.shared.pipeline_calls import is_pipeline
+from service.shared.pipeline_calls import SIZES, is_pipeline
 from service.shared.sampler_facts import SamplersUnknownError, sampler_facts
 from service.web.charts import Chart, Series, make_chart
 from timetuner_core.tuners import TUNERS
@@ -154,10 +154,14 @@ def usual_setting(model: Model) -> dict[str, Any]:
 
 
 def setting_of(schedule: Schedule) -> dict[str, dict[str, Any]]:
-    """A schedule's setting: the fields that forms have, and `more`, the others that are not at their defaults."""
+    """A schedule's setting: the fields that forms have, and `more`, the others that are not at their defaults.
+
+    A form has one size. Of a schedule for an interval, it is the smallest.
+    """
     fields = {name: getattr(schedule, name) for name in FORM_SETTING}
     fields["guidance_scale"] = f"{float(schedule.guidance_scale):.10g}"
-    fields |= {name: value for name, value in (schedule.call or {}).items() if name in ("height", "width")}
+    sizes = {name: size for name, size in (schedule.call or {}).items() if name in SIZES}
+    fields |= {name: size[0] if isinstance(size, list) else size for name, size in sizes.items()}
     defaults = {"eta": 0, **{name: value for name, value in ALWAYS.items() if name != "guidance_scale"}}
     more = {name: float(getattr(schedule, name)) for name in defaults if getattr(schedule, name) != defaults[name]}
     clipping = {} if schedule.clipping == OWN_CLIPPING else {"clipping": schedule.clipping}

@@ -4,8 +4,10 @@ import base64
 import copy
 import io
 import json
+import re
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from tests.pipelines import BY_NAME, SIZE, Json, api_and_worker, call_of, data_u
 from tests.worker.in_process import InProcess
 from timetuner_core.integrations.diffusers import TimeTunerScheduler
 from worker.lease import JobCancelledError
+from worker.pipeline_loading import load_quietly
 from worker.pipeline_sampling import PipelineBatch, PipelineRow
 from worker.tuning import run_tuning_job
 
@@ -195,6 +198,8 @@ def test_a_schedule_of_several_sizes_serves_all_between(service: Service, tuned:
     job_id = service.submit("sd15", num_steps=3, guidance_scale=2, height=2 * SIZE)
     assert service.api.get(f"/v1/samples/{job_id}").json()["schedule"] == schedule["id"]
     service.worker.serve()
+    playground = service.api.get(f"/playground?model={service.model('sd15')}").text
+    assert f'name="height" value="{SIZE}"' in playground, "a form has one size"
 
     content = service.api.get(f"/v1/schedules/{schedule['id']}/export", params={"format": "json"}).json()
     assert content["sizes"] == [[SIZE, SIZE], [3 * SIZE, SIZE]]
@@ -559,10 +564,12 @@ def test_pages_show_prompts_as_text_and_ask_for_them(service: Service, tuned: Js
     service.api.post(f"/v1/tuning-jobs/{job_id}/cancel")
     model = service.model("sd15")
     playground = service.api.get(f"/playground?model={model}").text
-    assert '<input name="prompt" maxlength="8000"' in playground and 'name="guidance_scale" value="7.5"' in playground
+    assert '<textarea name="prompt"' in playground and 'maxlength="8000"' in playground
+    guided = re.search(r'name="guidance_scale" value="([\d.]+)"', playground)
+    assert guided is not None and guided[1] in ("2", "3"), "it begins with a setting that has a schedule"
     assert service.api.get(f"/models/{model}").status_code == 200
     page = service.api.get(f"/schedules/{tuned['id']}").text
-    assert f'href="/playground?model={model}"' in page and "guidance ×3" in page
+    assert re.search(rf'href="/playground\?[^"]*model={model}', page) and "guidance ×3" in page
     # A form without more than its usual fields makes a job of the pipeline's own tuner.
     form = {"model": model, "num_steps": "2", "sampler": "dpmpp_2m", "guidance_scale": "7.5", "objective": ""}
     made = service.api.post("/jobs", data=form, headers={"Origin": "http://127.0.0.1"}, follow_redirects=False)
@@ -600,3 +607,10 @@ def test_the_cost_counts_pixels_frames_and_steps(service: Service) -> None:
     refused = service.api.post("/v1/samples", json=body, headers=ASYNC)
     assert refused.status_code == 413
     assert f"is {3 * 4096 * 4096 * steps}; accepted: up to {most}" in refused.json()["detail"]
+
+
+def test_loading_draws_no_bars_into_the_log(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    BY_NAME["sd15"].build().save_pretrained(tmp_path)
+    capfd.readouterr()
+    load_quietly(tmp_path, torch.device("cpu"), torch.float32)
+    assert "".join(capfd.readouterr()) == ""
