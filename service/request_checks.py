@@ -180,7 +180,7 @@ def _sizes(spec: dict[str, Any], setting: SamplingSetting, call: dict[str, Any],
 
 
 def _check_sizes(
-    spec: dict[str, Any], setting: SamplingSetting, sizes: list[tuple[int, int]], where: str, *, has_images: bool
+    spec: dict[str, Any], setting: SamplingSetting, sizes: list[list[int]], where: str, *, has_images: bool
 ) -> None:
     """Refuse several sizes beside one, of a pipeline that takes none, or that its decoder cannot make."""
     multiple = spec.get("size_multiple") or 1

@@ -52,7 +52,7 @@ class CallOptions(TypedDict, total=False):
 class SizesOption(TypedDict, total=False):
     """For pipelines, in place of `height` and `width`: several (height, width). The schedule serves all between."""
 
-    sizes: Sequence[tuple[int, int]] | None
+    sizes: Sequence[Sequence[int]] | None
 
 
 class Setting(SettingOptions, CallOptions, total=False):

@@ -75,6 +75,7 @@ MAX_SIZES = 64
 NOT_GIVEN = 0  # The number of steps of a request that leaves it to the pipeline.
 Prompt = Annotated[str, Field(max_length=MAX_TEXT)]
 Size = Annotated[int, Field(ge=1, le=16_384)]
+HeightAndWidth = Annotated[list[Size], Field(min_length=2, max_length=2)]
 Timesteps = GridName | Annotated[list[FiniteFloat], Field(min_length=2, max_length=100_001)]
 
 
@@ -141,7 +142,7 @@ class SamplingSetting(BaseModel):
 class SettingOfSizes(SamplingSetting):
     """A setting that may have several sizes."""
 
-    sizes: Annotated[list[tuple[Size, Size]], Field(min_length=2, max_length=MAX_SIZES)] | None = Field(
+    sizes: Annotated[list[HeightAndWidth], Field(min_length=2, max_length=MAX_SIZES)] | None = Field(
         None,
         examples=[None],
         description="For pipelines, in place of `height` and `width`: several [height, width]. Images have them in "

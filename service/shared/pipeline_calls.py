@@ -122,7 +122,7 @@ def deciding_arguments(height: int | None, width: int | None, call: Mapping[str,
     return sizes | {name: value for name, value in sorted(call.items()) if not _is_content(value)}
 
 
-def size_intervals(sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+def size_intervals(sizes: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Height and width of several sizes, each as [smallest, largest]; one that all share is a number."""
     bounds = {name: [min(each), max(each)] for name, each in zip(SIZES, zip(*sizes, strict=True), strict=True)}
     return {name: low if low == high else [low, high] for name, (low, high) in bounds.items()}

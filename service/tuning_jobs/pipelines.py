@@ -50,8 +50,8 @@ def check_pipeline_job(
     if steps > settings.max_tuning_calls:
         detail = f"the job takes {steps} steps of single images; accepted: {settings.max_tuning_calls}"
         raise TooLargeError(detail, ("body", "tuner", "total_iters"), complete.tuner.total_iters)
-    sizes: Sequence[tuple[int | None, int | None]] = request.sizes or [(request.height, request.width)]
-    values = max(math.prod(output_shape(spec, *size, request.call)) for size in sizes)
+    sizes: Sequence[Sequence[int | None]] = request.sizes or [(request.height, request.width)]
+    values = max(math.prod(output_shape(spec, height, width, request.call)) for height, width in sizes)
     # Latents grow with the result.
     latents = math.prod(spec["sample_shape"]) * values // math.prod(spec["image_shape"])
     if latents * complete.tuner.max_batch > settings.max_tuning_batch_values:

@@ -122,7 +122,7 @@ def submit(form: Annotated[TuningForm, Form()], caller: MayTune, state: State, r
     return see(request, f"/groups/{group.id}")
 
 
-@router.post("/jobs/price")
+@router.post("/jobs/price", dependencies=[WRITES])
 def price(form: Annotated[TuningForm, Form()], caller: MayTune, state: State, request: Request) -> Response:
     """What the jobs of the form would cost, or why they would be refused, as a part of a page."""
     asked, found, refusal = form.group(), None, None

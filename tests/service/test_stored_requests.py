@@ -58,7 +58,12 @@ def test_a_stored_request_is_read_whole_and_unknown_fields_are_ignored(row: Json
     # across the upgrade may be evaluated on more noises.
     read = {**row, **YOUNGER}
     if "tuner" in row:
-        read |= {"prompts": None, "private": False, "evaluation": {**row["evaluation"], "max_num_samples": None}}
+        read |= {
+            "prompts": None,
+            "sizes": None,
+            "private": False,
+            "evaluation": {**row["evaluation"], "max_num_samples": None},
+        }
     else:
         read["prompt"] = None
     assert request_class.stored(row).model_dump(mode="json") == read

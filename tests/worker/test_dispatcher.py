@@ -72,7 +72,7 @@ def test_a_part_that_is_missing_or_cut_fails_its_request_and_the_round_goes_on(w
         parents.append(parent)
     worker.runtime.bus.published.clear()  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as nobody_joins:
-        nobody_joins.setattr("worker.sampling.join_all", lambda *_: [])
+        nobody_joins.setattr("worker.results.join_all", lambda *_: [])
         worker.serve()
     files = [worker.artifacts.root + "/" + key for key in worker.artifacts.files("samples")]
     with worker.registry.read() as session:
