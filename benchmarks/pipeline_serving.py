@@ -3,8 +3,8 @@
     python benchmarks/pipeline_serving.py --rivals-python /tmp/rivals/bin/python
 
 The pipeline is the tests' Stable Diffusion 1.5, or one of as many `--channels`, guided by 7.5, with its own scheduler.
-`mixed`: 4, 8 and 20 steps in turn; `equal`: 8 steps. Each entrant has its own way of batching: see `pipeline_rivals.py`,
-whose best batch size and wait are looked for before. The rivals' environment is made as `serving.py` says, with
+`mixed`: 4, 8, 20 steps in turn; `equal`: 8 steps. Each entrant has its own way of batching: see `pipeline_rivals.py`;
+the best batch size and wait are looked for before. The rivals' environment is made as `serving.py` says, with
 `bentoml` besides.
 """
 
