@@ -160,14 +160,13 @@ def _settled_for_pipeline(
 
 def _sizes(spec: dict[str, Any], setting: SamplingSetting, call: dict[str, Any], where: str) -> dict[str, int | None]:
     """Height and width: those given, else those of the pipeline's defaults, unless an image may decide them."""
-    default = dict(zip(("height", "width"), spec["image_shape"][-2:], strict=True))
-    multiple = spec.get("size_multiple") or 1
-    sizes: dict[str, int | None] = {}
     has_images = bool(image_sizes(call))
     if (several := getattr(setting, "sizes", None)) is not None:
         _check_sizes(spec, setting, several, where, has_images=has_images)
         return dict.fromkeys(SIZES)
-    for name, usual in default.items():
+    multiple = spec.get("size_multiple") or 1
+    sizes: dict[str, int | None] = {}
+    for name, usual in zip(SIZES, spec["image_shape"][-2:], strict=True):
         value: int | None = getattr(setting, name)
         if name not in spec["call"]:
             if value is not None:

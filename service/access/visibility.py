@@ -5,7 +5,7 @@ from sqlalchemy.orm import Session
 
 from service.access.callers import Caller
 from service.registry.keys import Scope
-from service.registry.tables import PUBLIC, Model, ModelRegistration, Schedule
+from service.registry.tables import PUBLIC, Model, ModelRegistration, SampleJob, Schedule, TuningJob
 
 CanBePrivate = Model | ModelRegistration | Schedule
 
@@ -42,6 +42,11 @@ def visible_schedule(session: Session, caller: Caller, schedule: Schedule | None
 def is_visible(caller: Caller, table: type[CanBePrivate]) -> ColumnElement[bool]:
     """`may_see` as a condition of a query."""
     return true() if caller.may(Scope.ADMIN) else table.private_to.in_(realms(caller))
+
+
+def is_seen_job(caller: Caller, table: type[TuningJob | SampleJob]) -> ColumnElement[bool]:
+    """`Caller.sees` as a condition of a query."""
+    return true() if caller.may(Scope.ADMIN) else table.owner == caller.owner
 
 
 def visible_models(caller: Caller) -> Select[Model]:

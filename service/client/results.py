@@ -232,9 +232,8 @@ class Schedule(BaseModel):
         names = set(ScheduleImport.__annotations__) - theirs
         kept: ScheduleImport = self.model_dump(mode="json", include=names)  # type: ignore[assignment]
         if self.call is not None:
-            sizes = {name: self.call[name] for name in SIZES if name in self.call}
-            call = {name: value for name, value in self.call.items() if name not in (*sizes, "image_sizes")}
-            kept.update({**sizes_of_import(sizes), "call": call})  # type: ignore[typeddict-item]
+            call = {name: value for name, value in self.call.items() if name not in (*SIZES, "image_sizes")}
+            kept.update({**sizes_of_import(self.call), "call": call})  # type: ignore[typeddict-item]
         return kept
 
     def _repr_html_(self) -> str:

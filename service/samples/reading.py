@@ -7,10 +7,10 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from service.access.callers import Caller
+from service.access.visibility import is_seen_job
 from service.http.errors import DeadlineError, ImagesLostError, JobFailedError, NotFoundError
 from service.http.fields import PageQuery, newest_first
 from service.registry.jobs import request_cancel
-from service.registry.keys import Scope
 from service.registry.samples import LATE, Ended, ended, sample_again
 from service.registry.tables import FINAL_STATES, JobState, SampleJob
 from service.shared.artifacts import DamagedArtifactError
@@ -39,9 +39,7 @@ def newest(
     page: PageQuery,
 ) -> tuple[Sequence[SampleJob], str | None]:
     """One page of the jobs the caller sees, newest first, and the cursor of the next. Parts of jobs are left out."""
-    query = select(SampleJob).where(SampleJob.parent_id.is_(None))
-    if not caller.may(Scope.ADMIN):
-        query = query.where(SampleJob.owner == caller.owner)
+    query = select(SampleJob).where(SampleJob.parent_id.is_(None), is_seen_job(caller, SampleJob))
     if state is not None:
         query = query.where(SampleJob.state == state)
     if model_id is not None:

@@ -76,10 +76,10 @@ def _import_file(subject: Subject) -> Exported:
     schedule = subject.schedule
     names = ScheduleImport.model_fields.keys() - NOT_EXPORTED
     content = {name: value for name, value in schedule.items() if name in names}
-    call = dict(content.pop("call", None) or {})  # Only a pipeline's schedule has arguments of a call.
-    sizes = {name: call.pop(name) for name in SIZES if name in call}
-    content |= sizes_of_import(sizes)
-    content |= {"call": call} if call else {}
+    call = content.pop("call", None) or {}  # Only a pipeline's schedule has arguments of a call.
+    content |= sizes_of_import(call)
+    others = {name: value for name, value in call.items() if name not in SIZES}
+    content |= {"call": others} if others else {}
     content["model_content_hash"] = subject.model["content_hash"]
     return Exported((json.dumps(content, indent=2) + "\n").encode(), ["The evaluation stays in this registry."])
 

@@ -79,10 +79,11 @@ def resolve(session: Session, caller: Caller, setting: SamplingSetting) -> tuple
     """
     of_any_sampler = setting.sampler == OWN_SAMPLER
     key = setting.key()
+    call_keys = [key["call_key"], *_intervals(session, caller, setting, key)]
     found = [
         session.execute(_best(of_any_sampler), key | {"private_to": private_to, "call_key": call_key}).one()
         for private_to in realms(caller)
-        for call_key in (key["call_key"], *_intervals(session, setting, private_to))
+        for call_key in call_keys
     ]
     accepted = [schedule for schedule, _ in found if schedule is not None]
     num_rejected = sum(count for _, count in found)
@@ -94,18 +95,17 @@ def resolve(session: Session, caller: Caller, setting: SamplingSetting) -> tuple
     return None, f"untuned: no accepted schedule for this setting ({counted} rejected)"
 
 
-def _intervals(session: Session, setting: SamplingSetting, private_to: str) -> list[str]:
-    """The call keys of accepted schedules for intervals of sizes that hold those of a setting."""
+def _intervals(session: Session, caller: Caller, setting: SamplingSetting, key: dict[str, Any]) -> list[str]:
+    """The call keys of accepted schedules for intervals of sizes that hold those of a setting with this key."""
     deciding = setting.deciding()
     if not all(isinstance(deciding.get(name), int) for name in SIZES):
         return []
-    key = {name: value for name, value in setting.key().items() if name != "call_key"}
-    if setting.sampler == OWN_SAMPLER:
-        del key["sampler"]
-    of_intervals = (Schedule.call_key >= INTERVAL, Schedule.call_key < INTERVAL[:-1] + chr(ord(INTERVAL[-1]) + 1))
-    query = select(func.min(Schedule.id)).filter_by(**key, private_to=private_to, status=ScheduleStatus.ACCEPTED)
-    one_of_each = query.where(*of_intervals).group_by(Schedule.call_key).limit(MAX_COUNTED)
-    schedules = session.scalars(select(Schedule).where(Schedule.id.in_(one_of_each.scalar_subquery())))
+    free = ("call_key", "sampler") if setting.sampler == OWN_SAMPLER else ("call_key",)
+    fixed = {name: value for name, value in key.items() if name not in free}
+    query = select(func.min(Schedule.id)).filter_by(**fixed, status=ScheduleStatus.ACCEPTED)
+    query = query.where(Schedule.private_to.in_(realms(caller)), Schedule.call_key.startswith(INTERVAL))
+    one_of_each = query.group_by(Schedule.call_key).limit(MAX_COUNTED)
+    schedules = session.scalars(select(Schedule).where(Schedule.id.in_(one_of_each)))
     return [schedule.call_key for schedule in schedules if covers(schedule.call or {}, deciding)]
 
 

@@ -128,10 +128,11 @@ def size_intervals(sizes: Sequence[Sequence[int]]) -> dict[str, Any]:
     return {name: low if low == high else [low, high] for name, (low, high) in bounds.items()}
 
 
-def sizes_of_import(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of an import that stand for sizes as a schedule's `call` has them: `sizes` if one is an interval."""
+def sizes_of_import(call: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an import that stand for the sizes of a schedule's `call`: `sizes` if one is an interval."""
+    sizes = {name: call[name] for name in SIZES if name in call}
     if not any(isinstance(size, list) for size in sizes.values()):
-        return dict(sizes)
+        return sizes
     corners = [size if isinstance(size, list) else [size, size] for size in (sizes[name] for name in SIZES)]
     return {"sizes": [list(corner) for corner in zip(*corners, strict=True)]}
 

@@ -9,9 +9,9 @@ from sqlalchemy.orm import Session, joinedload
 
 from service.access.callers import Caller
 from service.access.idempotency import Once, make_once
+from service.access.visibility import is_seen_job
 from service.http.errors import NotFoundError, ServiceError
 from service.registry.database import Registry
-from service.registry.keys import Scope
 from service.registry.tables import FINAL_STATES, JobState, TuningJob
 from service.registry.types import new_id
 from service.request_checks import get_requested_model
@@ -117,10 +117,11 @@ def _seconds(session: Session, caller: Caller, costs: Sequence[tuple[str, int]])
 def _pace(session: Session, caller: Caller, model_id: str) -> float | None:
     """Seconds per sample put through the network, over the newest jobs on a model that the caller sees."""
     newest = select(TuningJob.tuning_seconds, TuningJob.network_calls).where(
-        TuningJob.model_id == model_id, TuningJob.state == JobState.SUCCEEDED, TuningJob.network_calls > 0
+        TuningJob.model_id == model_id,
+        TuningJob.state == JobState.SUCCEEDED,
+        TuningJob.network_calls > 0,
+        is_seen_job(caller, TuningJob),
     )
-    if not caller.may(Scope.ADMIN):
-        newest = newest.where(TuningJob.owner == caller.owner)
     row = newest.order_by(TuningJob.id.desc()).limit(PACED_JOBS).subquery().c
     seconds, samples = session.execute(select(func.sum(row.tuning_seconds), func.sum(row.network_calls))).one()
     return seconds / samples if samples else None

@@ -9,11 +9,11 @@ from sqlalchemy.orm import Session, joinedload, selectinload
 
 from service.access.callers import Caller
 from service.access.idempotency import Once, make_once
+from service.access.visibility import is_seen_job
 from service.http.errors import ConflictError, InvalidError, NotFoundError, TooLargeError
 from service.http.fields import PageQuery, newest_first
 from service.registry.database import Registry
 from service.registry.jobs import request_cancel
-from service.registry.keys import Scope
 from service.registry.tables import FINAL_STATES, JobState, TuningJob, TuningJobEvent, Webhook
 from service.registry.types import utc_now
 from service.request_checks import (
@@ -121,9 +121,7 @@ def newest(
     session: Session, caller: Caller, state: JobState | None, page: PageQuery
 ) -> tuple[Sequence[TuningJob], str | None]:
     """One page of the jobs the caller sees, newest first, and the cursor of the next."""
-    query = select(TuningJob).options(joinedload(TuningJob.schedule))
-    if not caller.may(Scope.ADMIN):
-        query = query.where(TuningJob.owner == caller.owner)
+    query = select(TuningJob).options(joinedload(TuningJob.schedule)).where(is_seen_job(caller, TuningJob))
     if state is not None:
         query = query.where(TuningJob.state == state)
     return newest_first(session, query, TuningJob.id, page)

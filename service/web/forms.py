@@ -91,7 +91,10 @@ def register(
 def start(caller: Annotated[Caller, needs(Scope.MODELS_WRITE, Scope.TUNE)], state: State, request: Request) -> Response:
     """Register the bundled model and tune it."""
     model, _ = models_logic.register_builtin(state.registry, caller, START_MODEL, None, private=False)
-    tuning = TuningJobRequest(model=model.id, num_steps=USUAL_NUM_STEPS)
+    return _submit_one(state, caller, TuningJobRequest(model=model.id, num_steps=USUAL_NUM_STEPS), request)
+
+
+def _submit_one(state: State, caller: Caller, tuning: TuningJobRequest, request: Request) -> Response:
     job, _ = jobs_logic.submit(state.registry, state.settings, caller, tuning, None)
     publish(state.celery, state.registry, TuningJob, [job.id])
     return see(request, f"/jobs/{job.id}")
@@ -114,9 +117,7 @@ def submit(form: Annotated[TuningForm, Form()], caller: MayTune, state: State, r
     """One job, or a group of several."""
     asked = form.group()
     if len(asked.jobs) == 1:
-        job, _ = jobs_logic.submit(state.registry, state.settings, caller, asked.jobs[0], None)
-        publish(state.celery, state.registry, TuningJob, [job.id])
-        return see(request, f"/jobs/{job.id}")
+        return _submit_one(state, caller, asked.jobs[0], request)
     group, _ = groups_logic.submit(state.registry, state.settings, caller, asked, None)
     publish(state.celery, state.registry, TuningJob, [job.id for job in group.jobs])
     return see(request, f"/groups/{group.id}")

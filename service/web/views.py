@@ -25,6 +25,7 @@ from service.shared.job_requests import ALWAYS, OWN_CLIPPING
 from service.shared.pipeline_calls import SIZES, is_pipeline
 from service.shared.sampler_facts import SamplersUnknownError, sampler_facts
 from service.web.charts import Chart, Series, make_chart
+from timetuner_core.catalog import SamplerFacts
 from timetuner_core.tuners import TUNERS
 
 MAX_COUNTED = 1000
@@ -94,12 +95,9 @@ def untuned_calls(schedule: Schedule, num_steps: int) -> int | None:
 
 
 def _calls(schedule: Schedule, timesteps: Sequence[float]) -> int | None:
-    try:
-        sampler = sampler_facts(schedule.sampler)
-    except (ValueError, SamplersUnknownError):
-        return None
+    facts = _facts(schedule.sampler)
     guided = schedule.guidance_type == "classifier-free" and schedule.guidance_scale != 1
-    return sampler.network_calls(timesteps) * (2 if guided else 1)
+    return None if facts is None else facts.network_calls(timesteps) * (2 if guided else 1)
 
 
 def verdict_of(schedule: Schedule) -> str:
@@ -196,8 +194,13 @@ def form_fields(model: Model, tuned: Sequence[Schedule], given: dict[str, Any]) 
 
 def calls_per_step(sampler: str) -> int | None:
     """Network calls of a step, or None if the sampler's package cannot be loaded, or is not loaded yet."""
+    facts = _facts(sampler)
+    return None if facts is None else facts.calls_per_step
+
+
+def _facts(sampler: str) -> SamplerFacts | None:
     try:
-        return sampler_facts(sampler).calls_per_step
+        return sampler_facts(sampler)
     except (ValueError, SamplersUnknownError):
         return None
 
@@ -253,7 +256,8 @@ def rivals_of(session: Session, caller: Caller, schedule: Schedule) -> list[Sche
     rows = session.scalars(
         query.options(joinedload(Schedule.evaluation)).order_by(Schedule.id.desc()).limit(MAX_RIVALS)
     )
-    return [row for row in rows if _noises(row) is not None and _noises(row) == _noises(schedule)]
+    own = _noises(schedule)
+    return [row for row in rows if own is not None and _noises(row) == own]
 
 
 def _noises(schedule: Schedule) -> tuple[int, int, int] | None:

@@ -12,7 +12,7 @@ import contextvars
 import copy
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -154,8 +154,8 @@ class SharedCalls:
             raise ValueError(f"{type(pipeline).__name__} has no denoiser; accepted: {accepted}")
         self._max_batch, self._max_threads, self._check_rows = max_batch, max_threads, check_rows
         self._refuse_large = refuse_large
-        self._largest_batch, self._max_seconds = largest_batch or max_batch, max_seconds
-        self._limits: dict[tuple[str, Hashable], BatchLimit] = {}
+        new_limit = partial(BatchLimit, max_batch, largest_batch or max_batch, max_seconds)
+        self._limits: defaultdict[tuple[str, Hashable], BatchLimit] = defaultdict(new_limit)
         self._remembered: dict[tuple[str, bytes], Any] = {}
         self._prompts: OrderedDict[tuple[str, bytes], Any] = OrderedDict()  # The one that was used last is the last.
         self._prompt_bytes = 0
@@ -204,7 +204,7 @@ class SharedCalls:
     @property
     def device(self) -> torch.device:
         """The device that the pipeline computes on, as it was when the runs of now began."""
-        if self._device is None or not self._running:
+        if self._device is None or not (self._running or self._waiting):
             self._device = self.pipeline._execution_device
         return self._device
 
@@ -345,10 +345,8 @@ class SharedCalls:
                 groups.setdefault((run.network, call.kind), {})[key_of(call)] = call
         answers: dict[tuple[str, bytes], Any] = {}
         for (network, kind), calls in groups.items():
-            new = BatchLimit(self._max_batch, self._largest_batch, self._max_seconds)
-            limit = self._limits.setdefault((network, kind), new)
-            together = self._separable.get((network, kind), True)
-            for part in batches(list(calls.values()), limit.rows if together else 1):
+            limit = self._limits[network, kind]
+            for part in batches(list(calls.values()), limit.rows):
                 made = self._call_together(network, kind, part, limit)
                 answers |= {(network, key_of(call)): answer for call, answer in zip(part, made, strict=True)}
         for run in runs:
