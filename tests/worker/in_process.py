@@ -61,7 +61,8 @@ class SilentBus:
 
     def has_message(self, seconds: float = 0.0) -> bool:
         rung = self._rung.wait(min(seconds, IDLE_SECONDS))
-        self._rung.clear()
+        if rung:  # One that comes after the wait is for the next call.
+            self._rung.clear()
         return rung
 
     @contextmanager
