@@ -106,7 +106,9 @@ def main() -> None:
     parser.add_argument("--rivals", nargs="+", default=["litserve", "ray", "bentoml"])
     parser.add_argument("--load", nargs="+", choices=tuple(STEPS), default=list(STEPS))
     parser.add_argument("--channels", type=int, default=0, help="of the U-Net; 0: the pipeline of the tests")
-    parser.add_argument("--levels", type=int, choices=(2, 4), default=2, help="of that U-Net; 4: the layers of SD 1.5's")
+    parser.add_argument(
+        "--levels", type=int, choices=(2, 4), default=2, help="of that U-Net; 4: the layers of SD 1.5's"
+    )
     parser.add_argument("--size", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--rounds", type=int, default=2)

@@ -25,6 +25,8 @@ TEACHER_CHECK_SAMPLES = 32
 TEACHER_CHECK_RUNS = 4
 # The KL divergence to a mixture is measured on at most so many samples: each needs a Jacobian.
 MAX_KL_SAMPLES = 128
+# The grids to begin with are compared on as many noises.
+MAX_START_SAMPLES = 64
 # A schedule is compared with the untuned sampler at so many times its steps, on so many noises.
 WORTH_STEP_FACTORS = (1.0, 1.5, 2.0, 3.0, 4.0)
 MAX_WORTH_SAMPLES = 128
@@ -272,6 +274,7 @@ class SolverTuner(TeacherMatchingTuner):
     total_iters: int = option(10, "At most; it ends after three without improvement.", ge=1, le=1000)
     population_size: int = population_size_option(128, "Initial noises to tune on.")
     teacher_num_steps: int = option(100, ge=1, le=1000)
+    with_ratios: bool = option(True, "Whether ratios are learned; without them it is the solver of BNS and S4S.")
 
     def check(self, setting: TunedSetting) -> None:
         if setting.calls_per_step != 1:
@@ -283,7 +286,13 @@ class SolverTuner(TeacherMatchingTuner):
         return max(self.batch_size, samples_held(setting.num_steps))
 
     def network_samples(self, setting: TunedSetting) -> int:
-        return self.total_iters * self.batch_size * rows_per_sample(setting.num_steps)
+        rows = rows_per_sample(setting.num_steps, with_ratios=self.with_ratios)
+        tuning = self.total_iters * self.batch_size * rows
+        if self.start != "best":
+            return tuning
+        # The first iteration is made from two grids. Both results are compared on the whole population.
+        compared = 2 * in_whole_batches(self.population_size, self.batch_size) * setting.num_steps
+        return tuning + self.batch_size * rows + compared
 
     def run(
         self,
@@ -301,9 +310,22 @@ class SolverTuner(TeacherMatchingTuner):
             state,
             self.teacher_timesteps(problem),
             total_iters=self.total_iters,
+            with_ratios=self.with_ratios,
             starts=self.starts(problem),
+            free_starts=self.free_starts(problem),
             target=target,
         )
+
+    def free_starts(self, problem: "TuningProblem") -> "list[Tensor]":
+        """The grids with a free first step, of which the best one is tried besides the best of the `starts`."""
+        from timetuner_core.grids import start_grids_with_free_step
+
+        is_free = self.start == "best"
+        return start_grids_with_free_step(problem.noise_schedule, problem.num_steps) if is_free else []
+
+    @property
+    def max_starts(self) -> int:
+        return 2 * super().max_starts
 
 
 @dataclass(kw_only=True)
@@ -462,7 +484,7 @@ class GridSearch(Tuner):
             yield state
 
 
-def _check_candidates(tuner: "AysTuner | GitsTuner", setting: TunedSetting) -> None:
+def _check_candidates(tuner: "AysTuner | GitsTuner | OssTuner", setting: TunedSetting) -> None:
     if tuner.num_candidates is not None and tuner.num_candidates <= setting.num_steps:
         raise OptionError(tuner, "num_candidates", f"null, or more than num_steps, which is {setting.num_steps}")
 
@@ -526,6 +548,39 @@ class GitsTuner(GridSearch):
         from timetuner_core.rivals.gits import gits_timesteps
 
         return gits_timesteps(problem, self.num_candidates, self.discount, self.population_size)
+
+
+@dataclass(kw_only=True)
+class OssTuner(GridSearch):
+    """OSS (Pei et al. 2025): the grid by which the sampler's own path stays nearest to a many-step trajectory."""
+
+    label = "oss: the sampler's own path nearest to a many-step trajectory"
+    population = "noise"
+
+    objective: Literal["oss"]
+    batch_size: int = batch_size_option(None)
+    population_size: int = population_size_option(32, "Initial noises whose paths are followed.")
+    num_candidates: int | None = num_candidates_option()
+
+    def check(self, setting: TunedSetting) -> None:
+        _check_candidates(self, setting)
+
+    def candidates(self, num_steps: int) -> int:
+        return self.num_candidates or max(61, 4 * num_steps)
+
+    def samples_at_once(self, setting: TunedSetting) -> int:
+        paths_and_trajectory = 3  # Those to the candidates before, those to the next ones, and the trajectory.
+        return paths_and_trajectory * self.population_size * self.candidates(setting.num_steps)
+
+    def network_samples(self, setting: TunedSetting) -> int:
+        per_step_and_trajectory = setting.num_steps + 1
+        samples = in_whole_batches(self.population_size, self.batch_size)
+        return per_step_and_trajectory * (self.candidates(setting.num_steps) - 1) * samples
+
+    def search(self, problem: "TuningProblem") -> "Tensor":
+        from timetuner_core.rivals.oss import oss_timesteps
+
+        return oss_timesteps(problem, self.num_candidates, self.population_size)
 
 
 @dataclass(kw_only=True)
@@ -598,6 +653,7 @@ AnyTuner: TypeAlias = (
     | TeacherStepTuner
     | AysTuner
     | GitsTuner
+    | OssTuner
     | DmnTuner
     | GridTuner
     | PipelineTuner

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from service.shared.job_requests import TuningJobRequest
-from timetuner_core.grids import start_grids
-from timetuner_core.tuners import TeacherMatchingTuner, TunedSetting
+from timetuner_core.grids import start_grids, start_grids_with_free_step
+from timetuner_core.tuners import MAX_START_SAMPLES, SolverTuner, TeacherMatchingTuner, TunedSetting
 from timetuner_core.tuning_setup import Experiment
 
 PhaseName = Literal["teacher", "start", "tuning", "evaluation"]
@@ -45,8 +45,10 @@ def phases_of(request: TuningJobRequest, experiment: Experiment, *, resumed: boo
     if checks_teacher:
         teacher += experiment.check_calls(evaluation.teacher_num_steps)
     if isinstance(tuner, TeacherMatchingTuner) and tuner.start == "best" and not resumed:
-        grids = start_grids(schedule, num_steps)
-        start = batches * sum(map(sampler.network_calls, grids)) if len(grids) > 1 else 0
+        compared = math.ceil(min(population, MAX_START_SAMPLES) / batch_size)
+        free = start_grids_with_free_step(schedule, num_steps) if isinstance(tuner, SolverTuner) else []
+        for grids in (start_grids(schedule, num_steps), free):
+            start += compared * sum(map(sampler.network_calls, grids)) if len(grids) > 1 else 0
     totals: dict[PhaseName, int] = {
         "teacher": teacher,
         "start": start,

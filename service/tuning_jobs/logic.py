@@ -32,6 +32,7 @@ from service.tuning_jobs.pipelines import DEFAULT_SAMPLER, check_pipeline_job, c
 from timetuner_core.catalog import NAMED_GRIDS
 from timetuner_core.tuners import (
     MAX_KL_SAMPLES,
+    MAX_START_SAMPLES,
     MAX_WORTH_SAMPLES,
     TEACHER_CHECK_RUNS,
     TEACHER_CHECK_SAMPLES,
@@ -225,8 +226,10 @@ def _check_size(request: TuningJobRequest, spec: dict[str, Any], settings: Setti
     if values > settings.max_tuning_batch_values:
         detail = f"tuning holds {values} values at once; accepted: {settings.max_tuning_batch_values}"
         raise TooLargeError(detail, ("body", "tuner", "batch_size"), getattr(tuner, "batch_size", None))
-    population = in_whole_batches(getattr(tuner, "population_size", 0), getattr(tuner, "batch_size", 1))
-    steps = population * ((tuner.teacher_steps(setting) or 0) + tuner.max_starts * request.num_steps)
+    batch_size = getattr(tuner, "batch_size", 1)
+    population = in_whole_batches(getattr(tuner, "population_size", 0), batch_size)
+    steps = population * (tuner.teacher_steps(setting) or 0)
+    steps += min(population, in_whole_batches(MAX_START_SAMPLES, batch_size)) * tuner.max_starts * request.num_steps
     # Besides the teacher, three kinds of samples are made: untuned, tuned, and on diffusers' own time grid.
     steps += evaluation.most_samples * (evaluation.teacher_num_steps + 3 * request.num_steps)
     # The untuned sampler is tried on all named grids, and on the best one with more steps.

@@ -21,7 +21,9 @@ from timetuner_core.rivals.ays import ays_timesteps, kl_bound_costs
 from timetuner_core.rivals.candidates import candidate_timesteps, dp_path
 from timetuner_core.rivals.dmn import WEIGHTS_OF, dmn_bound, dmn_timesteps, x0_weights
 from timetuner_core.rivals.gits import gits_timesteps, trajectory_costs
+from timetuner_core.rivals.oss import oss_timesteps
 from timetuner_core.samplers import SAMPLERS, sample
+from timetuner_core.tuners import OssTuner, TunedSetting
 from timetuner_core.tuning.problem import TuningProblem
 
 SCHEDULES: dict[str, NoiseSchedule] = {
@@ -32,7 +34,12 @@ SCHEDULES: dict[str, NoiseSchedule] = {
     "edm": NoiseScheduleEDM(),
 }
 LINEAR, EDM = SCHEDULES["linear"], SCHEDULES["edm"]
-RIVALS: dict[str, Callable[..., Tensor]] = {"ays": ays_timesteps, "gits": gits_timesteps, "dmn": dmn_timesteps}
+RIVALS: dict[str, Callable[..., Tensor]] = {
+    "ays": ays_timesteps,
+    "gits": gits_timesteps,
+    "oss": oss_timesteps,
+    "dmn": dmn_timesteps,
+}
 NAMED = [name for name in get_args(GridName) if name != "default"]
 
 every_rival = pytest.mark.parametrize("rival", RIVALS.values(), ids=RIVALS)
@@ -148,7 +155,7 @@ def test_the_networks_calls_do_not_grow_with_the_number_of_steps(rival: str) -> 
     assert counts[0] == counts[1] <= 61 * 4
 
 
-@pytest.mark.parametrize("rival", ["ays", "gits"])
+@pytest.mark.parametrize("rival", ["ays", "gits", "oss"])
 def test_a_rival_sees_the_guided_model(rival: str) -> None:
     mixture = small_mixture()
     model_fn = model_wrapper(mixture, LINEAR, guidance_type="classifier-free", guidance_scale=3.0)
@@ -305,6 +312,45 @@ def test_gits_uses_no_more_samples_than_asked() -> None:
     torch.testing.assert_close(trajectory_costs(many, candidates, 8), trajectory_costs(few, candidates, 256))
 
 
+# OSS
+
+
+def ddim_distance(problem: TuningProblem, candidates: Tensor, timesteps: Tensor) -> float:
+    """How far DDIM's samples on a grid end from those on all candidates, from the problem's noise."""
+    ends = [
+        sample(problem.step_fn, problem.population, grid, torch.ones(len(grid) - 1, dtype=torch.float64))
+        for grid in (timesteps, candidates)
+    ]
+    return float((ends[0] - ends[1]).norm(dim=1).mean())
+
+
+@pytest.mark.parametrize("name", ["linear", "flow", "edm"])
+def test_with_two_steps_oss_finds_the_candidate_by_which_ddim_ends_nearest(name: str) -> None:
+    mixture = gaussian(SCHEDULES[name]) if name != "linear" else small_mixture()
+    problem = problem_of(mixture, noise_of(mixture, 10), 2, batch_size=4)
+    candidates = candidate_timesteps(problem, 12)
+    paths = [candidates[path] for path in every_path(len(candidates), 2)]
+    best = min(paths, key=lambda timesteps: ddim_distance(problem, candidates, timesteps))
+    assert torch.equal(oss_timesteps(problem, num_candidates=12), best)
+
+
+@crossed(num_steps=[5, 10], make_mixture=[ring_mixture, gratings_mixture])
+def test_oss_serves_ddim_better_than_even_grids(num_steps: int, make_mixture: Callable[[], GaussianMixture]) -> None:
+    mixture = make_mixture()
+    error = ddim_error(mixture, oss_timesteps(problem_of(mixture, noise_of(mixture), num_steps)))
+    for name in ("uniform", "log_snr", "edm"):
+        assert error < ddim_error(mixture, make_timesteps(LINEAR, num_steps, name))
+
+
+def test_oss_puts_each_sample_through_the_network_once_per_candidate_and_step_at_most() -> None:
+    network = Recorded(small_mixture())
+    problem = problem_of(small_mixture(), normals(40, 2), 5)
+    problem = dataclasses.replace(problem, model_fn=model_wrapper(network, LINEAR))
+    oss_timesteps(problem, num_candidates=20, num_samples=10)
+    tuner = OssTuner(objective="oss", num_candidates=20, population_size=10)
+    assert sum(network.batch_sizes) <= tuner.network_samples(TunedSetting(5))
+
+
 # DMN
 
 
@@ -415,6 +461,7 @@ def no_sampler(problem: TuningProblem) -> Tensor:
         (lambda p: gits_timesteps(p, num_candidates=0), "num_candidates is 0; accepted for 5 steps: 6 or more"),
         (lambda p: ays_timesteps(p, num_samples=0), "num_samples is 0; accepted: 1 or more"),
         (lambda p: gits_timesteps(p, max_samples=0), "max_samples is 0; accepted: 1 or more"),
+        (lambda p: oss_timesteps(p, num_samples=0), "num_samples is 0; accepted: 1 or more"),
         (lambda p: gits_timesteps(p, discount=0.0), "discount is 0.0; accepted: above 0"),
         (lambda p: dmn_timesteps(p, power=-1.0), "power is -1.0; accepted: 0 or more"),
         (lambda p: dmn_timesteps(p, max_iters=0), "max_iters is 0; accepted: 1 or more"),
@@ -424,6 +471,10 @@ def no_sampler(problem: TuningProblem) -> Tensor:
         (lambda p: dp_path(torch.ones(4, 4), 4), "num_steps is 4; accepted: 1 to 3"),
         (lambda p: dp_path(torch.full((4, 4), torch.inf), 2), "no path of 2 hops has a finite cost"),
         (lambda p: ays_timesteps(dataclasses.replace(p, population=torch.full((8, 2), torch.nan))), "not a number"),
+        (
+            lambda p: oss_timesteps(dataclasses.replace(p, population=torch.full((8, 2), torch.nan))),
+            "no path is finite",
+        ),
     ],
 )
 def test_what_a_rival_cannot_do_is_refused_naming_what_is_accepted(

@@ -1,6 +1,7 @@
 """Samplers as tables of coefficients, and solvers learned from forward calls alone."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from tests.core.conftest import Recorded, crossed, normals, small_mixture, tuner_of
 from timetuner_core import NoiseScheduleVP
 from timetuner_core.evaluation.distances import teacher_l2
-from timetuner_core.grids import make_timesteps
+from timetuner_core.grids import make_timesteps, start_grids, start_grids_with_free_step
 from timetuner_core.integrations.diffusers import TimeTunerScheduler
 from timetuner_core.models.loading import load_builtin
 from timetuner_core.models.schedulers import read_scheduler_config
@@ -26,7 +27,7 @@ from timetuner_core.tuning.end_to_end import tune_end_to_end
 from timetuner_core.tuning.levenberg import Candidate
 from timetuner_core.tuning.problem import TuningProblem, TuningState
 from timetuner_core.tuning.solver import run_candidates, tune_solver
-from timetuner_core.tuning.solver_columns import rows_per_sample, solver_columns
+from timetuner_core.tuning.solver_columns import Column, rows_per_sample, solver_columns
 
 SCHEDULES: dict[str, NoiseSchedule] = {
     "vp": NoiseScheduleVP("linear"),
@@ -217,7 +218,7 @@ def test_a_column_begins_where_its_number_acts(num_steps: int) -> None:
     base = untuned(problem, 0.99)
     candidates = [
         base,
-        *(base.moved(problem.ratio_bounds, columns, unit) for unit in torch.eye(len(columns), dtype=torch.float64)),
+        *(base.moved(LINEAR, columns, -unit) for unit in torch.eye(len(columns), dtype=torch.float64)),
     ]
     rows = torch.arange(3)
     short = run_candidates(problem, SAMPLERS["dpmpp_2m"], candidates, [0, *(c.first_call for c in columns)], rows)
@@ -233,7 +234,7 @@ def test_moved_candidates_keep_their_grids_in_order_and_their_ratios_in_bounds()
     columns = solver_columns(6)
     candidate = untuned(problem, 1.0)
     for seed in range(20):
-        candidate = candidate.moved(problem.ratio_bounds, columns, 100 * normals(len(columns), seed=seed))
+        candidate = candidate.moved(LINEAR, columns, 100 * normals(len(columns), seed=seed))
         assert bool((candidate.timesteps[1:] < candidate.timesteps[:-1]).all())
         told = candidate.timesteps[:-1] * candidate.t_ratios
         assert LINEAR.t_min * (1 - 1e-12) <= float(told.min()) <= float(told.max()) <= LINEAR.T
@@ -242,7 +243,8 @@ def test_moved_candidates_keep_their_grids_in_order_and_their_ratios_in_bounds()
 def held_out_distance(problem: TuningProblem, state: TuningState, teacher: Tensor) -> float:
     x_T = normals(2048, 2, seed=7)
     solver = solver_of("dpmpp_2m", state.solver_table, problem.num_steps)
-    x0 = sample(solver.step_fn(problem.model_fn, LINEAR), x_T, state.timesteps, state.t_ratios)
+    x_start = LINEAR.starting_std(state.timesteps[0]) * x_T
+    x0 = sample(solver.step_fn(problem.model_fn, LINEAR), x_start, state.timesteps, state.t_ratios)
     x0_star = sample(problem.step_fn, x_T, teacher, torch.ones(len(teacher) - 1, dtype=torch.float64))
     return float(teacher_l2(x0, x0_star).mean())
 
@@ -259,6 +261,52 @@ def test_a_learned_solver_beats_grid_and_ratios_by_adam_with_fewer_rows_and_no_g
     assert rows_through(by_solver) < rows_through(by_adam)
     distances = [held_out_distance(by_solver, state, teacher) for state in (solver, adam)]
     assert distances[0] < 0.7 * distances[1]
+
+
+@pytest.mark.parametrize("name", ["vp", "cosine", "edm"])
+def test_a_free_first_step_is_the_samplers_own_where_x0_is_0(name: str) -> None:
+    """Sampling that begins where the free step ends begins with the noise that DDIM's step would have given."""
+    schedule = SCHEDULES[name]
+    whole = make_timesteps(schedule, 4, "quadratic")
+    free = next(grid for grid in start_grids_with_free_step(schedule, 3) if torch.equal(grid, whole[1:]))
+    factor = schedule.starting_std(free[0]) / schedule.starting_std(whole[0])
+    assert factor == pytest.approx(float(SolverTable.of_sampler(SAMPLERS["ddim"], schedule, whole).a[0]), rel=1e-9)
+
+
+def test_a_free_first_step_is_taken_where_it_brings_samples_closer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both by moving the first time and from grids that have such a step."""
+    teacher, problem = make_timesteps(LINEAR, 100), mixture_problem(3)
+    states = []
+    for with_start, free_starts in ((False, []), (True, []), (True, start_grids_with_free_step(LINEAR, 3))):
+        monkeypatch.setattr(tuning_solver, "solver_columns", columns_with(with_start))
+        state = TuningState.start(problem.timesteps)
+        tuned = tune_solver(
+            problem, state, teacher, total_iters=2, starts=start_grids(LINEAR, 3), free_starts=free_starts
+        )
+        assert list(tuned)
+        states.append(state)
+    before, *after = (held_out_distance(problem, state, teacher) for state in states)
+    assert float(states[0].timesteps[0]) == LINEAR.T
+    assert max(float(state.timesteps[0]) for state in states[1:]) < 0.95 * LINEAR.T
+    assert max(after) < before
+
+
+def columns_with(with_start: bool) -> Callable[..., list[Column]]:
+    """`solver_columns` with the first time among them or not, whatever the tuner asks for."""
+    return lambda num_steps, **options: solver_columns(num_steps, **{**options, "with_start": with_start})
+
+
+def test_flow_matching_starts_where_its_pipelines_do() -> None:
+    schedule = SCHEDULES["flow"]
+    model_fn = tuner_of(small_mixture(schedule), schedule).model_fn
+    step_fn = SAMPLERS["ddim"].step_fn(model_fn, schedule)
+    problem = TuningProblem(model_fn, schedule, step_fn, make_timesteps(schedule, 3), normals(24, 2), batch_size=8)
+    state = TuningState.start(problem.timesteps)
+    for _ in tune_solver(problem, state, make_timesteps(schedule, 20), total_iters=1):
+        pass
+    assert float(state.timesteps[0]) == schedule.T
+    assert not torch.equal(state.timesteps, problem.timesteps)
+    assert start_grids_with_free_step(schedule, 3) == []
 
 
 def test_large_samples_are_learned_from_one_at_a_time_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:

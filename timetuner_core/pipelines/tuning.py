@@ -7,7 +7,6 @@ no backward pass. The runs of a Jacobian share the calls of the network (see `sh
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from timetuner_core.evaluation.distances import mean_estimate, teacher_l2
 from timetuner_core.evaluation.verdict import compare
 from timetuner_core.grids import teacher_timesteps
+from timetuner_core.noise_schedule import NoiseScheduleFlow
 from timetuner_core.pipelines.checks import (
     Prompts,
     check_call,
@@ -32,7 +32,6 @@ from timetuner_core.pipelines.schedule import PipelineSchedule, key_of
 from timetuner_core.pipelines.shared_calls import MAX_BATCH, MAX_THREADS, SharedCalls
 from timetuner_core.tuning.draws import keyed_generator
 from timetuner_core.tuning.levenberg import FIRST_DAMPING, MAX_FRUITLESS, QUOTIENT_UNITS, Candidate, Residuals, improve
-from timetuner_core.tuning.problem import ratio_bounds
 from timetuner_core.tuning.solver_columns import COMPARED_PER_SAMPLE, NUM_CANDIDATES, Column, solver_columns
 from timetuner_core.tuning_setup import EVALUATION_SEEDS, SEED_RANGE, TUNING_SEEDS
 
@@ -172,7 +171,7 @@ def tune_pipeline(
     runs = Runs(pipeline, shared, call, on_progress, is_cancelled)
     look = runs.look(solvers, tuned[0], num_steps)
     solvers.learn_tables = look.starts_at_first_step
-    columns = [c for c in solver_columns(num_steps) if solvers.learn_tables or c.kind in ("t_ratio", "time")]
+    columns = _columns(solvers, num_steps)
     runs_of_iteration = num_samples * (1 + len(columns) + COMPARED_PER_SAMPLE * NUM_CANDIDATES)
     runs.plan(
         {
@@ -201,6 +200,13 @@ def tune_pipeline(
     return PipelineSchedule(**solvers.fields_of(state.candidate), key=key, evaluation=evaluation | costs)
 
 
+def _columns(solvers: Solvers, num_steps: int) -> list[Column]:
+    """The numbers to learn. Pipelines of flow models start from noise of one level, so their first time stays."""
+    with_start = not isinstance(solvers.noise_schedule, NoiseScheduleFlow)
+    columns = solver_columns(num_steps, with_start=with_start)
+    return columns if solvers.learn_tables else [each for each in columns if each.kind in ("t_ratio", "time")]
+
+
 def _next_state(
     runs: Runs,
     solvers: Solvers,
@@ -223,7 +229,7 @@ def _next_state(
         state.candidate,
         columns,
         state.damping,
-        partial(ratio_bounds, solvers.noise_schedule),
+        solvers.noise_schedule,
         residuals(order[:num_samples]),
         residuals(order[num_samples:]),
         QUOTIENT_UNITS_IN_HALF_PRECISION if runs.is_in_half_precision else QUOTIENT_UNITS,

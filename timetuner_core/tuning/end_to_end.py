@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from timetuner_core.samplers import StepFn, history_length, sample
-from timetuner_core.tuners import Parameters
+from timetuner_core.tuners import MAX_START_SAMPLES, Parameters
 from timetuner_core.tuning.adam import resumed_adam
 from timetuner_core.tuning.draws import draw_index, keyed_generator
 from timetuner_core.tuning.problem import (
@@ -97,11 +97,14 @@ def teach(
             yield state
         target = torch.cat(parts)[: len(problem.population)]
     if starts and not bool(state.iterations.any()):
-        taught = target
-        best = starts[0] if len(starts) == 1 else min(starts, key=lambda grid: _mean_error(problem, grid, taught))
-        state.timesteps = best.double().cpu().clone()
+        state.timesteps = best_start(problem, starts, target).double().cpu().clone()
         yield state
     return target
+
+
+def best_start(problem: TuningProblem, starts: Sequence[Tensor], target: Tensor) -> Tensor:
+    """The grid whose untuned samples are closest to the teacher's `target` `(P, ...)`."""
+    return starts[0] if len(starts) == 1 else min(starts, key=lambda grid: _mean_error(problem, grid, target))
 
 
 @dataclass(frozen=True)
@@ -175,13 +178,15 @@ def _timesteps(timesteps: Tensor, log_steps: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _sample(problem: TuningProblem, rows: Tensor, timesteps: Tensor, t_ratios: Tensor) -> Tensor:
-    """x0 from some rows of a population of initial noise."""
+    """x0 from some rows of a population of initial noise, which is scaled to start from the grid's first time."""
     kwargs = problem.step_kwargs_with(problem.condition_of(rows), None)
-    return sample(problem.step_fn, problem.population[rows], timesteps, t_ratios, **kwargs)
+    starting_std = problem.noise_schedule.starting_std
+    x_T = problem.population[rows] * (starting_std(timesteps[0]) / starting_std(problem.timesteps[0]))
+    return sample(problem.step_fn, x_T, timesteps, t_ratios, **kwargs)
 
 
 def _mean_error(problem: TuningProblem, timesteps: Tensor, target: Tensor) -> float:
-    """How far untuned samples on a grid are from `target` `(P, ...)`, from the whole population."""
-    ones = torch.ones(len(timesteps) - 1)
-    x0 = torch.cat([_sample(problem, rows, timesteps, ones) for rows in whole_batches(problem)])[: len(target)]
-    return float(torch.linalg.vector_norm((x0 - target).flatten(1), dim=1).mean())
+    """How far untuned samples on a grid are from `target` `(P, ...)`, from the first `MAX_START_SAMPLES` noises."""
+    ones, size = torch.ones(len(timesteps) - 1), min(MAX_START_SAMPLES, len(target))
+    x0 = torch.cat([_sample(problem, rows, timesteps, ones) for rows in whole_batches(problem, size)])[:size]
+    return float(torch.linalg.vector_norm((x0 - target[:size]).flatten(1), dim=1).mean())

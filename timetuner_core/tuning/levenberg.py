@@ -14,6 +14,7 @@ from torch import Tensor
 from timetuner_core.noise_schedule import NoiseSchedule
 from timetuner_core.samplers import Sampler
 from timetuner_core.samplers.solver_table import SolverTable
+from timetuner_core.tuning.problem import ratio_bounds
 from timetuner_core.tuning.solver_columns import NUM_DAMPINGS, Column
 
 # One unit of each kind of number: a change of about so much is small, and of comparable effect.
@@ -30,9 +31,6 @@ DAMPING_FACTOR = 8.0
 MIN_DAMPING, MAX_DAMPING = 1e-8, 1e8
 MAX_FRUITLESS = 3  # A tuner ends after so many iterations without a better candidate.
 
-# The least and greatest ratio of each step, `(num_steps,)` each, on a grid `(num_steps + 1,)`.
-RatioBounds: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -48,22 +46,30 @@ class Candidate:
     t_ratios: Tensor
     offsets: Tensor
 
-    def moved(self, ratio_bounds: RatioBounds, columns: Sequence[Column], units: Tensor) -> "Candidate":
-        """The candidate with each number changed by so many units `(len(columns),)`, within its bounds."""
+    def moved(self, noise_schedule: NoiseSchedule, columns: Sequence[Column], units: Tensor) -> "Candidate":
+        """The candidate with each number changed by so many units `(len(columns),)`, within its bounds.
+
+        The first time stays at or below where the candidate or the schedule starts, whichever is later.
+        """
         timesteps, t_ratios, offsets = self.timesteps.clone(), self.t_ratios.clone(), self.offsets.clone()
+        latest = timesteps[0].clamp(min=noise_schedule.t_start)
         steps = self.timesteps[:-1] - self.timesteps[1:]
-        nearer = torch.minimum(steps[:-1], steps[1:])
+        nearer = torch.cat([steps[:1], torch.minimum(steps[:-1], steps[1:])])
         for column, amount in zip(columns, units.tolist(), strict=True):
             change = amount * UNITS[column.kind]
             if column.kind == "t_ratio":
                 t_ratios[column.i] += change
             elif column.kind == "time":
                 share = max(-MAX_TIME_MOVE, min(MAX_TIME_MOVE, change))
-                timesteps[column.i] += share * nearer[column.i - 1]
+                timesteps[column.i] = (timesteps[column.i] + share * nearer[column.i]).clamp(max=latest)
             else:
                 offsets[column.i, 0 if column.kind == "a" else 1 + column.j] += change
-        lower, upper = ratio_bounds(timesteps)
+        lower, upper = ratio_bounds(noise_schedule, timesteps)
         return Candidate(timesteps, t_ratios.clamp(lower, upper), offsets)
+
+    def equals(self, other: "Candidate") -> bool:
+        pairs = ((self.timesteps, other.timesteps), (self.t_ratios, other.t_ratios), (self.offsets, other.offsets))
+        return all(torch.equal(*pair) for pair in pairs)
 
     def table(self, sampler: Sampler, noise_schedule: NoiseSchedule) -> SolverTable:
         return SolverTable.of_sampler(sampler, noise_schedule, self.timesteps).plus(self.offsets)
@@ -93,7 +99,7 @@ def improve(
     current: Candidate,
     columns: Sequence[Column],
     damping: float,
-    ratio_bounds: RatioBounds,
+    noise_schedule: NoiseSchedule,
     differentiated: Residuals,
     compared: Residuals,
     quotient_units: Mapping[str, float] = QUOTIENT_UNITS,
@@ -107,16 +113,15 @@ def improve(
     Raises:
         ArithmeticError: no solver gives finite samples.
     """
-    curvature, gradient = _normal_equations(current, columns, ratio_bounds, differentiated, quotient_units)
+    curvature, gradient = _normal_equations(current, columns, noise_schedule, differentiated, quotient_units)
     dampings = [damping * DAMPING_FACTOR ** (k - 1) for k in range(NUM_DAMPINGS)]
     candidates = [current]
     for share in dampings:
         added = share * float(curvature.diagonal().mean()) + 1e-300  # Numbers without any effect stay.
         damped = curvature + added * torch.eye(len(columns), dtype=torch.float64)
         units = -torch.linalg.solve(damped, gradient)
-        candidates.append(current.moved(ratio_bounds, columns, units.clamp(-MAX_UNITS, MAX_UNITS)))
-    groups = [residuals.norm(dim=2).double().cpu() for residuals in compared(candidates, [0] * len(candidates))]
-    losses = torch.cat(groups, dim=1).mean(dim=1)
+        candidates.append(current.moved(noise_schedule, columns, units.clamp(-MAX_UNITS, MAX_UNITS)))
+    losses = mean_distances(candidates, compared)
     if not bool(losses.isfinite().any()):
         raise ArithmeticError("the network's answers led to NaN or infinite values")
     best = int(losses.nan_to_num(torch.inf).argmin())
@@ -125,10 +130,16 @@ def improve(
     return Improvement(candidates[best], float(losses[best]), following, is_fruitless=best == 0)
 
 
+def mean_distances(candidates: Sequence[Candidate], residuals_of: Residuals) -> Tensor:
+    """How far each candidate's samples are from their teacher's, `(len(candidates),)`."""
+    groups = [residuals.norm(dim=2).double().cpu() for residuals in residuals_of(candidates, [0] * len(candidates))]
+    return torch.cat(groups, dim=1).mean(dim=1)
+
+
 def _normal_equations(
     current: Candidate,
     columns: Sequence[Column],
-    ratio_bounds: RatioBounds,
+    noise_schedule: NoiseSchedule,
     residuals_of: Residuals,
     quotient_units: Mapping[str, float],
 ) -> tuple[Tensor, Tensor]:
@@ -137,10 +148,10 @@ def _normal_equations(
     for k, column in enumerate(columns):
         units = torch.zeros(len(columns), dtype=torch.float64)
         units[k] = quotient_units[column.kind]
-        moved = current.moved(ratio_bounds, columns, units)
-        if torch.equal(moved.t_ratios, current.t_ratios) and column.kind == "t_ratio":
-            units[k] = -quotient_units[column.kind]  # The ratio is at its upper bound.
-            moved = current.moved(ratio_bounds, columns, units)
+        moved = current.moved(noise_schedule, columns, units)
+        if moved.equals(current):  # The number is at its upper bound.
+            units[k] = -quotient_units[column.kind]
+            moved = current.moved(noise_schedule, columns, units)
         candidates.append(moved)
         amounts.append(float(units[k]))
     first_calls = [0, *(column.first_call for column in columns)]

@@ -6,16 +6,18 @@ a run begins where the number first acts, since all calls before are those of th
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from timetuner_core.noise_schedule import NoiseScheduleFlow
 from timetuner_core.samplers import Sampler, SamplerStep
 from timetuner_core.samplers.solver_table import SolverTable
 from timetuner_core.tuning.draws import keyed_generator
-from timetuner_core.tuning.end_to_end import teach
-from timetuner_core.tuning.levenberg import FIRST_DAMPING, MAX_FRUITLESS, Candidate, improve
+from timetuner_core.tuning.end_to_end import best_start, teach
+from timetuner_core.tuning.levenberg import FIRST_DAMPING, MAX_FRUITLESS, Candidate, Residuals, improve, mean_distances
 from timetuner_core.tuning.problem import TuningProblem, TuningState, check_numbers
 from timetuner_core.tuning.solver_columns import COMPARED_PER_SAMPLE, NUM_CANDIDATES, samples_held, solver_columns
 
@@ -29,7 +31,9 @@ def tune_solver(
     teacher_timesteps: Tensor,
     *,
     total_iters: int = 10,
+    with_ratios: bool = True,
     starts: Sequence[Tensor] = (),
+    free_starts: Sequence[Tensor] = (),
     target: Tensor | None = None,
 ) -> Iterator[TuningState]:
     """Learn grid, ratios and coefficients, so that the batch mean of `|| x0 - x0* ||` falls, where x0* is the end
@@ -40,7 +44,14 @@ def tune_solver(
     dampings, and keeps the best of the three and of no change, on `2 batch_size` other samples. It ends early after
     some iterations without a better one. There is no backward pass.
 
-    `starts` and `target` are those of `tune_end_to_end`. The population is initial noise.
+    The first time is learned too, which is a free step from `T` (see `solver_columns`). It stays where it is for flow
+    matching, as diffusers' pipelines for that start from noise of standard deviation 1 only.
+
+    Args:
+        with_ratios: False leaves all ratios at 1: BNS (Shaul et al. 2024) and S4S (Frankel et al. 2025) learn so much.
+        starts, target: those of `tune_end_to_end`. The population is initial noise.
+        free_starts: grids with a free first step. The first iteration is made from the best of these, too, and the
+            tuner goes on from the better of both results.
 
     Yields:
         `state`, updated in place, after each iteration; before the first, unchanged, as the teacher goes on.
@@ -54,17 +65,30 @@ def tune_solver(
     if bool(state.done.all()):
         return
     taught = yield from teach(problem, state, teacher_timesteps, starts, target)
-    current = _candidate_of(state, sampler, problem)
-    columns = solver_columns(problem.num_steps)
+    beginnings = [_candidate_of(state, sampler, problem)]
+    if free_starts and not bool(state.iterations.any()):
+        beginnings.append(replace(beginnings[0], timesteps=best_start(problem, free_starts, taught)))
+        yield state
+
+    def compared_on(rows: Tensor) -> Residuals:
+        return partial(_residuals, problem, sampler, taught, rows, NUM_CANDIDATES * (problem.num_steps + 1))
+
+    with_start = not isinstance(problem.noise_schedule, NoiseScheduleFlow)
+    columns = solver_columns(problem.num_steps, with_ratios=with_ratios, with_start=with_start)
     damping = float(state.memory[0, 0]) or FIRST_DAMPING
     fruitless = int(state.memory[0, 1])
     for iteration in range(int(state.iterations.min()), total_iters):
         rows = _draw(problem, iteration)
         differentiated = partial(_residuals, problem, sampler, taught, rows[0], samples_held(problem.num_steps))
-        compared = partial(_residuals, problem, sampler, taught, rows[1], NUM_CANDIDATES * (problem.num_steps + 1))
-        current, loss, damping, is_fruitless = improve(
-            current, columns, damping, problem.ratio_bounds, differentiated, compared
-        )
+        ends = [
+            improve(beginning, columns, damping, problem.noise_schedule, differentiated, compared_on(rows[1]))
+            for beginning in beginnings
+        ]
+        if len(ends) > 1:  # A few samples that end in another mode make up much of the mean, so all are looked at.
+            everyone = torch.arange(len(problem.population), device=problem.population.device)
+            distances = mean_distances([end.candidate for end in ends], compared_on(everyone))
+            ends = [ends[int(distances.argmin())]]
+        current, loss, damping, is_fruitless = ends[0]
         fruitless = fruitless + 1 if is_fruitless else 0
 
         state.timesteps, state.t_ratios = current.timesteps, current.t_ratios
@@ -76,7 +100,7 @@ def tune_solver(
         if bool(state.done.all()):
             return
         # The next iteration starts from the saved values, so that a resumed run and an unbroken one are equal.
-        current = _candidate_of(state, sampler, problem)
+        beginnings = [_candidate_of(state, sampler, problem)]
 
 
 def sampler_of(problem: TuningProblem) -> Sampler:
@@ -103,7 +127,7 @@ def run_candidates(
     table = SolverTable.of_sampler(sampler, problem.noise_schedule, grids).plus(offsets)
     # In step i, the first `acting[i]` solvers differ, and the others are still solver 0.
     acting = [sum(first <= i for first in first_calls) for i in range(problem.num_steps)] + [len(candidates)]
-    x = _with_others(problem.population[rows][None], acting[0])
+    x = _starting_noise(problem, grids[: acting[0], 0], rows)
     x0s: list[Tensor] = []
     for i in range(problem.num_steps):
         known = slice(acting[i])
@@ -114,6 +138,14 @@ def run_candidates(
             if bool(table.b[:count, i, j].any()):
                 x = x + _like(table.b[:count, i, j], x) * _with_others(x0, count)
     return x
+
+
+def _starting_noise(problem: TuningProblem, t: Tensor, rows: Tensor) -> Tensor:
+    """The population's noise, scaled to start from the times `(K,)`: `(K, len(rows), ...)`."""
+    x_T = problem.population[rows]
+    starting_std = problem.noise_schedule.starting_std
+    factors = torch.tensor([starting_std(each) / starting_std(problem.timesteps[0]) for each in t])
+    return _like(factors, x_T[None]) * x_T
 
 
 def _with_others(values: Tensor, count: int) -> Tensor:
