@@ -15,7 +15,6 @@ from timetuner_core.grids import (
     check_timesteps,
     make_timesteps,
     start_grids,
-    start_grids_with_free_step,
     teacher_timesteps,
 )
 from timetuner_core.guided_model import GuidedModel
@@ -327,8 +326,8 @@ class TimeTuner:
             state,
             teacher_timesteps(self.noise_schedule, teacher_num_steps),
             total_iters=total_iters,
+            with_start=False,  # `sample` is given x_T, and not noise of another level.
             starts=start_grids(self.noise_schedule, num_steps),
-            free_starts=start_grids_with_free_step(self.noise_schedule, num_steps),
         )
         t_ratios = _last_ratios(tuned, state, total_iters + math.ceil(len(x) / batch_size) + 1, verbose)
         return state.timesteps, t_ratios, solver_of(step_fn.sampler.name, state.solver_table, num_steps)

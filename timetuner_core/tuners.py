@@ -519,6 +519,22 @@ class AysTuner(DataTuner, GridSearch):
 
 
 @dataclass(kw_only=True)
+class AysListTuner(GridSearch):
+    """The noise levels that AYS's authors published for three models, interpolated. Asks the network nothing."""
+
+    label = "ays_list: the levels that AYS's authors published"
+    population = "none"
+
+    objective: Literal["ays_list"]
+    levels_of: Literal["sd15", "sdxl", "svd"] = option("sd15", "The model that the levels were found for.")
+
+    def search(self, problem: "TuningProblem") -> "Tensor":
+        from timetuner_core.rivals.ays_list import ays_list_timesteps
+
+        return ays_list_timesteps(problem, self.levels_of)
+
+
+@dataclass(kw_only=True)
 class GitsTuner(GridSearch):
     """GITS (Chen et al., ICML 2024): the grid that stays nearest a many-step trajectory, by dynamic programming."""
 
@@ -652,6 +668,7 @@ AnyTuner: TypeAlias = (
     | NextEpsTuner
     | TeacherStepTuner
     | AysTuner
+    | AysListTuner
     | GitsTuner
     | OssTuner
     | DmnTuner

@@ -80,6 +80,7 @@ class SolverTuner(TypedDict, total=False):
     total_iters: int
     population_size: int
     teacher_num_steps: int
+    with_ratios: bool
 
 
 class PerStepTuner(TypedDict, total=False):
@@ -114,12 +115,24 @@ class AysTuner(TypedDict, total=False):
     num_samples: int
 
 
+class AysListTuner(TypedDict, total=False):
+    objective: Required[Literal["ays_list"]]
+    levels_of: Literal["sd15", "sdxl", "svd"]
+
+
 class GitsTuner(TypedDict, total=False):
     objective: Required[Literal["gits"]]
     batch_size: int
     population_size: int
     num_candidates: int | None
     discount: float
+
+
+class OssTuner(TypedDict, total=False):
+    objective: Required[Literal["oss"]]
+    batch_size: int
+    population_size: int
+    num_candidates: int | None
 
 
 class DmnTuner(TypedDict, total=False):
@@ -157,7 +170,9 @@ class TuningJobRequest(Setting, SizesOption, total=False):
         | NextEpsTuner
         | TeacherStepTuner
         | AysTuner
+        | AysListTuner
         | GitsTuner
+        | OssTuner
         | DmnTuner
         | GridTuner
         | PipelineTuner

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from diffusers.schedulers import AysSchedules
 from scipy.optimize import minimize  # type: ignore[import-untyped]
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from timetuner_core.grids import make_timesteps
 from timetuner_core.models.mixtures import GaussianMixture, gratings_mixture, ring_mixture
 from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleEDM, NoiseScheduleFlow
 from timetuner_core.rivals.ays import ays_timesteps, kl_bound_costs
+from timetuner_core.rivals.ays_list import PUBLISHED_LEVELS, ays_list_timesteps
 from timetuner_core.rivals.candidates import candidate_timesteps, dp_path
 from timetuner_core.rivals.dmn import WEIGHTS_OF, dmn_bound, dmn_timesteps, x0_weights
 from timetuner_core.rivals.gits import gits_timesteps, trajectory_costs
@@ -36,6 +38,7 @@ SCHEDULES: dict[str, NoiseSchedule] = {
 LINEAR, EDM = SCHEDULES["linear"], SCHEDULES["edm"]
 RIVALS: dict[str, Callable[..., Tensor]] = {
     "ays": ays_timesteps,
+    "ays_list": ays_list_timesteps,
     "gits": gits_timesteps,
     "oss": oss_timesteps,
     "dmn": dmn_timesteps,
@@ -114,7 +117,7 @@ def test_a_rivals_grid_falls_strictly_between_the_problems_ends(
 ) -> None:
     mixture = gaussian(schedule)
     last = 3 * schedule.t_min
-    few: dict[str, int] = {} if rival is dmn_timesteps else {"num_candidates": 12}
+    few: dict[str, int] = {} if rival in (dmn_timesteps, ays_list_timesteps) else {"num_candidates": 12}
     for num_steps in (1, 2, 6):
         named = make_timesteps(schedule, num_steps)
         to_later = torch.cat([named[:-1], named.new_tensor([last])])
@@ -240,6 +243,27 @@ def test_ays_lowers_the_kl_bound_below_that_of_every_named_grid(make_mixture: Ca
         name: path_cost(held_out, [int((candidates == t).nonzero()) for t in grid]) for name, grid in grids.items()
     }
     assert min(bounds, key=lambda name: bounds[name]) == "ays"
+
+
+# AYS's published lists
+
+
+def test_the_published_levels_are_those_of_diffusers_at_the_times_that_it_ships() -> None:
+    for name, ours in (("StableDiffusion", "sd15"), ("StableDiffusionXL", "sdxl"), ("StableDiffusionVideo", "svd")):
+        assert PUBLISHED_LEVELS[ours] == pytest.approx(AysSchedules[f"{name}Sigmas"][:-1])  # type: ignore[index]
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    mixture = gaussian(NoiseScheduleVP("discrete", betas=betas))
+    told = mixture.noise_schedule.model_input_time(ays_list_timesteps(problem_of(mixture, noise_of(mixture, 4), 10)))
+    shipped = AysSchedules["StableDiffusionTimesteps"]
+    torch.testing.assert_close(told[:-1], torch.tensor(shipped, dtype=torch.float64), atol=1.5, rtol=0)
+
+
+def test_a_published_list_is_interpolated_between_its_logarithms() -> None:
+    mixture = gaussian(LINEAR)
+    grid = ays_list_timesteps(problem_of(mixture, noise_of(mixture, 4), 20), "sdxl")
+    levels = noise_to_signal(LINEAR, grid)
+    torch.testing.assert_close(levels[2:19:2], torch.tensor(PUBLISHED_LEVELS["sdxl"][1:], dtype=torch.float64))
+    torch.testing.assert_close(levels[3], (levels[2] * levels[4]).sqrt())
 
 
 # GITS

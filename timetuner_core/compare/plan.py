@@ -34,7 +34,7 @@ class Effort:
         solver_iters: iterations of `solver`, at most.
         per_step_iters: batches for Gauss-Newton, at most; tolerance: when it has enough. substeps: of
             `teacher_step`'s teacher.
-        search_samples: that AYS and GITS estimate their costs on.
+        search_samples: that AYS and GITS estimate their costs on. path_samples: whose paths OSS follows.
     """
 
     teacher_num_steps: int = 100
@@ -52,6 +52,7 @@ class Effort:
     tolerance: float = 5e-3
     substeps: int = 4
     search_samples: int = 64
+    path_samples: int = 16
 
     def iters(self, num_steps: int) -> int:
         """The iterations of end-to-end tuning."""
@@ -60,12 +61,18 @@ class Effort:
 
 @dataclass(frozen=True)
 class Entrant:
-    """A tuner of the registry and the grid it starts from: a named one, or `best`, whichever of the named ones comes
-    closest to the teacher on the noise that tuning sees. parameters: what end-to-end tuning learns."""
+    """A tuner of the registry and the grid it starts from.
+
+    Attributes:
+        grid: a named one, or `best`, whichever of the named ones comes closest to the teacher on the noise that tuning
+            sees. The solver's tuner chooses by itself.
+        parameters: what end-to-end tuning learns. with_ratios: whether the solver's tuner learns ratios.
+    """
 
     objective: str
     grid: GridName | Literal["best"] = "default"
     parameters: Parameters = "t_ratios"
+    with_ratios: bool = True
 
     @property
     def follows_teacher(self) -> bool:
@@ -80,7 +87,7 @@ class Entrant:
             lr, iters = min(effort.max_lr, effort.lr / num_steps), effort.iters(num_steps)
             options = {"parameters": self.parameters, "start": "given", "lr": lr, "total_iters": iters}
         elif self.objective == "solver":
-            options = {"start": "given", "total_iters": effort.solver_iters}
+            options = {"start": "best", "total_iters": effort.solver_iters, "with_ratios": self.with_ratios}
         elif self.objective in {"next_eps", "teacher_step"}:
             tune_type = "sequential" if sampler.history_length else "parallel"
             options = {"tune_type": tune_type, "total_iters": effort.per_step_iters, "tolerance": effort.tolerance}
@@ -90,7 +97,9 @@ class Entrant:
             options = {"num_samples": samples, "batch_size": samples}
         elif self.objective == "gits":
             options = {"population_size": samples, "batch_size": samples}
-        elif self.objective not in {"dmn", "grid"}:
+        elif self.objective == "oss":
+            options = {"population_size": effort.path_samples, "batch_size": effort.path_samples}
+        elif self.objective not in {"ays_list", "dmn", "grid"}:
             options["batch_size"] = effort.batch_size
         make: Callable[..., AnyTuner] = TUNERS[self.objective]
         return make(objective=self.objective, **options)
@@ -100,7 +109,10 @@ class Entrant:
         if self.objective == "end_to_end":
             return 4 * effort.iters(num_steps) * effort.batch_size * num_steps
         if self.objective == "solver":
-            return effort.solver_iters * effort.batch_size * rows_per_sample(num_steps)
+            rows = rows_per_sample(num_steps, with_ratios=self.with_ratios)
+            return (effort.solver_iters + 1) * effort.batch_size * rows
+        if self.objective == "oss":
+            return 61 * (num_steps + 1) * effort.path_samples
         if self.objective in {"next_eps", "teacher_step"}:
             calls = 5 if self.objective == "next_eps" else effort.substeps + 2
             return (calls * effort.per_step_iters * effort.batch_size + effort.data_population) * num_steps
@@ -114,14 +126,17 @@ ENTRANTS: dict[str, Entrant] = {
     "log_snr": Entrant("grid", "log_snr"),
     "edm": Entrant("grid", "edm"),
     "ays": Entrant("ays"),
+    "ays_list": Entrant("ays_list"),
     "gits": Entrant("gits"),
+    "oss": Entrant("oss"),
     "dmn": Entrant("dmn"),
     "ld3": Entrant("end_to_end", "best", "timesteps"),
     "timetuner": Entrant("next_eps"),
     "teacher_step": Entrant("teacher_step"),
     "end_to_end": Entrant("end_to_end"),
     "end_to_end_grid": Entrant("end_to_end", "best", "both"),
-    "solver": Entrant("solver", "best"),
+    "bns": Entrant("solver", with_ratios=False),
+    "solver": Entrant("solver"),
 }
 
 

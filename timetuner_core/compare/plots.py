@@ -35,13 +35,16 @@ STYLES = {
     "log_snr": Style(GREY, "--", "v"),
     "edm": Style(GREY, "--", "D"),
     "ays": Style("#56B4E9", "-.", "s"),
+    "ays_list": Style("#56B4E9", "--", "<"),
     "gits": Style("#CC79A7", "-.", "^"),
+    "oss": Style("#CC79A7", "--", ">"),
     "dmn": Style("#0072B2", "-.", "v"),
     "ld3": Style("#0072B2", "-", "D", 1.8),
     "timetuner": Style("#E69F00", "-", "o", 1.8),
     "teacher_step": Style("#E69F00", "--", "X", 1.8),
     "end_to_end": Style("#D55E00", "-", "P", 1.8),
     "end_to_end_grid": Style("#009E73", "-", "*", 2.2),
+    "bns": Style("#0072B2", "--", "p", 1.8),
     "solver": Style("#0072B2", "-", "h", 2.2),
 }
 

@@ -1,4 +1,4 @@
-"""Time grids that published rivals of `t_ratios` would choose: AYS, GITS, OSS and DMN.
+"""Time grids that published rivals of `t_ratios` would choose: AYS and its published lists, GITS, OSS and DMN.
 
 Each takes a `TuningProblem` and gives `timesteps` `(num_steps + 1,)`, float64, falling, with the problem's own ends
 and number of steps; the times between are all that changes. A grid that ends at 0, where lambda is infinite, keeps its
@@ -6,8 +6,9 @@ last positive time too. docs/rivals.md says how each differs from its paper.
 """
 
 from timetuner_core.rivals.ays import ays_timesteps
+from timetuner_core.rivals.ays_list import ays_list_timesteps
 from timetuner_core.rivals.dmn import dmn_timesteps
 from timetuner_core.rivals.gits import gits_timesteps
 from timetuner_core.rivals.oss import oss_timesteps
 
-__all__ = ["ays_timesteps", "dmn_timesteps", "gits_timesteps", "oss_timesteps"]
+__all__ = ["ays_list_timesteps", "ays_timesteps", "dmn_timesteps", "gits_timesteps", "oss_timesteps"]

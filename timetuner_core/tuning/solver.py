@@ -32,6 +32,7 @@ def tune_solver(
     *,
     total_iters: int = 10,
     with_ratios: bool = True,
+    with_start: bool = True,
     starts: Sequence[Tensor] = (),
     free_starts: Sequence[Tensor] = (),
     target: Tensor | None = None,
@@ -44,11 +45,10 @@ def tune_solver(
     dampings, and keeps the best of the three and of no change, on `2 batch_size` other samples. It ends early after
     some iterations without a better one. There is no backward pass.
 
-    The first time is learned too, which is a free step from `T` (see `solver_columns`). It stays where it is for flow
-    matching, as diffusers' pipelines for that start from noise of standard deviation 1 only.
-
     Args:
         with_ratios: False leaves all ratios at 1: BNS (Shaul et al. 2024) and S4S (Frankel et al. 2025) learn so much.
+        with_start: whether the first time is learned, which is a free step from `T` (see `solver_columns`). It stays
+            where it is for flow matching, as diffusers' pipelines for that start from noise of standard deviation 1.
         starts, target: those of `tune_end_to_end`. The population is initial noise.
         free_starts: grids with a free first step. The first iteration is made from the best of these, too, and the
             tuner goes on from the better of both results.
@@ -73,7 +73,7 @@ def tune_solver(
     def compared_on(rows: Tensor) -> Residuals:
         return partial(_residuals, problem, sampler, taught, rows, NUM_CANDIDATES * (problem.num_steps + 1))
 
-    with_start = not isinstance(problem.noise_schedule, NoiseScheduleFlow)
+    with_start = with_start and not isinstance(problem.noise_schedule, NoiseScheduleFlow)
     columns = solver_columns(problem.num_steps, with_ratios=with_ratios, with_start=with_start)
     damping = float(state.memory[0, 0]) or FIRST_DAMPING
     fruitless = int(state.memory[0, 1])
