@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -25,6 +26,10 @@ def up(
     port: Port = 8000,
     home: Annotated[Path | None, typer.Option(help="Folder of the database and all artifacts.")] = None,
     tuning_workers: Annotated[int, typer.Option(min=1, help="Tuning jobs at once, sharing the cores.")] = 2,
+    devices: Annotated[
+        str | None,
+        typer.Option(help="Devices by commas, such as cuda:0,cuda:1, or all. Each has a sampling and a tuning worker."),
+    ] = None,
     listed: Annotated[bool, typer.Option("--listed/--unlisted", hidden=True)] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -41,7 +46,7 @@ def up(
     if home is not None:
         os.environ["TIMETUNER_HOME"] = str(home.absolute())
     settings = Settings()
-    supervisor = Supervisor(host, port, tuning_workers, listed, settings)
+    supervisor = Supervisor(host, port, tuning_workers, listed, settings, _devices(devices))
     ready = (
         json.dumps({"url": supervisor.url}) if as_json else f"TimeTuner is ready at {supervisor.url} (Ctrl-C stops it)"
     )
@@ -107,6 +112,18 @@ def dispatcher() -> None:
     from worker.dispatcher import main
 
     main()
+
+
+def _devices(value: str | None) -> tuple[str, ...]:
+    """The devices of `--devices`. Raises: CommandError, for one that `DEVICE` could not be."""
+    from service.shared.settings import ACCEPTED, DEVICE
+
+    names = () if value is None else tuple(name.strip() for name in value.split(","))
+    for name in () if names == ("all",) else names:
+        if not re.fullmatch(DEVICE, name):
+            accepted = f"all, or one or more of {ACCEPTED['device']}, by commas"
+            raise CommandError(f"up: --devices has {name!r}; accepted: {accepted}", USAGE)
+    return names
 
 
 def _settle_authentication(command: str, host: str) -> None:

@@ -88,13 +88,21 @@ class Child:
 
 @dataclass
 class Supervisor:
-    """One process tree. A process that ends is started again; the API is given up if it ends again and again."""
+    """One process tree. A process that ends is started again; the API is given up if it ends again and again.
+
+    Attributes:
+        tuning_workers: how many there are at least; each device has one.
+        devices: those that have a sampling worker each; `("all",)` are all that there are, and none is what `DEVICE`
+            says.
+        listed: whether commands of the same home find the service.
+    """
 
     host: str
     port: int
     tuning_workers: int
-    listed: bool = True  # Commands of the same home find a listed service.
+    listed: bool = True
     settings: Settings = field(default_factory=Settings)
+    devices: tuple[str, ...] = ()
     children: list[Child] = field(default_factory=list)
 
     @property
@@ -127,7 +135,9 @@ class Supervisor:
             registry = Registry(self.settings.database_url)
             tell(f"bringing {registry.url.render_as_string()} to the newest schema")
             registry.upgrade()
-            tell("starting dispatcher, sampling worker and API")
+            self._find_devices(environment)
+            workers = "sampling worker" if len(self._worker_devices) == 1 else "sampling workers"
+            tell(f"starting dispatcher, {workers} and API")
             self._start_all(environment, sockets)
             self._wait_until_ready()
             with announced(self.settings.timetuner_home, self.url) if self.listed else nullcontext():
@@ -160,21 +170,45 @@ class Supervisor:
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **environment}
         # Sampling has a worker of its own, so that it never waits for tuning. It leaves a core to the API.
         cores = os.cpu_count() or 1
-        own = {"OMP_NUM_THREADS": str(max(1, cores - 1)), **environment}
-        self._start("sampling worker", timetuner("worker", "--queues", "sampling"), own)
+        devices = self._worker_devices
+        own = {"OMP_NUM_THREADS": str(max(1, (cores - 1) // len(devices))), **environment}
+        for k, device in enumerate(devices):
+            name = "sampling worker" if len(devices) == 1 else f"sampling worker {k + 1}"
+            self._start_worker(name, "sampling", own, device, k)
         # The supervisor holds the sockets: while the API is started again, connections wait rather than fail.
         inherited = tuple(each.fileno() for each in sockets)
         listening = [part for number in inherited for part in ("--fd", str(number))]
         api = timetuner("api", "--host", self.host, "--port", str(self.port), *listening)
         self._start(API, api, environment | {"ON_DEMAND_QUEUES": '["tuning"]'}, inherited)
 
+    @property
+    def _worker_devices(self) -> tuple[str, ...]:
+        """The device of each sampling worker."""
+        return self.devices or (self.settings.device,)
+
+    def _find_devices(self, environment: dict[str, str]) -> None:
+        """Put the names of all devices in the place of `all`. A process of its own looks, as it needs PyTorch."""
+        if self.devices == ("all",):
+            command = [sys.executable, "-P", "-m", "worker.devices"]
+            found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            if found.returncode:
+                _end(f"the devices cannot be listed: {found.stderr.strip()}")
+            self.devices = tuple(json.loads(found.stdout))
+            tell(f"devices: {', '.join(self.devices)}")
+
     def _start_tuning_workers(self, environment: dict[str, str]) -> None:
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.tuning_workers)), **environment}
+        devices = self._worker_devices
+        count = max(self.tuning_workers, len(devices)) if self.devices else self.tuning_workers
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), **environment}
         threads = {"OMP_WAIT_POLICY": "PASSIVE", **threads}  # Threads that wait must not spin; see `_start_all`.
-        metrics_port = self.settings.metrics_port  # The sampling worker has this port, and the others the next ones.
-        for k in range(1, self.tuning_workers + 1):
-            own = {**threads, "METRICS_PORT": str(metrics_port + k if metrics_port else 0)}
-            self._start(f"tuning worker {k}", timetuner("worker", "--queues", "tuning"), own)
+        for k in range(count):
+            self._start_worker(f"tuning worker {k + 1}", "tuning", threads, devices[k % len(devices)], len(devices) + k)
+
+    def _start_worker(self, name: str, queue: str, environment: dict[str, str], device: str, number: int) -> None:
+        """Start a worker. The first one has METRICS_PORT, and each other has the next port."""
+        port = self.settings.metrics_port
+        own = {**environment, "DEVICE": device, "METRICS_PORT": str(port + number if port else 0)}
+        self._start(name, timetuner("worker", "--queues", queue), own)
 
     def _start(
         self, name: str, command: list[str], environment: dict[str, str], inherited: tuple[int, ...] = ()

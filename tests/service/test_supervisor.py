@@ -13,8 +13,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from service.shared.settings import Settings
 from service.up.supervisor import API, Child, Supervisor
 from tests.stack import QUICK, START_SECONDS, free_port, wait_until
+from worker.devices import all_devices
 
 TIMETUNER = str(Path(sys.executable).parent / "timetuner")
 FOREIGN = "foreign"  # This file shows that a module of the user's folder was imported.
@@ -183,6 +185,40 @@ def test_only_the_api_is_given_up(
     assert f"timetuner: the {name} ended with code 1" in capsys.readouterr().err
 
 
+def workers_of(monkeypatch: pytest.MonkeyPatch, *devices: str, tuning_workers: int = 2) -> list[tuple[str, str, str]]:
+    """Name, device and metrics port of each worker that a supervisor starts; no process is started."""
+    monkeypatch.setattr(Child, "start", lambda self: None)
+    supervisor = Supervisor("127.0.0.1", 1, tuning_workers, settings=Settings(metrics_port=9000), devices=devices)
+    supervisor._find_devices(dict(os.environ))
+    supervisor._start_all({}, [])
+    supervisor._start_tuning_workers({})
+    workers = [child for child in supervisor.children if "worker" in child.command]
+    return [(child.name, child.environment["DEVICE"], child.environment["METRICS_PORT"]) for child in workers]
+
+
+def test_each_device_has_a_sampling_worker_and_a_tuning_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "service.up.supervisor.subprocess.run",
+        lambda *_, **__: subprocess.CompletedProcess([], 0, '["cuda:0", "cuda:1", "cuda:2"]'),
+    )
+    assert workers_of(monkeypatch, "all") == [
+        *[(f"sampling worker {k + 1}", f"cuda:{k}", str(9000 + k)) for k in range(3)],
+        *[(f"tuning worker {k + 1}", f"cuda:{k}", str(9003 + k)) for k in range(3)],
+    ]
+    assert workers_of(monkeypatch, "cuda:1", tuning_workers=3) == [
+        ("sampling worker", "cuda:1", "9000"),
+        *[(f"tuning worker {k + 1}", "cuda:1", str(9001 + k)) for k in range(3)],
+    ]
+    assert [device for _, device, _ in workers_of(monkeypatch)] == ["auto"] * 3  # What DEVICE says.
+
+
+def test_all_devices_are_every_gpu_or_else_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, expected in ((2, ["cuda:0", "cuda:1"]), (0, ["cpu"])):
+        monkeypatch.setattr("torch.cuda.device_count", lambda number=number: number)
+        monkeypatch.setattr("torch.xpu.device_count", lambda: 0)
+        assert all_devices() == expected
+
+
 def refused(home: Path, *arguments: str, **environment: str) -> tuple[int, list[str]]:
     """The exit code of a command that cannot be run, and what it says."""
     given = {name: value for name, value in os.environ.items() if name not in ("BROKER_URL", "DATABASE_URL")}
@@ -193,9 +229,17 @@ def refused(home: Path, *arguments: str, **environment: str) -> tuple[int, list[
     return done.returncode, done.stderr.splitlines()
 
 
+def test_devices_that_cannot_be_are_refused_before_anything_starts(home: Path) -> None:
+    code, said = refused(home, "up", "--devices", "cuda:0,tpu")
+    assert code == 2
+    accepted = "all, or one or more of auto, cpu, cuda, cuda:0, cuda:1, ..., by commas"
+    assert said == [f"timetuner: up: --devices has 'tpu'; accepted: {accepted}"]
+
+
 def test_a_device_that_is_absent_ends_the_start_with_one_line(home: Path) -> None:
     code, said = refused(home, "up", "--port", str(free_port()), DEVICE="cuda:99")
     assert code == 2
+    said = [line for line in said if "not ready after" not in line]  # A busy machine takes a while.
     assert [line.partition(" (")[0] for line in said] == [
         "timetuner: starting the broker",
         f"timetuner: bringing sqlite:///{home}/registry.sqlite to the newest schema",
