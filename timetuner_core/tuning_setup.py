@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from timetuner_core.evaluation.distances import sampler_kl, teacher_l2
-from timetuner_core.evaluation.teacher_check import TeacherSamples
-from timetuner_core.evaluation.verdict import Evaluation, evaluate
+from timetuner_core.evaluation.teacher_check import TeacherError, TeacherSamples
+from timetuner_core.evaluation.verdict import Evaluation, evaluate, of_scales
 from timetuner_core.evaluation.worth import Worth
 from timetuner_core.grids import LOWEST_LAMBDA, make_timesteps, named_grids, start_grids, teacher_timesteps
 from timetuner_core.models.loading import DiffusionModel
@@ -18,6 +18,7 @@ from timetuner_core.samplers import Sampler, initial_noise, sample
 from timetuner_core.samplers.solver_table import SolverTable, solver_of
 from timetuner_core.sampling.generate import Guidance, generate
 from timetuner_core.tuners import (
+    EVALUATED_SCALES,
     MAX_KL_SAMPLES,
     MAX_WORTH_SAMPLES,
     TEACHER_CHECK_SAMPLES,
@@ -31,6 +32,8 @@ from timetuner_core.tuning.problem import TuningProblem
 TUNING_SEEDS = 2**31
 EVALUATION_SEEDS = 2**31 + 2**30
 SEED_RANGE = 2**29
+# The seed that guidance scales are drawn by is apart from that of conditions, so that no class gets certain scales.
+GUIDANCE_SEEDS = EVALUATION_SEEDS + SEED_RANGE
 
 CHECKED_DATA = 512  # A teacher's samples are compared with as many data.
 
@@ -38,6 +41,19 @@ CHECKED_DATA = 512  # A teacher's samples are compared with as many data.
 # sigma_t / alpha_t. It has to be mostly noise, since sampling starts from noise alone.
 LATER_START = math.log(2)
 MAX_LAMBDA_OF_START = -2.0
+
+
+def drawn_scales(scales: tuple[float, float], count: int, seed: int) -> Tensor:
+    """Guidance scales, `(count,)`, uniform between the lowest and the highest."""
+    low, high = scales
+    generator = torch.Generator().manual_seed(GUIDANCE_SEEDS + seed % SEED_RANGE)
+    return low + (high - low) * torch.rand(count, generator=generator, dtype=torch.float64)
+
+
+def evaluated_scales(scales: tuple[float, float]) -> list[float]:
+    """The guidance scales at which a schedule for an interval is judged: both ends, and the middle."""
+    evenly: list[float] = torch.linspace(*scales, EVALUATED_SCALES, dtype=torch.float64).tolist()
+    return evenly
 
 
 @dataclass
@@ -64,6 +80,8 @@ class Experiment:
     """A model, guided, sampled by one sampler; everything drawn is fixed by `seed`.
 
     Attributes:
+        guidance_scales: the lowest and the highest scale, where one schedule is tuned for an interval of them; then
+            the scale of `guidance` has no bearing. Each of the population has a scale drawn from it.
         rows_at_once: samples per network batch, while teaching and evaluating.
         after_step: called after each step of each batch; may raise to stop.
     """
@@ -76,6 +94,7 @@ class Experiment:
     rows_at_once: int = 64
     device: torch.device | str = "cpu"
     after_step: Callable[[], None] = lambda: None
+    guidance_scales: tuple[float, float] | None = None
 
     @property
     def adds_noise(self) -> bool:
@@ -103,7 +122,7 @@ class Experiment:
         else:
             size = population_size if population == "noise" else 1
             samples, condition = self._noise(size, timesteps[0]), self.conditions(size, TUNING_SEEDS)
-        model_fn = self.guidance.model_fn(self.model)
+        model_fn, scales = self.guidance.model_fn(self.model), self.guidance_scales
         conditions = self.model.conditions(self.guidance.type, None if condition is None else condition.to(self.device))
         step_kwargs = {"uncond_condition": conditions["uncond_condition"], "eta": self.eta}
         return TuningProblem(
@@ -116,10 +135,30 @@ class Experiment:
             batch_size=batch_size,
             seed=self.seed,
             step_kwargs={name: value for name, value in step_kwargs.items() if value is not None},
+            guidance_scales=None if scales is None else drawn_scales(scales, len(samples), self.seed).to(self.device),
         )
+
+    def at_scales(self) -> dict[float, "Experiment"]:
+        """The same at each guidance scale that an interval's schedule is judged at: both ends, and the middle.
+
+        Of one scale, it is itself.
+        """
+        if self.guidance_scales is None:
+            return {self.guidance.scale: self}
+        return {
+            scale: replace(self, guidance=replace(self.guidance, scale=scale), guidance_scales=None)
+            for scale in evaluated_scales(self.guidance_scales)
+        }
 
     def check_teacher(self, teacher_num_steps: int) -> None:
         """Refuse a teacher that nothing can be judged by: see `TeacherSamples`. Raises: TeacherError."""
+        if self.guidance_scales is not None:
+            for scale, experiment in self.at_scales().items():
+                try:
+                    experiment.check_teacher(teacher_num_steps)
+                except TeacherError as error:
+                    raise TeacherError(f"at guidance scale {scale:g} {error}") from None
+            return
         seeds = self.seeds(TEACHER_CHECK_SAMPLES, EVALUATION_SEEDS)
         condition = self.conditions(TEACHER_CHECK_SAMPLES, EVALUATION_SEEDS)
         samples = {
@@ -131,7 +170,7 @@ class Experiment:
     def check_calls(self, teacher_num_steps: int) -> int:
         """The network calls, each of a batch, of `check_teacher`."""
         calls = sum(map(self._teacher_calls, self._checked_grids(teacher_num_steps).values()))
-        return self._batches(TEACHER_CHECK_SAMPLES) * calls
+        return len(self.at_scales()) * self._batches(TEACHER_CHECK_SAMPLES) * calls
 
     def _checked_grids(self, teacher_num_steps: int) -> dict[str, Tensor]:
         """The grids whose samples are compared, by their names in `TeacherSamples`."""
@@ -169,7 +208,24 @@ class Experiment:
         with their number so far and the next.
         Guided samples are compared with the teacher's: their distance to the data is information.
         With `measures_worth` the untuned sampler takes more steps besides, but of samplers that add noise: see `Worth`.
+        Of an interval of guidance scales, all this is done at each of `at_scales`: see `of_scales`.
         """
+        if self.guidance_scales is not None:
+            return of_scales(
+                {
+                    scale: experiment.evaluate(
+                        timesteps,
+                        t_ratios,
+                        num_samples,
+                        teacher_num_steps,
+                        solver_table=solver_table,
+                        max_num_samples=max_num_samples,
+                        measures_worth=measures_worth,
+                        before_more=before_more,
+                    )
+                    for scale, experiment in self.at_scales().items()
+                }
+            )
         most = num_samples if max_num_samples is None else max(num_samples, max_num_samples)
         tuned = self.with_solver(solver_table, len(t_ratios))
         held_out = HeldOut(self.seeds(most, EVALUATION_SEEDS), self.conditions(most, EVALUATION_SEEDS))
@@ -239,7 +295,7 @@ class Experiment:
     def evaluation_calls(
         self, num_steps: int, teacher_num_steps: int, start: int, end: int, *, measures_worth: bool = False
     ) -> int:
-        """The network calls, each of a batch, of `evaluate` for noises from number `start` to `end`."""
+        """The network calls, each of a batch, of `evaluate` for noises from number `start` to `end`, at one scale."""
         schedule = self.model.noise_schedule
         default, stock = make_timesteps(schedule, num_steps), self.model.stock_timesteps(num_steps)
         # The tuned grid ends where the default one does. diffusers' own may be that; then it is not sampled again.

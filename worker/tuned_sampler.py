@@ -12,7 +12,7 @@ from timetuner_core.samplers import get_sampler
 from timetuner_core.tuners import DataTuner
 from timetuner_core.tuning.problem import TuningProblem, TuningState
 from timetuner_core.tuning_setup import Experiment
-from worker.conversion import guidance_of, timesteps_of
+from worker.conversion import guidance_of, guidance_scales_of, timesteps_of
 from worker.lease import JobRefusedError
 from worker.runtime import Runtime
 from worker.tuning_progress import TuningProgress, phases_of
@@ -53,6 +53,7 @@ class TunedSampler:
             request.seed,
             request.evaluation.batch_size,
             runtime.device,
+            guidance_scales=guidance_scales_of(request),
         )
         resumed = any(step.iterations for step in job.steps)
         phases = phases_of(request, self.experiment, resumed=resumed, checks_teacher=checks_teacher and not resumed)

@@ -51,7 +51,8 @@ def phases_of(request: TuningJobRequest, experiment: Experiment, *, resumed: boo
         "teacher": teacher,
         "start": start,
         "tuning": max(1, math.ceil(tuner.network_samples(setting) / batch_size)),
-        "evaluation": experiment.evaluation_calls(
+        "evaluation": len(experiment.at_scales())
+        * experiment.evaluation_calls(
             num_steps, evaluation.teacher_num_steps, 0, evaluation.num_samples, measures_worth=True
         ),
     }

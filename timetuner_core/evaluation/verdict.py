@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -107,12 +107,16 @@ class Evaluation:
             of distributions decides: the first of `frechet`, `frechet_features` and `sliced_wasserstein`.
         num_samples: how many noises it is from.
         worth: how many untuned steps it is worth; None if that was not measured.
+        guidance_scale: the scale that the figures are of, where several were evaluated.
+        at_scales: the evaluation at each guidance scale, where several were evaluated; see `of_scales`.
     """
 
     metrics: Mapping[str, Metric]
     adds_noise: bool = False
     num_samples: int = 0
     worth: Worth | None = None
+    guidance_scale: float | None = None
+    at_scales: Mapping[float, "Evaluation"] = field(default_factory=dict)
 
     @property
     def teacher_l2_before(self) -> float:
@@ -167,7 +171,8 @@ class Evaluation:
     @property
     def reason(self) -> str:
         """Why it is accepted, rejected or undecided: the metric that says so, and its figures."""
-        return self._harm or self._doubt or f"fell: {self.deciding}"
+        reason = self._harm or self._doubt or f"fell: {self.deciding}"
+        return reason if self.guidance_scale is None else f"at guidance scale {self.guidance_scale:g} {reason}"
 
     @property
     def _judged(self) -> list[Metric]:
@@ -245,6 +250,21 @@ def compare(
         for name in before
     }
     return Evaluation(metrics, adds_noise, len(before["teacher_l2"].influence) if "teacher_l2" in before else 0)
+
+
+def of_scales(evaluations: Mapping[float, Evaluation]) -> Evaluation:
+    """The evaluation of one schedule at several guidance scales.
+
+    It is accepted only if it is accepted at all of them, and undecided if none rejects it. Its figures are those of the
+    scale that decides: of a rejected one before an undecided one, and of these the one with the highest score.
+    """
+    of_each = {scale: replace(each, guidance_scale=scale) for scale, each in evaluations.items()}
+    order: tuple[Verdict, ...] = ("accepted", "undecided", "rejected")
+
+    def badness(each: Evaluation) -> tuple[int, float]:
+        return order.index(each.verdict), math.inf if math.isnan(each.score) else each.score
+
+    return replace(max(of_each.values(), key=badness), at_scales=of_each)
 
 
 def evaluate(
