@@ -261,7 +261,7 @@ def _evaluation_row(
 def _at_scale(evaluation: dict[str, Any]) -> dict[str, Any]:
     """The evaluation at one guidance scale of an interval, as the API tells it."""
     names = ("guidance_scale", "verdict", "reason", "score", "num_samples")
-    return {name: evaluation[name] for name in names} | {"metrics": _metrics(evaluation), "worth": None}
+    return {name: evaluation[name] for name in names} | {"metrics": _metrics(evaluation)}
 
 
 def _metrics(evaluation: dict[str, Any]) -> dict[str, dict[str, float | None]]:

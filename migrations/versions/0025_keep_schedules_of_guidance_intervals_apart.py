@@ -1,4 +1,7 @@
-"""Keep schedules for intervals of guidance scales apart from those for one scale, and how each scale was judged"""
+"""Keep schedules for intervals of guidance scales apart from those for one scale, and how each scale was judged
+
+Besides, untuned samplers' distances to their teachers are kept, so that one job of a setting measures them for all.
+"""
 
 import sqlalchemy as sa
 from alembic import op
@@ -30,6 +33,17 @@ def upgrade() -> None:
         # Processes of the release before write rows without the column while an upgrade replaces them.
         with op.batch_alter_table(table) as batch:
             batch.add_column(sa.Column(HIGH, sa.BigInteger(), nullable=False, server_default="0"))
+    op.create_table(
+        "untuned_curves",
+        sa.Column("key", sa.String(64), nullable=False),
+        sa.Column("model_id", sa.String(255), nullable=False),
+        sa.Column("curve", sa.JSON(), nullable=False),
+        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.ForeignKeyConstraint(["model_id"], ["models.id"], name="fk_untuned_curves_model_id"),
+        sa.PrimaryKeyConstraint("key", name="pk_untuned_curves"),
+    )
+    op.create_index("ix_untuned_curves_model_id", "untuned_curves", ["model_id"])
+    op.add_column("evaluations", sa.Column("best_untuned", sa.JSON(), nullable=True))
     op.add_column("evaluations", sa.Column("guidance_scale", sa.Double(), nullable=True))
     op.add_column("evaluations", sa.Column("at_scales", sa.JSON(), nullable=True))
     _make_keys((*SETTING, HIGH))
@@ -56,6 +70,8 @@ def downgrade() -> None:
     _make_keys(SETTING)
     op.drop_column("evaluations", "at_scales")
     op.drop_column("evaluations", "guidance_scale")
+    op.drop_column("evaluations", "best_untuned")
+    op.drop_table("untuned_curves")
     for table in ("schedules", "schedule_versions"):
         with op.batch_alter_table(table) as batch:
             batch.drop_column(HIGH)

@@ -157,6 +157,17 @@ class Worth(BaseModel):
     untuned: list[Untuned]
 
 
+class BestUntuned(BaseModel):
+    """The best untuned choice that was measured, with as many network calls; `change` is the schedule's minus that."""
+
+    sampler: str
+    grid: str
+    teacher_l2: float | None
+    change: float | None
+    low: float | None
+    high: float | None
+
+
 class ScaleEvaluation(BaseModel):
     """What was found at one guidance scale, of a schedule for an interval of them."""
 
@@ -166,7 +177,8 @@ class ScaleEvaluation(BaseModel):
     score: float | None
     num_samples: int
     metrics: dict[str, Metric]
-    worth: Worth | None
+    worth: Worth | None = None
+    best_untuned: BestUntuned | None = None
 
 
 class Evaluation(BaseModel):
@@ -189,6 +201,7 @@ class Evaluation(BaseModel):
     verdict: Literal["accepted", "rejected", "undecided"] | None = None
     reason: str | None
     worth: Worth | None = None
+    best_untuned: BestUntuned | None = None
     guidance_scale: float | None = None
     at_scales: list[ScaleEvaluation] | None = None
     summary: str | None = None

@@ -357,6 +357,7 @@ class EvaluationRow(Base):
         verdict: accepted, rejected or undecided; null of evaluations by versions that knew two verdicts.
         reason: why it is that verdict.
         worth: how many untuned steps it is worth, as the core's `Worth.to_dict` writes it; null if not measured.
+        best_untuned: the untuned choice that the schedule has to be nearer to the teacher than, as the API tells it.
         guidance_scale: the scale that the figures are of, where the schedule is for an interval of scales.
         at_scales: what was found at each scale that such a schedule was evaluated at, as the API tells it.
         wall_time_seconds: time of tuning, without the evaluation.
@@ -379,12 +380,29 @@ class EvaluationRow(Base):
     verdict: Mapped[str | None] = mapped_column(String(16))
     reason: Mapped[str | None] = mapped_column(String(2000))
     worth: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    best_untuned: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     guidance_scale: Mapped[float | None]
     at_scales: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON(none_as_null=True))
     wall_time_seconds: Mapped[float]
     network_calls: Mapped[int] = mapped_column(BigInteger)
 
     schedule: Mapped["Schedule"] = relationship(back_populates="evaluation")
+
+
+class UntunedCurveRow(Base):
+    """An untuned sampler's distances to its teacher, which all tuning jobs of one setting and seed have in common.
+
+    Attributes:
+        key: a digest of all that decides the distances.
+        curve: as the core's `UntunedCurve.to_dict` writes it.
+    """
+
+    __tablename__ = "untuned_curves"
+
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
+    curve: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
 
 class SampleJob(Job):

@@ -44,6 +44,17 @@ class WorthOut(BaseModel):
     untuned: list[UntunedOut] = Field(description="Up to four times as many steps, below the teacher's.")
 
 
+class BestUntunedOut(BaseModel):
+    """The best untuned choice that was measured, with as many network calls, and how much nearer the schedule is."""
+
+    sampler: str = Field(examples=["ddim"])
+    grid: str = Field(examples=["log_snr"])
+    teacher_l2: float | None = Field(examples=[0.62], description="Its mean distance to the teacher.")
+    change: float | None = Field(examples=[-0.17], description="The schedule's distance minus that.")
+    low: float | None = Field(examples=[-0.2], description="95 % bootstrap interval of the change.")
+    high: float | None = Field(examples=[-0.14])
+
+
 class ScaleOut(BaseModel):
     """What was found at one guidance scale, of a schedule for an interval of them."""
 
@@ -53,7 +64,8 @@ class ScaleOut(BaseModel):
     score: float | None = Field(examples=[0.73])
     num_samples: int = Field(examples=[512])
     metrics: dict[str, MetricOut]
-    worth: WorthOut | None
+    worth: WorthOut | None = None
+    best_untuned: BestUntunedOut | None = None
 
 
 class EvaluationOut(BaseModel):
@@ -89,6 +101,11 @@ class EvaluationOut(BaseModel):
         description="Why the schedule was accepted, rejected or left undecided.",
     )
     worth: WorthOut | None = Field(None, description="Null: not measured, as of samplers that add noise.")
+    best_untuned: BestUntunedOut | None = Field(
+        None,
+        description="The sampler on the best named time grid. A schedule is accepted only if it is nearer to the "
+        "teacher than that. Null: not measured, as of samplers that add noise.",
+    )
     guidance_scale: float | None = Field(
         None,
         examples=[None],

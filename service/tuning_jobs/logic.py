@@ -254,11 +254,12 @@ def _check_size(request: TuningJobRequest, spec: dict[str, Any], settings: Setti
 def _evaluation_steps(request: TuningJobRequest) -> int:
     """Steps of single samples at most, to check the teacher and to evaluate the result at one guidance scale."""
     evaluation, num_steps = request.evaluation, request.num_steps
-    # Besides the teacher, three kinds of samples are made: untuned, tuned, and on diffusers' own time grid.
-    steps = evaluation.most_samples * (evaluation.teacher_num_steps + 3 * num_steps)
+    # Besides the teacher's, four kinds of samples are made: tuned ones, and untuned ones on the default time grid, on
+    # diffusers' own and on the best named one.
+    steps = evaluation.most_samples * (evaluation.teacher_num_steps + 4 * num_steps)
     # The untuned sampler is tried on all named grids, and on the best one with more steps.
     untuned = sum(math.ceil(factor * num_steps) for factor in WORTH_STEP_FACTORS)
     untuned += len(NAMED_GRIDS) * num_steps
-    steps += untuned * min(MAX_WORTH_SAMPLES, evaluation.most_samples)
+    steps += untuned * min(MAX_WORTH_SAMPLES, evaluation.num_samples)
     steps += 2 * MAX_KL_SAMPLES * num_steps
     return steps + TEACHER_CHECK_SAMPLES * TEACHER_CHECK_RUNS * evaluation.teacher_num_steps

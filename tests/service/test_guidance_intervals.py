@@ -88,9 +88,22 @@ def tuned(service: Service, job: Json) -> Json:
     return schedule
 
 
-def test_all_its_network_calls_are_counted(service: Service) -> None:
-    done = service.tune(guidance_scales=[2, 3], num_steps=3, evaluation={**SMALLEST, "batch_size": 8})
-    assert sum(phase["total"] for phase in done["phases"]) == service.calls
+def test_all_its_network_calls_are_counted_and_later_jobs_of_the_setting_need_fewer(service: Service) -> None:
+    request: Json = {"guidance_scales": [2, 3], "num_steps": 3, "evaluation": {**SMALLEST, "batch_size": 8}}
+    first = service.tune(**request)
+    assert sum(phase["total"] for phase in first["phases"]) == service.calls
+    second = service.tune(**request, tuner={"objective": "end_to_end", "total_iters": 2, "population_size": 16})
+    assert sum(phase["total"] for phase in second["phases"]) == service.calls
+    before, after = (job["phases"][-1]["total"] for job in (first, second))
+    # At each of three scales, two batches of 16 noises are not sampled on three named grids, and with more steps.
+    assert before - after >= 3 * 2 * (2 * 3 + 5 + 6 + 9 + 12)
+    worths = [
+        [each["worth"]["untuned"] for each in service.schedule(job["schedule"])["evaluation"]["at_scales"]]
+        for job in (first, second)
+    ]
+    assert worths[0] == worths[1]
+    other = service.tune(**request, seed=1)
+    assert other["phases"][-1]["total"] == before
 
 
 def test_it_is_judged_at_both_ends_and_in_the_middle(tuned: Json) -> None:
