@@ -46,6 +46,7 @@ OF_PIPELINES: dict[str, Any] = {
     "sizes": None,
     "call": {},
 }
+INTERVAL_ACCEPTED = "the lowest guidance scale, then a higher one"
 
 
 def get_requested_model(session: Session, caller: Caller, model_id: str, where: str = "body") -> Model:
@@ -76,6 +77,7 @@ def settled(
     Raises:
         InvalidError.
     """
+    setting = _with_lowest_scale(setting, where)
     if is_pipeline(spec):
         return _settled_for_pipeline(spec, setting, default_sampler, where, is_run)
     for name, none in OF_PIPELINES.items():
@@ -93,6 +95,21 @@ def settled(
     return setting
 
 
+def _with_lowest_scale(setting: Setting, where: str) -> Setting:
+    """A setting whose `guidance_scale` is the lowest of its interval, if it has one. Raises: InvalidError."""
+    scales = getattr(setting, "guidance_scales", None)
+    if scales is None:
+        return setting
+    low, high = scales
+    loc, given = (where, "guidance_scales"), [float(low), float(high)]
+    if not low < high:
+        raise InvalidError(f"guidance_scales is {given}; accepted: {INTERVAL_ACCEPTED}", loc, given)
+    if "guidance_scale" in setting.model_fields_set and setting.guidance_scale != low:
+        message = f"guidance_scale is {setting.guidance_scale}; accepted beside guidance_scales: none, or the lowest"
+        raise InvalidError(message, (where, "guidance_scale"), float(setting.guidance_scale))
+    return setting.model_copy(update={"guidance_scale": low})
+
+
 def check_setting(spec: dict[str, Any], setting: SamplingSetting, where: str = "body") -> None:
     """Refuse a setting that the model or the sampler does not support. Raises: InvalidError."""
 
@@ -107,6 +124,8 @@ def check_setting(spec: dict[str, Any], setting: SamplingSetting, where: str = "
     if setting.guidance_type not in spec["guidance_types"]:
         refuse("guidance_type", f"for this model {', '.join(spec['guidance_types']) or 'none'}")
     if setting.guidance_type == "uncond":
+        if getattr(setting, "guidance_scales", None) is not None:
+            refuse("guidance_scales", "null when guidance_type is 'uncond'")
         for name, value in ALWAYS.items():
             if getattr(setting, name) != value:
                 refuse(name, f"{value} when guidance_type is 'uncond'")
@@ -138,6 +157,9 @@ def _settled_for_pipeline(
     if "sampler" not in given:
         found["sampler"] = default_sampler
     if "guidance_scale" not in takes:
+        if getattr(setting, "guidance_scales", None) is not None:
+            message = "guidance_scales is given, and this pipeline takes no guidance_scale; accepted: null"
+            raise InvalidError(message, (where, "guidance_scales"))
         if setting.guidance_scale != 1:
             message = f"guidance_scale is {setting.guidance_scale}, and this pipeline takes none; accepted: 1"
             raise InvalidError(message, (where, "guidance_scale"), float(setting.guidance_scale))
@@ -225,7 +247,8 @@ def check_uncond(spec: dict[str, Any], setting: SamplingSetting, accepted: str) 
 
     Raises: InvalidError.
     """
-    needed = setting.guidance_type == "classifier-free" and setting.guidance_scale != 1
+    is_guided = setting.guidance_scale != 1 or getattr(setting, "guidance_scales", None) is not None
+    needed = setting.guidance_type == "classifier-free" and is_guided
     if needed and not spec["has_uncond_condition"]:
         message = f"no condition that stands for none came with this model; accepted: {accepted}"
         raise InvalidError(message, ("body", "guidance_scale"), float(setting.guidance_scale))

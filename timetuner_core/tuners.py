@@ -30,6 +30,8 @@ MAX_START_SAMPLES = 64
 # A schedule is compared with the untuned sampler at so many times its steps, on so many noises.
 WORTH_STEP_FACTORS = (1.0, 1.5, 2.0, 3.0, 4.0)
 MAX_WORTH_SAMPLES = 128
+# A schedule for an interval of guidance scales is evaluated at both ends and in the middle.
+EVALUATED_SCALES = 3
 
 # Tuning a pipeline begins with the best of the uniform grid, log_snr, and the grid of the pipeline's own scheduler.
 MAX_STARTS_OF_PIPELINES = 3
@@ -106,6 +108,7 @@ class Tuner:
     Attributes:
         label: a line for people to choose it by.
         population: what `TuningProblem.population` must hold: data x0, initial noise x_T, or anything.
+        takes_guidance_interval: whether it tunes one schedule for an interval of guidance scales.
         matches_results: whether it compares end results, which a sampler that adds noise makes different each time.
         has_long_iterations: whether one may take minutes, so that its network calls tell how far it is.
     """
@@ -114,6 +117,7 @@ class Tuner:
 
     label: ClassVar[str]
     population: ClassVar[Population]
+    takes_guidance_interval: ClassVar[bool] = False
     matches_results: ClassVar[bool] = False
     has_long_iterations: ClassVar[bool] = False
     if TYPE_CHECKING:
@@ -172,6 +176,7 @@ class TeacherMatchingTuner(Tuner):
     """A tuner that brings the sampler's result to a many-step teacher's, from the same initial noise. Needs no data."""
 
     population = "noise"
+    takes_guidance_interval = True
     matches_results = True
     if TYPE_CHECKING:
         # Each tuner declares its options itself, in their own places among the fields, and with their own defaults.
@@ -478,6 +483,7 @@ class GridSearch(Tuner):
     def run(
         self, problem: "TuningProblem", state: "TuningState", steps: Sequence[int] | None = None
     ) -> "Iterator[TuningState]":
+        problem.check_one_scale(self.objective)
         if not bool(state.done.all()):
             state.timesteps = self.search(problem).double().cpu()
             state.done[:] = True
@@ -637,6 +643,7 @@ class PipelineTuner(Tuner):
 
     label = "pipeline: a whole pipeline, against its own samples of many steps"
     population = "none"
+    takes_guidance_interval = True
     matches_results = True
     has_long_iterations = True
 
@@ -654,12 +661,16 @@ class PipelineTuner(Tuner):
     def iterations(self) -> int:
         return self.total_iters
 
-    def image_steps(self, num_steps: int, teacher_num_steps: int, num_held_out: int) -> int:
-        """Steps of single images at most, those of teacher, starts and evaluation among them."""
+    def image_steps(self, num_steps: int, teacher_num_steps: int, num_held_out: int, num_scales: int = 1) -> int:
+        """Steps of single images at most, those of teacher, starts and evaluation among them.
+
+        Args:
+            num_scales: guidance scales that the result is evaluated at.
+        """
         taught = (1 + COMPARED_PER_SAMPLE) * self.num_samples
-        steps = teacher_num_steps * (taught + num_held_out) + num_steps * MAX_STARTS_OF_PIPELINES * taught
+        steps = taught * (teacher_num_steps + num_steps * MAX_STARTS_OF_PIPELINES)
         steps += self.total_iters * self.num_samples * rows_per_sample(num_steps)
-        return steps + 3 * num_steps * num_held_out
+        return steps + num_scales * num_held_out * (teacher_num_steps + 3 * num_steps)
 
 
 AnyTuner: TypeAlias = (

@@ -1,23 +1,24 @@
 """One setting of a model, from the noise and data a tuner sees to its result's evaluation on other noise."""
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from timetuner_core.evaluation.distances import sampler_kl, teacher_l2
-from timetuner_core.evaluation.teacher_check import TeacherSamples
-from timetuner_core.evaluation.verdict import Evaluation, evaluate
-from timetuner_core.evaluation.worth import Worth
-from timetuner_core.grids import LOWEST_LAMBDA, make_timesteps, named_grids, start_grids, teacher_timesteps
+from timetuner_core.evaluation.distances import mean_estimate, sampler_kl, teacher_l2
+from timetuner_core.evaluation.teacher_check import TeacherError, TeacherSamples
+from timetuner_core.evaluation.verdict import BestUntuned, Evaluation, bootstrap, evaluate, of_scales
+from timetuner_core.evaluation.worth import UntunedCurve, Worth
+from timetuner_core.grids import LOWEST_LAMBDA, make_timesteps, named_grids, teacher_timesteps
 from timetuner_core.models.loading import DiffusionModel
 from timetuner_core.samplers import Sampler, initial_noise, sample
 from timetuner_core.samplers.solver_table import SolverTable, solver_of
 from timetuner_core.sampling.generate import Guidance, generate
 from timetuner_core.tuners import (
+    EVALUATED_SCALES,
     MAX_KL_SAMPLES,
     MAX_WORTH_SAMPLES,
     TEACHER_CHECK_SAMPLES,
@@ -31,6 +32,8 @@ from timetuner_core.tuning.problem import TuningProblem
 TUNING_SEEDS = 2**31
 EVALUATION_SEEDS = 2**31 + 2**30
 SEED_RANGE = 2**29
+# The seed that guidance scales are drawn by is apart from that of conditions, so that no class gets certain scales.
+GUIDANCE_SEEDS = EVALUATION_SEEDS + SEED_RANGE
 
 CHECKED_DATA = 512  # A teacher's samples are compared with as many data.
 
@@ -38,6 +41,24 @@ CHECKED_DATA = 512  # A teacher's samples are compared with as many data.
 # sigma_t / alpha_t. It has to be mostly noise, since sampling starts from noise alone.
 LATER_START = math.log(2)
 MAX_LAMBDA_OF_START = -2.0
+
+
+def drawn_scales(scales: tuple[float, float], count: int, seed: int) -> Tensor:
+    """Guidance scales, `(count,)`, uniform between the lowest and the highest."""
+    low, high = scales
+    generator = torch.Generator().manual_seed(GUIDANCE_SEEDS + seed % SEED_RANGE)
+    return low + (high - low) * torch.rand(count, generator=generator, dtype=torch.float64)
+
+
+def evaluated_scales(scales: tuple[float, float]) -> list[float]:
+    """The guidance scales at which a schedule for an interval is judged: both ends, and the middle."""
+    evenly: list[float] = torch.linspace(*scales, EVALUATED_SCALES, dtype=torch.float64).tolist()
+    return evenly
+
+
+def _worth_samples(num_samples: int) -> int:
+    """The noises that an untuned sampler's curve is measured on, of those that an evaluation begins with."""
+    return min(num_samples, MAX_WORTH_SAMPLES)
 
 
 @dataclass
@@ -64,6 +85,8 @@ class Experiment:
     """A model, guided, sampled by one sampler; everything drawn is fixed by `seed`.
 
     Attributes:
+        guidance_scales: the lowest and the highest scale, where one schedule is tuned for an interval of them; then
+            the scale of `guidance` has no bearing. Each of the population has a scale drawn from it.
         rows_at_once: samples per network batch, while teaching and evaluating.
         after_step: called after each step of each batch; may raise to stop.
     """
@@ -76,6 +99,7 @@ class Experiment:
     rows_at_once: int = 64
     device: torch.device | str = "cpu"
     after_step: Callable[[], None] = lambda: None
+    guidance_scales: tuple[float, float] | None = None
 
     @property
     def adds_noise(self) -> bool:
@@ -103,7 +127,7 @@ class Experiment:
         else:
             size = population_size if population == "noise" else 1
             samples, condition = self._noise(size, timesteps[0]), self.conditions(size, TUNING_SEEDS)
-        model_fn = self.guidance.model_fn(self.model)
+        model_fn, scales = self.guidance.model_fn(self.model), self.guidance_scales
         conditions = self.model.conditions(self.guidance.type, None if condition is None else condition.to(self.device))
         step_kwargs = {"uncond_condition": conditions["uncond_condition"], "eta": self.eta}
         return TuningProblem(
@@ -116,10 +140,30 @@ class Experiment:
             batch_size=batch_size,
             seed=self.seed,
             step_kwargs={name: value for name, value in step_kwargs.items() if value is not None},
+            guidance_scales=None if scales is None else drawn_scales(scales, len(samples), self.seed).to(self.device),
         )
+
+    def at_scales(self) -> dict[float, "Experiment"]:
+        """The same at each guidance scale that an interval's schedule is judged at: both ends, and the middle.
+
+        Of one scale, it is itself.
+        """
+        if self.guidance_scales is None:
+            return {self.guidance.scale: self}
+        return {
+            scale: replace(self, guidance=replace(self.guidance, scale=scale), guidance_scales=None)
+            for scale in evaluated_scales(self.guidance_scales)
+        }
 
     def check_teacher(self, teacher_num_steps: int) -> None:
         """Refuse a teacher that nothing can be judged by: see `TeacherSamples`. Raises: TeacherError."""
+        if self.guidance_scales is not None:
+            for scale, experiment in self.at_scales().items():
+                try:
+                    experiment.check_teacher(teacher_num_steps)
+                except TeacherError as error:
+                    raise TeacherError(f"at guidance scale {scale:g} {error}") from None
+            return
         seeds = self.seeds(TEACHER_CHECK_SAMPLES, EVALUATION_SEEDS)
         condition = self.conditions(TEACHER_CHECK_SAMPLES, EVALUATION_SEEDS)
         samples = {
@@ -131,7 +175,7 @@ class Experiment:
     def check_calls(self, teacher_num_steps: int) -> int:
         """The network calls, each of a batch, of `check_teacher`."""
         calls = sum(map(self._teacher_calls, self._checked_grids(teacher_num_steps).values()))
-        return self._batches(TEACHER_CHECK_SAMPLES) * calls
+        return len(self.at_scales()) * self._batches(TEACHER_CHECK_SAMPLES) * calls
 
     def _checked_grids(self, teacher_num_steps: int) -> dict[str, Tensor]:
         """The grids whose samples are compared, by their names in `TeacherSamples`."""
@@ -160,21 +204,50 @@ class Experiment:
         solver_table: SolverTable | None = None,
         max_num_samples: int | None = None,
         measures_worth: bool = False,
-        before_more: Callable[[int, int], None] = lambda _from, _to: None,
+        curves: Mapping[float, UntunedCurve] = {},
+        on_curve: Callable[[float, UntunedCurve], None] = lambda _scale, _curve: None,
+        before_more: Callable[[float, int, int], None] = lambda _scale, _from, _to: None,
     ) -> Evaluation:
         """A schedule against the sampler's default grid, untuned, on `num_samples` noises that no tuner has seen.
 
         The grid that diffusers takes by default for the model is measured, too, as no worse schedule is accepted.
         While the verdict is undecided, the noises are doubled, up to `max_num_samples`, after a call of `before_more`
-        with their number so far and the next.
+        with the guidance scale, their number so far and the next.
         Guided samples are compared with the teacher's: their distance to the data is information.
-        With `measures_worth` the untuned sampler takes more steps besides, but of samplers that add noise: see `Worth`.
+        Of an interval of guidance scales, all this is done at each of `at_scales`: see `of_scales`.
+
+        Args:
+            measures_worth: The untuned sampler takes all named grids and more steps besides: see `UntunedCurve`. The
+                schedule has to be nearer to the teacher than the best named grid. Samplers that add noise have no
+                such curve.
+            curves: those of this setting that were measured before, by the guidance scale.
+            on_curve: told of one that was measured now, with its guidance scale.
         """
+        if self.guidance_scales is not None:
+            return of_scales(
+                {
+                    scale: experiment.evaluate(
+                        timesteps,
+                        t_ratios,
+                        num_samples,
+                        teacher_num_steps,
+                        solver_table=solver_table,
+                        max_num_samples=max_num_samples,
+                        measures_worth=measures_worth,
+                        curves=curves,
+                        on_curve=on_curve,
+                        before_more=before_more,
+                    )
+                    for scale, experiment in self.at_scales().items()
+                }
+            )
         most = num_samples if max_num_samples is None else max(num_samples, max_num_samples)
         tuned = self.with_solver(solver_table, len(t_ratios))
         held_out = HeldOut(self.seeds(most, EVALUATION_SEEDS), self.conditions(most, EVALUATION_SEEDS))
         mixture = self.model.mixture if self.guidance.type == "uncond" else None
         kl_terms: dict[bool, Tensor] = {}  # They are of as many samples, whatever `count` is.
+        num_steps, schedule, scale = len(t_ratios), self.model.noise_schedule, self.guidance.scale
+        untuned, stock = make_timesteps(schedule, num_steps), self.model.stock_timesteps(num_steps)
 
         def sample_first(number: int, timesteps: Tensor, ratios: Tensor | None) -> Tensor:
             experiment = self if ratios is None else tuned
@@ -184,21 +257,21 @@ class Experiment:
         def sample(timesteps: Tensor, ratios: Tensor | None) -> Tensor:
             return sample_first(count, timesteps, ratios)
 
-        def worth() -> Worth | None:
-            if not measures_worth or self.adds_noise:
-                return None
-            number = min(count, MAX_WORTH_SAMPLES)
-            taught = held_out.samples["teacher"][:number]
+        def taught(number: int) -> Tensor:
+            return held_out.first(number, "teacher", lambda s, c: self.teach(s, c, teacher_num_steps).cpu())
 
-            def distance(timesteps: Tensor, ratios: Tensor | None = None) -> float:
-                return float(teacher_l2(sample_first(number, timesteps, ratios), taught).mean())
+        def distances(number: int, timesteps: Tensor, ratios: Tensor | None = None) -> Tensor:
+            return teacher_l2(sample_first(number, timesteps, ratios), taught(number))
 
-            num_steps, schedule = len(t_ratios), self.model.noise_schedule
-            starts = {name: distance(grid) for name, grid in named_grids(schedule, num_steps).items()}
+        def measured_curve() -> UntunedCurve:
+            number = _worth_samples(num_samples)
+            starts = {
+                name: float(distances(number, grid).mean()) for name, grid in named_grids(schedule, num_steps).items()
+            }
             best = min(starts, key=lambda name: starts[name])
             more = self._compared_steps(num_steps, teacher_num_steps)
-            untuned = {steps: distance(make_timesteps(schedule, steps, best)) for steps in more}
-            return Worth(distance(timesteps, t_ratios), best, untuned, number)
+            of_steps = {steps: float(distances(number, make_timesteps(schedule, steps, best)).mean()) for steps in more}
+            return UntunedCurve(best, of_steps, number)
 
         def kl(timesteps: Tensor, ratios: Tensor | None) -> Tensor:
             is_tuned = ratios is not None
@@ -206,15 +279,12 @@ class Experiment:
                 kl_terms[is_tuned] = (tuned if is_tuned else self).kl_terms(timesteps, ratios)
             return kl_terms[is_tuned]
 
-        untuned = make_timesteps(self.model.noise_schedule, len(timesteps) - 1)
-        stock = self.model.stock_timesteps(len(timesteps) - 1)
-        count = num_samples
-        while True:
+        def evaluated() -> Evaluation:
             evaluation = evaluate(
                 sample,
                 timesteps,
                 t_ratios,
-                held_out.first(count, "teacher", lambda s, c: self.teach(s, c, teacher_num_steps).cpu()),
+                taught(count),
                 None if self.guidance.guides else self.model.reference,
                 data=self.model.reference if self.guidance.guides else None,
                 untuned_timesteps=untuned,
@@ -224,9 +294,28 @@ class Experiment:
                 kl=kl if self._measures_kl else None,
                 adds_noise=self.adds_noise,
             )
+            if curve is None:
+                return evaluation
+            rival = mean_estimate(distances(count, make_timesteps(schedule, num_steps, curve.grid)))
+            after = mean_estimate(distances(count, timesteps, t_ratios))
+            best = BestUntuned(self.sampler.name, curve.grid, rival.value, bootstrap(rival, after))
+            of_schedule = float(distances(curve.num_samples, timesteps, t_ratios).mean())
+            return replace(evaluation, best_untuned=best, worth=Worth(of_schedule, curve))
+
+        count = num_samples
+        # All that is sampled from all noises comes first: what the curve needs of it is not sampled by itself.
+        taught(count)
+        for grid in self._grids_of_all_noises(num_steps):
+            sample(grid, None)
+        curve = curves.get(scale)
+        if curve is None and measures_worth and not self.adds_noise:
+            curve = measured_curve()
+            on_curve(scale, curve)
+        while True:
+            evaluation = evaluated()
             if evaluation.verdict != "undecided" or count == most:
-                return replace(evaluation, worth=worth())
-            before_more(count, min(2 * count, most))
+                return evaluation
+            before_more(scale, count, min(2 * count, most))
             count = min(2 * count, most)
 
     def _compared_steps(self, num_steps: int, teacher_num_steps: int) -> list[int]:
@@ -237,27 +326,50 @@ class Experiment:
         return sorted(count for count in steps if count <= most)
 
     def evaluation_calls(
-        self, num_steps: int, teacher_num_steps: int, start: int, end: int, *, measures_worth: bool = False
+        self, num_steps: int, teacher_num_steps: int, start: int, end: int, curve: UntunedCurve | None = None
     ) -> int:
-        """The network calls, each of a batch, of `evaluate` for noises from number `start` to `end`."""
-        schedule = self.model.noise_schedule
-        default, stock = make_timesteps(schedule, num_steps), self.model.stock_timesteps(num_steps)
-        # The tuned grid ends where the default one does. diffusers' own may be that; then it is not sampled again.
-        sampled = [default, default]
-        if stock is not None and not torch.equal(stock, default):
-            sampled.append(stock)
-        teaching = self.teacher_calls(teacher_num_steps)
-        calls = self._batches(end - start) * (teaching + sum(map(self.sampler.network_calls, sampled)))
-        if measures_worth and not self.adds_noise:
-            grids = [
-                grid for grid in start_grids(schedule, num_steps) if not any(torch.equal(grid, s) for s in sampled)
-            ]
-            more = self._compared_steps(num_steps, teacher_num_steps)
-            grids += [make_timesteps(schedule, steps) for steps in more if steps != num_steps]
-            batches = [self._batches(min(number, MAX_WORTH_SAMPLES)) for number in (start, end)]
-            calls += (batches[1] - batches[0]) * sum(map(self.sampler.network_calls, grids))
+        """The network calls, each of a batch, of `evaluate` for noises from number `start` to `end`, at one scale.
+
+        Args:
+            curve: that of the untuned sampler, if it is known. The calls that measure it are `curve_calls`.
+        """
+        sampled = self._grids_of_all_noises(num_steps)
+        # The tuned grid ends where the default one does.
+        calls = self.teacher_calls(teacher_num_steps) + sum(map(self.sampler.network_calls, [sampled[0], *sampled]))
+        calls *= self._batches(end - start)
+        if curve is not None and self._is_other(rival := self._rival(num_steps, curve), sampled):
+            calls += self._batches(end - start) * self.sampler.network_calls(rival)
         has_kl = start == 0 and self._measures_kl
-        return calls + (2 * self.sampler.network_calls(default) if has_kl else 0)
+        return calls + (2 * self.sampler.network_calls(sampled[0]) if has_kl else 0)
+
+    def curve_calls(self, num_steps: int, teacher_num_steps: int, num_samples: int) -> int:
+        """The network calls of `evaluate` that measure the untuned sampler's curve, of `num_samples` noises."""
+        if self.adds_noise:
+            return 0
+        schedule, sampled = self.model.noise_schedule, self._grids_of_all_noises(num_steps)
+        grids = [grid for grid in named_grids(schedule, num_steps).values() if self._is_other(grid, sampled)]
+        more = self._compared_steps(num_steps, teacher_num_steps)
+        grids += [make_timesteps(schedule, steps) for steps in more if steps != num_steps]
+        return self._batches(_worth_samples(num_samples)) * sum(map(self.sampler.network_calls, grids))
+
+    def rest_of_rival_calls(self, num_steps: int, num_samples: int, curve: UntunedCurve) -> int:
+        """The network calls of `evaluate` on the best named grid, but those that `curve_calls` holds."""
+        rival = self._rival(num_steps, curve)
+        if not self._is_other(rival, self._grids_of_all_noises(num_steps)):
+            return 0
+        return self._batches(num_samples - curve.num_samples) * self.sampler.network_calls(rival)
+
+    def _grids_of_all_noises(self, num_steps: int) -> list[Tensor]:
+        """The untuned grids that are sampled from all noises: the default one, and diffusers' own where it differs."""
+        default, stock = make_timesteps(self.model.noise_schedule, num_steps), self.model.stock_timesteps(num_steps)
+        return [default] if stock is None or torch.equal(stock, default) else [default, stock]
+
+    def _rival(self, num_steps: int, curve: UntunedCurve) -> Tensor:
+        return make_timesteps(self.model.noise_schedule, num_steps, curve.grid)
+
+    @staticmethod
+    def _is_other(grid: Tensor, sampled: list[Tensor]) -> bool:
+        return not any(torch.equal(grid, each) for each in sampled)
 
     def teacher_calls(self, teacher_num_steps: int) -> int:
         """The network calls of a teacher for one batch."""

@@ -22,6 +22,14 @@ def guidance_of(request: SamplingSetting) -> Guidance:
     return Guidance(request.guidance_type, scale, rescale, None if interval == (0, 1000) else interval)
 
 
+def guidance_scales_of(request: TuningJobRequest) -> tuple[float, float] | None:
+    """The interval of guidance scales that a schedule is tuned for; None of one scale."""
+    if request.guidance_scales is None:
+        return None
+    low, high = map(float, request.guidance_scales)
+    return low, high
+
+
 def conditions_of(request: SampleRequest) -> tuple[Tensor | None, Tensor | None]:
     """The condition of each image, `(num_images, ...)`, and the condition that stands for none, `(1, ...)`.
 

@@ -58,6 +58,8 @@ def run_pipeline_job(runtime: Runtime, lease: Lease, job: TuningJob) -> None:
     assert isinstance(tuner, PipelineTuner)
     call = call_of(request, served)
     call.pop("output_type", None)  # The tuner compares latents.
+    if request.guidance_scales is not None:
+        call["guidance_scale"] = list(map(float, request.guidance_scales))
     if request.sizes is not None:
         call |= dict(zip(SIZES, map(list, zip(*request.sizes, strict=True)), strict=True))
     prompts = read_prompts(request.prompts) if takes_prompts(served.pipeline) else None
@@ -235,16 +237,6 @@ def _evaluation_row(
     schedule_id: str, job: TuningJob, request: TuningJobRequest, evaluation: dict[str, Any]
 ) -> EvaluationRow:
     metric, change = evaluation["metrics"]["teacher_l2"], evaluation["metrics"]["teacher_l2"]["change"]
-    distances = {name: _or_none(distance) for name, distance in evaluation["distances"].items()}
-    after = metric["after"]
-    figures = {"before": metric["before"], "after": metric["after"], "change": change["mean"]}
-    figures |= {"low": change["low"], "high": change["high"], "stock": distances.get("native"), "teacher": None}
-    metrics = {"teacher_l2": figures}
-    for name in ("native", "untuned"):
-        if (before := distances.get(name)) is not None:
-            difference = {"before": before, "after": after, "low": None, "high": None}
-            difference["change"] = None if after is None else after - before
-            metrics[f"teacher_l2_{name}"] = difference | {"stock": None, "teacher": None}
     return EvaluationRow(
         schedule_id=schedule_id,
         num_samples=evaluation["num_samples"],
@@ -256,12 +248,36 @@ def _evaluation_row(
         teacher_l2_change_high=_finite(change["high"]),
         frechet_before=None,
         frechet_after=None,
-        metrics=metrics,
+        metrics=_metrics(evaluation),
         verdict=evaluation["verdict"],
         reason=evaluation["reason"],
+        guidance_scale=evaluation.get("guidance_scale"),
+        at_scales=[_at_scale(each) for each in evaluation.get("at_scales", [])] or None,
         wall_time_seconds=job.tuning_seconds,
         network_calls=job.network_calls,
     )
+
+
+def _at_scale(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The evaluation at one guidance scale of an interval, as the API tells it."""
+    names = ("guidance_scale", "verdict", "reason", "score", "num_samples")
+    return {name: evaluation[name] for name in names} | {"metrics": _metrics(evaluation)}
+
+
+def _metrics(evaluation: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """The distance to the teacher, against the better rival and against each of them."""
+    metric, change = evaluation["metrics"]["teacher_l2"], evaluation["metrics"]["teacher_l2"]["change"]
+    distances = {name: _or_none(distance) for name, distance in evaluation["distances"].items()}
+    after = metric["after"]
+    figures = {"before": metric["before"], "after": after, "change": change["mean"]}
+    figures |= {"low": change["low"], "high": change["high"], "stock": distances.get("native"), "teacher": None}
+    metrics = {"teacher_l2": figures}
+    for name in ("native", "untuned"):
+        if (before := distances.get(name)) is not None:
+            difference = {"before": before, "after": after, "low": None, "high": None}
+            difference["change"] = None if after is None else after - before
+            metrics[f"teacher_l2_{name}"] = difference | {"stock": None, "teacher": None}
+    return metrics
 
 
 def _or_none(value: float) -> float | None:

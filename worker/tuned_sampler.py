@@ -8,14 +8,16 @@ from service.registry.tables import TuningJob
 from service.shared.job_requests import TuningJobRequest
 from timetuner_core.evaluation.teacher_check import TeacherError
 from timetuner_core.evaluation.verdict import Evaluation
+from timetuner_core.evaluation.worth import UntunedCurve
 from timetuner_core.samplers import get_sampler
 from timetuner_core.tuners import DataTuner
 from timetuner_core.tuning.problem import TuningProblem, TuningState
 from timetuner_core.tuning_setup import Experiment
-from worker.conversion import guidance_of, timesteps_of
+from worker.conversion import guidance_of, guidance_scales_of, timesteps_of
 from worker.lease import JobRefusedError
 from worker.runtime import Runtime
 from worker.tuning_progress import TuningProgress, phases_of
+from worker.untuned_curves import keep_curve, known_curves
 
 
 class TunedSampler:
@@ -53,9 +55,12 @@ class TunedSampler:
             request.seed,
             request.evaluation.batch_size,
             runtime.device,
+            guidance_scales=guidance_scales_of(request),
         )
         resumed = any(step.iterations for step in job.steps)
-        phases = phases_of(request, self.experiment, resumed=resumed, checks_teacher=checks_teacher and not resumed)
+        self._curves = known_curves(runtime, request, list(self.experiment.at_scales()))
+        checks = checks_teacher and not resumed
+        phases = phases_of(request, self.experiment, self._curves, resumed=resumed, checks_teacher=checks)
         self.progress = TuningProgress(phases, runtime.settings.save_seconds)
         # Only network calls tell how far a search for a grid is, which has one iteration, or a solver, whose are long.
         self.progress.stores_itself = self.tuner.iterations > 1 and not self.tuner.has_long_iterations
@@ -91,12 +96,16 @@ class TunedSampler:
 
     def evaluate(self, state: TuningState) -> Evaluation:
         """Evaluate the tuned sampler against the untuned one, on noise that tuning did not use."""
-        how = self.request.evaluation
+        how, num_steps = self.request.evaluation, self.request.num_steps
 
-        def before_more(start: int, end: int) -> None:
-            calls = self.experiment.evaluation_calls(
-                self.request.num_steps, how.teacher_num_steps, start, end, measures_worth=True
-            )
+        def on_curve(scale: float, curve: UntunedCurve) -> None:
+            self._curves[scale] = curve
+            self.progress.evaluate_more(self.experiment.rest_of_rival_calls(num_steps, how.num_samples, curve))
+            keep_curve(self.runtime, self.request, scale, curve)
+
+        def before_more(scale: float, start: int, end: int) -> None:
+            curve = self._curves.get(scale)
+            calls = self.experiment.evaluation_calls(num_steps, how.teacher_num_steps, start, end, curve)
             self.progress.evaluate_more(calls)
 
         return self.experiment.evaluate(
@@ -107,6 +116,8 @@ class TunedSampler:
             solver_table=state.solver_table,
             max_num_samples=how.most_samples,
             measures_worth=True,
+            curves=self._curves,
+            on_curve=on_curve,
             before_more=before_more,
         )
 

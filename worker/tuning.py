@@ -4,6 +4,7 @@ import dataclasses
 import math
 from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 from sqlalchemy.orm import Session
 
@@ -104,10 +105,46 @@ def _evaluation_row(schedule_id: str, job: TuningJob, sampler: TunedSampler, res
         metrics={name: _metric(metric) for name, metric in result.metrics.items()},
         verdict=result.verdict,
         reason=result.reason,
-        worth=None if result.worth is None else result.worth.to_dict(),
+        worth=_worth(result),
+        best_untuned=_best_untuned(result),
+        guidance_scale=result.guidance_scale,
+        at_scales=[_at_scale(scale, each) for scale, each in result.at_scales.items()] or None,
         wall_time_seconds=job.tuning_seconds,
         network_calls=job.network_calls,
     )
+
+
+def _at_scale(scale: float, result: Evaluation) -> dict[str, Any]:
+    """The evaluation at one guidance scale of an interval, as the API tells it."""
+    return {
+        "guidance_scale": scale,
+        "verdict": result.verdict,
+        "reason": result.reason,
+        "score": result.score if math.isfinite(result.score) else None,
+        "num_samples": result.num_samples,
+        "metrics": {name: _metric(metric) for name, metric in result.metrics.items()},
+        "worth": _worth(result),
+        "best_untuned": _best_untuned(result),
+    }
+
+
+def _worth(result: Evaluation) -> dict[str, Any] | None:
+    return None if result.worth is None else result.worth.to_dict()
+
+
+def _best_untuned(result: Evaluation) -> dict[str, Any] | None:
+    """The best untuned choice, as the API tells it. Numbers that are not finite are null."""
+    best = result.best_untuned
+    if best is None:
+        return None
+    figures = {
+        "teacher_l2": best.teacher_l2,
+        "change": best.change.mean,
+        "low": best.change.low,
+        "high": best.change.high,
+    }
+    finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+    return {"sampler": best.sampler, "grid": best.grid, **finite}
 
 
 def _no_nan(value: float) -> float:

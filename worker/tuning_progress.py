@@ -2,11 +2,12 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from service.shared.job_requests import TuningJobRequest
+from timetuner_core.evaluation.worth import UntunedCurve
 from timetuner_core.grids import start_grids, start_grids_with_free_step
 from timetuner_core.tuners import MAX_START_SAMPLES, SolverTuner, TeacherMatchingTuner, TunedSetting
 from timetuner_core.tuning_setup import Experiment
@@ -23,12 +24,20 @@ class Phase:
     done: int = 0
 
 
-def phases_of(request: TuningJobRequest, experiment: Experiment, *, resumed: bool, checks_teacher: bool) -> list[Phase]:
+def phases_of(
+    request: TuningJobRequest,
+    experiment: Experiment,
+    curves: Mapping[float, UntunedCurve],
+    *,
+    resumed: bool,
+    checks_teacher: bool,
+) -> list[Phase]:
     """The phases of an attempt at a job, in order.
 
     A tuner that stops early makes fewer calls than its phase has. One that makes none has 1, so that it is a phase.
 
     Args:
+        curves: The untuned sampler's curves that are known, by the guidance scale. The others are measured.
         resumed: An earlier attempt has begun to tune, so that the grid to start from is known.
         checks_teacher: The evaluation's teacher is checked first.
     """
@@ -36,7 +45,7 @@ def phases_of(request: TuningJobRequest, experiment: Experiment, *, resumed: boo
     sampler, schedule = experiment.sampler, experiment.model.noise_schedule
     has_data = experiment.model.draw_data is not None
     setting = TunedSetting(num_steps, sampler.calls_per_step, sampler.history_length, has_data, False)
-    batch_size = getattr(tuner, "batch_size", 1)
+    batch_size, at_scales = getattr(tuner, "batch_size", 1), experiment.at_scales()
     population = getattr(tuner, "population_size", 0)
     batches = math.ceil(population / (evaluation.batch_size if tuner.population == "data" else batch_size))
     teacher = start = 0
@@ -53,11 +62,17 @@ def phases_of(request: TuningJobRequest, experiment: Experiment, *, resumed: boo
         "teacher": teacher,
         "start": start,
         "tuning": max(1, math.ceil(tuner.network_samples(setting) / batch_size)),
-        "evaluation": experiment.evaluation_calls(
-            num_steps, evaluation.teacher_num_steps, 0, evaluation.num_samples, measures_worth=True
-        ),
+        "evaluation": sum(_evaluation_calls(request, each, curves.get(scale)) for scale, each in at_scales.items()),
     }
     return [Phase(name, total) for name, total in totals.items() if total]
+
+
+def _evaluation_calls(request: TuningJobRequest, experiment: Experiment, curve: UntunedCurve | None) -> int:
+    how, num_steps = request.evaluation, request.num_steps
+    calls = experiment.evaluation_calls(num_steps, how.teacher_num_steps, 0, how.num_samples, curve)
+    if curve is not None:
+        return calls
+    return calls + experiment.curve_calls(num_steps, how.teacher_num_steps, how.num_samples)
 
 
 class TuningProgress:

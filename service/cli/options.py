@@ -21,6 +21,26 @@ Clipping = Annotated[
 ]
 GuidanceType = Annotated[AnyGuidanceType | None, typer.Option(help="[uncond]")]
 GuidanceScale = Annotated[float | None, typer.Option(help="[1]")]
+
+
+def scale_or_interval(text: str) -> dict[str, Any]:
+    """The field of a request that one guidance scale is, or the lowest and the highest of an interval."""
+    low, dots, high = text.partition("..")
+    try:
+        return {"guidance_scales": [float(low), float(high)]} if dots else {"guidance_scale": float(low)}
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}; accepted: a number, or LOWEST..HIGHEST, such as 1.5..7.5") from None
+
+
+GuidanceScales = Annotated[
+    Any,
+    typer.Option(
+        "--guidance-scale",
+        parser=scale_or_interval,
+        metavar="SCALE[..HIGHEST]",
+        help="One scale, or an interval such as 1.5..7.5, all of which the schedule then serves. [1]",
+    ),
+]
 GuidanceRescale = Annotated[float | None, typer.Option(help="[0]")]
 GuidanceStart = Annotated[float | None, typer.Option(help="No guidance at times below. [0]")]
 GuidanceEnd = Annotated[float | None, typer.Option(help="No guidance at times above. [1000]")]

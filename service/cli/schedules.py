@@ -246,14 +246,17 @@ def show_schedule(schedule: "Schedule") -> None:
     )
     if schedule.evaluation is not None:
         typer.echo(f"\n{schedule.evaluation.summary or schedule.evaluation.reason or ''}")
+        if schedule.evaluation.at_scales:
+            scales = ((s.guidance_scale, s.verdict, s.score) for s in schedule.evaluation.at_scales)
+            print_table(("guidance scale", "verdict", "score"), scales)
         metrics = schedule.evaluation.metrics.items()
         columns = ("metric", "diffusers' grid", "untuned", "tuned", "change", "from", "to")
         print_table(columns, ((name, m.stock, m.before, m.after, m.change, m.low, m.high) for name, m in metrics))
 
 
 def _guidance(schedule: "Schedule") -> str:
-    scale = f" x{schedule.guidance_scale:g}" if schedule.guidance_type != "uncond" else ""
-    return schedule.guidance_type + scale
+    scales = "..".join(f"{scale:g}" for scale in schedule.guidance_scales or [schedule.guidance_scale])
+    return schedule.guidance_type + (f" x{scales}" if schedule.guidance_type != "uncond" else "")
 
 
 def _read(file: Path) -> Any:

@@ -14,7 +14,7 @@ from service.cli.options import (
     Eta,
     GuidanceEnd,
     GuidanceRescale,
-    GuidanceScale,
+    GuidanceScales,
     GuidanceStart,
     GuidanceType,
     Height,
@@ -57,7 +57,7 @@ def tune(
     sampler: SamplerName = None,
     clipping: Clipping = None,
     guidance_type: GuidanceType = None,
-    guidance_scale: GuidanceScale = None,
+    guidance_scale: GuidanceScales = None,
     guidance_rescale: GuidanceRescale = None,
     guidance_start: GuidanceStart = None,
     guidance_end: GuidanceEnd = None,
@@ -98,7 +98,6 @@ def tune(
         sampler=sampler,
         clipping=clipping,
         guidance_type=guidance_type,
-        guidance_scale=guidance_scale,
         guidance_rescale=guidance_rescale,
         guidance_start=guidance_start,
         guidance_end=guidance_end,
@@ -108,6 +107,7 @@ def tune(
         seed=seed,
         private=private or None,
         webhook_url=webhook_url,
+        **(guidance_scale or {}),
     )
     objectives = [name.strip() for name in objective.split(",")] if objective else [None]
     tuners = [given(objective=name) | dict(tuner) for name in dict.fromkeys(objectives)]

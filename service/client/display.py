@@ -17,9 +17,8 @@ DPI = 100
 
 def schedule_html(schedule: "Schedule") -> str:
     """A schedule as HTML: its setting, its evaluation and its plot."""
-    guidance = f"{schedule.guidance_type}" + (
-        f" ×{schedule.guidance_scale:g}" if schedule.guidance_type != "uncond" else ""
-    )
+    scales = " to ".join(f"{scale:g}" for scale in schedule.guidance_scales or [schedule.guidance_scale])
+    guidance = schedule.guidance_type + (f" ×{scales}" if schedule.guidance_type != "uncond" else "")
     facts = {
         "schedule": schedule.id,
         "for": f"{schedule.sampler}, {schedule.num_steps} steps, {guidance}, model {schedule.model}",

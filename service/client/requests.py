@@ -49,9 +49,14 @@ class CallOptions(TypedDict, total=False):
     call: Mapping[str, Any]
 
 
-class SizesOption(TypedDict, total=False):
-    """For pipelines, in place of `height` and `width`: several (height, width). The schedule serves all between."""
+class IntervalOptions(TypedDict, total=False):
+    """What one schedule serves all of.
 
+    `guidance_scales` in place of `guidance_scale` are the lowest and the highest. For pipelines, `sizes` in place of
+    `height` and `width` are several (height, width).
+    """
+
+    guidance_scales: Sequence[float] | None
     sizes: Sequence[Sequence[int]] | None
 
 
@@ -158,7 +163,7 @@ class EvaluationRequest(TypedDict, total=False):
     batch_size: int
 
 
-class TuningJobRequest(Setting, SizesOption, total=False):
+class TuningJobRequest(Setting, IntervalOptions, total=False):
     """Tune one schedule."""
 
     timesteps: Timesteps
@@ -212,7 +217,7 @@ class SolverTable(TypedDict):
     b: Sequence[Sequence[float]]
 
 
-class ScheduleImport(Setting, SizesOption, total=False):
+class ScheduleImport(Setting, IntervalOptions, total=False):
     """A schedule made elsewhere; `Schedule.to_import()` is one."""
 
     timesteps: Required[Sequence[float]]

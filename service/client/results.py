@@ -157,8 +157,36 @@ class Worth(BaseModel):
     untuned: list[Untuned]
 
 
+class BestUntuned(BaseModel):
+    """The best untuned choice that was measured, with as many network calls; `change` is the schedule's minus that."""
+
+    sampler: str
+    grid: str
+    teacher_l2: float | None
+    change: float | None
+    low: float | None
+    high: float | None
+
+
+class ScaleEvaluation(BaseModel):
+    """What was found at one guidance scale, of a schedule for an interval of them."""
+
+    guidance_scale: float
+    verdict: Literal["accepted", "rejected", "undecided"]
+    reason: str
+    score: float | None
+    num_samples: int
+    metrics: dict[str, Metric]
+    worth: Worth | None = None
+    best_untuned: BestUntuned | None = None
+
+
 class Evaluation(BaseModel):
-    """Tuned against untuned, from the same held-out noise. Notebooks show it as a table, or as a picture."""
+    """Tuned against untuned, from the same held-out noise. Notebooks show it as a table, or as a picture.
+
+    Of a schedule for an interval of guidance scales, the figures are those of the scale that decides, `guidance_scale`.
+    `at_scales` has them all.
+    """
 
     num_samples: int
     teacher_num_steps: int
@@ -173,6 +201,9 @@ class Evaluation(BaseModel):
     verdict: Literal["accepted", "rejected", "undecided"] | None = None
     reason: str | None
     worth: Worth | None = None
+    best_untuned: BestUntuned | None = None
+    guidance_scale: float | None = None
+    at_scales: list[ScaleEvaluation] | None = None
     summary: str | None = None
     wall_time_seconds: float
     network_calls: int
@@ -185,7 +216,10 @@ class Evaluation(BaseModel):
 
 
 class Schedule(BaseModel):
-    """A time grid with a ratio per step. Notebooks show it as a table with a picture."""
+    """A time grid with a ratio per step. Notebooks show it as a table with a picture.
+
+    Of a schedule for an interval of guidance scales, `guidance_scale` is the lowest.
+    """
 
     id: str
     owner: str | None = None
@@ -197,6 +231,7 @@ class Schedule(BaseModel):
     clipping: str | None = None
     guidance_type: GuidanceType
     guidance_scale: float
+    guidance_scales: list[float] | None = None
     guidance_rescale: float
     guidance_start: float
     guidance_end: float

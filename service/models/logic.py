@@ -33,6 +33,7 @@ from service.registry.tables import (
     Schedule,
     ScheduleAlias,
     TuningJob,
+    UntunedCurveRow,
 )
 from service.registry.types import new_id, utc_now
 from service.shared.artifacts import ArtifactStore
@@ -298,7 +299,8 @@ def delete_model(
             # New jobs and schedules refer to the row, so they wait for this lock.
             session.refresh(model, with_for_update=True)
             _check_unused(session, caller, model_id, cascade)
-            session.execute(delete(ScheduleAlias).where(ScheduleAlias.model_id == model_id))
+            for kept in (ScheduleAlias, UntunedCurveRow):
+                session.execute(delete(kept).where(kept.model_id == model_id))
             model.deleted_at = utc_now()
             artifact = model.source.get("artifact")  # Files in a folder of the operator stay.
         caller.record(session, "delete_model", model_id)

@@ -23,6 +23,7 @@ class JobState(StrEnum):
 
 
 _NOT_DELETED = text("deleted_at IS NULL")
+IS_GUIDANCE_INTERVAL = text("guidance_scale_high > 0")
 FINAL_STATES = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 
 
@@ -256,6 +257,7 @@ class OfSetting:
         "eta",
         "clipping",
         "call_key",
+        "guidance_scale_high",
     )
 
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"))
@@ -272,6 +274,13 @@ class OfSetting:
     clipping: Mapped[str] = mapped_column(default="own", server_default="own")  # "own": as the model's scheduler does.
     # The arguments of a pipeline's call that change latents, as `service.shared.pipeline_calls` digests them.
     call_key: Mapped[str] = mapped_column(default="", server_default="")
+    # The end of an interval of guidance scales, which begins at `guidance_scale`. It is 0 of a single scale.
+    guidance_scale_high: Mapped[Decimal] = mapped_column(default=Decimal(0), server_default="0")
+
+    @property
+    def guidance_scales(self) -> list[Decimal] | None:
+        """The lowest and the highest guidance scale of an interval; None of a single scale."""
+        return [self.guidance_scale, self.guidance_scale_high] if self.guidance_scale_high else None
 
 
 class Schedule(OfSetting, CanBePrivate, Base):
@@ -287,6 +296,17 @@ class Schedule(OfSetting, CanBePrivate, Base):
     __table_args__ = (
         UniqueConstraint(*OfSetting.KEY, "private_to", "version", name="uq_schedules_version"),
         Index("ix_schedules_resolve", *OfSetting.KEY, "private_to", "status", "score", "id"),
+        Index(
+            "ix_schedules_intervals",
+            "model_id",
+            "num_steps",
+            "guidance_type",
+            "status",
+            "sampler",
+            "guidance_scale",
+            sqlite_where=IS_GUIDANCE_INTERVAL,
+            postgresql_where=IS_GUIDANCE_INTERVAL,
+        ),
         *_list_indexes("schedules", LISTED_BY, (*OfSetting.KEY, "status", "private_to")),
     )
 
@@ -337,6 +357,9 @@ class EvaluationRow(Base):
         verdict: accepted, rejected or undecided; null of evaluations by versions that knew two verdicts.
         reason: why it is that verdict.
         worth: how many untuned steps it is worth, as the core's `Worth.to_dict` writes it; null if not measured.
+        best_untuned: the untuned choice that the schedule has to be nearer to the teacher than, as the API tells it.
+        guidance_scale: the scale that the figures are of, where the schedule is for an interval of scales.
+        at_scales: what was found at each scale that such a schedule was evaluated at, as the API tells it.
         wall_time_seconds: time of tuning, without the evaluation.
         network_calls: samples put through the network while tuning.
     """
@@ -357,10 +380,29 @@ class EvaluationRow(Base):
     verdict: Mapped[str | None] = mapped_column(String(16))
     reason: Mapped[str | None] = mapped_column(String(2000))
     worth: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    best_untuned: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    guidance_scale: Mapped[float | None]
+    at_scales: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON(none_as_null=True))
     wall_time_seconds: Mapped[float]
     network_calls: Mapped[int] = mapped_column(BigInteger)
 
     schedule: Mapped["Schedule"] = relationship(back_populates="evaluation")
+
+
+class UntunedCurveRow(Base):
+    """An untuned sampler's distances to its teacher, which all tuning jobs of one setting and seed have in common.
+
+    Attributes:
+        key: a digest of all that decides the distances.
+        curve: as the core's `UntunedCurve.to_dict` writes it.
+    """
+
+    __tablename__ = "untuned_curves"
+
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
+    curve: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
 
 class SampleJob(Job):

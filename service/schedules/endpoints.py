@@ -38,7 +38,6 @@ from service.schedules.schemas import (
     SchedulePage,
 )
 from service.shared.job_requests import OWN_SAMPLER
-from service.shared.pipeline_calls import is_pipeline
 from service.state import WRITES, State
 from timetuner_core.exports.formats import FORMATS
 
@@ -94,7 +93,7 @@ def resolve_schedule(caller: AnyCaller, state: State, query: ResolveParams) -> R
         spec = get_requested_model(session, caller, query.model, where="query").spec
         setting = settled(spec, query, OWN_SAMPLER, where="query", is_run=False)
         schedule, reason = logic.resolve(session, caller, setting)
-        if schedule is None and is_pipeline(spec):
+        if schedule is None:
             reason += logic.mismatch(session, caller, setting)
         return Resolution(schedule=schedule and ScheduleOut.model_validate(schedule), reason=reason)
 

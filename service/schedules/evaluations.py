@@ -44,6 +44,30 @@ class WorthOut(BaseModel):
     untuned: list[UntunedOut] = Field(description="Up to four times as many steps, below the teacher's.")
 
 
+class BestUntunedOut(BaseModel):
+    """The best untuned choice that was measured, with as many network calls, and how much nearer the schedule is."""
+
+    sampler: str = Field(examples=["ddim"])
+    grid: str = Field(examples=["log_snr"])
+    teacher_l2: float | None = Field(examples=[0.62], description="Its mean distance to the teacher.")
+    change: float | None = Field(examples=[-0.17], description="The schedule's distance minus that.")
+    low: float | None = Field(examples=[-0.2], description="95 % bootstrap interval of the change.")
+    high: float | None = Field(examples=[-0.14])
+
+
+class ScaleOut(BaseModel):
+    """What was found at one guidance scale, of a schedule for an interval of them."""
+
+    guidance_scale: float = Field(examples=[1.5])
+    verdict: Literal["accepted", "rejected", "undecided"]
+    reason: str
+    score: float | None = Field(examples=[0.73])
+    num_samples: int = Field(examples=[512])
+    metrics: dict[str, MetricOut]
+    worth: WorthOut | None = None
+    best_untuned: BestUntunedOut | None = None
+
+
 class EvaluationOut(BaseModel):
     """Tuned against untuned, from the same held-out noise."""
 
@@ -77,6 +101,22 @@ class EvaluationOut(BaseModel):
         description="Why the schedule was accepted, rejected or left undecided.",
     )
     worth: WorthOut | None = Field(None, description="Null: not measured, as of samplers that add noise.")
+    best_untuned: BestUntunedOut | None = Field(
+        None,
+        description="The sampler on the best named time grid. A schedule is accepted only if it is nearer to the "
+        "teacher than that. Null: not measured, as of samplers that add noise.",
+    )
+    guidance_scale: float | None = Field(
+        None,
+        examples=[None],
+        description="The scale that these figures are of, where the schedule is for an interval: the one that decides, "
+        "as it was rejected, else undecided, else has the highest score. Null: the schedule is for one scale.",
+    )
+    at_scales: list[ScaleOut] | None = Field(
+        None,
+        examples=[None],
+        description="What was found at both ends of an interval of guidance scales, and in the middle.",
+    )
     summary: str | None = Field(
         None,
         examples=["5 steps, as good as 14 untuned: 64% fewer."],
@@ -89,8 +129,10 @@ class EvaluationOut(BaseModel):
         """What the evaluation of a schedule of `num_steps` found: what it brought, and by what evidence."""
         if self.verdict in ("rejected", "undecided"):
             return f"{self.verdict.capitalize()}: {self.reason}."
-        sentences = [_worth(num_steps, self.worth), _closer(self)]
-        return " ".join(sentence for sentence in sentences if sentence) or self.reason
+        found = [sentence for sentence in (_worth(num_steps, self.worth), _closer(self)) if sentence]
+        if self.guidance_scale is not None and found:
+            found.insert(0, f"At guidance scale {self.guidance_scale:g}, where it gains least:")
+        return " ".join(found) or self.reason
 
 
 def _worth(num_steps: int, worth: WorthOut | None) -> str | None:

@@ -15,7 +15,7 @@ from service.http.errors import ConflictError, InvalidError, NotFoundError
 from service.models.logic import get_model
 from service.registry.database import Registry
 from service.registry.schedules import next_version
-from service.registry.tables import SampleJob, Schedule, ScheduleAlias, ScheduleStatus
+from service.registry.tables import IS_GUIDANCE_INTERVAL, SampleJob, Schedule, ScheduleAlias, ScheduleStatus
 from service.request_checks import check_timesteps, get_requested_model, settled
 from service.schedules.schemas import ScheduleImport, ScheduleQuery
 from service.shared.job_requests import OWN_SAMPLER, SamplingSetting
@@ -75,7 +75,8 @@ def newest(session: Session, caller: Caller, query: ScheduleQuery) -> tuple[Sequ
 def resolve(session: Session, caller: Caller, setting: SamplingSetting) -> tuple[Schedule | None, str]:
     """The best accepted schedule for exactly this setting, or for sizes that hold its own; or None, and the reason.
 
-    It is one of the public schedules and of those that are private to the caller's own key, for admins, too.
+    Where there is none, the best for an interval of guidance scales that holds the setting's own is taken. It is one
+    of the public schedules and of those that are private to the caller's own key, for admins, too.
     """
     of_any_sampler = setting.sampler == OWN_SAMPLER
     key = setting.key()
@@ -91,6 +92,11 @@ def resolve(session: Session, caller: Caller, setting: SamplingSetting) -> tuple
         lowest = min(schedule.score or 0.0 for schedule in accepted)
         schedule = max((one for one in accepted if one.score == lowest), key=lambda one: one.id)
         return schedule, f"version {schedule.version}: the lowest score of the accepted schedules, {schedule.score:.4f}"
+    if (of_interval := _of_guidance_interval(session, caller, setting, key)) is not None:
+        scales = _shown(of_interval.guidance_scales)
+        which = f"the accepted schedules for intervals that hold guidance_scale {setting.guidance_scale:g}"
+        reason = f"version {of_interval.version} for guidance_scale {scales}: the lowest score of {which}"
+        return of_interval, f"{reason}, {of_interval.score:.4f}"
     counted = f"{num_rejected}" if num_rejected <= MAX_COUNTED else f"more than {MAX_COUNTED}"
     return None, f"untuned: no accepted schedule for this setting ({counted} rejected)"
 
@@ -109,8 +115,28 @@ def _intervals(session: Session, caller: Caller, setting: SamplingSetting, key: 
     return [schedule.call_key for schedule in schedules if covers(schedule.call or {}, deciding)]
 
 
+def _of_guidance_interval(
+    session: Session, caller: Caller, setting: SamplingSetting, key: dict[str, Any]
+) -> Schedule | None:
+    """The best accepted schedule for an interval of guidance scales that holds that of a setting with this key."""
+    deciding = setting.deciding()
+    left_out = {"guidance_scale", "guidance_scale_high", "call_key"}
+    left_out |= {"sampler"} if setting.sampler == OWN_SAMPLER else set()
+    fixed = {name: value for name, value in key.items() if name not in left_out}
+    of_setting = select(Schedule).filter_by(**fixed, status=ScheduleStatus.ACCEPTED)
+    holding = of_setting.where(
+        IS_GUIDANCE_INTERVAL,
+        Schedule.guidance_scale <= setting.guidance_scale,
+        Schedule.guidance_scale_high >= setting.guidance_scale,
+        Schedule.private_to.in_(realms(caller)),
+    )
+    best_first = holding.order_by(Schedule.score, Schedule.id.desc()).options(joinedload(Schedule.evaluation))
+    found = session.scalars(best_first.limit(MAX_COUNTED))
+    return next((schedule for schedule in found if covers(schedule.call or {}, deciding)), None)
+
+
 def mismatch(session: Session, caller: Caller, setting: SamplingSetting) -> str:
-    """What does not match of the accepted schedule that is nearest to a pipeline's setting; empty if there is none."""
+    """What does not match of the accepted schedule that is nearest to a setting; empty if there is none."""
     query = select(Schedule).where(Schedule.model_id == setting.model, Schedule.status == ScheduleStatus.ACCEPTED)
     newest_first = query.where(is_visible(caller, Schedule)).order_by(Schedule.id.desc()).limit(MAX_COUNTED)
     wanted = _matched(setting.key(), setting.deciding())
@@ -132,11 +158,16 @@ def mismatch(session: Session, caller: Caller, setting: SamplingSetting) -> str:
 
 def _matched(key: dict[str, Any], call: dict[str, Any]) -> dict[str, Any]:
     """The fields by which schedules are found, the arguments of the call in place of their digest."""
-    of_key = {name: value for name, value in key.items() if name not in ("model_id", "call_key")}
+    left_out = ("model_id", "call_key", "guidance_scale_high")
+    of_key = {name: value for name, value in key.items() if name not in left_out}
+    if high := key["guidance_scale_high"]:
+        of_key["guidance_scale"] = [key["guidance_scale"], high]
     return of_key | {name if name in SIZES else f"call.{name}": value for name, value in call.items()}
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, list) and any(isinstance(each, Decimal) for each in value):
+        return " to ".join(map(_shown, value))
     return f"{value:g}" if isinstance(value, Decimal | float) else "not given" if value is None else f"{value}"
 
 

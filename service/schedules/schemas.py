@@ -27,7 +27,7 @@ from service.shared.job_requests import (
     GuidanceTime,
     SamplerName,
     SamplingSetting,
-    SettingOfSizes,
+    SettingOfIntervals,
 )
 from service.shared.pipeline_calls import plain_arguments
 from timetuner_core.catalog import GuidanceType
@@ -91,6 +91,12 @@ class ScheduleOut(BaseModel):
     )
     guidance_type: GuidanceType
     guidance_scale: ExactNumber = Field(examples=[1.0])
+    guidance_scales: list[ExactNumber] | None = Field(
+        None,
+        examples=[None],
+        description="The lowest and the highest guidance scale of a schedule that serves all between; then "
+        "`guidance_scale` is the lowest. Null: it is for one scale.",
+    )
     guidance_rescale: ExactNumber
     guidance_start: ExactNumber
     guidance_end: ExactNumber = Field(examples=[1000.0])
@@ -129,7 +135,7 @@ class ScheduleOut(BaseModel):
         return self
 
 
-class ScheduleImport(SettingOfSizes):
+class ScheduleImport(SettingOfIntervals):
     """A schedule made elsewhere, or exported by another registry."""
 
     timesteps: list[FiniteFloat] = Field(
@@ -181,7 +187,7 @@ class ScheduleQuery(PageQuery):
     )
     num_steps: NumSteps | None = None
     guidance_type: GuidanceType | None = None
-    guidance_scale: GuidanceScale | None = None
+    guidance_scale: GuidanceScale | None = Field(None, description="Of an interval, the lowest.")
     guidance_rescale: Eta | None = None
     guidance_start: GuidanceTime | None = None
     guidance_end: GuidanceTime | None = None

@@ -1,6 +1,7 @@
 """The requests of jobs, as they are accepted, stored and read by workers, and the setting that they share."""
 
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, Self, Union
 
 from pydantic import (
@@ -70,11 +71,13 @@ def _canonical(text: str) -> str:
 ClippingText = Annotated[str, Field(max_length=200), AfterValidator(_canonical)]
 OWN_CLIPPING = "own"  # The registry's word for the clipping of the model's own scheduler, which requests leave null.
 GuidanceTime = Annotated[ExactNumber, Field(ge=0, le=1000)]
+ONE_SCALE = Decimal(0)  # The registry's word for the end of an interval of guidance scales where there is none.
 ALWAYS = {"guidance_scale": 1, "guidance_rescale": 0, "guidance_start": 0, "guidance_end": 1000}
 MAX_SIZES = 64
 NOT_GIVEN = 0  # The number of steps of a request that leaves it to the pipeline.
 Prompt = Annotated[str, Field(max_length=MAX_TEXT)]
 Size = Annotated[int, Field(ge=1, le=16_384)]
+GuidanceScales = Annotated[list[GuidanceScale], Field(min_length=2, max_length=2)]
 HeightAndWidth = Annotated[list[Size], Field(min_length=2, max_length=2)]
 Timesteps = GridName | Annotated[list[FiniteFloat], Field(min_length=2, max_length=100_001)]
 
@@ -136,11 +139,20 @@ class SamplingSetting(BaseModel):
         names = ("sampler", "num_steps", "guidance_type", "eta")
         clipping = {"clipping": self.clipping or OWN_CLIPPING}
         call = {"call_key": call_key(self.deciding())}
-        return {"model_id": self.model, **{name: getattr(self, name) for name in names}, **clipping, **guidance, **call}
+        named = {name: getattr(self, name) for name in names}
+        return {"model_id": self.model, **named, **clipping, **guidance, **call, "guidance_scale_high": ONE_SCALE}
 
 
-class SettingOfSizes(SamplingSetting):
-    """A setting that may have several sizes."""
+class SettingOfIntervals(SamplingSetting):
+    """A setting that may have several sizes, or an interval of guidance scales."""
+
+    guidance_scales: GuidanceScales | None = Field(
+        None,
+        examples=[None],
+        description="In place of `guidance_scale`: the lowest and the highest. Samples are tuned at scales drawn from "
+        "between, and the schedule serves all of them. It is evaluated at both ends and in the middle, and accepted "
+        "only if it is accepted at all three. The tuners `end_to_end`, `solver` and `pipeline` take it.",
+    )
 
     sizes: Annotated[list[HeightAndWidth], Field(min_length=2, max_length=MAX_SIZES)] | None = Field(
         None,
@@ -152,6 +164,13 @@ class SettingOfSizes(SamplingSetting):
     def deciding(self) -> dict[str, Any]:
         """As of one size, with intervals in place of the sizes."""
         return super().deciding() | ({} if self.sizes is None else size_intervals(self.sizes))
+
+    def key(self) -> dict[str, Any]:
+        """As of one guidance scale, with both ends of an interval."""
+        if self.guidance_scales is None:
+            return super().key()
+        low, high = self.guidance_scales
+        return super().key() | {"guidance_scale": low, "guidance_scale_high": high}
 
 
 def _objective(value: Any) -> str:
@@ -204,7 +223,7 @@ def _any_of(schema: dict[str, Any]) -> None:
 PRIVATE_SCHEDULE = Field(False, description="Only the API key that makes the schedule, and admins, see and use it.")
 
 
-class TuningJobRequest(SettingOfSizes):
+class TuningJobRequest(SettingOfIntervals):
     """Tune one schedule."""
 
     model_config = ConfigDict(

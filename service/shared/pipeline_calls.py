@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 from PIL import ExifTags, Image, ImageOps
@@ -144,7 +145,7 @@ def covers(tuned: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 def covers_value(tuned: Any, wanted: Any) -> bool:
     """Whether one value is the other, or a number within its interval."""
-    if isinstance(tuned, list) and isinstance(wanted, int):
+    if isinstance(tuned, list) and isinstance(wanted, int | Decimal):
         return len(tuned) == 2 and bool(tuned[0] <= wanted <= tuned[1])
     return bool(tuned == wanted)
 

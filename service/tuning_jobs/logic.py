@@ -31,6 +31,7 @@ from service.shared.settings import Settings
 from service.tuning_jobs.pipelines import DEFAULT_SAMPLER, check_pipeline_job, check_tunable
 from timetuner_core.catalog import NAMED_GRIDS
 from timetuner_core.tuners import (
+    EVALUATED_SCALES,
     MAX_KL_SAMPLES,
     MAX_START_SAMPLES,
     MAX_WORTH_SAMPLES,
@@ -183,6 +184,7 @@ def _check(request: TuningJobRequest, spec: dict[str, Any]) -> None:
         raise InvalidError(message, ("body", "guidance_type"), request.guidance_type)
     check_uncond(spec, request, "guidance_scale 1")
     _check_noise(request)
+    _check_interval(request)
     tuner, setting = request.tuner, _setting(request, spec)
     try:
         tuner.check(setting)
@@ -210,6 +212,18 @@ def _check_noise(request: TuningJobRequest) -> None:
         raise InvalidError(message, ("body", "eta"), float(request.eta))
 
 
+def _check_interval(request: TuningJobRequest) -> None:
+    """Refuse tuners that guide all samples alike, for an interval of guidance scales."""
+    scales, objective = request.guidance_scales, request.tuner.objective
+    if scales is None or request.tuner.takes_guidance_interval:
+        return
+    *names, last = (
+        repr(name) for name, tuner in TUNERS.items() if tuner.takes_guidance_interval and name != "pipeline"
+    )
+    message = f"tuner.objective is {objective!r}, with guidance_scales; accepted: {', '.join(names)} or {last}"
+    raise InvalidError(message, ("body", "tuner", "objective"), objective)
+
+
 def _setting(request: TuningJobRequest, spec: dict[str, Any]) -> TunedSetting:
     sampler = sampler_facts(request.sampler)
     timesteps_given = request.timesteps != "default"
@@ -220,7 +234,7 @@ def _setting(request: TuningJobRequest, spec: dict[str, Any]) -> TunedSetting:
 
 def _check_size(request: TuningJobRequest, spec: dict[str, Any], settings: Settings) -> int:
     """Samples put through the network, at most. Refuses more memory or work than is allowed. Raises: TooLargeError."""
-    tuner, evaluation, setting = request.tuner, request.evaluation, _setting(request, spec)
+    tuner, setting = request.tuner, _setting(request, spec)
     guided = 2 if request.guidance_type == "classifier-free" else 1
     values = math.prod(spec["sample_shape"]) * tuner.samples_at_once(setting) * guided
     if values > settings.max_tuning_batch_values:
@@ -230,14 +244,7 @@ def _check_size(request: TuningJobRequest, spec: dict[str, Any], settings: Setti
     population = in_whole_batches(getattr(tuner, "population_size", 0), batch_size)
     steps = population * (tuner.teacher_steps(setting) or 0)
     steps += min(population, in_whole_batches(MAX_START_SAMPLES, batch_size)) * tuner.max_starts * request.num_steps
-    # Besides the teacher, three kinds of samples are made: untuned, tuned, and on diffusers' own time grid.
-    steps += evaluation.most_samples * (evaluation.teacher_num_steps + 3 * request.num_steps)
-    # The untuned sampler is tried on all named grids, and on the best one with more steps.
-    untuned = sum(math.ceil(factor * request.num_steps) for factor in WORTH_STEP_FACTORS)
-    untuned += len(NAMED_GRIDS) * request.num_steps
-    steps += untuned * min(MAX_WORTH_SAMPLES, evaluation.most_samples)
-    steps += 2 * MAX_KL_SAMPLES * request.num_steps
-    steps += TEACHER_CHECK_SAMPLES * TEACHER_CHECK_RUNS * evaluation.teacher_num_steps
+    steps += _evaluation_steps(request) * (1 if request.guidance_scales is None else EVALUATED_SCALES)
     calls = guided * (setting.calls_per_step * steps + tuner.network_samples(setting))
     if calls > settings.max_tuning_calls:
         detail = f"the job puts {calls} samples through the network; accepted: {settings.max_tuning_calls}"
@@ -245,3 +252,17 @@ def _check_size(request: TuningJobRequest, spec: dict[str, Any], settings: Setti
         where = ("body", "tuner") if total_iters is None else ("body", "tuner", "total_iters")
         raise TooLargeError(detail, where, total_iters)
     return calls
+
+
+def _evaluation_steps(request: TuningJobRequest) -> int:
+    """Steps of single samples at most, to check the teacher and to evaluate the result at one guidance scale."""
+    evaluation, num_steps = request.evaluation, request.num_steps
+    # Besides the teacher's, four kinds of samples are made: tuned ones, and untuned ones on the default time grid, on
+    # diffusers' own and on the best named one.
+    steps = evaluation.most_samples * (evaluation.teacher_num_steps + 4 * num_steps)
+    # The untuned sampler is tried on all named grids, and on the best one with more steps.
+    untuned = sum(math.ceil(factor * num_steps) for factor in WORTH_STEP_FACTORS)
+    untuned += len(NAMED_GRIDS) * num_steps
+    steps += untuned * min(MAX_WORTH_SAMPLES, evaluation.num_samples)
+    steps += 2 * MAX_KL_SAMPLES * num_steps
+    return steps + TEACHER_CHECK_SAMPLES * TEACHER_CHECK_RUNS * evaluation.teacher_num_steps

@@ -10,7 +10,7 @@ from service.shared.pipeline_calls import output_shape
 from service.shared.sampler_facts import sampler_facts
 from service.shared.settings import Settings
 from timetuner_core.catalog import sampler_names
-from timetuner_core.tuners import PipelineTuner
+from timetuner_core.tuners import EVALUATED_SCALES, PipelineTuner
 
 DEFAULT_SAMPLER = "dpmpp_2m"
 DEFAULT_HELD_OUT = 16
@@ -46,7 +46,10 @@ def check_pipeline_job(
         message = f"evaluation.teacher_num_steps is {evaluation.teacher_num_steps}; accepted: more than num_steps"
         loc = ("body", "evaluation", "teacher_num_steps")
         raise InvalidError(message, loc, evaluation.teacher_num_steps)
-    steps = complete.tuner.image_steps(request.num_steps, evaluation.teacher_num_steps, evaluation.num_samples)
+    num_scales = 1 if request.guidance_scales is None else EVALUATED_SCALES
+    steps = complete.tuner.image_steps(
+        request.num_steps, evaluation.teacher_num_steps, evaluation.num_samples, num_scales
+    )
     if steps > settings.max_tuning_calls:
         detail = f"the job takes {steps} steps of single images; accepted: {settings.max_tuning_calls}"
         raise TooLargeError(detail, ("body", "tuner", "total_iters"), complete.tuner.total_iters)

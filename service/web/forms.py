@@ -57,12 +57,15 @@ class TuningForm(BaseModel):
     clipping: Annotated[ClippingText | None, BeforeValidator(lambda text: text or None)] = None
     guidance_type: GuidanceType = "uncond"
     guidance_scale: GuidanceScale = Field(1, validate_default=True)
+    guidance_scale_high: Annotated[GuidanceScale | None, BeforeValidator(lambda text: text or None)] = None
     private: bool = False
     objective: list[Literal[tuple(DEFAULT_OBJECTIVE | OBJECTIVES)]] = [""]  # type: ignore[valid-type]
 
     def requests(self) -> list[TuningJobRequest]:
         """The jobs that the form asks for."""
-        setting = self.model_dump(exclude={"num_steps", "objective"})
+        setting = self.model_dump(exclude={"num_steps", "objective", "guidance_scale_high"})
+        if self.guidance_scale_high is not None:
+            setting["guidance_scales"] = [self.guidance_scale, self.guidance_scale_high]
         tuners = [{"tuner": {"objective": name}} if name else {} for name in dict.fromkeys(self.objective or [""])]
         return [
             TuningJobRequest.model_validate(setting | {"num_steps": steps} | tuner)

@@ -74,9 +74,10 @@ def group_of(schedule: Schedule) -> ComparisonGroup:
 
 def guidance_of(schedule: Schedule) -> str:
     """The guidance in a word or two."""
+    scales = " to ".join(f"{scale:g}" for scale in schedule.guidance_scales or [schedule.guidance_scale])
     if schedule.guidance_type == "uncond":  # A pipeline guides by itself, by a scale of its call.
-        return "unguided" if schedule.guidance_scale == 1 else f"guidance ×{schedule.guidance_scale:g}"
-    parts = [f"{schedule.guidance_type} ×{schedule.guidance_scale:g}"]
+        return "unguided" if scales == "1" else f"guidance ×{scales}"
+    parts = [f"{schedule.guidance_type} ×{scales}"]
     if schedule.guidance_rescale:
         parts.append(f"rescale {schedule.guidance_rescale:g}")
     if schedule.guidance_start > 0 or schedule.guidance_end < 1000:
@@ -96,7 +97,8 @@ def untuned_calls(schedule: Schedule, num_steps: int) -> int | None:
 
 def _calls(schedule: Schedule, timesteps: Sequence[float]) -> int | None:
     facts = _facts(schedule.sampler)
-    guided = schedule.guidance_type == "classifier-free" and schedule.guidance_scale != 1
+    guides = schedule.guidance_scale != 1 or schedule.guidance_scales is not None
+    guided = schedule.guidance_type == "classifier-free" and guides
     return None if facts is None else facts.network_calls(timesteps) * (2 if guided else 1)
 
 
@@ -154,7 +156,7 @@ def usual_setting(model: Model) -> dict[str, Any]:
 def setting_of(schedule: Schedule) -> dict[str, dict[str, Any]]:
     """A schedule's setting: the fields that forms have, and `more`, the others that are not at their defaults.
 
-    A form has one size. Of a schedule for an interval, it is the smallest.
+    A form has one size, and one guidance scale. Of a schedule for an interval, it is the smallest.
     """
     fields = {name: getattr(schedule, name) for name in FORM_SETTING}
     fields["guidance_scale"] = f"{float(schedule.guidance_scale):.10g}"

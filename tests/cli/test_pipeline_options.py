@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from service.cli.options import assignment, call_of, image_file, size
+from service.cli.options import assignment, call_of, image_file, scale_or_interval, size
 from service.cli.output import CommandError
 from service.cli.tune import _read_prompts
 from service.shared.pipeline_calls import decode_image
@@ -35,6 +35,14 @@ def test_a_size_is_height_and_width() -> None:
     assert size("768x1024") == (768, 1024)
     with pytest.raises(typer.BadParameter, match=r"'768'; accepted: HEIGHTxWIDTH"):
         size("768")
+
+
+def test_a_guidance_scale_is_one_or_an_interval() -> None:
+    assert scale_or_interval("2.5") == {"guidance_scale": 2.5}
+    assert scale_or_interval("1.5..7.5") == {"guidance_scales": [1.5, 7.5]}
+    for text in ("strong", "1..", "..2", "1-2"):
+        with pytest.raises(typer.BadParameter, match=r"accepted: a number, or LOWEST\.\.HIGHEST, such as 1\.5\.\.7\.5"):
+            scale_or_interval(text)
 
 
 def test_prompts_are_the_lines_of_a_file(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from timetuner_core.evaluation.verdict import (
     evaluate,
     paired_comparison,
 )
-from timetuner_core.evaluation.worth import Worth
+from timetuner_core.evaluation.worth import UntunedCurve, Worth
 from timetuner_core.grids import make_timesteps
 from timetuner_core.models.loading import load_builtin
 from timetuner_core.models.mixtures import GaussianMixture
@@ -414,7 +414,7 @@ def test_a_schedule_is_worth_the_untuned_steps_that_come_as_near(
     distance: float, num_steps: float | None, is_beyond: bool
 ) -> None:
     """The error of a first-order sampler halves with twice the steps, so that the line in logarithms is exact."""
-    worth = Worth(distance, "uniform", {steps: 5 / steps for steps in (5, 8, 10, 20)}, 16)
+    worth = Worth(distance, UntunedCurve("uniform", {steps: 5 / steps for steps in (5, 8, 10, 20)}, 16))
     assert worth.num_steps == (None if num_steps is None else pytest.approx(num_steps))
     assert worth.is_beyond == is_beyond
 
@@ -426,7 +426,7 @@ def test_worth_is_by_the_distances_of_plain_samples_from_the_best_named_grid() -
     evaluation = experiment.evaluate(grid, torch.ones(5, dtype=torch.float64), 150, 40, measures_worth=True)
     worth = evaluation.worth
     assert worth is not None
-    assert worth.num_samples == MAX_WORTH_SAMPLES
+    assert worth.curve.num_samples == MAX_WORTH_SAMPLES
     seeds = experiment.seeds(MAX_WORTH_SAMPLES, EVALUATION_SEEDS)
     teacher = experiment.teach(seeds, None, 40)
 
@@ -434,12 +434,61 @@ def test_worth_is_by_the_distances_of_plain_samples_from_the_best_named_grid() -
         return float(teacher_l2(experiment.sample(seeds, None, timesteps), teacher).mean())
 
     by_grid = {name: distance(make_timesteps(schedule, 5, name)) for name in get_args(NamedGrid)}
-    assert by_grid[worth.grid] == min(by_grid.values())
-    expected = {steps: distance(make_timesteps(schedule, steps, worth.grid)) for steps in (5, 8, 10, 15, 20)}
-    assert worth.untuned == pytest.approx(expected, rel=1e-4)
+    grid_name = worth.curve.grid
+    assert by_grid[grid_name] == min(by_grid.values())
+    expected = {steps: distance(make_timesteps(schedule, steps, grid_name)) for steps in (5, 8, 10, 15, 20)}
+    assert worth.curve.untuned == pytest.approx(expected, rel=1e-4)
     assert worth.teacher_l2 == pytest.approx(distance(grid), rel=1e-4)
     assert experiment.evaluate(grid, torch.ones(5, dtype=torch.float64), 16, 40).worth is None
     # No more untuned steps are taken than say something: the teacher's own are none.
     few = experiment.evaluate(grid, torch.ones(5, dtype=torch.float64), 16, 12, measures_worth=True).worth
     assert few is not None
-    assert list(few.untuned) == [5, 8, 10]
+    assert list(few.curve.untuned) == [5, 8, 10]
+
+
+def test_a_schedule_has_to_be_nearer_to_the_teacher_than_the_best_named_grid() -> None:
+    """A grid between the default one and the best named one is better than untuned by default, and worse than that."""
+    experiment = ring_experiment(Guidance("uncond", 1.0))
+    schedule = experiment.model.noise_schedule
+    default, ones = make_timesteps(schedule, 5), torch.ones(5, dtype=torch.float64)
+    curve = experiment.evaluate(default, ones, 64, 20, measures_worth=True).worth
+    assert curve is not None
+    best = make_timesteps(schedule, 5, curve.curve.grid)
+    between = experiment.evaluate((3 * default + best) / 4, ones, 64, 20, measures_worth=True)
+    assert between.change.significantly_lower
+    assert between.best_untuned is not None
+    assert between.best_untuned.teacher_l2 == pytest.approx(
+        experiment.evaluate(best, ones, 64, 20).teacher_l2_after, rel=1e-6
+    )
+    assert between.best_untuned.change.mean == pytest.approx(
+        between.teacher_l2_after - between.best_untuned.teacher_l2, rel=1e-6
+    )
+    assert between.verdict == "rejected"
+    assert between.reason.startswith(f"farther from the teacher than untuned ddim on the grid {curve.curve.grid}")
+    itself = experiment.evaluate(best, ones, 64, 20, measures_worth=True)
+    assert itself.verdict == "undecided"
+    assert itself.reason.startswith("not nearer to the teacher, beyond chance, than untuned ddim on the grid")
+
+
+def test_a_known_curve_is_not_measured_again_and_all_calls_are_counted() -> None:
+    """The verdict and the worth are the same, and the calls are those that `evaluation_calls` and its kin say."""
+    calls = 0
+
+    def count(_: int) -> None:
+        nonlocal calls
+        calls += 1
+
+    model = load_builtin("mixture-ring").watched(count)
+    experiment = Experiment(model, Guidance("classifier-free", 2.0), SAMPLERS["ddim"], rows_at_once=16)
+    grid = make_timesteps(model.noise_schedule, 9, "log_snr")[[0, 2, 4, 6, 8, 9]]
+    ones, measured = torch.ones(5, dtype=torch.float64), dict[float, UntunedCurve]()
+    first = experiment.evaluate(grid, ones, 150, 40, measures_worth=True, on_curve=measured.__setitem__)
+    assert list(measured) == [2.0]
+    curve = measured[2.0]
+    expected = experiment.evaluation_calls(5, 40, 0, 150) + experiment.curve_calls(5, 40, 150)
+    assert calls == expected + experiment.rest_of_rival_calls(5, 150, curve)
+    before, calls = calls, 0
+    kept = {2.0: UntunedCurve.from_dict(json.loads(json.dumps(curve.to_dict())))}
+    again = experiment.evaluate(grid, ones, 150, 40, measures_worth=True, curves=kept, on_curve=measured.pop)
+    assert again == first
+    assert calls == experiment.evaluation_calls(5, 40, 0, 150, curve) < 0.9 * before

@@ -222,9 +222,17 @@ def test_a_page_is_read_in_the_order_of_an_index_of_its_filters(
 def test_resolving_is_one_query_that_reads_an_index_and_sorts_nothing(
     filled: Registry, setting: SamplingSetting
 ) -> None:
-    (plan,) = plans_of(filled, lambda session: logic.resolve(session, ANYBODY, setting))
+    plan, *of_intervals = plans_of(filled, lambda session: logic.resolve(session, ANYBODY, setting))
     assert set(plan.indexes) == {(*Schedule.KEY, "private_to", "status", "score", "id"), ("schedule_id",)}
     assert (plan.whole_tables, plan.sorts) == ([], False)
+    # Only where no schedule is for the very scale, those for intervals are looked at, in an index of their own.
+    assert len(of_intervals) == (setting.guidance_scale != SETTING.guidance_scale)
+    for each in of_intervals:
+        assert set(each.indexes) == {
+            ("model_id", "num_steps", "guidance_type", "status", "sampler", "guidance_scale"),
+            ("schedule_id",),
+        }
+        assert each.whole_tables == []
 
 
 def test_the_next_version_is_read_off_an_index(filled: Registry) -> None:

@@ -207,11 +207,11 @@ def test_api_processes_count_a_keys_requests_together_while_the_broker_is_there(
 def test_a_daily_quota_holds_however_many_ask_at_once(ring: str, new_user: NewUser, kind: str) -> None:
     """A sample of the ring costs 2 values x 1 step x 1 image.
 
-    A tuning job puts 16 samples at most through its teacher's 20 steps, three times through its own
+    A tuning job puts 16 samples at most through its teacher's 20 steps, four times through its own
     2, and through 31 of the untuned sampler on four grids and with up to four times as many; 32 four times through
     the teacher's to check it, and 128 twice through its own 2 for the KL divergence to a mixture, each of 2 values.
     """
-    tuning = 2 * (16 * (26 + 31) + 32 * 4 * 20 + 128 * 2 * 2)
+    tuning = 2 * (16 * (28 + 31) + 32 * 4 * 20 + 128 * 2 * 2)
     cost, scope = (2, Scope.SAMPLE) if kind == "samples" else (tuning, Scope.TUNE)
     user = new_user(scope, pixel_steps_per_day=3 * cost + 1)
 

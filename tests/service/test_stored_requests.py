@@ -61,6 +61,7 @@ def test_a_stored_request_is_read_whole_and_unknown_fields_are_ignored(row: Json
         read |= {
             "prompts": None,
             "sizes": None,
+            "guidance_scales": None,
             "private": False,
             "evaluation": {**row["evaluation"], "max_num_samples": None},
         }

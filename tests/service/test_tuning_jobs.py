@@ -129,11 +129,14 @@ def test_an_evaluation_gives_all_metrics_with_their_intervals_and_says_what_deci
     # Noise makes each sample another one than the teacher's, so there its distance does not count.
     counts = [metric for name, metric in metrics.items() if name != "teacher_l2" or not eta]
     better = decides["high"] < 0 and metrics["frechet"]["change"] <= 0 and all(metric["low"] <= 0 for metric in counts)
-    assert schedule["status"] == ("accepted" if better else "rejected")
-    assert any(name in evaluation["reason"] for name in metrics)
+    best = evaluation["best_untuned"]
+    assert schedule["status"] == ("accepted" if better and (best is None or best["high"] < 0) else "rejected")
+    assert any(name in evaluation["reason"] for name in (*metrics, "than untuned ddim on the grid"))
     if eta:
-        assert evaluation["worth"] is None
+        assert evaluation["worth"] is best is None
     else:
+        assert best["change"] == pytest.approx(evaluation["teacher_l2_after"] - best["teacher_l2"])
+        assert best["grid"] == evaluation["worth"]["grid"]
         worth = evaluation["worth"]
         assert [each["num_steps"] for each in worth["untuned"]] == [4, 6, 8, 12, 16]
         assert worth["num_samples"] == 64

@@ -175,11 +175,14 @@ def test_a_tuned_schedule_is_used_by_auto_at_its_own_sizes_and_guidance_only(ser
     assert torch.allclose(torch.from_numpy(service.images(by_id)[0]), expected, atol=2e-5)
 
 
-def test_a_schedule_of_several_sizes_serves_all_between(service: Service, tuned: Json) -> None:
-    job = tune(service, "sd15", sizes=[[SIZE, SIZE], [3 * SIZE, SIZE]], guidance_scale=2, num_steps=3)
+def test_a_schedule_of_several_sizes_and_guidance_scales_serves_all_between(service: Service, tuned: Json) -> None:
+    intervals: Json = {"sizes": [[SIZE, SIZE], [3 * SIZE, SIZE]], "guidance_scale": 1.5, "guidance_scales": [1.5, 3]}
+    job = tune(service, "sd15", **intervals, num_steps=3)
     assert job["state"] == "succeeded", job["error"]
     schedule: Json = service.api.get(f"/v1/schedules/{job['schedule']}").json()
     assert schedule["call"] == {"height": [SIZE, 3 * SIZE], "width": SIZE}
+    assert (schedule["guidance_scale"], schedule["guidance_scales"]) == (1.5, [1.5, 3])
+    assert [each["guidance_scale"] for each in schedule["evaluation"]["at_scales"]] == [1.5, 2.25, 3]
     assert schedule["status"] == "accepted"
     setting: Json = {"model": service.model("sd15"), "num_steps": 3, "guidance_scale": 2}
 
@@ -193,6 +196,9 @@ def test_a_schedule_of_several_sizes_serves_all_between(service: Service, tuned:
     tall = resolve(height=4 * SIZE)
     assert tall["schedule"] is None
     assert f"height is {4 * SIZE}, tuned for [{SIZE}, {3 * SIZE}]" in tall["reason"]
+    strong = resolve(height=SIZE, guidance_scale=3.5)
+    assert strong["schedule"] is None
+    assert "guidance_scale is 3.5, tuned for 1.5 to 3" in strong["reason"]
     for changed in ({"width": 2 * SIZE}, {"sampler": "ddim"}, {"call": '{"guidance_rescale": 0.5}'}):
         assert resolve(**changed)["schedule"] is None, changed
     job_id = service.submit("sd15", num_steps=3, guidance_scale=2, height=2 * SIZE)
@@ -203,10 +209,12 @@ def test_a_schedule_of_several_sizes_serves_all_between(service: Service, tuned:
 
     content = service.api.get(f"/v1/schedules/{schedule['id']}/export", params={"format": "json"}).json()
     assert content["sizes"] == [[SIZE, SIZE], [3 * SIZE, SIZE]]
+    assert content["guidance_scales"] == [1.5, 3]
     for request in (content, ClientSchedule.model_validate(schedule).to_import()):
         answer = service.api.post("/v1/schedules", json=request)
         assert answer.status_code == 201, answer.text
         assert answer.json()["call"] == schedule["call"]
+        assert answer.json()["guidance_scales"] == schedule["guidance_scales"]
 
 
 def test_resolving_says_what_does_not_match(service: Service, tuned: Json) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -97,6 +97,25 @@ class Metric:
 
 
 @dataclass(frozen=True)
+class BestUntuned:
+    """The best untuned choice that was measured, with as many network calls as the schedule makes.
+
+    Attributes:
+        sampler, grid: their names.
+        teacher_l2: its mean distance to the teacher. change: the schedule's distance minus that, from the same noise.
+    """
+
+    sampler: str
+    grid: str
+    teacher_l2: float
+    change: PairedComparison
+
+    def __str__(self) -> str:
+        interval = f"95 % interval of the difference {self.change.low:.3g} to {self.change.high:.3g}"
+        return f"untuned {self.sampler} on the grid {self.grid}, which has {self.teacher_l2:.4g} ({interval})"
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """A tuned schedule against its untuned twin, from the same noise.
 
@@ -107,12 +126,18 @@ class Evaluation:
             of distributions decides: the first of `frechet`, `frechet_features` and `sliced_wasserstein`.
         num_samples: how many noises it is from.
         worth: how many untuned steps it is worth; None if that was not measured.
+        best_untuned: what the distance to the teacher has to be below of, too; None if that was not looked for.
+        guidance_scale: the scale that the figures are of, where several were evaluated.
+        at_scales: the evaluation at each guidance scale, where several were evaluated; see `of_scales`.
     """
 
     metrics: Mapping[str, Metric]
     adds_noise: bool = False
     num_samples: int = 0
     worth: Worth | None = None
+    best_untuned: BestUntuned | None = None
+    guidance_scale: float | None = None
+    at_scales: Mapping[float, "Evaluation"] = field(default_factory=dict)
 
     @property
     def teacher_l2_before(self) -> float:
@@ -150,10 +175,10 @@ class Evaluation:
     def verdict(self) -> Verdict:
         """Whether tuning helped and harmed nothing, each beyond chance.
 
-        `rejected`: an interval lies above 0, a figure is not finite, or a distance of distributions is above that of
-        diffusers' own time grid.
-        `undecided`: the deciding metric's interval holds 0, or a Fréchet distance rose and its interval reaches above
-        the margin, so that only more samples can tell.
+        `rejected`: an interval lies above 0, a figure is not finite, a distance of distributions is above that of
+        diffusers' own time grid, or the best untuned choice is nearer to the teacher.
+        `undecided`: the deciding metric's interval holds 0, or that of the difference to the best untuned choice, or a
+        Fréchet distance rose and its interval reaches above the margin, so that only more samples can tell.
         """
         if self._harm is not None:
             return "rejected"
@@ -167,7 +192,8 @@ class Evaluation:
     @property
     def reason(self) -> str:
         """Why it is accepted, rejected or undecided: the metric that says so, and its figures."""
-        return self._harm or self._doubt or f"fell: {self.deciding}"
+        reason = self._harm or self._doubt or f"fell: {self.deciding}"
+        return reason if self.guidance_scale is None else f"at guidance scale {self.guidance_scale:g} {reason}"
 
     @property
     def _judged(self) -> list[Metric]:
@@ -180,12 +206,18 @@ class Evaluation:
         for metric in self._judged:
             if not math.isfinite(metric.after) or metric.change.significantly_higher:
                 return f"rose: {metric}"
+        best = self.best_untuned
+        if best is not None and best.change.significantly_higher:
+            return f"farther from the teacher than {best}"
         return self._worse_than_stock()
 
     @property
     def _doubt(self) -> str | None:
         if not self.deciding.change.significantly_lower:
             return f"did not fall beyond chance: {self.deciding}"
+        best = self.best_untuned
+        if best is not None and not best.change.significantly_lower:
+            return f"not nearer to the teacher, beyond chance, than {best}"
         for metric in self._judged:
             within_margin = metric.change.high <= FRECHET_MARGIN * metric.before
             if metric.name in FRECHET_METRICS and metric.change.mean > 0 and not within_margin:
@@ -245,6 +277,21 @@ def compare(
         for name in before
     }
     return Evaluation(metrics, adds_noise, len(before["teacher_l2"].influence) if "teacher_l2" in before else 0)
+
+
+def of_scales(evaluations: Mapping[float, Evaluation]) -> Evaluation:
+    """The evaluation of one schedule at several guidance scales.
+
+    It is accepted only if it is accepted at all of them, and undecided if none rejects it. Its figures are those of the
+    scale that decides: of a rejected one before an undecided one, and of these the one with the highest score.
+    """
+    of_each = {scale: replace(each, guidance_scale=scale) for scale, each in evaluations.items()}
+    order: tuple[Verdict, ...] = ("accepted", "undecided", "rejected")
+
+    def badness(each: Evaluation) -> tuple[int, float]:
+        return order.index(each.verdict), math.inf if math.isnan(each.score) else each.score
+
+    return replace(max(of_each.values(), key=badness), at_scales=of_each)
 
 
 def evaluate(

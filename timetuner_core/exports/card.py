@@ -45,11 +45,10 @@ def guidance_notes(schedule: Json) -> list[str]:
     notes = []
     scale = schedule.get("guidance_scale")
     if schedule.get("guidance_type", "uncond") != "uncond":
-        notes.append(
-            f"Guidance is the caller's: it was tuned with {schedule['guidance_type']} guidance of scale {scale:g}."
-        )
-    elif scale not in (None, 1):
-        notes.append(f"Guidance is the caller's: it was tuned with guidance_scale={scale:g}.")
+        how = f"{schedule['guidance_type']} guidance of scale {_scales(schedule)}"
+        notes.append(f"Guidance is the caller's: it was tuned with {how}.")
+    elif scale is not None and _scales(schedule) != "1":
+        notes.append(f"Guidance is the caller's: it was tuned with guidance_scale={_scales(schedule)}.")
     if schedule.get("guidance_rescale"):
         notes.append(f"guidance_rescale={schedule['guidance_rescale']:g} is the caller's.")
     start, end = schedule.get("guidance_start"), schedule.get("guidance_end")
@@ -98,9 +97,15 @@ def _facts(schedule: Json, model: Json) -> str:
 
 
 def _guidance(schedule: Json) -> str:
-    if schedule["guidance_type"] == "uncond" and schedule["guidance_scale"] == 1:
+    if schedule["guidance_type"] == "uncond" and _scales(schedule) == "1":
         return "none"
-    return f"{schedule['guidance_type']}, scale {schedule['guidance_scale']:g}"
+    return f"{schedule['guidance_type']}, scale {_scales(schedule)}"
+
+
+def _scales(schedule: Json) -> str:
+    """The guidance scale, or the interval of scales that the schedule serves."""
+    scales = schedule.get("guidance_scales") or [schedule["guidance_scale"]]
+    return " to ".join(f"{scale:g}" for scale in scales)
 
 
 def _evaluation(schedule: Json) -> str:
@@ -108,10 +113,11 @@ def _evaluation(schedule: Json) -> str:
     if evaluation is None:
         return "None: the schedule was imported."
     verdict, reason = evaluation.get("verdict") or schedule["status"], evaluation.get("reason") or "no reason stored"
+    at = "" if evaluation.get("guidance_scale") is None else f" The table is of scale {evaluation['guidance_scale']:g}."
     text = (
         f"Verdict: **{verdict}** ({reason}), on {evaluation['num_samples']} held-out noises, "
         f"against a teacher of {evaluation['teacher_num_steps']} steps, "
-        f"seed {evaluation['seed']}. Lower is better; the interval of the change is of 95 %."
+        f"seed {evaluation['seed']}. Lower is better; the interval of the change is of 95 %.{at}"
     )
     rows = [
         (name, *(_number(metric.get(field)) for field in ("before", "after", "low", "high")))

@@ -1,6 +1,7 @@
 """What `tune_pipeline` refuses before any work: prompts, arguments of the call, and pipelines without a teacher."""
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib.resources import files
@@ -135,6 +136,22 @@ def split_sizes(call: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str,
             raise ValueError(f"{name} has {len(values)} sizes; accepted: {longest}, as the longest list has")
     shared = {name: value for name, value in call.items() if name not in lists}
     return shared, [dict(zip(lists, each, strict=True)) for each in zip(*lists.values(), strict=True)] or [{}]
+
+
+def split_scales(call: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[float, float] | None]:
+    """The arguments that all calls share, and the lowest and the highest guidance scale, if that is an interval.
+
+    Raises:
+        ValueError: no interval.
+    """
+    scales = call.get("guidance_scale")
+    if not isinstance(scales, list | tuple):
+        return dict(call), None
+    are_numbers = all(isinstance(scale, int | float) and math.isfinite(scale) for scale in scales)
+    if len(scales) != 2 or not are_numbers or not scales[0] < scales[1]:
+        raise ValueError(f"guidance_scale is {list(scales)}; accepted: a number, or the lowest, then a higher one")
+    shared = {name: value for name, value in call.items() if name != "guidance_scale"}
+    return shared, (float(scales[0]), float(scales[1]))
 
 
 def check_sampler(name: str) -> Sampler:

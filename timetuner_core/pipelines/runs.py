@@ -30,11 +30,13 @@ class Pair(NamedTuple):
     Attributes:
         prompt: None where the pipeline takes none.
         sizes: its height, width or number of frames, where images have several sizes.
+        guidance_scale: where images have several.
     """
 
     prompt: str | None
     seed: int
     sizes: Mapping[str, int]
+    guidance_scale: float | None = None
 
 
 class Solver(NamedTuple):
@@ -206,6 +208,8 @@ class Runs:
     def _request(self, solver: Solver, pair: Pair, *, is_remembered: bool = False) -> Request:
         call = {**self._call, **pair.sizes, "num_inference_steps": solver.num_steps}
         call["generator"] = torch.Generator().manual_seed(pair.seed)
+        if pair.guidance_scale is not None:
+            call["guidance_scale"] = pair.guidance_scale
         if pair.prompt is not None:
             call["prompt"] = pair.prompt
         return Request(call, solver.scheduler(), is_remembered)

@@ -1,7 +1,7 @@
 """A tuned schedule for pipelines, and what it belongs to."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -14,7 +14,7 @@ from timetuner_core.pipelines.joining import content_of
 from timetuner_core.pipelines.kinds import SHARED_NETWORKS
 
 # Arguments of a call that have a field of their own in a key. All others that change latents are under `call`. Several
-# sizes are an interval, [smallest, largest].
+# sizes are an interval, [smallest, largest], and so may the guidance scale be.
 SIZES = ("height", "width", "num_frames")
 
 # Each parameter of a network is known by so many of its values. A LoRA that is fused changes nearly all of them.
@@ -30,7 +30,8 @@ class PipelineSchedule:
         solver_table: the solver's coefficients, as `SolverTable.to_dict` writes them; None for the sampler's own.
         key: what the schedule belongs to, by field; see `differences`.
         evaluation: the verdict on prompts and seeds that the tuner has not seen, as `Evaluation.to_dict` writes it;
-            besides, `distances` to the teacher, which of them the verdict is `compared_with`, and the costs.
+            besides, `distances` to the teacher, which of them the verdict is `compared_with`, and the costs. Of an
+            interval of guidance scales it is that of the `guidance_scale` that decides, and `at_scales` has them all.
     """
 
     timesteps: list[float]
@@ -87,7 +88,7 @@ class PipelineSchedule:
 _OF_THE_CALL = ("guidance_scale", "sizes", "call")
 
 
-def key_of(pipeline: Any, guidance_scale: float | None, call: Mapping[str, Any]) -> dict[str, Any]:
+def key_of(pipeline: Any, guidance_scale: float | Sequence[float] | None, call: Mapping[str, Any]) -> dict[str, Any]:
     """What a schedule for such calls of a pipeline belongs to, in a form that JSON takes.
 
     Sizes and a guidance scale that are not given are None, the pipeline's default. Values that JSON does not take, such
@@ -103,7 +104,7 @@ def key_of(pipeline: Any, guidance_scale: float | None, call: Mapping[str, Any])
         "networks": {name: _network_key(network) for name, network in networks.items()},
         "prediction": spec.model_type,
         "noise_schedule": content_of(levels.float().round(decimals=5)).hex(),
-        "guidance_scale": guidance_scale,
+        "guidance_scale": list(guidance_scale) if isinstance(guidance_scale, Sequence) else guidance_scale,
         "sizes": {name: _size(call[name]) for name in SIZES if call.get(name) is not None},
         "call": {name: _plain(name, value) for name, value in sorted(call.items()) if name not in SIZES},
     }
@@ -174,6 +175,11 @@ def _plain(name: str, value: Any) -> Any:
     raise ValueError(f"{name} is a {type(value).__name__}; accepted: {accepted}")
 
 
+def _may_be_interval(name: str) -> bool:
+    """Whether a field's list in a key is the least and the greatest value that a schedule belongs to."""
+    return name == "guidance_scale" or name.startswith("sizes.")
+
+
 def _differences(tuned: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Each field in which a call differs from what a schedule was tuned for."""
     found = []
@@ -181,7 +187,7 @@ def _differences(tuned: Mapping[str, Any], given: Mapping[str, Any], prefix: str
         before, now = tuned.get(name), given.get(name)
         if isinstance(before, Mapping) and isinstance(now, Mapping):
             found += _differences(before, now, f"{prefix}{name}.")
-        elif prefix == "sizes." and isinstance(before, list) and isinstance(now, int):
+        elif isinstance(before, list) and _may_be_interval(f"{prefix}{name}") and isinstance(now, int | float):
             if not before[0] <= now <= before[1]:
                 found.append(f"{prefix}{name} is {now}, tuned for {before[0]} to {before[1]}")
         elif before != now:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from timetuner_core.evaluation.distances import mean_estimate, teacher_l2
-from timetuner_core.evaluation.verdict import compare
+from timetuner_core.evaluation.verdict import Evaluation, compare, of_scales
 from timetuner_core.grids import teacher_timesteps
 from timetuner_core.noise_schedule import NoiseScheduleFlow
 from timetuner_core.pipelines.checks import (
@@ -24,6 +24,7 @@ from timetuner_core.pipelines.checks import (
     check_tunable,
     read_prompts,
     split_prompts,
+    split_scales,
     split_sizes,
     takes_prompts,
 )
@@ -33,7 +34,13 @@ from timetuner_core.pipelines.shared_calls import MAX_BATCH, MAX_THREADS, Shared
 from timetuner_core.tuning.draws import keyed_generator
 from timetuner_core.tuning.levenberg import FIRST_DAMPING, MAX_FRUITLESS, QUOTIENT_UNITS, Candidate, Residuals, improve
 from timetuner_core.tuning.solver_columns import COMPARED_PER_SAMPLE, NUM_CANDIDATES, Column, solver_columns
-from timetuner_core.tuning_setup import EVALUATION_SEEDS, SEED_RANGE, TUNING_SEEDS
+from timetuner_core.tuning_setup import (
+    EVALUATION_SEEDS,
+    SEED_RANGE,
+    TUNING_SEEDS,
+    drawn_scales,
+    evaluated_scales,
+)
 
 # In half precision many networks round the told time by up to 1/128 of it, and all round their answers. A difference
 # quotient has to take larger steps there, those of a ratio several times the rounding.
@@ -89,7 +96,7 @@ def tune_pipeline(
     pipeline: Any,
     prompts: Prompts = None,
     num_steps: int = 6,
-    guidance_scale: float | None = None,
+    guidance_scale: float | Sequence[float] | None = None,
     *,
     sampler: str = "dpmpp_2m",
     teacher_num_steps: int = 50,
@@ -123,7 +130,9 @@ def tune_pipeline(
         pipeline: a `DiffusionPipeline` of diffusers, but those that are trained for few steps.
         prompts: a list, or the path of a file with one per line; None takes our own. Every fourth is held out for the
             evaluation. Pipelines without prompts take None.
-        guidance_scale: None is the pipeline's default. call: further arguments of every call, by its signature. Lists
+        guidance_scale: None is the pipeline's default. Two are an interval, lowest and highest: each image is tuned at
+            a scale drawn from it, the verdict is on both ends and the middle, and the schedule belongs to all between.
+        call: further arguments of every call, by its signature. Lists
             of heights, widths or numbers of frames are several sizes, which images have in turn: the schedule then
             belongs to all sizes from the smallest to the largest.
         sampler: one without noise that calls the network once per step.
@@ -141,14 +150,13 @@ def tune_pipeline(
     numbers = {"num_steps": (num_steps, 1), "teacher_num_steps": (teacher_num_steps, num_steps + 1)}
     numbers |= {"total_iters": (total_iters, 1), "num_samples": (num_samples, 1), "max_threads": (max_threads, 1)}
     numbers |= {"num_held_out": (num_held_out, MIN_SAMPLES), "max_batch": (max_batch, 1)}
-    for name, (value, least) in numbers.items():
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} is {value!r}; accepted: a whole number, {least} or more")
+    _check_numbers(numbers)
     check_tunable(pipeline)
     if guidance_scale is not None:
         call = {"guidance_scale": guidance_scale, **call}
     check_call(pipeline, call)
     call, sizes = split_sizes(call)
+    call, scales = split_scales(call)
     if takes_prompts(pipeline):
         tuned_prompts, held_out_prompts = split_prompts(read_prompts(prompts))
     elif prompts is not None:
@@ -156,16 +164,16 @@ def tune_pipeline(
     else:
         tuned_prompts, held_out_prompts = [], []
     solvers = Solvers(pipeline, check_sampler(sampler))
-    several = {name: [size[name] for size in sizes] for name in sizes[0]}
-    others = {name: value for name, value in call.items() if name != "guidance_scale"}
-    key = key_of(pipeline, guidance_scale, others | several)
+    key = _key(pipeline, guidance_scale, call, sizes)
     settings = {"key": key, "sampler": sampler, "teacher_num_steps": teacher_num_steps, "num_samples": num_samples}
     settings |= {"num_steps": num_steps, "prompts": tuned_prompts, "sizes": sizes, "seed": seed}
     if state is not None and state.settings != settings:
         different = [name for name in settings if state.settings.get(name) != settings[name]]
         raise ValueError(f"state is that of another {', '.join(different)}; accepted: one of the same run")
 
-    tuned = _pairs(tuned_prompts, sizes, (1 + COMPARED_PER_SAMPLE) * num_samples, TUNING_SEEDS + seed % SEED_RANGE)
+    num_tuned = (1 + COMPARED_PER_SAMPLE) * num_samples
+    drawn = None if scales is None else drawn_scales(scales, num_tuned, seed).tolist()
+    tuned = _pairs(tuned_prompts, sizes, num_tuned, TUNING_SEEDS + seed % SEED_RANGE, drawn)
     held_out = _pairs(held_out_prompts, sizes, num_held_out, EVALUATION_SEEDS + seed % SEED_RANGE)
     shared = SharedCalls(pipeline, max_batch=max_batch, max_threads=max_threads)
     runs = Runs(pipeline, shared, call, on_progress, is_cancelled)
@@ -178,7 +186,7 @@ def tune_pipeline(
             "teacher": teacher_num_steps * len(tuned),
             "start": num_steps * len(look.grids) * len(tuned) if state is None else 0,
             "tuning": num_steps * (total_iters - (state.iterations if state else 0)) * runs_of_iteration,
-            "evaluation": (teacher_num_steps + 3 * num_steps) * num_held_out,
+            "evaluation": (teacher_num_steps + 3 * num_steps) * num_held_out * len(_judged_at(scales)),
         }
     )
     teacher = solvers.untuned(teacher_timesteps(solvers.noise_schedule, teacher_num_steps))
@@ -194,7 +202,7 @@ def tune_pipeline(
     before = {"untuned": solvers.untuned(torch.tensor(state.start, dtype=torch.float64))}
     if look.native is not None:
         before["native"] = look.native
-    evaluation = _evaluate(runs, held_out, teacher, before, solvers.tuned(state.candidate))
+    evaluation = _evaluate_at_scales(runs, held_out, scales, teacher, before, solvers.tuned(state.candidate))
     costs = {"network_calls": shared.num_calls, "largest_batch": shared.most_rows}
     costs |= {"teacher_num_steps": teacher_num_steps}
     return PipelineSchedule(**solvers.fields_of(state.candidate), key=key, evaluation=evaluation | costs)
@@ -205,6 +213,25 @@ def _columns(solvers: Solvers, num_steps: int) -> list[Column]:
     with_start = not isinstance(solvers.noise_schedule, NoiseScheduleFlow)
     columns = solver_columns(num_steps, with_start=with_start)
     return columns if solvers.learn_tables else [each for each in columns if each.kind in ("t_ratio", "time")]
+
+
+def _key(
+    pipeline: Any,
+    guidance_scale: float | Sequence[float] | None,
+    call: Mapping[str, Any],
+    sizes: Sequence[Mapping[str, int]],
+) -> dict[str, Any]:
+    """What a schedule for all these sizes and guidance scales belongs to."""
+    several = {name: [size[name] for size in sizes] for name in sizes[0]}
+    others = {name: value for name, value in call.items() if name != "guidance_scale"}
+    return key_of(pipeline, guidance_scale, others | several)
+
+
+def _check_numbers(numbers: Mapping[str, tuple[Any, int]]) -> None:
+    """Refuse a value that is no whole number, or below the least, by its name. Raises: ValueError."""
+    for name, (value, least) in numbers.items():
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} is {value!r}; accepted: a whole number, {least} or more")
 
 
 def _next_state(
@@ -246,23 +273,63 @@ def _next_state(
     )
 
 
+def _judged_at(scales: tuple[float, float] | None) -> list[float | None]:
+    """The guidance scales that the verdict is on; None is that of the call."""
+    return [None] if scales is None else [*evaluated_scales(scales)]
+
+
+def _evaluate_at_scales(
+    runs: Runs,
+    held_out: Sequence[Pair],
+    scales: tuple[float, float] | None,
+    teacher: Solver,
+    before: Mapping[str, Solver],
+    tuned: Solver,
+) -> dict[str, Any]:
+    """The verdict; of an interval of guidance scales, that of the scale that decides, and all `at_scales`."""
+    found = {
+        scale: _evaluate(runs, [pair._replace(guidance_scale=scale) for pair in held_out], teacher, before, tuned)
+        for scale in _judged_at(scales)
+    }
+    if None in found:
+        evaluation, compared = found[None]
+        return evaluation.to_dict() | compared
+    whole = of_scales({scale: evaluation for scale, (evaluation, _) in found.items() if scale is not None})
+    assert whole.guidance_scale is not None
+    of_each = [
+        {"guidance_scale": scale, **each.to_dict(), **found[scale][1]} for scale, each in whole.at_scales.items()
+    ]
+    decides = found[whole.guidance_scale][1] | {"guidance_scale": whole.guidance_scale}
+    return whole.to_dict() | decides | {"at_scales": of_each}
+
+
 def _evaluate(
     runs: Runs, held_out: Sequence[Pair], teacher: Solver, before: Mapping[str, Solver], tuned: Solver
-) -> dict[str, Any]:
-    """The verdict on held-out prompts and seeds, against the better of the solvers `before`."""
+) -> tuple[Evaluation, dict[str, Any]]:
+    """The verdict on held-out prompts and seeds against the better of the solvers `before`, and all distances."""
     taught, *samples = runs.latents("evaluation", [teacher, *before.values(), tuned], held_out)
     *others, after = (mean_estimate(teacher_l2(each, taught)) for each in samples)
     distances = dict(zip(before, others, strict=True))
     best = min(distances, key=lambda name: distances[name].value)
     evaluation = compare({"teacher_l2": distances[best]}, {"teacher_l2": after})
-    return evaluation.to_dict() | {
-        "compared_with": best,
-        "distances": {name: estimate.value for name, estimate in distances.items()} | {"tuned": after.value},
-    }
+    by_name = {name: estimate.value for name, estimate in distances.items()} | {"tuned": after.value}
+    return evaluation, {"compared_with": best, "distances": by_name}
 
 
-def _pairs(prompts: Sequence[str], sizes: Sequence[Mapping[str, int]], count: int, first_seed: int) -> list[Pair]:
-    """So many pairs: prompts and sizes in turn, and a seed for each. All sizes come before the next prompt."""
+def _pairs(
+    prompts: Sequence[str],
+    sizes: Sequence[Mapping[str, int]],
+    count: int,
+    first_seed: int,
+    scales: Sequence[float] | None = None,
+) -> list[Pair]:
+    """So many pairs: prompts and sizes in turn, a seed for each, and one of `scales`, if there are several.
+
+    All sizes come before the next prompt.
+    """
     given: Sequence[str | None] = prompts or [None]
     each = [(prompt, size) for prompt in given for size in sizes]
-    return [Pair(prompt, first_seed + i, size) for i, (prompt, size) in enumerate(islice(cycle(each), count))]
+    return [
+        Pair(prompt, first_seed + i, size, None if scales is None else scales[i])
+        for i, (prompt, size) in enumerate(islice(cycle(each), count))
+    ]

@@ -64,11 +64,12 @@ def tune_end_to_end(
     if bool((state.iterations >= total_iters).all()):
         return
     taught = yield from teach(problem, state, teacher_timesteps, starts, target)
-    step_fn = RecomputedStep(problem.step_fn) if recompute else problem.step_fn
 
     def loss(timesteps: Tensor, ratios: Tensor, iteration: int) -> Tensor:
         index = draw_index(problem, keyed_generator(problem.seed, 0, iteration))
         kwargs = problem.step_kwargs_with(problem.condition_of(index), None)
+        guided = problem.step_fn_of(index)
+        step_fn = RecomputedStep(guided) if recompute else guided
         x0 = sample(step_fn, problem.population[index], timesteps, ratios, **kwargs)
         distances: Tensor = torch.linalg.vector_norm((x0 - taught[index]).flatten(1), dim=1)
         return distances.mean()
@@ -182,7 +183,7 @@ def _sample(problem: TuningProblem, rows: Tensor, timesteps: Tensor, t_ratios: T
     kwargs = problem.step_kwargs_with(problem.condition_of(rows), None)
     starting_std = problem.noise_schedule.starting_std
     x_T = problem.population[rows] * (starting_std(timesteps[0]) / starting_std(problem.timesteps[0]))
-    return sample(problem.step_fn, x_T, timesteps, t_ratios, **kwargs)
+    return sample(problem.step_fn_of(rows), x_T, timesteps, t_ratios, **kwargs)
 
 
 def _mean_error(problem: TuningProblem, timesteps: Tensor, target: Tensor) -> float:

@@ -54,6 +54,7 @@ def tune_per_step(
             for a sampler that adds noise, or a number below its minimum.
     """
     _check_per_step(problem, objective, tune_type, optimizer)
+    problem.check_one_scale(objective)
     check_numbers(problem, lr=lr, total_iters=total_iters, tolerance=tolerance, substeps=substeps)
     num_tuned = problem.num_steps - (objective == "next_eps")
     state.done[num_tuned:] = True

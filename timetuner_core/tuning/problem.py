@@ -1,7 +1,7 @@
 """A tuning run: its problem and its state."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,8 @@ class TuningProblem:
         timesteps: `(num_steps + 1,)`, float64, falling.
         population: what batches are drawn from, with replacement: data x0 for `tune_next_eps`, initial
             noise x_T for `tune_end_to_end`; `(P, ...)`. condition: `(P, ...)` or None.
+        guidance_scales: `(P,)`, the guidance scale of each of the population, where the schedule is for an interval of
+            them; None: that of `model_fn`.
         step_kwargs: handed to every `step_fn` call (eta, uncond_condition, ...).
     """
 
@@ -36,6 +38,7 @@ class TuningProblem:
     batch_size: int = 16
     seed: int = 0
     step_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    guidance_scales: Tensor | None = None
 
     @property
     def num_steps(self) -> int:
@@ -48,6 +51,25 @@ class TuningProblem:
     def condition_of(self, index: Tensor) -> Tensor | None:
         """The condition of some of the population."""
         return None if self.condition is None else self.condition[index]
+
+    def model_fn_of(self, index: Tensor) -> GuidedModel:
+        """The model as it is guided for some of the population, `(B,)`."""
+        if self.guidance_scales is None:
+            return self.model_fn
+        return replace(self.model_fn, guidance_scale=self.guidance_scales[index])
+
+    def step_fn_of(self, index: Tensor) -> StepFn:
+        """The step function as it is guided for some of the population, `(B,)`."""
+        if self.guidance_scales is None:
+            return self.step_fn
+        if not isinstance(self.step_fn, SamplerStep):
+            raise ValueError("the step function is no sampler's; accepted, with guidance_scales: one of a Sampler")
+        return replace(self.step_fn, model_fn=self.model_fn_of(index))
+
+    def check_one_scale(self, tuner: str) -> None:
+        """Refuse an interval of guidance scales for a tuner that guides all samples alike. Raises: ValueError."""
+        if self.guidance_scales is not None:
+            raise ValueError(f"guidance_scales are given; accepted by the tuner {tuner}: one guidance_scale")
 
     def step_kwargs_with(self, condition: Tensor | None, noise: Tensor | None) -> dict[str, Any]:
         """`step_kwargs`, with condition and noise if there are any: a user's own `step_fn` need not take them."""

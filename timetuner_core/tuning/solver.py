@@ -162,8 +162,9 @@ def _predict(problem: TuningProblem, sampler: Sampler, x: Tensor, t: Tensor, t_r
     parts = []
     for start in range(0, len(x), problem.batch_size):
         part = slice(start, start + problem.batch_size)
-        condition = problem.condition_of(rows[row[part]])
-        prediction = problem.model_fn.predict_for(sampler.name, x[part], t[part], t_ratios[part], condition, uncond)
+        index = rows[row[part]]
+        condition, model_fn = problem.condition_of(index), problem.model_fn_of(index)
+        prediction = model_fn.predict_for(sampler.name, x[part], t[part], t_ratios[part], condition, uncond)
         parts.append(prediction.x0)
     return torch.cat(parts).reshape(num_solvers, num_rows, *x.shape[1:])
 

@@ -1,10 +1,12 @@
 """`tune_pipeline` on tiny pipelines of all kinds that have a many-step teacher."""
 
 import copy
+import dataclasses
 import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -223,6 +225,30 @@ def test_one_schedule_is_tuned_for_several_sizes_and_belongs_to_those_between() 
         distances.append(float((ends[0] - ends[1]).norm()))
     pipeline.scheduler = own
     assert sum(distances) / 2 == pytest.approx(schedule.evaluation["distances"]["tuned"], rel=1e-3)
+
+
+def test_one_schedule_is_tuned_for_an_interval_of_guidance_scales_and_belongs_to_those_between() -> None:
+    kind = by_name("sd15")
+    pipeline = kind.build()
+    schedule = tuned(kind, pipeline, guidance_scale=[2, 5], num_samples=2, num_held_out=2)
+    assert schedule.key["guidance_scale"] == [2, 5]
+    call = {name: value for name, value in call_of(kind).items() if name != "guidance_scale"}
+    assert schedule.differences(pipeline, 3.5, **call) == []
+    assert schedule.differences(pipeline, 5.5, **call) == ["guidance_scale is 5.5, tuned for 2 to 5"]
+    # Each scale is compared with the teacher at that scale.
+    at_scales = schedule.evaluation["at_scales"]
+    assert [each["guidance_scale"] for each in at_scales] == [2, 3.5, 5]
+    for each in at_scales:
+        plain_call = {**kind.call(), "guidance_scale": each["guidance_scale"]}
+        guided = dataclasses.replace(kind, call=partial(dict, plain_call))
+        assert_measured(dataclasses.replace(schedule, evaluation=schedule.evaluation | each), pipeline, guided)
+
+
+@pytest.mark.parametrize("scales", [[5, 2], [2], [2, 3, 4], [2, "5"]], ids=str)
+def test_what_is_no_interval_of_guidance_scales_is_refused(scales: Any) -> None:
+    kind = by_name("sd15")
+    with pytest.raises(ValueError, match="accepted: a number, or the lowest, then a higher one"):
+        tuned(kind, kind.build(), guidance_scale=scales)
 
 
 def test_a_lora_is_tuned_and_a_schedule_belongs_to_it_and_to_its_scale() -> None:
