@@ -49,6 +49,7 @@ from service.state import open_state
 from service.tuning_groups import endpoints as tuning_groups
 from service.tuning_jobs import endpoints as tuning_jobs
 from service.tuning_jobs.following import TuningEvents
+from service.usage import endpoints as usage
 from service.web import endpoints as web
 from service.web import forms as web_forms
 from service.web.error_pages import ErrorPageMiddleware
@@ -93,7 +94,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         static_url="/docs/static",
     )
     app.state.metrics = metrics
-    areas = (models, tuning_jobs, tuning_groups, schedules, samples, audit, health)
+    areas = (models, tuning_jobs, tuning_groups, schedules, samples, usage, audit, health)
     every = [route for area in (*areas, openai, web, web_forms) for route in area.router.routes]
     routes = [route for route in every if isinstance(route, APIRoute)]
     _add_middleware(app, settings, metrics, [route.path for route in routes])

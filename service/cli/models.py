@@ -9,8 +9,8 @@ import typer
 
 from service.cli.connection import Url, connected
 from service.cli.options import ModelName, Private, find_model, given
-from service.cli.output import NOT_FOUND, AsJson, CommandError, Limit, print_facts, print_json, print_table
-from service.client.choices import Dtype, ModelKind, ModelState
+from service.cli.output import NOT_FOUND, USAGE, AsJson, CommandError, Limit, print_facts, print_json, print_table
+from service.client.choices import Dtype, ModelKind, ModelSort, ModelState
 
 if TYPE_CHECKING:
     from service.client import Model, ModelRegistration
@@ -69,16 +69,20 @@ def _place_of(source: str | None) -> dict[str, str]:
 @models.command(name="list")
 def list_(
     state: Annotated[ModelState, typer.Option(help="Models that are not ready wait, or were refused.")] = "ready",
+    search: Annotated[str | None, typer.Option(help="A part of the name or id, in any case.")] = None,
+    sort: Annotated[ModelSort, typer.Option(help="The order.")] = "newest",
     limit: Limit = None,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
     """List the registered models, newest first; or those that are not ready."""
+    if state != "ready" and (search is not None or sort != "newest"):
+        raise CommandError(f"--state is {state}; accepted with --search or --sort: ready", USAGE)
     with connected(url) as client:
         if state != "ready":
             _list_registrations(list(islice(client.models.registrations(state=state), limit)), as_json)
             return
-        found = list(islice(client.models.list(), limit))
+        found = list(islice(client.models.list(**given(search=search), sort=sort), limit))
     if as_json:
         print_json(found)
         return
@@ -101,6 +105,22 @@ def show(model: ModelName, url: Url = None, as_json: AsJson = False) -> None:
     else:
         problem = found.problem.detail if found.problem else None
         print_facts({**found.model_dump(exclude={"spec", "problem"}), "problem": problem})
+
+
+@models.command()
+def rename(
+    model: ModelName,
+    name: Annotated[str, typer.Argument(help="The new name.")],
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Give a model another name. Its id stays the same."""
+    with connected(url) as client:
+        renamed = client.models.rename(find_model(client, model), name)
+    if as_json:
+        print_json(renamed)
+    else:
+        typer.echo(renamed.name)
 
 
 @models.command()

@@ -27,7 +27,7 @@ from service.cli.options import (
     given,
 )
 from service.cli.output import USAGE, AsJson, CommandError, Limit, print_facts, print_json, print_table
-from service.client.choices import ExportFormat, ScheduleStatus
+from service.client.choices import ExportFormat, ScheduleSort, ScheduleStatus
 
 if TYPE_CHECKING:
     from service.client import Schedule
@@ -46,6 +46,8 @@ def list_(
     guidance_type: Annotated[str | None, typer.Option()] = None,
     guidance_scale: Annotated[float | None, typer.Option()] = None,
     status: Annotated[ScheduleStatus | None, typer.Option()] = None,
+    search: Annotated[str | None, typer.Option(help="A part of the id, of an alias or of the model's name.")] = None,
+    sort: Annotated[ScheduleSort, typer.Option(help="The order; score leaves out imported schedules.")] = "newest",
     limit: Limit = None,
     url: Url = None,
     as_json: AsJson = False,
@@ -58,6 +60,8 @@ def list_(
         guidance_type=guidance_type,
         guidance_scale=guidance_scale,
         status=status,
+        search=search,
+        sort=sort,
     )
     with connected(url) as client:
         if model is not None:

@@ -5,6 +5,8 @@ from typing import Literal, TypeAlias
 GuidanceType: TypeAlias = Literal["uncond", "classifier", "classifier-free"]
 ScheduleStatus: TypeAlias = Literal["accepted", "rejected", "imported"]
 ModelState: TypeAlias = Literal["ready", "queued", "running", "refused"]
+ModelSort: TypeAlias = Literal["newest", "oldest", "name"]
+ScheduleSort: TypeAlias = Literal["newest", "score"]
 ModelKind: TypeAlias = Literal["auto", "network", "pipeline"]
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 UnreadyState: TypeAlias = Literal["queued", "running", "refused"]

@@ -3,7 +3,7 @@
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
@@ -389,6 +389,20 @@ class AuditEntry(BaseModel):
     outcome: str
     request_id: str | None
     created_at: datetime
+
+
+class Usage(BaseModel):
+    """What the jobs of one API key used of one model that ended on one day, in UTC."""
+
+    day: date
+    key: str | None
+    key_name: str | None
+    model: str
+    model_name: str
+    kind: Literal["tuning", "sampling"]
+    network_calls: float
+    network_rows: float
+    device_seconds: float
 
 
 class Readiness(BaseModel):

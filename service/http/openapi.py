@@ -19,6 +19,7 @@ ABOUT: Json = {
         {"name": "schedules", "description": "What tuning made: time grids with a ratio per step, and their names."},
         {"name": "samples", "description": "Images, by the best schedule or a chosen one."},
         {"name": "openai", "description": "OpenAI's images API, for clients that know no other."},
+        {"name": "usage", "description": "What jobs used of networks and devices."},
         {"name": "audit", "description": "Who changed what."},
         {"name": "health", "description": "For those who run the service."},
     ],

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from service.http.fields import ModelId, Owner, PageQuery, Private, ScheduleId, Time, TuningJobId
+from service.http.fields import ModelId, Owner, PageQuery, Private, ScheduleId, Search, Time, TuningJobId
 from service.registry.tables import ScheduleStatus
 from service.schedules.evaluations import EvaluationOut
 from service.shared.fields import Eta, ExactNumber, GuidanceScale, Identifier, NumSteps
@@ -170,7 +170,7 @@ class SchedulePage(BaseModel):
 
 
 class ScheduleQuery(PageQuery):
-    """Filters; each is optional and exact."""
+    """Filters, each of which is optional and, but for `search`, exact; and the order."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -187,6 +187,10 @@ class ScheduleQuery(PageQuery):
     guidance_end: GuidanceTime | None = None
     eta: Eta | None = None
     status: ScheduleStatus | None = None
+    search: Search = Field(None, description="A part of the id, of an alias or of the model's name, in any case.")
+    sort: Literal["newest", "score"] = Field(
+        "newest", description="The order. `score`: the best first; imported schedules have none, and are left out."
+    )
 
 
 class Resolution(BaseModel):

@@ -12,7 +12,7 @@ from service.access.state import Access
 from service.http.errors import InvalidError, TooLargeError, UnauthenticatedError
 from service.http.fields import PathId
 from service.models import logic as models_logic
-from service.models.schemas import BuiltinModelRequest
+from service.models.schemas import BuiltinModelRequest, ModelName
 from service.registry.keys import Scope
 from service.registry.tables import TuningJob
 from service.schedules import logic as schedules_logic
@@ -98,6 +98,14 @@ def _submit_one(state: State, caller: Caller, tuning: TuningJobRequest, request:
     job, _ = jobs_logic.submit(state.registry, state.settings, caller, tuning, None)
     publish(state.celery, state.registry, TuningJob, [job.id])
     return see(request, f"/jobs/{job.id}")
+
+
+@router.post("/models/{model_id}/rename", dependencies=[WRITES])
+def rename_model(
+    model_id: PathId, form: Annotated[ModelName, Form()], caller: MayWriteModels, state: State, request: Request
+) -> Response:
+    models_logic.rename_model(state.registry, caller, model_id, form.name)
+    return see(request, f"/models/{model_id}")
 
 
 @router.post("/models/{model_id}/delete", dependencies=[WRITES])

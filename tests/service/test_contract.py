@@ -160,7 +160,7 @@ def test_an_event_number_that_can_be_none_is_refused(stack: Stack, after: str) -
 
 CONTRACT = {
     "/v1/models": {"get", "post"},
-    "/v1/models/{model_id}": {"get", "delete"},
+    "/v1/models/{model_id}": {"get", "patch", "delete"},
     "/v1/models/{model_id}/aliases": {"get"},
     "/v1/models/{model_id}/aliases/{name}": {"put", "delete"},
     "/v1/tuning-jobs": {"get", "post"},
@@ -174,6 +174,7 @@ CONTRACT = {
     "/v1/samples": {"get", "post"},
     "/v1/samples/{job_id}": {"get"},
     "/v1/samples/{job_id}/content": {"get"},
+    "/v1/usage": {"get"},
     "/v1/audit": {"get"},
     "/openai/v1/images/generations": {"post"},
     "/openai/v1/models": {"get"},

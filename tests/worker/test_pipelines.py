@@ -289,13 +289,13 @@ def test_runs_join_and_leave_at_any_step_and_one_that_is_cancelled_or_fails_ends
     kind, pipeline = BY_NAME["sd15"], service.pipeline("sd15")
     served: Any = service.worker.runtime.load(service.model("sd15"))
     rows = list[int]()
-    batch = PipelineBatch(served, 8, rows.append)
+    batch = PipelineBatch(served, 8, lambda count, calls: rows.append(count))
 
     def row(owner: str, num_steps: int, seed: int, **changed: Any) -> PipelineRow:
         call = {**call_of(kind), "output_type": "np", "num_inference_steps": num_steps, **changed}
         return PipelineRow(owner, seed, call, lambda: copy.deepcopy(pipeline.scheduler))
 
-    other = PipelineBatch(served, 8, rows.append)
+    other = PipelineBatch(served, 8, lambda count, calls: rows.append(count))
     other.add([row("another batch's", 9, 7)])
     batch.add([row("first", 4, 1), row("first", 4, 2), row("cancelled", 6, 3)])
     first = batch.step()
@@ -357,7 +357,7 @@ def captured_x0(pipeline: Any, kind: Any, seed: int, step: int) -> torch.Tensor:
 def test_a_preview_is_the_picture_of_what_a_step_predicts(service: Service, name: str) -> None:
     kind, pipeline = BY_NAME[name], service.pipeline(name)
     served: Any = service.worker.runtime.load(service.model(name))
-    batch = PipelineBatch(served, 8, lambda _: None)
+    batch = PipelineBatch(served, 8, lambda rows, calls: None)
     call = {**call_of(kind), "output_type": "np", "num_inference_steps": 5}
     batch.add([PipelineRow("job", 3, call, lambda: copy.deepcopy(pipeline.scheduler), is_previewed=True)])
     calls, last = served.shared.num_calls, batch.step()
