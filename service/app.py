@@ -21,6 +21,7 @@ from service.access.forwarded import ForwardedMiddleware
 from service.access.state import access_state
 from service.http import openapi
 from service.http.body_limit import BodyLimitMiddleware
+from service.http.docs_pages import add_docs_pages
 from service.http.errors import (
     ForbiddenError,
     Problem,
@@ -57,6 +58,8 @@ from service.web.error_pages import ErrorPageMiddleware
 # FastAPI makes a span for each request to the API, in the client's trace if it has one. Without a tracer it makes none.
 SAMPLING_PATHS = ("/v1/samples", "/openai/v1/images/generations")
 
+DOCS_FILES = "/docs/static"
+
 TRACED: TelemetryConfig = {
     "metrics": False,
     "logs": False,
@@ -86,12 +89,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     # FastAPIOffline serves the files of the documentation pages itself, so browsers load nothing from elsewhere.
     app = FastAPIOffline(
+        docs_url=None,
+        redoc_url=None,
         **openapi.ABOUT,
         version=version("timetuner"),
         lifespan=lifespan,
         telemetry=TRACED,
         responses={"default": {**problem_content(), "description": "Any other error."}},
-        static_url="/docs/static",
+        static_url=DOCS_FILES,
     )
     app.state.metrics = metrics
     areas = (models, tuning_jobs, tuning_groups, schedules, samples, usage, audit, health)
@@ -106,6 +111,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(openai.router, responses=openai.ERRORS)
     app.include_router(web.router)
     app.include_router(web_forms.router)
+    add_docs_pages(app, DOCS_FILES)
     app.mount("/static", StaticFiles(directory=web.STATIC), name="static")
     _complete_openapi(app)
     return app

@@ -30,6 +30,7 @@ PAGES = (
     "/compare?model={model}",
     "/compare/schedules?a={schedule}&b={of_points}",
     "/matrix",
+    "/usage",
     "/playground",
     "/playground?model={model}",
     "/login",
