@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from service.cli.completion import complete_builtins
 from service.cli.connection import Url, connected
 from service.cli.options import ModelName, Private, find_model, given
 from service.cli.output import NOT_FOUND, USAGE, AsJson, CommandError, Limit, print_facts, print_json, print_table
-from service.client.choices import Dtype, ModelKind, ModelSort, ModelState
+from service.client.choices import BUILTINS, Dtype, ModelKind, ModelSort, ModelState
 
 if TYPE_CHECKING:
     from service.client import Model, ModelRegistration
@@ -20,7 +21,10 @@ models = typer.Typer(no_args_is_help=True, help="Register and list models.")
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 Source = Annotated[
     str | None,
-    typer.Argument(help="A built-in model's name; or a diffusers-format folder, or a zip, tar or tar.gz of one."),
+    typer.Argument(
+        help=f"A built-in model, {', '.join(BUILTINS)}; or a diffusers-format folder, or a zip, tar or tar.gz of one.",
+        autocompletion=complete_builtins,
+    ),
 ]
 
 
@@ -87,10 +91,18 @@ def list_(
         print_json(found)
         return
     columns = ("id", "name", "shape", "predicts", "parameters", "created")
-    print_table(
-        columns,
-        ((m.id, m.name, m.spec.image_shape, m.spec.model_type, m.spec.num_parameters, m.created_at) for m in found),
+    rows = (
+        (
+            m.id,
+            m.name,
+            "x".join(map(str, m.spec.image_shape)),
+            m.spec.model_type,
+            f"{m.spec.num_parameters:,}",
+            m.created_at,
+        )
+        for m in found
     )
+    print_table(columns, rows)
 
 
 @models.command()

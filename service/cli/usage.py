@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from service.cli.connection import Url, connected
-from service.cli.options import find_model, given
+from service.cli.options import OfModel, find_model, given
 from service.cli.output import AsJson, Limit, print_json, print_table
 
 DAY = ["%Y-%m-%d"]
@@ -16,7 +16,7 @@ DAY = ["%Y-%m-%d"]
 def usage(
     since: Annotated[datetime | None, typer.Option(formats=DAY, help="The first day, in UTC. [all]")] = None,
     until: Annotated[datetime | None, typer.Option(formats=DAY, help="The last day, in UTC. [today]")] = None,
-    model: Annotated[str | None, typer.Option(help="A model's id or name. [all]")] = None,
+    model: OfModel = None,
     key: Annotated[str | None, typer.Option(help="The id of an API key. [all that you may see]")] = None,
     limit: Limit = None,
     url: Url = None,

@@ -13,3 +13,21 @@ UnreadyState: TypeAlias = Literal["queued", "running", "refused"]
 JobState: TypeAlias = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 ExportFormat: TypeAlias = Literal["json", "card", "diffusers", "sigmas", "comfyui", "comfyui-node", "sdcpp"]
 Phase: TypeAlias = Literal["teacher", "start", "tuning", "evaluation"]
+
+# What help texts and completion name. A service knows the samplers of packages that are installed there, too.
+SAMPLERS: tuple[str, ...] = (
+    "ddim",
+    "ddpm",
+    "euler",
+    "heun",
+    "dpm_1",
+    "dpm_2",
+    "dpm_3",
+    "dpmpp_2s",
+    "dpmpp_2m",
+    "dpmpp_3m",
+)
+SAMPLERS += ("dpmpp_2m_sde", "unipc_2", "unipc_3", "ipndm", "deis")
+OBJECTIVES = ("end_to_end", "solver", "next_eps", "teacher_step", "ays", "gits", "dmn", "grid", "pipeline")
+GRIDS = ("default", "uniform", "quadratic", "log_snr", "edm")
+BUILTINS = ("digits8", "digits32-ldm", "mixture-ring", "mixture-gratings")
