@@ -199,11 +199,15 @@ class SolverTable(TypedDict):
 
 
 class ScheduleImport(Setting, SizesOption, total=False):
-    """A schedule made elsewhere; `Schedule.to_import()` is one."""
+    """A schedule made elsewhere; `Schedule.to_import()` is one.
+
+    `image_sizes`, of (width, height), stand for images in `call` that decide the size of a pipeline's result.
+    """
 
     timesteps: Required[Sequence[float]]
     t_ratios: Required[Sequence[float]]
     solver_table: SolverTable | None
+    image_sizes: Sequence[Sequence[int]] | None
     provenance: dict[str, Any]
     private: bool
     model_content_hash: str | None

@@ -228,7 +228,7 @@ class Schedule(BaseModel):
 
         Whether it is private there is for the one who imports it to say.
         """
-        theirs = {"private", "override", "model_content_hash", "height", "width", "sizes", "call"}
+        theirs = {"private", "override", "model_content_hash", "height", "width", "sizes", "image_sizes", "call"}
         names = set(ScheduleImport.__annotations__) - theirs
         kept: ScheduleImport = self.model_dump(mode="json", include=names)  # type: ignore[assignment]
         if self.call is not None:

@@ -25,6 +25,7 @@ from service.shared.job_requests import (
     AnySamplerName,
     ClippingText,
     GuidanceTime,
+    HeightAndWidth,
     SamplerName,
     SamplingSetting,
     SettingOfSizes,
@@ -34,6 +35,7 @@ from timetuner_core.catalog import GuidanceType
 from timetuner_core.exports.formats import FORMATS
 
 MAX_DEPTH = 20
+MAX_IMAGES = 100
 EXAMPLE_GRID, EXAMPLE_RATIOS = [1.0, 0.55, 0.001], [0.98, 0.94]
 ALIAS = r"^[a-z][a-z0-9\-]{0,62}$"
 
@@ -141,6 +143,14 @@ class ScheduleImport(SettingOfSizes):
     solver_table: SolverTable | None = Field(
         None, examples=[None], description="A learned solver, for samplers that call the network once per step."
     )
+    image_sizes: list[HeightAndWidth] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_IMAGES,
+        examples=[None],
+        description="In place of images in `call` that decide the size of a pipeline's result: [width, height] of "
+        "each, as an export has them.",
+    )
     provenance: dict[str, FiniteJson] = Field(
         examples=[{"made_by": "another registry"}], default_factory=dict, description="How it was made."
     )
@@ -152,6 +162,10 @@ class ScheduleImport(SettingOfSizes):
         "another, the schedule is refused.",
     )
     override: bool = Field(False, description="Take the schedule for a model with another content hash all the same.")
+
+    def deciding(self) -> dict[str, Any]:
+        """As of a setting, with the sizes of images that an export cannot have."""
+        return super().deciding() | ({} if self.image_sizes is None else {"image_sizes": self.image_sizes})
 
     @field_validator("call", mode="before")
     @classmethod

@@ -18,7 +18,7 @@ from service.registry.tables import TuningJob
 from service.schedules import logic as schedules_logic
 from service.schedules.schemas import ALIAS
 from service.shared.fields import GuidanceScale, Identifier, NumSteps
-from service.shared.job_requests import ClippingText, SamplerName, TuningJobRequest
+from service.shared.job_requests import ClippingText, HeightAndWidth, SamplerName, TuningJobRequest
 from service.shared.queue import publish
 from service.state import WRITES, State
 from service.tuning_groups import logic as groups_logic
@@ -46,6 +46,15 @@ def _split(values: Any) -> Any:
     return list(dict.fromkeys(parts))
 
 
+def _sizes(text: Any) -> list[list[int]]:
+    """The sizes of a field such as `768x1024, 1024x768`, each as [height, width]. Raises: ValueError."""
+    parts = [part.strip() for part in str(text).split(",") if part.strip()]
+    matches = [re.fullmatch(r"(\d{1,9})\s*[x×]\s*(\d{1,9})", part) for part in parts]
+    if not all(matches):
+        raise ValueError("accepted: HEIGHTxWIDTH, or several with commas between, such as 768x1024, 1024x768")
+    return [[int(match[1]), int(match[2])] for match in matches if match]
+
+
 class TuningForm(BaseModel):
     """Tuning jobs of a few fields: one for each number of steps and tuner. All other fields have their defaults."""
 
@@ -57,12 +66,17 @@ class TuningForm(BaseModel):
     clipping: Annotated[ClippingText | None, BeforeValidator(lambda text: text or None)] = None
     guidance_type: GuidanceType = "uncond"
     guidance_scale: GuidanceScale = Field(1, validate_default=True)
+    sizes: Annotated[list[HeightAndWidth], BeforeValidator(_sizes)] = []
     private: bool = False
     objective: list[Literal[tuple(DEFAULT_OBJECTIVE | OBJECTIVES)]] = [""]  # type: ignore[valid-type]
 
     def requests(self) -> list[TuningJobRequest]:
         """The jobs that the form asks for."""
-        setting = self.model_dump(exclude={"num_steps", "objective"})
+        setting = self.model_dump(exclude={"num_steps", "objective", "sizes"})
+        if len(self.sizes) == 1:
+            setting["height"], setting["width"] = self.sizes[0]
+        elif self.sizes:
+            setting["sizes"] = self.sizes
         tuners = [{"tuner": {"objective": name}} if name else {} for name in dict.fromkeys(self.objective or [""])]
         return [
             TuningJobRequest.model_validate(setting | {"num_steps": steps} | tuner)

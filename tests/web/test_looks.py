@@ -19,13 +19,13 @@ WIDTHS = (1280, 390)
 PAGES = (
     "/",
     "/models",
-    "/models/{model}",
     "/jobs",
     "/jobs/{job}",
     "/schedules",
     "/schedules?status=imported",
     "/schedules/{schedule}",
     "/schedules/{of_points}",
+    "/models/{model}",  # It shows pictures that the pages of schedules had sampled.
     "/compare",
     "/compare?model={model}",
     "/compare/schedules?a={schedule}&b={of_points}",
