@@ -87,7 +87,7 @@ def add_usage(session: Session, used: Iterable[tuple[Payer, Use]]) -> None:
 
 def first_total_id(day: date) -> str:
     """An id that sorts before those of all totals of a day and of later ones."""
-    return f"usg_{day:%Y%m%d}"
+    return f"usg_{day.isoformat().replace('-', '')}"
 
 
 def _total_id(day: date, payer: Payer) -> str:

@@ -1,7 +1,7 @@
 """The web page, which shows people what the API gives programs."""
 
 from collections import Counter
-from datetime import date, timedelta
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -298,7 +298,8 @@ def usage(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
     query = read_query(request, UsageQuery)
     today = utc_now().date()
     if query.since is None:
-        query.since = max((query.until or today) - timedelta(days=USAGE_DAYS - 1), date.min)
+        last = query.until or today
+        query.since = date.fromordinal(max(last.toordinal() - USAGE_DAYS + 1, 1))
     with state.registry.read() as session:
         rows, cursor = usage_logic.newest(session, caller, query)
         context = {

@@ -129,7 +129,9 @@ def test_usage_is_each_keys_own_and_an_admins_is_everybodys(
         assert usage(root) == [own, roots]
         assert usage(root, until=before) == usage(root, since=before, until=before) == [roots]
         assert usage(ann, key=keys["root"][0].id) == usage(root, model="mdl_nope") == []
-        assert usage(root, until=date.max) == [own, roots]
+        assert usage(root, until=date.max) == usage(root, since="0999-12-31") == [own, roots]
+        assert usage(root, until=date.min) == []
+        assert client.get(f"/usage?until={date.min}", headers={"Cookie": f"timetuner_key={keys['root'][1]}"}).is_success
         assert_problem(client.get(f"/v1/usage?since={today}&until={before}", headers=root), 422, "since", "up to until")
         assert_problem(client.get("/v1/usage?since=yesterday", headers=root), 422, "since")
         pages = [
