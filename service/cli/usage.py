@@ -17,7 +17,7 @@ def usage(
     since: Annotated[datetime | None, typer.Option(formats=DAY, help="The first day, in UTC. [all]")] = None,
     until: Annotated[datetime | None, typer.Option(formats=DAY, help="The last day, in UTC. [today]")] = None,
     model: OfModel = None,
-    key: Annotated[str | None, typer.Option(help="The id of an API key. [all that you may see]")] = None,
+    owner: Annotated[str | None, typer.Option(help="The id of the API key that asked. [all that you may see]")] = None,
     limit: Limit = None,
     url: Url = None,
     as_json: AsJson = False,
@@ -27,7 +27,7 @@ def usage(
     with connected(url) as client:
         if model is not None:
             model = find_model(client, model)
-        found = list(islice(client.usage(**given(model=model, key=key), **days), limit))
+        found = list(islice(client.usage(**given(model=model, key=owner), **days), limit))
     if as_json:
         print_json(found)
         return
