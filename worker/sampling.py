@@ -311,7 +311,7 @@ class SampleServer:
             self._results.hand_in(ends, images, leases)
 
     def _used(self, claim: SampleClaim) -> Use:
-        """What a job used, which has ended here. It is told once."""
+        """The use by a job that has ended here. It is told once."""
         meters = (cohort.meter for cohort in self._cohorts)
         return next((meter.take(claim.job_id) for meter in meters if claim.job_id in meter), Use())
 

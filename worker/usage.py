@@ -1,4 +1,4 @@
-"""What jobs use of this worker: network calls, rows and seconds, until they are stored."""
+"""The use of this worker by jobs: network calls, rows and seconds, until they are stored."""
 
 import threading
 import time
@@ -10,7 +10,7 @@ from service.registry.usage import Use
 
 
 class Meter:
-    """What a tuning job used here and is not stored yet. The thread that renews its lease may take it at any time.
+    """The use by a tuning job that is not stored yet. The thread that renews its lease may take it at any time.
 
     Its clock stands still until it is started, and while it is paused.
     """
@@ -45,7 +45,7 @@ class Meter:
             self._use += Use(network_calls, network_rows)
 
     def take(self) -> Use:
-        """What was used since the last time, for who stores it."""
+        """The use since the last time, for who stores it."""
         with self._lock:
             self._note_time()
             taken, self._use = self._use, Use()
@@ -64,7 +64,7 @@ class Meter:
 
 
 class SharedMeter:
-    """What the jobs of a cohort use: the calls and rows of each step are shared out evenly among its images.
+    """The use by the jobs of a cohort. The calls and rows of each step are shared out evenly among its images.
 
     A device may work behind the thread that asks it, which waits only when images are done. So the seconds are shared
     out then, among all rows of the steps since the last time.
@@ -108,7 +108,7 @@ class SharedMeter:
             self._seconds += time.monotonic() - began
 
     def take(self, job_id: str) -> Use:
-        """What a job used, which has ended here."""
+        """The use by a job that has ended here."""
         total = self._steps.total()
         for each, steps in self._steps.items():
             self._uses[each] += Use(device_seconds=self._seconds * steps / total)

@@ -1,4 +1,4 @@
-"""What a shell completes beside the names of commands and options."""
+"""Completion of values by a shell: models, samplers, tuners and grids."""
 
 import os
 from contextlib import suppress

@@ -268,7 +268,7 @@ def show_schedule(schedule: "Schedule") -> None:
 
 
 def verdict_of(schedule: "Schedule") -> str:
-    """What was found of a schedule; that it was imported, if nothing was measured."""
+    """A schedule's verdict; `imported` if nothing was measured."""
     return (schedule.evaluation and schedule.evaluation.verdict) or schedule.status
 
 

@@ -14,7 +14,7 @@ JobState: TypeAlias = Literal["queued", "running", "succeeded", "failed", "cance
 ExportFormat: TypeAlias = Literal["json", "card", "diffusers", "sigmas", "comfyui", "comfyui-node", "sdcpp"]
 Phase: TypeAlias = Literal["teacher", "start", "tuning", "evaluation"]
 
-# What help texts and completion name. A service knows the samplers of packages that are installed there, too.
+# Help texts and completion name these. A service knows the samplers of packages that are installed there, too.
 SAMPLERS: tuple[str, ...] = (
     "ddim",
     "ddpm",

@@ -392,7 +392,7 @@ class AuditEntry(BaseModel):
 
 
 class Usage(BaseModel):
-    """What the jobs of one API key used of one model that ended on one day, in UTC."""
+    """The use of one model by the jobs of one API key that ended on one day, in UTC."""
 
     day: date
     key: str | None

@@ -85,7 +85,7 @@ class TimeTuner:
         return self.pages(calls.list_audit(limit))
 
     def usage(self, *, limit: int = 50, **filters: Unpack[UsageFilters]) -> Iterator[Usage]:
-        """What jobs that ended used, by day, key, model and kind, the newest day first; `limit` is a page's.
+        """The use of networks and devices by day, key, model and kind, the newest day first; `limit` is a page's.
 
         Without the scope admin, it is that of the own key.
         """

@@ -24,7 +24,7 @@ ABOUT: Json = {
         {"name": "health", "description": "For those who run the service."},
     ],
 }
-# What each operation does, for people. FastAPI would repeat the names of functions.
+# The title of each operation, for people. FastAPI would repeat the names of functions.
 TITLES = {
     "register_model": "Register a model",
     "list_models": "List models",

@@ -52,7 +52,7 @@ _NAME = func.lower(Model.name)  # Names are sorted without regard to the case of
 
 
 class Dependents(NamedTuple):
-    """What uses a model, as far as the caller sees it.
+    """The jobs and schedules that use a model, as far as the caller sees them.
 
     Attributes:
         jobs: the ids of those that are not over, by their kind. schedules: ids. Of each, the first `MAX_NAMED + 1`.
@@ -372,7 +372,7 @@ def delete_model(
 
 
 def dependents(session: Session, caller: Caller, model_id: str) -> Dependents:
-    """What uses a model: jobs that are not over, and schedules."""
+    """The jobs that are not over, and the schedules, of a model."""
     named: dict[str, Sequence[str]] = {}
     are_hidden = False
     for job_class, kind in ((TuningJob, "tuning job"), (SampleJob, "sampling job")):

@@ -46,7 +46,7 @@ class ModelName(BaseModel):
 
 
 class ModelQuery(PageQuery):
-    """Which models are listed, and how."""
+    """The models that are listed, and their order."""
 
     search: Search = None
     sort: ModelSort = Field("newest", description="The order; `name` is without regard to case.")

@@ -185,7 +185,7 @@ class TuningJob(Job):
     request_hash: Mapped[str | None]
     network_calls: Mapped[int] = mapped_column(BigInteger, default=0)  # The sum over all attempts and workers.
     tuning_seconds: Mapped[float] = mapped_column(default=0.0)  # The sum over all attempts and workers.
-    # What all attempts and workers used, teachers and evaluation included: see `service.registry.usage.Use`.
+    # The use by all attempts and workers, teachers and evaluation included: see `service.registry.usage.Use`.
     used_calls: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
     used_rows: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
     used_seconds: Mapped[float] = mapped_column(default=0.0, server_default="0")
@@ -541,7 +541,7 @@ class AuditEntry(Base):
 
 
 class UsageTotal(Base):
-    """What the jobs of an API key used of a model that ended on one day, in UTC: see `service.registry.usage`.
+    """The use of a model by the jobs of an API key that ended on one day, in UTC: see `service.registry.usage`.
 
     The id begins with the day. There is no reference to the model, so that adding locks no row but this one.
     """

@@ -1,4 +1,4 @@
-"""What jobs use of networks and devices, added up by day, API key, model and kind of job."""
+"""The use of networks and devices by jobs, added up by day, API key, model and kind of job."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ _FIGURES = ("network_calls", "network_rows", "device_seconds")
 
 @dataclass(frozen=True)
 class Use:
-    """What was used of a network and a device.
+    """Use of a network and a device.
 
     Attributes:
         network_calls: calls of the network. A job that shares a call with others has a share of it.

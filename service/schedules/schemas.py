@@ -164,7 +164,7 @@ class ScheduleImport(SettingOfSizes):
     override: bool = Field(False, description="Take the schedule for a model with another content hash all the same.")
 
     def deciding(self) -> dict[str, Any]:
-        """As of a setting, with the sizes of images that an export cannot have."""
+        """The arguments of a setting, with the sizes of images that an export cannot have."""
         return super().deciding() | ({} if self.image_sizes is None else {"image_sizes": self.image_sizes})
 
     @field_validator("call", mode="before")

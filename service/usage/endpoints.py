@@ -13,7 +13,7 @@ router = APIRouter(prefix="/v1/usage", tags=["usage"])
 
 @router.get("", operation_id="list_usage", responses=error_responses(InvalidError))
 def list_usage(caller: AnyCaller, state: State, query: UsageFilters) -> UsagePage:
-    """What jobs that ended used, by day, API key, model and kind of job: the caller's own, of an admin everybody's."""
+    """The use by jobs that ended, by day, API key, model and kind: the caller's own, of an admin everybody's."""
     with state.registry.read() as session:
         items, cursor = logic.newest(session, caller, query)
         return UsagePage(items=items, next_cursor=cursor)

@@ -23,7 +23,7 @@ class UsageQuery(PageQuery):
 
 
 class UsageOut(BaseModel):
-    """What the jobs of one API key used of one model that ended on one day."""
+    """The use of one model by the jobs of one API key that ended on one day."""
 
     day: date = Field(examples=["2026-11-26"], description="The day on which the jobs ended, in UTC.")
     key: KeyId | None = Field(description="The API key that asked, or null if none was needed.")

@@ -294,7 +294,7 @@ def matrix(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
 
 @router.get("/usage")
 def usage(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
-    """What jobs used, of the latest `USAGE_DAYS` days unless others are named."""
+    """The use by jobs, of the latest `USAGE_DAYS` days unless others are named."""
     query = read_query(request, UsageQuery)
     today = utc_now().date()
     if query.since is None:

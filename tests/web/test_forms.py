@@ -1,4 +1,4 @@
-"""What the fields of the form for tuning stand for."""
+"""The form for tuning, as requests for jobs."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What jobs use is added up once for each job, and is what the network was really asked."""
+"""Usage counts each job once, and is what the network was really asked."""
 
 import time
 from collections import defaultdict
@@ -35,7 +35,7 @@ def worker(registry: Registry, tmp_path: Path) -> Iterator[InProcess]:
 
 
 def totals(registry: Registry) -> dict[str | None, Use]:
-    """What each key used in all."""
+    """The use by each key in all."""
     found: defaultdict[str | None, Use] = defaultdict(Use)
     with registry.read() as session:
         for row in session.scalars(select(UsageTotal)):
