@@ -21,6 +21,7 @@ from service.access.forwarded import ForwardedMiddleware
 from service.access.state import access_state
 from service.http import openapi
 from service.http.body_limit import BodyLimitMiddleware
+from service.http.docs_pages import add_docs_pages
 from service.http.errors import (
     ForbiddenError,
     Problem,
@@ -49,12 +50,15 @@ from service.state import open_state
 from service.tuning_groups import endpoints as tuning_groups
 from service.tuning_jobs import endpoints as tuning_jobs
 from service.tuning_jobs.following import TuningEvents
+from service.usage import endpoints as usage
 from service.web import endpoints as web
 from service.web import forms as web_forms
 from service.web.error_pages import ErrorPageMiddleware
 
 # FastAPI makes a span for each request to the API, in the client's trace if it has one. Without a tracer it makes none.
 SAMPLING_PATHS = ("/v1/samples", "/openai/v1/images/generations")
+
+DOCS_FILES = "/docs/static"
 
 TRACED: TelemetryConfig = {
     "metrics": False,
@@ -85,15 +89,17 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     # FastAPIOffline serves the files of the documentation pages itself, so browsers load nothing from elsewhere.
     app = FastAPIOffline(
+        docs_url=None,
+        redoc_url=None,
         **openapi.ABOUT,
         version=version("timetuner"),
         lifespan=lifespan,
         telemetry=TRACED,
         responses={"default": {**problem_content(), "description": "Any other error."}},
-        static_url="/docs/static",
+        static_url=DOCS_FILES,
     )
     app.state.metrics = metrics
-    areas = (models, tuning_jobs, tuning_groups, schedules, samples, audit, health)
+    areas = (models, tuning_jobs, tuning_groups, schedules, samples, usage, audit, health)
     every = [route for area in (*areas, openai, web, web_forms) for route in area.router.routes]
     routes = [route for route in every if isinstance(route, APIRoute)]
     _add_middleware(app, settings, metrics, [route.path for route in routes])
@@ -105,6 +111,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(openai.router, responses=openai.ERRORS)
     app.include_router(web.router)
     app.include_router(web_forms.router)
+    add_docs_pages(app, DOCS_FILES)
     app.mount("/static", StaticFiles(directory=web.STATIC), name="static")
     _complete_openapi(app)
     return app

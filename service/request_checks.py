@@ -44,6 +44,7 @@ OF_PIPELINES: dict[str, Any] = {
     "height": None,
     "width": None,
     "sizes": None,
+    "image_sizes": None,
     "call": {},
 }
 INTERVAL_ACCEPTED = "the lowest guidance scale, then a higher one"
@@ -182,7 +183,11 @@ def _settled_for_pipeline(
 
 def _sizes(spec: dict[str, Any], setting: SamplingSetting, call: dict[str, Any], where: str) -> dict[str, int | None]:
     """Height and width: those given, else those of the pipeline's defaults, unless an image may decide them."""
-    has_images = bool(image_sizes(call))
+    stand_ins = getattr(setting, "image_sizes", None)
+    has_images = bool(image_sizes(call)) or stand_ins is not None
+    if stand_ins is not None and (image_sizes(call) or None not in (setting.height, setting.width)):
+        message = "image_sizes is given beside images in call, or height and width; accepted: one of these"
+        raise InvalidError(message, (where, "image_sizes"), stand_ins)
     if (several := getattr(setting, "sizes", None)) is not None:
         _check_sizes(spec, setting, several, where, has_images=has_images)
         return dict.fromkeys(SIZES)

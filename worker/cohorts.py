@@ -16,6 +16,7 @@ from worker import metrics
 from worker.conversion import guidance_of, rows_of
 from worker.pipeline_sampling import PipelineBatch, ServedPipeline, rows_of_pipeline
 from worker.runtime import Runtime
+from worker.usage import SharedMeter
 
 
 class Row(Protocol):
@@ -64,7 +65,7 @@ class Batch(Protocol):
     """Images that move on together, of any kind of model: see `RollingBatch` and `PipelineBatch`."""
 
     @property
-    def rows(self) -> Sequence[object]: ...
+    def rows(self) -> Sequence[Travelling]: ...
 
     @property
     def room(self) -> int: ...
@@ -88,6 +89,7 @@ class Cohort:
         most: how many rows this worker samples at once with this model.
         followed: requests of those jobs whose steps are published, as somebody may follow them.
         is_warm: whether it has made a step. The first one may compile the network.
+        meter: what its jobs used so far.
     """
 
     key: Hashable
@@ -97,12 +99,25 @@ class Cohort:
     claims: dict[str, SampleClaim] = field(default_factory=dict)
     followed: dict[str, SampleRequest] = field(default_factory=dict)
     is_warm: bool = False
+    meter: SharedMeter = field(default_factory=SharedMeter)
 
     @property
     def num_staying(self) -> int:
         """How many rows will still be here after the next step, as far as that is known: pipelines do not tell."""
         leaving = self.batch.num_leaving if isinstance(self.batch, RollingBatch) else 0
         return len(self.batch.rows) - leaving
+
+    def step(self) -> Advance:
+        """Move every row on by one step, and note whose step it was."""
+        with self.meter.step(self._moving()):
+            return self.batch.step()
+
+    def _moving(self) -> list[str]:
+        """The job of each image that a step moves on."""
+        rows = self.batch.rows
+        if isinstance(self.batch, PipelineBatch):  # Images that are done may wait there for others of their job.
+            rows = [moving for moving in self.batch.rows if not moving.result.is_over]
+        return [str(each.row.owner) for each in rows]
 
     def add(self, claim: SampleClaim, request: SampleRequest, rows: Sequence[Row]) -> None:
         self.batch.add(rows)
@@ -137,8 +152,14 @@ def _for_pipeline(
     model_id = claim.job.model_id
     rows = rows_of_pipeline(claim.job, request, served, schedule)
     most = runtime.most_rows = runtime.settings.part_size
-    count = metrics.NETWORK_EVALUATIONS.labels(model_id).inc
-    return Cohort(("pipeline", model_id), model_id, PipelineBatch(served, max(most, len(rows)), count), most), rows
+    counter, meter = metrics.NETWORK_EVALUATIONS.labels(model_id), SharedMeter()
+
+    def count(network_rows: int, network_calls: int) -> None:
+        counter.inc(network_rows)
+        meter.count(network_rows, network_calls)
+
+    batch = PipelineBatch(served, max(most, len(rows)), count)
+    return Cohort(("pipeline", model_id), model_id, batch, most, meter=meter), rows
 
 
 def _for_network(
@@ -159,9 +180,9 @@ def _for_network(
     key += [guidance.rescale, guidance.interval, request.clipping, *shapes]
     is_learned = rows[0].solver_table is not None
     key.append(is_learned)
-    sizes = runtime.batch_sizes(*sizes_of)
+    sizes, meter = runtime.batch_sizes(*sizes_of), SharedMeter()
     batch = RollingBatch(
-        model,
+        model.watched(meter.count),
         request.sampler,
         guidance,
         eta,
@@ -173,4 +194,4 @@ def _for_network(
     )
     if not batch.mixes_steps:
         key.append(tuple(rows[0].timesteps.tolist()))
-    return Cohort(tuple(key), claim.job.model_id, batch, runtime.most_rows), rows
+    return Cohort(tuple(key), claim.job.model_id, batch, runtime.most_rows, meter=meter), rows

@@ -16,6 +16,8 @@ from service.registry.database import Registry, is_away
 from service.registry.jobs import Claim, LeaseLostError, renew
 from service.registry.samples import SampleClaim, renew_samples
 from service.registry.tables import FINAL_STATES, Job, TuningJob
+from service.registry.usage import Use, add_to_job
+from worker.usage import Meter
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +153,8 @@ class Renewing:
 class Lease(Renewing):
     """A claimed job. Its lease is renewed every third of its time, while `check()` is called.
 
-    `check()` raises once the job is lost or cancelled, or the worker is `stopping`.
+    `check()` raises once the job is lost or cancelled, or the worker is `stopping`. Each write to a tuning job stores
+    what it used so far by the `meter`, renewals included.
     """
 
     def __init__(
@@ -164,6 +167,7 @@ class Lease(Renewing):
     ) -> None:
         super().__init__(registry, lease_seconds, watch)
         self.claim = claim
+        self.meter = Meter()
         self._stopping = stopping or threading.Event()
         self._lost = threading.Event()
         self._cancelled = threading.Event()
@@ -198,8 +202,11 @@ class Lease(Renewing):
     @contextmanager
     def write(self) -> Iterator[tuple[Session, Job]]:
         """A transaction that commits only if this worker still holds the job. Raises: LeaseLostError."""
-        with self._registry.write() as session:
-            yield session, renew(session, self.claim, self._seconds)
+        with self._charging() as charge, self._registry.write() as session:
+            job = renew(session, self.claim, self._seconds)
+            if isinstance(job, TuningJob):
+                charge(job)
+            yield session, job
 
     @contextmanager
     def write_to(self, tuning_job_id: str) -> Iterator[tuple[Session, TuningJob]]:
@@ -209,13 +216,30 @@ class Lease(Renewing):
             LeaseLostError: another worker holds the task.
             JobCancelledError: the job is over.
         """
-        with self._registry.write() as session:
+        with self._charging() as charge, self._registry.write() as session:
             # All code locks the job before its tasks, which prevents deadlocks.
             job = session.get_one(TuningJob, tuning_job_id, with_for_update=True)
             if job.state in FINAL_STATES:
                 raise JobCancelledError(tuning_job_id)
             renew(session, self.claim, self._seconds)
+            charge(job)
             yield session, job
+
+    @contextmanager
+    def _charging(self) -> Iterator[Callable[[TuningJob], None]]:
+        """A function that adds what the meter has to a job. What no transaction stored goes back to the meter."""
+        taken = Use()
+
+        def charge(job: TuningJob) -> None:
+            nonlocal taken
+            taken = self.meter.take()
+            add_to_job(job, taken)
+
+        try:
+            yield charge
+        except BaseException:
+            self.meter.put_back(taken)
+            raise
 
     def _renew(self) -> None:
         try:

@@ -121,10 +121,10 @@ class PipelineBatch:
 
     Args:
         capacity: how many runs there may be at once.
-        count: told how many rows were put through the network.
+        count: told how many rows were put through the network, by how many calls.
     """
 
-    def __init__(self, served: ServedPipeline, capacity: int, count: Callable[[int], None]) -> None:
+    def __init__(self, served: ServedPipeline, capacity: int, count: Callable[[int, int], None]) -> None:
         self._served, self._capacity, self._count = served, capacity, count
         self.rows: list[Moving] = []
         self._ending: list[Result] = []  # Runs that were interrupted: they end with the next step.
@@ -177,11 +177,12 @@ class PipelineBatch:
 
     def step(self) -> PipelineAdvance:
         """Move every run on by one call of the network."""
-        before = self._served.shared.num_rows
+        shared = self._served.shared
+        rows, calls = shared.num_rows, shared.num_calls
         if not all(moving.result.is_over for moving in self.rows):
-            self._served.shared.step()
+            shared.step()
             self._ending = [result for result in self._ending if not result.is_over]
-            self._count(self._served.shared.num_rows - before)
+            self._count(shared.num_rows - rows, shared.num_calls - calls)
         travelling = list(self.rows)
         images: dict[int, Tensor] = {}
         failed: list[tuple[PipelineRow, Exception]] = []

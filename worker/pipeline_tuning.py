@@ -105,12 +105,17 @@ class _Attempt:
         self._total_iters = total_iters
         self._progress: Progress | None = None
         self._state: PipelineState | None = None  # It is not stored yet.
-        self._rows = 0
+        self._rows = 0  # The rows that are stored.
+        self._noted = 0, 0  # The calls and rows that the meter has.
+        lease.meter.start()
         self._began = self._saved = time.monotonic()
 
     def note(self, progress: "Progress") -> None:
         """Take notice of a step, and store what is due."""
         self._progress = progress
+        calls, rows = self._noted
+        self._lease.meter.count(progress.num_rows - rows, progress.num_calls - calls)
+        self._noted = progress.num_calls, progress.num_rows
         if time.monotonic() - self._saved > self._runtime.settings.save_seconds:
             try:
                 self.save()
@@ -122,7 +127,7 @@ class _Attempt:
     def check(self) -> bool:
         """Let urgent samples go first. Raises: the errors of `Lease.check`."""
         self._lease.check()
-        with self._lease.watch.paused():  # Samples are watched by themselves.
+        with self._lease.watch.paused(), self._lease.meter.paused():  # Samples are watched and charged by themselves.
             self._runtime.give_way()
         return False
 

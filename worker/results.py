@@ -124,7 +124,8 @@ class Results:
                 return [end for one in handed_in for end in self._store_in_one_file([one])]
             logger.exception("the images of %d jobs could not be stored", len(ends), extra=ids_of(c for c, _ in ends))
             message = f"the images could not be stored: {error}"
-            return [(claim, ended(claim.job, JobState.FAILED, error=message)) for claim, _ in ends]
+            failed = [(claim, ended(claim.job, JobState.FAILED, error=message), end.used) for claim, end in ends]
+            return [(claim, replace(end, used=used)) for claim, end, used in failed]
         return ends
 
     def enter(self, ends: list[End], others: Sequence[Ended]) -> list[Ended]:

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from service.registry.database import is_away
 from service.registry.samples import Ended, SampleClaim, claim_samples, ended, hand_back_samples
 from service.registry.tables import JobState, Schedule
+from service.registry.usage import Use
 from service.shared.image_formats import to_preview
 from service.shared.job_requests import SampleRequest
 from worker import metrics
@@ -180,7 +182,7 @@ class SampleServer:
         for cohort in list(self._cohorts):
             try:
                 with metrics.STEP.time(), nullcontext() if cohort.is_warm else leases.watch.slow():
-                    advance = cohort.batch.step()
+                    advance = cohort.step()
                 cohort.is_warm = True
                 leases.watch.advance()
                 metrics.BATCH_ROWS.observe(len(advance.travelling))
@@ -217,8 +219,10 @@ class SampleServer:
             for cohort in self._cohorts:
                 if cohort.pop(claim.job_id):
                     cohort.batch.discard(claim.job_id)
-        self._drop(*[cohort for cohort in self._cohorts if not cohort.claims])
+        for claim in lost:
+            self._used(claim)  # The worker that has it now tells what it used.
         self._submit([(claim, ended(claim.job, JobState.CANCELLED)) for claim in cancelled], None, None)
+        self._drop(*[cohort for cohort in self._cohorts if not cohort.claims])
 
     def _report(self, cohort: Cohort, advance: Advance) -> None:
         """Publish the step of each job that may be followed, and a preview if its request asks for one."""
@@ -253,7 +257,8 @@ class SampleServer:
     def _hand_in(self, cohort: Cohort, advance: Advance, leases: SampleLeases) -> None:
         if advance.images is None:
             return
-        images = advance.images.float().cpu().numpy()
+        with cohort.meter.waiting():
+            images = advance.images.float().cpu().numpy()
         self._fail_not_finite(cohort, advance, images, leases)
         kept = [k for k, row in enumerate(advance.done) if str(row.owner) in cohort.claims]
         owners = list(dict.fromkeys(str(advance.done[k].owner) for k in kept))  # The rows of a job are adjacent.
@@ -300,9 +305,15 @@ class SampleServer:
         images: NDArray[np.float32] | None,
         leases: SampleLeases | None,
     ) -> None:
-        """Have results stored, and their leases dropped then."""
+        """Have results stored, with what the jobs used, and their leases dropped then."""
         if ends:
+            ends = [(claim, replace(end, used=self._used(claim))) for claim, end in ends]
             self._results.hand_in(ends, images, leases)
+
+    def _used(self, claim: SampleClaim) -> Use:
+        """The use by a job that has ended here. It is told once."""
+        meters = (cohort.meter for cohort in self._cohorts)
+        return next((meter.take(claim.job_id) for meter in meters if claim.job_id in meter), Use())
 
 
 def _flagged(advance: Advance, owner: str) -> list[int] | None:

@@ -1,7 +1,7 @@
 """A tuning job on this worker: its model, its sampler, and the tuner that improves it."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from service.registry.tables import TuningJob
@@ -14,7 +14,7 @@ from timetuner_core.tuners import DataTuner
 from timetuner_core.tuning.problem import TuningProblem, TuningState
 from timetuner_core.tuning_setup import Experiment
 from worker.conversion import guidance_of, guidance_scales_of, timesteps_of
-from worker.lease import JobRefusedError
+from worker.lease import JobRefusedError, Lease
 from worker.runtime import Runtime
 from worker.tuning_progress import TuningProgress, phases_of
 from worker.untuned_curves import keep_curve, known_curves
@@ -29,10 +29,8 @@ class TunedSampler:
         progress: how far the job is, by the network calls of this attempt.
     """
 
-    def __init__(
-        self, runtime: Runtime, job: TuningJob, check: Callable[[], None], *, checks_teacher: bool = False
-    ) -> None:
-        """`check` is called before every network call, and may raise to stop.
+    def __init__(self, runtime: Runtime, job: TuningJob, lease: Lease, *, checks_teacher: bool = False) -> None:
+        """The lease is checked before every network call, and its meter counts them.
 
         With `checks_teacher`, the calls of `check_teacher` are a part of the progress.
         """
@@ -43,8 +41,9 @@ class TunedSampler:
         self.network_calls = 0
 
         def before_call(num_samples: int) -> None:
-            check()
+            lease.check()
             self.network_calls += num_samples
+            lease.meter.count(num_samples)
             self.progress.count()
 
         self.experiment = Experiment(
@@ -65,6 +64,7 @@ class TunedSampler:
         # Only network calls tell how far a search for a grid is, which has one iteration, or a solver, whose are long.
         self.progress.stores_itself = self.tuner.iterations > 1 and not self.tuner.has_long_iterations
         self.timesteps = timesteps_of(request, self.experiment.model.noise_schedule)
+        lease.meter.start()
 
     @property
     def tuned_steps(self) -> list[int]:

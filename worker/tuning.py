@@ -32,7 +32,7 @@ def run_tuning_job(runtime: Runtime, lease: Lease) -> None:
     if isinstance(TuningJobRequest.stored(job.request).tuner, PipelineTuner):
         run_pipeline_job(runtime, lease, job)
         return
-    sampler = TunedSampler(runtime, job, lease.check, checks_teacher=True)
+    sampler = TunedSampler(runtime, job, lease, checks_teacher=True)
     state = load_state(job, sampler.timesteps)
     sampler.progress.store = partial(store_progress, lease.write)
     if not bool(state.iterations.any()):  # An attempt that continues has a teacher that was checked.

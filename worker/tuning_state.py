@@ -56,7 +56,8 @@ def tune(
                 if not is_away(error):
                     raise
                 logger.warning("the database is away; to be saved later: %s", error.orig)
-        with lease.watch.paused():  # Samples, which may go first, are watched by themselves.
+        # Samples, which may go first, are watched and charged by themselves.
+        with lease.watch.paused(), lease.meter.paused():
             sampler.runtime.give_way()
     lease.persist(lambda: _save(sampler, state, write, steps, saved))
 

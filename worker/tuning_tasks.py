@@ -33,13 +33,14 @@ def tune_by_tasks(runtime: Runtime, lease: Lease, sampler: TunedSampler) -> Tuni
     job_id = lease.claim.job_id
     _make_tasks(lease, sampler)
     publish(runtime.celery, runtime.registry, TuningTask, [task.id for task in _open_tasks(runtime, job_id)])
-    while _open_tasks(runtime, job_id):
-        lease.check()
-        task_id = _next_free(runtime, job_id)
-        with lease.watch.paused():  # A task is watched by itself.
-            has_run = task_id is not None and runtime.run(TuningTask, task_id, run_tuning_task)
-        if not has_run:
-            time.sleep(POLL_SECONDS)
+    with lease.meter.paused():  # Each task has a meter of its own.
+        while _open_tasks(runtime, job_id):
+            lease.check()
+            task_id = _next_free(runtime, job_id)
+            with lease.watch.paused():  # A task is watched by itself.
+                has_run = task_id is not None and runtime.run(TuningTask, task_id, run_tuning_task)
+            if not has_run:
+                time.sleep(POLL_SECONDS)
     with runtime.registry.read() as session:
         return load_state(read_job(session, job_id), sampler.timesteps)
 
@@ -49,7 +50,7 @@ def run_tuning_task(runtime: Runtime, lease: Lease) -> None:
     with runtime.registry.read() as session:
         task = session.get_one(TuningTask, lease.claim.job_id)
         job = read_job(session, task.job_id)
-    sampler = TunedSampler(runtime, job, lease.check)
+    sampler = TunedSampler(runtime, job, lease)
     state = load_state(job, sampler.timesteps)
     write, seconds = partial(lease.write_to, job.id), runtime.settings.save_seconds
     tune(sampler, state, lease, write, seconds, [task.step_index])

@@ -17,6 +17,7 @@ from service.cli.sample import sample
 from service.cli.schedules import schedules
 from service.cli.server import api, db, dispatcher, up, worker
 from service.cli.tune import tune
+from service.cli.usage import usage
 from service.client import TimeTunerError
 from service.shared.settings_error import SettingsError
 
@@ -39,7 +40,7 @@ def _options(
 ) -> None: ...
 
 
-for command in (up, api, worker, dispatcher, tune, sample, compare, doctor):
+for command in (up, api, worker, dispatcher, tune, sample, usage, compare, doctor):
     app.command()(command)
 for name, group in {"models": models, "jobs": jobs, "schedules": schedules, "keys": keys, "db": db}.items():
     app.add_typer(group, name=name)

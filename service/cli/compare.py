@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from service.cli.output import USAGE, AsJson, CommandError, print_json, stderr
+from service.client.choices import SAMPLERS
 
 # These fields of a plan have options of another name.
 OPTIONS = {"models": "--model", "guidances": "--guidance", "entrants": "--tuners"}
@@ -22,7 +23,7 @@ def compare(
     ] = None,
     num_steps: Annotated[str, typer.Option(help="Numbers of steps, by commas.")] = "3,5,8,10,20",
     guidance: Annotated[str, typer.Option(help="uncond, cfg:SCALE, classifier:SCALE; by commas.")] = "uncond",
-    samplers: Annotated[str, typer.Option(help="Samplers, by commas.")] = "ddim,dpmpp_2m",
+    samplers: Annotated[str, typer.Option(help=f"By commas, of {', '.join(SAMPLERS)}.")] = "ddim,dpmpp_2m",
     tuners: Annotated[str | None, typer.Option(help="Entrants, by commas; untuned is always one. [all]")] = None,
     num_samples: Annotated[int, typer.Option(help="Held-out noises that judge.")] = 256,
     seed: Annotated[int, typer.Option(help="Decides all figures.")] = 0,

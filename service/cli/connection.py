@@ -40,7 +40,7 @@ def connected(url: str | None, outlives: bool = False) -> Iterator["TimeTuner"]:
     """
     from service.up.announcement import running_url
 
-    url = url or running_url(home := _home())
+    url = url or running_url(own_home := home())
     if url is not None:
         with _client(url) as client:
             yield client
@@ -48,7 +48,7 @@ def connected(url: str | None, outlives: bool = False) -> Iterator["TimeTuner"]:
     if outlives:
         accepted = "--url, or a service that runs: timetuner up"
         raise CommandError(f"--detach needs a service that outlives this command; accepted: {accepted}", UNREACHABLE)
-    with _own_service(home) as url, _client(url) as client:
+    with _own_service(own_home) as url, _client(url) as client:
         yield client
 
 
@@ -61,7 +61,8 @@ def _client(url: str) -> "TimeTuner":
         raise typer.BadParameter(str(error), param_hint="--url") from None
 
 
-def _home() -> Path:
+def home() -> Path:
+    """The folder of the service of this machine."""
     from service.shared.settings import Settings
 
     return Settings().timetuner_home.absolute()

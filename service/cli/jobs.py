@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from service.cli.connection import Url, connected
-from service.cli.output import AsJson, Limit, print_facts, print_json, print_table
+from service.cli.options import model_names, whole_id
+from service.cli.output import AsJson, Limit, print_facts, print_json, print_table, rounded
 from service.client.choices import JobState
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 jobs = typer.Typer(no_args_is_help=True, help="Follow and cancel jobs.")
 
-JobId = Annotated[str, typer.Argument(metavar="ID", help="A job's id.")]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="A job's id, whole or short.")]
 
 
 @jobs.command(name="list")
@@ -31,12 +32,23 @@ def list_(
     with connected(url) as client:
         listed: Iterable[Any] = (client.samples if samples else client.tuning_jobs).list(state=state)
         found = list(islice(listed, limit))
+        names = {} if as_json else model_names(client)
     if as_json:
         print_json(found)
         return
-    columns = ("id", "state", "progress", "model", "steps", "schedule", "created")
+    what = "images" if samples else "tuner"
+    columns = ("id", "model", "steps", what, "state", "schedule", "created")
     rows = (
-        (j.id, j.state, f"{j.progress:.0%}", j.model, j.request["num_steps"], j.schedule, j.created_at) for j in found
+        (
+            job.id,
+            names.get(job.model, job.model),
+            job.request["num_steps"],
+            job.request["num_images"] if samples else job.request["tuner"]["objective"],
+            f"{job.state} {job.progress:.0%}" if job.state == "running" else job.state,
+            job.schedule,
+            job.created_at,
+        )
+        for job in found
     )
     print_table(columns, rows)
 
@@ -45,7 +57,7 @@ def list_(
 def show(job_id: JobId, url: Url = None, as_json: AsJson = False) -> None:
     """Show one job, and the state of each step."""
     with connected(url) as client:
-        job = _jobs(client, job_id).get(job_id)
+        job = _jobs(client, job_id).get(whole_id(client, job_id))
     _show(job, as_json)
 
 
@@ -53,7 +65,7 @@ def show(job_id: JobId, url: Url = None, as_json: AsJson = False) -> None:
 def cancel(job_id: JobId, url: Url = None, as_json: AsJson = False) -> None:
     """Cancel a job. A queued job ends at once, a running one as soon as its worker notices."""
     with connected(url) as client:
-        job = _jobs(client, job_id).cancel(job_id)
+        job = _jobs(client, job_id).cancel(whole_id(client, job_id))
     _show(job, as_json)
 
 
@@ -66,11 +78,11 @@ def logs(
 ) -> None:
     """Print the events of a tuning job. With --json, each line is an event."""
     with connected(url) as client:
-        for event in client.tuning_jobs.events(job_id, follow=follow):
+        for event in client.tuning_jobs.events(whole_id(client, job_id), follow=follow):
             if as_json:
                 typer.echo(event.model_dump_json())
             else:
-                facts = " ".join(f"{name}={json.dumps(value)}" for name, value in event.data.items())
+                facts = " ".join(f"{name}={json.dumps(rounded(value))}" for name, value in event.data.items())
                 typer.echo(f"{event.created_at:%Y-%m-%dT%H:%M:%SZ} {event.type} {facts}".rstrip())
 
 
@@ -87,7 +99,7 @@ def _show(job: "TuningJob | SampleJob", as_json: bool) -> None:
     facts = job.model_dump(exclude={"request", "timesteps", "steps", "phases"})
     if isinstance(job, TuningJob):
         facts["phases"] = ", ".join(f"{phase.name} {phase.done}/{phase.total}" for phase in job.phases) or None
-    print_facts(facts | {"request": json.dumps(job.request)})
+    print_facts(facts | {"request": job.request})
     if isinstance(job, TuningJob) and job.steps:
         columns = ("step", "t_ratio", "iterations", "loss at first", "loss")
         print_table(columns, ((s.step_index, s.t_ratio, s.iterations, s.initial_loss, s.loss) for s in job.steps))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.output import NOT_FOUND, AsJson, CommandError, print_json, print_table, stderr
+from service.cli.output import NOT_FOUND, USAGE, AsJson, CommandError, print_json, print_table, short_id, stderr
 
 if TYPE_CHECKING:
     from service.registry.tables import ApiKey
@@ -98,14 +98,17 @@ def list_(as_json: AsJson = False) -> None:
 
 @keys.command()
 def revoke(
-    key_id: Annotated[str, typer.Argument(metavar="ID", help="Such as key_01J...")], as_json: AsJson = False
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="A key's id, whole or short.")], as_json: AsJson = False
 ) -> None:
     """Revoke a key. This takes effect within two seconds. Its jobs that are not over are cancelled."""
     from service.cli.registry import open_registry
-    from service.registry.keys import revoke_key
+    from service.registry.keys import list_keys, revoke_key
 
     with open_registry() as registry, registry.write() as session:
-        key = revoke_key(session, key_id)
+        named = [key.id for key in list_keys(session) if key_id in (key.id, short_id(key.id))]
+        if len(named) > 1:
+            raise CommandError(f"{key_id!r} may be {' or '.join(named)}; accepted: one of these", USAGE)
+        key = revoke_key(session, named[0]) if named else None
     if key is None:
         raise CommandError(f"no key {key_id!r}; accepted: an id that `timetuner keys list` has", NOT_FOUND)
     if as_json:

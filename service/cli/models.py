@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from service.cli.completion import complete_builtins
 from service.cli.connection import Url, connected
 from service.cli.options import ModelName, Private, find_model, given
-from service.cli.output import NOT_FOUND, AsJson, CommandError, Limit, print_facts, print_json, print_table
-from service.client.choices import Dtype, ModelKind, ModelState
+from service.cli.output import NOT_FOUND, USAGE, AsJson, CommandError, Limit, print_facts, print_json, print_table
+from service.client.choices import BUILTINS, Dtype, ModelKind, ModelSort, ModelState
 
 if TYPE_CHECKING:
     from service.client import Model, ModelRegistration
@@ -20,7 +21,10 @@ models = typer.Typer(no_args_is_help=True, help="Register and list models.")
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 Source = Annotated[
     str | None,
-    typer.Argument(help="A built-in model's name; or a diffusers-format folder, or a zip, tar or tar.gz of one."),
+    typer.Argument(
+        help=f"A built-in model, {', '.join(BUILTINS)}; or a diffusers-format folder, or a zip, tar or tar.gz of one.",
+        autocompletion=complete_builtins,
+    ),
 ]
 
 
@@ -69,24 +73,36 @@ def _place_of(source: str | None) -> dict[str, str]:
 @models.command(name="list")
 def list_(
     state: Annotated[ModelState, typer.Option(help="Models that are not ready wait, or were refused.")] = "ready",
+    search: Annotated[str | None, typer.Option(help="A part of the name or id, in any case.")] = None,
+    sort: Annotated[ModelSort, typer.Option(help="The order.")] = "newest",
     limit: Limit = None,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
     """List the registered models, newest first; or those that are not ready."""
+    if state != "ready" and (search is not None or sort != "newest"):
+        raise CommandError(f"--state is {state}; accepted with --search or --sort: ready", USAGE)
     with connected(url) as client:
         if state != "ready":
             _list_registrations(list(islice(client.models.registrations(state=state), limit)), as_json)
             return
-        found = list(islice(client.models.list(), limit))
+        found = list(islice(client.models.list(**given(search=search), sort=sort), limit))
     if as_json:
         print_json(found)
         return
     columns = ("id", "name", "shape", "predicts", "parameters", "created")
-    print_table(
-        columns,
-        ((m.id, m.name, m.spec.image_shape, m.spec.model_type, m.spec.num_parameters, m.created_at) for m in found),
+    rows = (
+        (
+            m.id,
+            m.name,
+            "x".join(map(str, m.spec.image_shape)),
+            m.spec.model_type,
+            f"{m.spec.num_parameters:,}",
+            m.created_at,
+        )
+        for m in found
     )
+    print_table(columns, rows)
 
 
 @models.command()
@@ -101,6 +117,22 @@ def show(model: ModelName, url: Url = None, as_json: AsJson = False) -> None:
     else:
         problem = found.problem.detail if found.problem else None
         print_facts({**found.model_dump(exclude={"spec", "problem"}), "problem": problem})
+
+
+@models.command()
+def rename(
+    model: ModelName,
+    name: Annotated[str, typer.Argument(help="The new name.")],
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Give a model another name. Its id stays the same."""
+    with connected(url) as client:
+        renamed = client.models.rename(find_model(client, model), name)
+    if as_json:
+        print_json(renamed)
+    else:
+        typer.echo(renamed.name)
 
 
 @models.command()

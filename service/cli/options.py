@@ -2,20 +2,35 @@
 
 import base64
 import json
+import re
+from collections.abc import Iterable
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.output import NOT_FOUND, USAGE, CommandError
+from service.cli.completion import complete_grids, complete_models, complete_samplers
+from service.cli.output import NOT_FOUND, SHORT_LENGTH, USAGE, CommandError
+from service.client.choices import GRIDS, SAMPLERS, UnreadyState
 from service.client.choices import GuidanceType as AnyGuidanceType
 
 if TYPE_CHECKING:
     from service.client import TimeTuner
 
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model's id or name.")]
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A model's id or name.", autocompletion=complete_models)
+]
+OfModel = Annotated[str | None, typer.Option(help="A model's id or name.", autocompletion=complete_models)]
 NumSteps = Annotated[int, typer.Option(min=1, help="Steps of sampling.")]
-SamplerName = Annotated[str | None, typer.Option(help="Such as ddim or dpmpp_2m. [ddim]")]
+SamplerName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"{', '.join(SAMPLERS)}, or one of a package that the service has. [ddim]",
+        autocompletion=complete_samplers,
+    ),
+]
 Clipping = Annotated[
     str | None, typer.Option(help="none, or such as clip_sample_range=1, for samplers that clip. [the model's own]")
 ]
@@ -47,6 +62,11 @@ GuidanceEnd = Annotated[float | None, typer.Option(help="No guidance at times ab
 Eta = Annotated[float | None, typer.Option(help="Noise of each step, for ddim. [0]")]
 
 
+SHORT_ID = re.compile(f"(mdl|job|sch|smp)_([0-9A-Z]{{{SHORT_LENGTH}}})")
+MAX_NAMED = 1000  # Tables have the names of so many models, and the ids of others.
+MAX_LOOKED_AT = 5000  # The newest jobs among which the one of a short id is looked for.
+
+
 def grid(text: str) -> str | list[float]:
     """A grid's name, or its times."""
     try:
@@ -56,7 +76,13 @@ def grid(text: str) -> str | list[float]:
 
 
 Timesteps = Annotated[
-    Any, typer.Option(parser=grid, metavar="GRID", help="A grid's name, or num_steps + 1 times, by commas. [default]")
+    Any,
+    typer.Option(
+        parser=grid,
+        metavar="GRID",
+        help=f"{', '.join(GRIDS)}; or num_steps + 1 falling times, by commas. [default]",
+        autocompletion=complete_grids,
+    ),
 ]
 
 
@@ -157,9 +183,41 @@ Private = Annotated[bool, typer.Option("--private", help="Only your API key, and
 def find_model(client: "TimeTuner", name: str) -> str:
     """The id of a model, which is given by its id or its name. The newest of a name counts. Raises: CommandError."""
     if name.startswith("mdl_"):
-        return name
-    for model in client.models.list(limit=200):
+        return whole_id(client, name)
+    for model in client.models.list(search=name, limit=200):
         if model.name == name:
             return model.id
     accepted = "an id or a name of `timetuner models list`; a built-in model after `timetuner models import NAME`"
     raise CommandError(f"no model {name!r}; accepted: {accepted}", NOT_FOUND)
+
+
+def model_names(client: "TimeTuner") -> dict[str, str]:
+    """The names of the newest models, by their ids."""
+    return {model.id: model.name for model in islice(client.models.list(limit=200), MAX_NAMED)}
+
+
+def whole_id(client: "TimeTuner", id: str) -> str:
+    """The id that a short one of a table stands for; any other text as it is.
+
+    Raises: CommandError, if no id among those looked at has this end, or several do.
+    """
+    match = SHORT_ID.fullmatch(id)
+    if match is None:
+        return id
+    end = match[2]
+    listed: Iterable[Any]
+    match match[1]:
+        case "mdl":
+            states: tuple[UnreadyState, ...] = ("queued", "running", "refused")
+            unready = (client.models.registrations(state=state) for state in states)
+            listed = chain(client.models.list(search=end, limit=200), *unready)
+        case "sch":
+            listed = client.schedules.list(search=end, limit=200)
+        case kind:
+            listed = (client.samples if kind == "smp" else client.tuning_jobs).list(limit=200)
+    found = [one.id for one in islice(listed, MAX_LOOKED_AT) if one.id.endswith(end)]
+    if len(found) == 1:
+        return str(found[0])
+    if found:
+        raise CommandError(f"{id!r} may be {' or '.join(found)}; accepted: one of these", USAGE)
+    raise CommandError(f"no id ends like {id!r}, of the newest {MAX_LOOKED_AT}; accepted: a whole id", NOT_FOUND)

@@ -1,9 +1,10 @@
 """Output of commands: results on stdout, all else on stderr, and the exit codes."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any
+from datetime import UTC, datetime
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,13 +19,15 @@ from service.client import (
 )
 from service.shared.settings_error import SettingsError
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else on stdout.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="The largest number of rows. [all]")]
 
 FAILED, USAGE, UNREACHABLE, REFUSED, NOT_FOUND = 1, 2, 3, 4, 5
+ID = re.compile(r"[a-z]{3}_[0-9A-Z]{26}")
+SHORT_LENGTH = 8  # A short id has so many letters behind its prefix, all of them random.
+ID_COLUMNS = ("id", "schedule", "created", "made")
+DIGITS = 4
+WIDE = 100  # Narrower terminals have one space between columns, not two.
 OUR_PACKAGES = ("service", "worker", "migrations", "timetuner_core")
 CODES: dict[type[Exception], int] = {
     InvalidError: USAGE,
@@ -82,15 +85,16 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print a line for each row, no wider than the terminal if there is one."""
+    """Print a line for each row. In a terminal, ids are short and times relative, so that rows fit its width."""
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
+    console = _console()
+    table = Table(box=None, pad_edge=False, collapse_padding=console.width < WIDE)
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in ID_COLUMNS)
     for row in rows:
-        table.add_row(*map(_text, row))
-    _print(table)
+        table.add_row(*(_text(value, is_short=console.is_terminal) for value in row))
+    console.print(table)
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
@@ -102,23 +106,50 @@ def print_facts(facts: Mapping[str, Any]) -> None:
     table.add_column(overflow="fold")
     for name, value in facts.items():
         table.add_row(name, _text(value))
-    _print(table)
+    _console().print(table)
 
 
-def _print(table: "Table") -> None:
+def short_id(id: str) -> str:
+    """The end of an id behind its prefix, which commands take in its place."""
+    prefix, _, unique = id.rpartition("_")
+    return f"{prefix}_{unique[-SHORT_LENGTH:]}"
+
+
+def rounded(value: Any) -> Any:
+    """JSON whose numbers have as many digits as mean something to people."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, Mapping):
+        return {name: rounded(each) for name, each in value.items()}
+    return [rounded(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def ago(time: datetime) -> str:
+    """How long ago a time was, in a few words; before yesterday, its day."""
+    seconds = (datetime.now(UTC) - time).total_seconds()
+    for unit, most, length in (("s", 60, 1), ("min", 3600, 60), ("h", 86_400, 3600)):
+        if seconds < most:
+            return f"{max(seconds, 0) // length:.0f} {unit} ago"
+    return f"{time:%Y-%m-%d}"
+
+
+def _console() -> Console:
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 1000  # Each row is one line.
-    console.print(table)
+    return console
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, is_short: bool = False) -> str:
     if value is None:
         return "-"
     if isinstance(value, datetime):
-        return f"{value:%Y-%m-%dT%H:%M:%SZ}"
+        return ago(value) if is_short else f"{value:%Y-%m-%dT%H:%M:%SZ}"
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return f"{value:.{DIGITS}g}"
     if isinstance(value, list):
         return " ".join(map(_text, value))
-    return str(value)
+    if isinstance(value, dict):
+        return json.dumps(rounded(value), default=str)
+    text = str(value)
+    return short_id(text) if is_short and ID.fullmatch(text) else text

@@ -25,6 +25,7 @@ from service.cli.options import (
     call_of,
     find_model,
     given,
+    whole_id,
 )
 from service.cli.output import USAGE, AsJson, CommandError, print_json, stderr
 
@@ -93,6 +94,8 @@ def sample(
         class_labels=class_label[0] if len(class_label) == 1 else class_label,
     )
     with connected(url) as client, stderr.status("sampling"):
+        if schedule is not None:
+            request["schedule"] = whole_id(client, schedule)
         samples = client.samples.create(model=find_model(client, model), **request)
     _write(samples, out)
     if as_json:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from service.cli.completion import complete_models, complete_samplers
 from service.cli.connection import Url, connected
 from service.cli.options import (
     CallArguments,
@@ -20,32 +21,40 @@ from service.cli.options import (
     Height,
     ModelName,
     NumSteps,
+    OfModel,
     Private,
     SamplerName,
     Width,
     find_model,
     given,
+    model_names,
+    whole_id,
 )
 from service.cli.output import USAGE, AsJson, CommandError, Limit, print_facts, print_json, print_table
-from service.client.choices import ExportFormat, ScheduleStatus
+from service.client.choices import SAMPLERS, ExportFormat, ScheduleSort, ScheduleStatus
+from service.client.choices import GuidanceType as AnyGuidanceType
 
 if TYPE_CHECKING:
     from service.client import Schedule
 
 schedules = typer.Typer(no_args_is_help=True, help="List, move and name schedules.")
 
-ScheduleId = Annotated[str, typer.Argument(metavar="ID", help="A schedule's id.")]
+ScheduleId = Annotated[str, typer.Argument(metavar="ID", help="A schedule's id, whole or short.")]
 
 
 @schedules.command(name="list")
 def list_(
-    model: Annotated[str | None, typer.Option(help="A model's id or name.")] = None,
+    model: OfModel = None,
     num_steps: Annotated[int | None, typer.Option(min=1)] = None,
-    sampler: Annotated[str | None, typer.Option()] = None,
+    sampler: Annotated[
+        str | None, typer.Option(metavar="NAME", help=", ".join(SAMPLERS), autocompletion=complete_samplers)
+    ] = None,
     clipping: Clipping = None,
-    guidance_type: Annotated[str | None, typer.Option()] = None,
+    guidance_type: Annotated[AnyGuidanceType | None, typer.Option()] = None,
     guidance_scale: Annotated[float | None, typer.Option()] = None,
     status: Annotated[ScheduleStatus | None, typer.Option()] = None,
+    search: Annotated[str | None, typer.Option(help="A part of the id, of an alias or of the model's name.")] = None,
+    sort: Annotated[ScheduleSort, typer.Option(help="The order; score leaves out imported schedules.")] = "newest",
     limit: Limit = None,
     url: Url = None,
     as_json: AsJson = False,
@@ -58,17 +67,21 @@ def list_(
         guidance_type=guidance_type,
         guidance_scale=guidance_scale,
         status=status,
+        search=search,
+        sort=sort,
     )
     with connected(url) as client:
         if model is not None:
             filters["model"] = find_model(client, model)
         found = list(islice(client.schedules.list(**filters), limit))
+        names = {} if as_json else model_names(client)
     if as_json:
         print_json(found)
         return
-    columns = ("id", "model", "sampler", "steps", "guidance", "version", "status", "score", "created")
+    columns = ("id", "model", "steps", "sampler", "guidance", "verdict", "score", "made")
     rows = (
-        (s.id, s.model, s.sampler, s.num_steps, _guidance(s), s.version, s.status, s.score, s.created_at) for s in found
+        (s.id, names.get(s.model, s.model), s.num_steps, s.sampler, _guidance(s), verdict_of(s), s.score, s.created_at)
+        for s in found
     )
     print_table(columns, rows)
 
@@ -77,7 +90,7 @@ def list_(
 def show(schedule_id: ScheduleId, url: Url = None, as_json: AsJson = False) -> None:
     """Show one schedule and its evaluation."""
     with connected(url) as client:
-        schedule = client.schedules.get(schedule_id)
+        schedule = client.schedules.get(whole_id(client, schedule_id))
     if as_json:
         print_json(schedule)
     else:
@@ -88,6 +101,7 @@ def show(schedule_id: ScheduleId, url: Url = None, as_json: AsJson = False) -> N
 def rm(schedule_id: ScheduleId, url: Url = None, as_json: AsJson = False) -> None:
     """Delete a schedule that has no alias, and that no stored samples were made with."""
     with connected(url) as client:
+        schedule_id = whole_id(client, schedule_id)
         client.schedules.delete(schedule_id)
     if as_json:
         print_json({"deleted": schedule_id})
@@ -155,7 +169,7 @@ def export(
     if format == "diffusers" and out is None:
         raise CommandError("a zip file cannot be printed; accepted: --out FILE", USAGE)
     with connected(url) as client:
-        exported = client.schedules.export(schedule_id, format, lossy=lossy)
+        exported = client.schedules.export(whole_id(client, schedule_id), format, lossy=lossy)
     if out is None:
         typer.echo(exported.content.decode(), nl=False)
         return
@@ -171,7 +185,9 @@ def export(
 @schedules.command(name="import")
 def import_(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A file that `export` wrote.")],
-    model: Annotated[str | None, typer.Option(help="A model's id or name. [the file's]")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model's id or name. [the file's]", autocompletion=complete_models)
+    ] = None,
     private: Private = False,
     override: Annotated[
         bool, typer.Option("--override", help="Take it for a model with another content hash all the same.")
@@ -213,7 +229,7 @@ def alias(
             result: Any = {"deleted": name, "model": (model := find_model(client, remove_from))}
             client.aliases.delete(model, name)
         else:
-            schedule = client.schedules.get(str(schedule_id))
+            schedule = client.schedules.get(whole_id(client, str(schedule_id)))
             result = client.aliases.set(schedule.model, name, schedule.id)
     if as_json:
         print_json(result)
@@ -254,9 +270,17 @@ def show_schedule(schedule: "Schedule") -> None:
         print_table(columns, ((name, m.stock, m.before, m.after, m.change, m.low, m.high) for name, m in metrics))
 
 
+def verdict_of(schedule: "Schedule") -> str:
+    """A schedule's verdict; `imported` if nothing was measured."""
+    return (schedule.evaluation and schedule.evaluation.verdict) or schedule.status
+
+
 def _guidance(schedule: "Schedule") -> str:
+    """The type and scale, or interval of scales, of guidance; classifier-free guidance as cfg."""
+    kind = {"classifier-free": "cfg", "uncond": "none"}.get(schedule.guidance_type, schedule.guidance_type)
+    is_plain = schedule.guidance_type == "uncond" and schedule.guidance_scale == 1 and not schedule.guidance_scales
     scales = "..".join(f"{scale:g}" for scale in schedule.guidance_scales or [schedule.guidance_scale])
-    return schedule.guidance_type + (f" x{scales}" if schedule.guidance_type != "uncond" else "")
+    return kind if is_plain else f"{'guided' if kind == 'none' else kind} x{scales}"
 
 
 def _read(file: Path) -> Any:

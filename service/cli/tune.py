@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from service.cli.completion import complete_objectives
 from service.cli.connection import Url, connected
 from service.cli.options import (
     CallArguments,
@@ -33,8 +34,9 @@ from service.cli.options import (
     given,
 )
 from service.cli.output import FAILED, USAGE, AsJson, CommandError, print_json, print_table, stderr
-from service.cli.schedules import show_schedule
+from service.cli.schedules import show_schedule, verdict_of
 from service.client import ConflictError, JobFailedError
+from service.client.choices import OBJECTIVES
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,7 +69,9 @@ def tune(
         str | None,
         typer.Option(
             metavar="NAME[,NAME...]",
-            help="The tuner's objective; of several, each is tried. [the service's choice; with --tuner, end_to_end]",
+            help=f"The tuner's objective, {', '.join(OBJECTIVES)}; of several, each is tried. "
+            "[the service's choice; with --tuner, end_to_end]",
+            autocompletion=complete_objectives,
         ),
     ] = None,
     tuner: Annotated[
@@ -174,8 +178,7 @@ def _show_group(group: "TuningGroup", schedules: dict[str, "Schedule"]) -> None:
         if made is None:
             rows.append((*setting, job.state, None, None))
         else:
-            verdict = (made.evaluation and made.evaluation.verdict) or made.status
-            rows.append((*setting, verdict, made.score, made.id))
+            rows.append((*setting, verdict_of(made), made.score, made.id))
     print_table(("steps", "tuner", "verdict", "score", "schedule"), rows)
 
 

@@ -23,12 +23,14 @@ from service.client.choices import ExportFormat, UnreadyState
 from service.client.errors import UnexpectedAnswerError
 from service.client.problems import raise_for
 from service.client.requests import (
+    ModelFilters,
     ModelSource,
     SampleRequest,
     ScheduleFilters,
     ScheduleImport,
     Setting,
     TuningJobRequest,
+    UsageFilters,
 )
 from service.client.results import (
     Alias,
@@ -46,6 +48,7 @@ from service.client.results import (
     ScheduleExport,
     TuningGroup,
     TuningJobFields,
+    Usage,
 )
 
 T = TypeVar("T")
@@ -129,8 +132,9 @@ def _registered(source: ModelSource, read: Callable[[httpx.Response], T]) -> Cal
     return _made_once(Call("register_model", "POST", "/v1/models", read, json=fields, archive=path, slowness=slowness))
 
 
-def list_models(limit: int) -> Call[Page[Model]]:
-    return Call("list_models", "GET", "/v1/models", _reader(Page[Model]), params={"limit": limit})
+def list_models(limit: int, filters: ModelFilters | None = None) -> Call[Page[Model]]:
+    params = {**(filters or {}), "limit": limit}
+    return Call("list_models", "GET", "/v1/models", _reader(Page[Model]), params=params)
 
 
 def list_model_registrations(state: UnreadyState, limit: int) -> Call[Page[ModelRegistrationFields]]:
@@ -141,6 +145,10 @@ def list_model_registrations(state: UnreadyState, limit: int) -> Call[Page[Model
 def get_model(model: str) -> Call[ModelRegistrationFields]:
     """The registration of a model, which has the model's fields once it is ready."""
     return Call("get_model", "GET", _path("/v1/models", model), _reader(ModelRegistrationFields))
+
+
+def rename_model(model: str, name: str) -> Call[Model]:
+    return Call("rename_model", "PATCH", _path("/v1/models", model), _reader(Model), json={"name": name})
 
 
 def delete_model(model: str, cascade: bool = False) -> Call[None]:
@@ -264,6 +272,11 @@ def follow_sample_job(job: str) -> Call[None]:
 
 def list_audit(limit: int) -> Call[Page[AuditEntry]]:
     return Call("list_audit", "GET", "/v1/audit", _reader(Page[AuditEntry]), params={"limit": limit})
+
+
+def list_usage(filters: UsageFilters, limit: int) -> Call[Page[Usage]]:
+    params = {**{name: str(value) for name, value in filters.items() if value is not None}, "limit": limit}
+    return Call("list_usage", "GET", "/v1/usage", _reader(Page[Usage]), params=params)
 
 
 def health() -> Call[Health]:

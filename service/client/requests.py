@@ -1,6 +1,7 @@
 """Types of requests. Fields that are left out have the service's defaults: see its `/docs`."""
 
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, Required, TypeAlias
 
@@ -8,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import TypedDict  # Pydantic can read typing's own only from Python 3.12 on.
 
-from service.client.choices import Dtype, GuidanceType, ModelKind, ScheduleStatus
+from service.client.choices import Dtype, GuidanceType, ModelKind, ModelSort, ScheduleSort, ScheduleStatus
 
 Timesteps: TypeAlias = Literal["default", "uniform", "quadratic", "log_snr", "edm"] | Sequence[float]
 Data: TypeAlias = Literal["auto", "model", "generated"]
@@ -218,20 +219,46 @@ class SolverTable(TypedDict):
 
 
 class ScheduleImport(Setting, IntervalOptions, total=False):
-    """A schedule made elsewhere; `Schedule.to_import()` is one."""
+    """A schedule made elsewhere; `Schedule.to_import()` is one.
+
+    `image_sizes`, of (width, height), stand for images in `call` that decide the size of a pipeline's result.
+    """
 
     timesteps: Required[Sequence[float]]
     t_ratios: Required[Sequence[float]]
     solver_table: SolverTable | None
+    image_sizes: Sequence[Sequence[int]] | None
     provenance: dict[str, Any]
     private: bool
     model_content_hash: str | None
     override: bool
 
 
+class ModelFilters(TypedDict, total=False):
+    """`search` is a part of the name or id, without regard to case; `sort` is the order."""
+
+    search: str
+    sort: ModelSort
+
+
 class ScheduleFilters(SettingOptions, total=False):
-    """Each is exact; a schedule in a list matches all that are given."""
+    """A schedule in a list matches all that are given; each but `search` is exact.
+
+    `search` is a part of the id, of an alias or of the model's name, without regard to case; `sort` is the order, and
+    `score` leaves out imported schedules, which have none.
+    """
 
     model: str
     num_steps: int
     status: ScheduleStatus
+    search: str
+    sort: ScheduleSort
+
+
+class UsageFilters(TypedDict, total=False):
+    """The days `since` to `until`, both included, in UTC; a model's id; a key's id."""
+
+    since: date | str | None
+    until: date | str | None
+    model: str | None
+    key: str | None

@@ -3,7 +3,7 @@
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
@@ -263,7 +263,7 @@ class Schedule(BaseModel):
 
         Whether it is private there is for the one who imports it to say.
         """
-        theirs = {"private", "override", "model_content_hash", "height", "width", "sizes", "call"}
+        theirs = {"private", "override", "model_content_hash", "height", "width", "sizes", "image_sizes", "call"}
         names = set(ScheduleImport.__annotations__) - theirs
         kept: ScheduleImport = self.model_dump(mode="json", include=names)  # type: ignore[assignment]
         if self.call is not None:
@@ -424,6 +424,20 @@ class AuditEntry(BaseModel):
     outcome: str
     request_id: str | None
     created_at: datetime
+
+
+class Usage(BaseModel):
+    """The use of one model by the jobs of one API key that ended on one day, in UTC."""
+
+    day: date
+    key: str | None
+    key_name: str | None
+    model: str
+    model_name: str
+    kind: Literal["tuning", "sampling"]
+    network_calls: float
+    network_rows: float
+    device_seconds: float
 
 
 class Readiness(BaseModel):

@@ -14,12 +14,14 @@ from service.client.calls import Call
 from service.client.choices import ExportFormat, JobState, UnreadyState
 from service.client.problems import raise_for
 from service.client.requests import (
+    ModelFilters,
     ModelSource,
     SampleRequest,
     ScheduleFilters,
     ScheduleImport,
     Setting,
     TuningJobRequest,
+    UsageFilters,
 )
 from service.client.results import (
     Alias,
@@ -38,6 +40,7 @@ from service.client.results import (
     ScheduleExport,
     TuningGroup,
     TuningJobFields,
+    Usage,
 )
 from service.client.sending import MAX_ATTEMPTS, http_options, retries, telling_unreachable
 from service.client.waiting import MAX_POLL_SECONDS, J, Patience, Progress, Refresh, showing
@@ -80,6 +83,13 @@ class TimeTuner:
     def audit(self, *, limit: int = 50) -> Iterator[AuditEntry]:
         """The audit log, newest first. It needs a key with the scope admin."""
         return self.pages(calls.list_audit(limit))
+
+    def usage(self, *, limit: int = 50, **filters: Unpack[UsageFilters]) -> Iterator[Usage]:
+        """The use of networks and devices by day, key, model and kind, the newest day first; `limit` is a page's.
+
+        Without the scope admin, it is that of the own key.
+        """
+        return self.pages(calls.list_usage(filters, limit))
 
     def health(self) -> Health:
         """Whether the API answers."""
@@ -155,9 +165,9 @@ class Models:
         """Hand in a model that is not built in, as `create` does; `wait()` for the model."""
         return self._bound(self._client.send(calls.submit_model(source)))
 
-    def list(self, *, limit: int = 50) -> Iterator[Model]:
-        """All models that are ready and that the key may see, newest first; `limit` is a page's."""
-        return self._client.pages(calls.list_models(limit))
+    def list(self, *, limit: int = 50, **filters: Unpack[ModelFilters]) -> Iterator[Model]:
+        """All models that are ready, match, and that the key may see, newest first or sorted; `limit` is a page's."""
+        return self._client.pages(calls.list_models(limit, filters))
 
     def registrations(self, *, state: UnreadyState, limit: int = 50) -> "Iterator[ModelRegistration]":
         """The models that were handed in and are in this state, newest first; `limit` is a page's."""
@@ -171,6 +181,10 @@ class Models:
     def registration(self, model: str) -> "ModelRegistration":
         """A model that was handed in, ready or not."""
         return self._bound(self._client.send(calls.get_model(model)))
+
+    def rename(self, model: str, name: str) -> Model:
+        """Give a model that is ready another name. Its id stays the same."""
+        return self._client.send(calls.rename_model(model, name))
 
     def delete(self, model: str, *, cascade: bool = False) -> None:
         """Delete a model and its files, or one that was refused. Jobs that are over and stored samples remain.
@@ -214,7 +228,7 @@ class Schedules:
         self._client = client
 
     def list(self, *, limit: int = 50, **filters: Unpack[ScheduleFilters]) -> Iterator[Schedule]:
-        """All schedules that match, newest first; `limit` is a page's."""
+        """All schedules that match, newest first or sorted; `limit` is a page's."""
         return self._client.pages(calls.list_schedules(filters, limit))
 
     def get(self, schedule: str) -> Schedule:

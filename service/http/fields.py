@@ -13,8 +13,8 @@ from sqlalchemy import Select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from service.http.errors import EXAMPLE_REQUEST_ID, InvalidError, UnsupportedMediaTypeError
-from service.registry.tables import AuditEntry, Model, ModelRegistration, SampleJob, TuningJob
-from service.shared.fields import IDENTIFIER, Identifier
+from service.registry.tables import AuditEntry, Model, ModelRegistration, SampleJob, TuningJob, UsageTotal
+from service.shared.fields import IDENTIFIER, PRINTABLE, Identifier
 
 JSON_TYPE = "application/json"
 PathId = Annotated[str, Path(**IDENTIFIER)]
@@ -73,8 +73,17 @@ class PageQuery(BaseModel):
     cursor: Identifier | None = Field(None, description="The `next_cursor` of the page before.")
 
 
+Search = Annotated[
+    str | None,
+    Field(
+        min_length=1,
+        max_length=200,
+        pattern=PRINTABLE,
+        description="A part of the name or id, without regard to case.",
+    ),
+]
 PageParams = Annotated[PageQuery, Query()]
-Row = TypeVar("Row", AuditEntry, Model, ModelRegistration, SampleJob, TuningJob)
+Row = TypeVar("Row", AuditEntry, Model, ModelRegistration, SampleJob, TuningJob, UsageTotal)
 
 
 def newest_first(

@@ -14,7 +14,6 @@ from starlette.datastructures import FormData, UploadFile
 
 from service.access.callers import AnyCaller, Caller, MayWriteModels
 from service.access.idempotency import GivenKey
-from service.access.visibility import visible_models
 from service.http.errors import (
     ConflictError,
     InvalidError,
@@ -24,7 +23,7 @@ from service.http.errors import (
     UnsupportedMediaTypeError,
     error_responses,
 )
-from service.http.fields import JSON_TYPE, PageParams, PathId, check_fields, newest_first
+from service.http.fields import JSON_TYPE, PathId, check_fields, require_json
 from service.http.preferences import Prefer, read_preference
 from service.http.validation import FieldsError
 from service.models import logic
@@ -37,8 +36,10 @@ from service.models.schemas import (
     BuiltinModelRequest,
     Dtype,
     HubModelRequest,
+    ModelName,
     ModelOut,
     ModelPage,
+    ModelQuery,
     ModelRegistrationOut,
     ModelRegistrationPage,
     ModelState,
@@ -259,7 +260,7 @@ async def _described(
 def list_models(
     caller: AnyCaller,
     state: State,
-    page: PageParams,
+    query: Annotated[ModelQuery, Query()],
     model_state: Annotated[
         ModelState,
         Query(alias="state", description="`ready` lists models; another state lists models that are not ready."),
@@ -269,12 +270,15 @@ def list_models(
 
     Private ones are listed for the key that registered them, and for an admin.
     """
+    if model_state != "ready" and query.model_fields_set & {"search", "sort"}:
+        message = f"search or sort is given, and state is {model_state!r}; accepted with them: state 'ready'"
+        raise InvalidError(message, ("query", "state"), model_state)
     with state.registry.read() as session:
         if model_state == "ready":
-            models, cursor = newest_first(session, visible_models(caller), Model.id, page)
+            models, cursor = logic.listed(session, caller, query)
             return ModelPage(items=[ModelOut.model_validate(row) for row in models], next_cursor=cursor)
         states = [job_state for job_state, shown in STATES.items() if shown == model_state]
-        rows, cursor = newest_registrations(session, caller, states, page)
+        rows, cursor = newest_registrations(session, caller, states, query)
         return ModelRegistrationPage(items=[ModelRegistrationOut.of(row) for row in rows], next_cursor=cursor)
 
 
@@ -284,6 +288,17 @@ def get_model(caller: AnyCaller, model_id: PathId, state: State) -> ModelOut | M
     with state.registry.read() as session:
         found = logic.get_handed_in(session, caller, model_id)
         return ModelOut.model_validate(found) if isinstance(found, Model) else ModelRegistrationOut.of(found)
+
+
+@router.patch(
+    "/{model_id}",
+    operation_id="rename_model",
+    dependencies=[Depends(require_json), WRITES],
+    responses=error_responses(NotFoundError, ConflictError, InvalidError, UnsupportedMediaTypeError),
+)
+def rename_model(caller: MayWriteModels, model_id: PathId, body: ModelName, state: State) -> ModelOut:
+    """Give a model that is ready another name. Its id stays the same."""
+    return ModelOut.model_validate(logic.rename_model(state.registry, caller, model_id, body.name))
 
 
 @router.delete(

@@ -6,21 +6,23 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from fastapi.concurrency import run_in_threadpool
-from sqlalchemy import Select, delete, not_, select
+from sqlalchemy import Select, delete, func, not_, or_, select, tuple_
 from sqlalchemy.orm import Session
 from ulid import ULID
 
 from service.access.callers import Caller
 from service.access.idempotency import Once, make_once
-from service.access.visibility import is_visible, visible_model, visible_registration
+from service.access.visibility import is_visible, may_see, visible_model, visible_models, visible_registration
 from service.http.errors import ConflictError, InvalidError, NotFoundError, TooManyRequestsError
+from service.http.fields import newest_first
 from service.models.archive import LOC, Kind, unpack
 from service.models.registrations import find_handed_in, refusal_of
-from service.models.schemas import HubModelRequest, PathModelRequest
+from service.models.schemas import HubModelRequest, ModelQuery, PathModelRequest
 from service.registry.database import Registry
 from service.registry.jobs import count_queued
 from service.registry.keys import Scope
@@ -36,7 +38,7 @@ from service.registry.tables import (
     UntunedCurveRow,
 )
 from service.registry.types import new_id, utc_now
-from service.shared.artifacts import ArtifactStore
+from service.shared.artifacts import ArtifactStore, DamagedArtifactError
 from service.shared.settings import Settings
 from service.state import AppState
 from timetuner_core.catalog import BUILTIN_FOLDERS, builtin_specs
@@ -44,7 +46,23 @@ from timetuner_core.models.folder_files import ModelFormatError, check_files, fo
 from timetuner_core.pipelines.files import check_pipeline_files, pipeline_hash, saved_dtype
 
 LOOK_INTERVAL_SECONDS = 0.1  # A waiting request looks this often whether a worker has described its model.
+CARD = "README.md"
+MAX_CARD = 50_000  # The page shows so many characters of a card.
 MAX_NAMED = 10  # A refusal names so many of each kind.
+_NAME = func.lower(Model.name)  # Names are sorted without regard to the case of ASCII letters.
+
+
+class Dependents(NamedTuple):
+    """The jobs and schedules that use a model, as far as the caller sees them.
+
+    Attributes:
+        jobs: the ids of those that are not over, by their kind. schedules: ids. Of each, the first `MAX_NAMED + 1`.
+        are_hidden: whether there are jobs or schedules of other API keys.
+    """
+
+    jobs: dict[str, Sequence[str]]
+    schedules: Sequence[str]
+    are_hidden: bool
 
 
 class HandedIn(NamedTuple):
@@ -275,6 +293,53 @@ def get_model(session: Session, caller: Caller, model_id: str) -> Model:
     return model
 
 
+def listed(session: Session, caller: Caller, query: ModelQuery) -> tuple[Sequence[Model], str | None]:
+    """One page of the models that the caller sees and that match, and the cursor of the next. Raises: InvalidError."""
+    found = visible_models(caller)
+    if query.search is not None:
+        found = found.where(
+            or_(*(column.icontains(query.search, autoescape=True) for column in (Model.name, Model.id)))
+        )
+    if query.sort == "newest":
+        return newest_first(session, found, Model.id, query)
+    if query.cursor is not None:
+        last = session.get(Model, query.cursor)
+        if last is None or not may_see(caller, last):
+            message = f"no model {query.cursor!r}; accepted: the next_cursor of the page before"
+            raise InvalidError(message, ("query", "cursor"), query.cursor)
+        place = tuple_(func.lower(last.name), last.id)
+        found = found.where(Model.id > last.id if query.sort == "oldest" else tuple_(_NAME, Model.id) > place)
+    order = [Model.id] if query.sort == "oldest" else [_NAME, Model.id]
+    rows = session.scalars(found.order_by(*order).limit(query.limit + 1)).all()
+    return rows[: query.limit], rows[query.limit - 1].id if len(rows) > query.limit else None
+
+
+def card_of(artifacts: ArtifactStore, model: Model) -> str | None:
+    """The card that came with a model, without its header: of a built-in one, or of an uploaded pipeline."""
+    source = model.source
+    try:
+        if "builtin" in source:
+            content = (BUILTIN_FOLDERS[source["builtin"]] / CARD).read_bytes()
+        elif "artifact" in source:
+            content = artifacts.read(f"{source['artifact']}/{CARD}")
+        else:
+            return None  # Only workers read files that are not ours.
+    except (KeyError, OSError, DamagedArtifactError):
+        return None
+    text = content.decode(errors="replace")[:MAX_CARD]
+    _, fence, card = text.removeprefix("---\n").partition("\n---\n")
+    return (card if text.startswith("---\n") and fence else text).strip() or None
+
+
+def rename_model(registry: Registry, caller: Caller, model_id: str, name: str) -> Model:
+    """Give a model another name. Raises: NotFoundError; ConflictError, if it is not ready."""
+    with registry.write() as session:
+        model = get_model(session, caller, model_id)
+        model.name = name
+        caller.record(session, "rename_model", model_id)
+        return model
+
+
 def delete_model(
     registry: Registry, caller: Caller, artifacts: ArtifactStore, model_id: str, cascade: bool = False
 ) -> None:
@@ -308,29 +373,37 @@ def delete_model(
         artifacts.remove(artifact)
 
 
-def _check_unused(session: Session, caller: Caller, model_id: str, cascade: bool) -> None:
-    """Refuse to delete a model that is used, and name what uses it as far as the caller sees it. Raises: ConflictError.
-
-    Private schedules of other keys are never deleted with a model, except by an admin.
-    """
-    using: list[str] = []
-    hidden = False
+def dependents(session: Session, caller: Caller, model_id: str) -> Dependents:
+    """The jobs that are not over, and the schedules, of a model."""
+    named: dict[str, Sequence[str]] = {}
+    are_hidden = False
     for job_class, kind in ((TuningJob, "tuning job"), (SampleJob, "sampling job")):
         jobs = select(job_class.id).where(job_class.model_id == model_id, job_class.state.not_in(FINAL_STATES))
         if job_class is SampleJob:
             jobs = jobs.where(SampleJob.parent_id.is_(None))
         if not caller.may(Scope.ADMIN):
-            hidden |= _any(session, jobs.where(job_class.owner.is_distinct_from(caller.owner)))
+            are_hidden |= _any(session, jobs.where(job_class.owner.is_distinct_from(caller.owner)))
             jobs = jobs.where(job_class.owner == caller.owner)
-        using += _named(session, jobs, kind)
+        named[kind] = session.scalars(jobs.limit(MAX_NAMED + 1)).all()
     schedules = select(Schedule.id).where(Schedule.model_id == model_id)
-    hidden |= _any(session, schedules.where(not_(is_visible(caller, Schedule))))
+    are_hidden |= _any(session, schedules.where(not_(is_visible(caller, Schedule))))
+    seen = schedules.where(is_visible(caller, Schedule)).order_by(Schedule.id.desc())
+    return Dependents(named, session.scalars(seen.limit(MAX_NAMED + 1)).all(), are_hidden)
+
+
+def _check_unused(session: Session, caller: Caller, model_id: str, cascade: bool) -> None:
+    """Refuse to delete a model that is used, and name what uses it as far as the caller sees it. Raises: ConflictError.
+
+    Private schedules of other keys are never deleted with a model, except by an admin.
+    """
+    found = dependents(session, caller, model_id)
+    using = [text for kind, ids in found.jobs.items() for text in _named(ids, kind)]
     accepted = "a model whose jobs are over (cancel them, or wait)" if using else "cascade=true deletes them, too"
-    if hidden:
+    if found.are_hidden:
         using.append("jobs or schedules of other API keys")
         accepted = "a model whose jobs are over, and that is nobody else's; or a key that has 'admin'"
     if not cascade:
-        using += _named(session, schedules.where(is_visible(caller, Schedule)), "schedule")
+        using += _named(found.schedules, "schedule")
     if using:
         raise ConflictError(f"model {model_id!r} is used by {', '.join(using)}; accepted: {accepted}")
 
@@ -339,11 +412,10 @@ def _any(session: Session, ids: Select[str]) -> bool:
     return session.scalar(ids.limit(1)) is not None
 
 
-def _named(session: Session, ids: Select[str], kind: str) -> list[str]:
+def _named(ids: Sequence[str], kind: str) -> list[str]:
     """The first few of some rows by name, such as "schedule 'sch_1'", and whether there are more."""
-    found = session.scalars(ids.limit(MAX_NAMED + 1)).all()
-    more = [f"more {kind}s"] if len(found) > MAX_NAMED else []
-    return [f"{kind} {row_id!r}" for row_id in found[:MAX_NAMED]] + more
+    more = [f"more {kind}s"] if len(ids) > MAX_NAMED else []
+    return [f"{kind} {row_id!r}" for row_id in ids[:MAX_NAMED]] + more
 
 
 def _insert(registry: Registry, caller: Caller, model: Model, once: Once | None) -> tuple[Model, bool]:

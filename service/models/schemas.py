@@ -5,12 +5,13 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from service.http.errors import Problem
-from service.http.fields import ModelId, NextCursor, Owner, Private, Time
+from service.http.fields import ModelId, NextCursor, Owner, PageQuery, Private, Search, Time
 from service.models.registrations import refusal_of
 from service.registry.tables import JobState, ModelRegistration
 from service.shared.fields import PRINTABLE
 from timetuner_core.catalog import BUILTINS, GuidanceType, ModelType
 
+ModelSort: TypeAlias = Literal["newest", "oldest", "name"]
 RegistrationState: TypeAlias = Literal["queued", "running", "refused"]
 ModelState: TypeAlias = Literal["ready", "queued", "running", "refused"]
 STATES: dict[JobState, RegistrationState] = {
@@ -34,6 +35,21 @@ class BuiltinModelRequest(BaseModel):
         None, min_length=1, max_length=200, pattern=PRINTABLE, description="Default: the built-in's own name."
     )
     private: bool = Field(False, description=PRIVATE_MODEL)
+
+
+class ModelName(BaseModel):
+    """A model's new name."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(min_length=1, max_length=200, pattern=PRINTABLE, examples=["my-digits"])
+
+
+class ModelQuery(PageQuery):
+    """The models that are listed, and their order."""
+
+    search: Search = None
+    sort: ModelSort = Field("newest", description="The order; `name` is without regard to case.")
 
 
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]

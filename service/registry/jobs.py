@@ -24,6 +24,7 @@ from service.registry.tables import (
     TuningTask,
 )
 from service.registry.types import FromNow, utc_now
+from service.registry.usage import charge_tuning_job
 
 JOB_CLASSES: tuple[type[Job], ...] = (TuningJob, TuningTask, SampleJob, ModelRegistration)
 PUBLISHED_CLASSES: tuple[type[Job], ...] = (TuningJob, TuningTask)  # Each of these jobs has its own message.
@@ -100,7 +101,10 @@ def renew(session: Session, claim: Claim, lease_seconds: float) -> Job:
 
 
 def finish(session: Session, job: Job, state: JobState, error: str | None = None) -> None:
-    """Enter a final state. Tasks or parts of the job that are not over are cancelled with it."""
+    """Enter a final state. Tasks or parts of the job that are not over are cancelled with it.
+
+    What a tuning job used is added to the total of its key.
+    """
     job.state = state
     job.error = error[:2000] if error else None
     job.finished_at = utc_now()
@@ -109,6 +113,8 @@ def finish(session: Session, job: Job, state: JobState, error: str | None = None
         job.progress = 1.0
     add_event(session, job, str(state), **({"error": job.error} if job.error else {}))
     _cancel_children(session, job)
+    if isinstance(job, TuningJob):
+        charge_tuning_job(session, job)
 
 
 def request_cancel(session: Session, job: Job) -> None:

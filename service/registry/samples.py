@@ -29,8 +29,9 @@ from sqlalchemy import (
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
 from service.registry.jobs import Claim, claimed_by, finish, hand_back
-from service.registry.tables import FINAL_STATES, JobState, Model, RegistryChanges, SampleJob
+from service.registry.tables import FINAL_STATES, JobState, Model, RegistryChanges, SampleJob, UsageKind
 from service.registry.types import FromNow, first_id, utc_now
+from service.registry.usage import NOTHING_USED, Payer, Use, add_usage
 
 # Jobs of models that a worker has loaded go before others, until one of the others has waited this long.
 PATIENCE_SECONDS = 1.0
@@ -54,6 +55,7 @@ class Ended:
     Attributes:
         num_images: images that no worker needs to make any more.
         flagged: the numbers of images that a safety checker held back; None without one.
+        used: what the attempt that ended took.
     """
 
     job_id: str
@@ -64,6 +66,7 @@ class Ended:
     parent_id: str | None = None
     num_images: int = 0
     flagged: list[int] | None = None
+    used: Use = NOTHING_USED
 
 
 def ended(
@@ -280,15 +283,20 @@ _END = (
 
 
 def finish_samples(session: Session, ends: Sequence[tuple[SampleClaim, Ended]]) -> list[Ended]:
-    """Enter the final state of each job whose claim still holds. Returns the ends that were entered."""
+    """Enter the final state of each job whose claim still holds, and add what it used to the total of its key.
+
+    Returns the ends that were entered.
+    """
     if not ends:
         return []
     ends = sorted(ends, key=lambda end: end[0].job_id)  # All code locks jobs by id, which prevents deadlocks.
     entered = session.connection().execute(_END, [_end_values(claim, ended) for claim, ended in ends]).rowcount
-    if entered == len(ends):
-        return [ended for _, ended in ends]
-    rows = _locked(session, [claim for claim, _ in ends])
-    return [ended for claim, ended in ends if _is_held(claim, rows, ended.state)]
+    if entered < len(ends):
+        rows = _locked(session, [claim for claim, _ in ends])
+        ends = [(claim, ended) for claim, ended in ends if _is_held(claim, rows, ended.state)]
+    charged = [(claim.job, ended.used) for claim, ended in ends if not claim.job.is_made_again]
+    add_usage(session, ((Payer(job.owner, job.model_id, UsageKind.SAMPLING), used) for job, used in charged))
+    return [ended for _, ended in ends]
 
 
 def _end_values(claim: SampleClaim, ended: Ended) -> dict[str, object]:
@@ -350,6 +358,7 @@ def sample_again(session: Session, job_id: str, artifact: str) -> SampleJob:
         job.artifact, job.artifact_row, job.num_parts, job.flagged = None, 0, 0, None
         job.started_at = job.finished_at = job.deadline_at = None
         job.cancel_requested = False
+        job.is_made_again = True
     return job
 
 

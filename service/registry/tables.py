@@ -6,7 +6,7 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, MetaData, String, UniqueConstraint, text
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, MetaData, String, UniqueConstraint, false, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from service.registry.types import ExactDecimal, UtcDateTime, new_id, utc_now
@@ -36,6 +36,13 @@ class ScheduleStatus(StrEnum):
     ACCEPTED = "accepted"
     REJECTED = "rejected"
     IMPORTED = "imported"
+
+
+class UsageKind(StrEnum):
+    """The kinds of jobs whose use of networks and devices is added up."""
+
+    TUNING = "tuning"
+    SAMPLING = "sampling"
 
 
 class Base(DeclarativeBase):
@@ -179,6 +186,10 @@ class TuningJob(Job):
     request_hash: Mapped[str | None]
     network_calls: Mapped[int] = mapped_column(BigInteger, default=0)  # The sum over all attempts and workers.
     tuning_seconds: Mapped[float] = mapped_column(default=0.0)  # The sum over all attempts and workers.
+    # The use by all attempts and workers, teachers and evaluation included: see `service.registry.usage.Use`.
+    used_calls: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
+    used_rows: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
+    used_seconds: Mapped[float] = mapped_column(default=0.0, server_default="0")
     timesteps: Mapped[list[float] | None] = mapped_column(JSON)  # The grid so far: tuners may move it.
     solver_table: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # The learned solver so far.
     pipeline_state: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # See `PipelineState`.
@@ -232,12 +243,14 @@ class TuningJobEvent(Base):
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
 
-def _list_indexes(table: str, listed_by: Iterable[tuple[str, ...]], filters: tuple[str, ...]) -> list[Index]:
-    """Indexes that order rows by id for each of `listed_by`. They hold the other filters, too: a scan reads no rows."""
+def _list_indexes(
+    table: str, listed_by: Iterable[tuple[str, ...]], order: tuple[str, ...], filters: tuple[str, ...]
+) -> list[Index]:
+    """Indexes that order rows for each of `listed_by`. They hold the other filters, too: a scan reads no rows."""
 
     def index(first: tuple[str, ...]) -> Index:
-        name = "_".join(("ix", table, *first, "id"))
-        return Index(name, *first, "id", *(column for column in filters if column not in first))
+        name = "_".join(("ix", table, *first, *order))
+        return Index(name, *first, *order, *(column for column in filters if column not in first))
 
     return [index(first) for first in listed_by]
 
@@ -293,6 +306,7 @@ class Schedule(OfSetting, CanBePrivate, Base):
     __tablename__ = "schedules"
     # Lists are indexed by these sets of filters, the narrowest first.
     LISTED_BY = (("model_id", "num_steps"), ("model_id",), ())
+    RANKED_BY = (("model_id",), ())  # The same for lists that are sorted by score.
     __table_args__ = (
         UniqueConstraint(*OfSetting.KEY, "private_to", "version", name="uq_schedules_version"),
         Index("ix_schedules_resolve", *OfSetting.KEY, "private_to", "status", "score", "id"),
@@ -307,7 +321,8 @@ class Schedule(OfSetting, CanBePrivate, Base):
             sqlite_where=IS_GUIDANCE_INTERVAL,
             postgresql_where=IS_GUIDANCE_INTERVAL,
         ),
-        *_list_indexes("schedules", LISTED_BY, (*OfSetting.KEY, "status", "private_to")),
+        *_list_indexes("schedules", LISTED_BY, ("id",), (*OfSetting.KEY, "status", "private_to")),
+        *_list_indexes("schedules", RANKED_BY, ("score", "id"), (*OfSetting.KEY, "status", "private_to")),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("sch"))
@@ -422,6 +437,7 @@ class SampleJob(Job):
         artifact_row: the row of the job's first image in the file.
         traceparent: the W3C trace context of the request.
         flagged: the numbers of the images that a pipeline's safety checker held back; null if it has none.
+        is_made_again: its images were damaged. Nobody is charged for making them again.
     """
 
     __tablename__ = "sample_jobs"
@@ -447,6 +463,7 @@ class SampleJob(Job):
     artifact: Mapped[str | None] = mapped_column(index=True)
     artifact_row: Mapped[int] = mapped_column(default=0)
     flagged: Mapped[list[int] | None] = mapped_column(JSON(none_as_null=True))
+    is_made_again: Mapped[bool] = mapped_column(default=False, server_default=false())
 
 
 class ModelRegistration(CanBePrivate, Job):
@@ -563,3 +580,22 @@ class AuditEntry(Base):
     outcome: Mapped[str]
     request_id: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
+
+
+class UsageTotal(Base):
+    """The use of a model by the jobs of an API key that ended on one day, in UTC: see `service.registry.usage`.
+
+    The id begins with the day. There is no reference to the model, so that adding locks no row but this one.
+    """
+
+    __tablename__ = "usage"
+    __table_args__ = (Index("ix_usage_owner", "owner", "id"),)
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    day: Mapped[date]
+    owner: Mapped[str | None]  # The API key that asked, or null if none was needed.
+    model_id: Mapped[str]
+    kind: Mapped[UsageKind] = mapped_column(String(16))
+    network_calls: Mapped[float]
+    network_rows: Mapped[float]
+    device_seconds: Mapped[float]

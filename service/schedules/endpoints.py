@@ -55,7 +55,7 @@ AliasName = Annotated[str, Path(pattern=ALIAS, description="Such as `production`
 def list_schedules(caller: AnyCaller, state: State, query: ScheduleFilters) -> SchedulePage:
     """Stored schedules that match every filter given, newest first: all that are not private, and the caller's own."""
     with state.registry.read() as session:
-        rows, cursor = logic.newest(session, caller, query)
+        rows, cursor = logic.listed(session, caller, query)
         return SchedulePage(items=[ScheduleOut.model_validate(row) for row in rows], next_cursor=cursor)
 
 

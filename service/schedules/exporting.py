@@ -78,7 +78,7 @@ def _import_file(subject: Subject) -> Exported:
     content = {name: value for name, value in schedule.items() if name in names}
     call = content.pop("call", None) or {}  # Only a pipeline's schedule has arguments of a call.
     content |= sizes_of_import(call)
-    others = {name: value for name, value in call.items() if name not in SIZES}
+    others = {name: value for name, value in call.items() if name not in (*SIZES, "image_sizes")}
     content |= {"call": others} if others else {}
     content["model_content_hash"] = subject.model["content_hash"]
     return Exported((json.dumps(content, indent=2) + "\n").encode(), ["The evaluation stays in this registry."])

@@ -5,7 +5,7 @@ from decimal import Decimal
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Select, and_, bindparam, case, exists, func, literal, select, true
+from sqlalchemy import ColumnElement, Select, and_, bindparam, case, exists, func, literal, or_, select, true, tuple_
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, aliased, joinedload
 
@@ -15,7 +15,7 @@ from service.http.errors import ConflictError, InvalidError, NotFoundError
 from service.models.logic import get_model
 from service.registry.database import Registry
 from service.registry.schedules import next_version
-from service.registry.tables import IS_GUIDANCE_INTERVAL, SampleJob, Schedule, ScheduleAlias, ScheduleStatus
+from service.registry.tables import IS_GUIDANCE_INTERVAL, Model, SampleJob, Schedule, ScheduleAlias, ScheduleStatus
 from service.request_checks import check_timesteps, get_requested_model, settled
 from service.schedules.schemas import ScheduleImport, ScheduleQuery
 from service.shared.job_requests import OWN_SAMPLER, SamplingSetting
@@ -36,40 +36,68 @@ def get_schedule(session: Session, caller: Caller, schedule_id: str) -> Schedule
     return schedule
 
 
-def newest(session: Session, caller: Caller, query: ScheduleQuery) -> tuple[Sequence[Schedule], str | None]:
+def listed(session: Session, caller: Caller, query: ScheduleQuery) -> tuple[Sequence[Schedule], str | None]:
     """One page of the schedules that the caller sees and that match every filter given, and the cursor of the next.
 
-    They come by falling id.
+    They come by falling id, or by rising score.
 
     However few match, at most `MAX_SCANNED` entries of one index are looked at. So a page before the last may have
     fewer than `limit` rows, or none.
+
+    Raises: InvalidError.
     """
-    given = query.model_dump(exclude={"limit", "cursor", "model"}, exclude_none=True)
+    given = query.model_dump(exclude={"limit", "cursor", "model", "search", "sort"}, exclude_none=True)
     if query.model is not None:
         given["model_id"] = query.model
-    indexed = next(names for names in Schedule.LISTED_BY if given.keys() >= set(names))
+    listed_by = Schedule.RANKED_BY if query.sort == "score" else Schedule.LISTED_BY
+    indexed = next(names for names in listed_by if given.keys() >= set(names))
     others = [name for name in given if name not in indexed]
-    scan = select(Schedule.id).filter_by(**{name: given[name] for name in indexed}).order_by(Schedule.id.desc())
+    order = (Schedule.score, Schedule.id) if query.sort == "score" else (Schedule.id.desc(),)
+    scan = select(Schedule.id).filter_by(**{name: given[name] for name in indexed}).order_by(*order)
     # What is hidden is left out here, so that no cursor names it.
     scan = scan.where(Schedule.model_id.not_in(hidden_models(caller)), is_visible(caller, Schedule))
+    if query.sort == "score":
+        scan = scan.where(Schedule.score.is_not(None))
     if query.cursor is not None:
-        scan = scan.where(Schedule.id < query.cursor)
+        scan = scan.where(_is_after(session, caller, query.cursor, query.sort))
 
     # The inner limit keeps query planners from using other filters than the indexed ones. The outer query keeps the
     # order; if it ordered again, SQLite would sort, and so never stop early.
-    scanned = scan.add_columns(*(getattr(Schedule, name) for name in others))
-    row = scanned.limit(MAX_SCANNED if others else query.limit + 1).subquery().c
+    is_filtered = bool(others) or query.search is not None
+    names = [*others, *(["model_id"] if query.search is not None and "model_id" not in others else [])]
+    scanned = scan.add_columns(*(getattr(Schedule, name) for name in names))
+    row = scanned.limit(MAX_SCANNED if is_filtered else query.limit + 1).subquery().c
     matching = select(row.id).where(*(row[name] == given[name] for name in others))
+    if query.search is not None:
+        matching = matching.where(_is_named(row.id, row.model_id, query.search))
     ids = session.scalars(matching.limit(query.limit + 1)).all()
     rows = session.scalars(
         select(Schedule)
         .where(Schedule.id.in_(ids[: query.limit]))
-        .order_by(Schedule.id.desc())
+        .order_by(*order)
         .options(joinedload(Schedule.evaluation))
     ).all()
     if len(ids) > query.limit:
         return rows, ids[query.limit - 1]
-    return rows, session.scalar(scan.offset(MAX_SCANNED - 1).limit(1)) if others else None
+    return rows, session.scalar(scan.offset(MAX_SCANNED - 1).limit(1)) if is_filtered else None
+
+
+def _is_after(session: Session, caller: Caller, cursor: str, sort: str) -> ColumnElement[bool]:
+    """Whether a schedule comes after the one that a cursor names. Raises: InvalidError."""
+    if sort != "score":
+        return Schedule.id < cursor
+    last = visible_schedule(session, caller, session.get(Schedule, cursor))
+    if last is None or last.score is None:
+        message = f"no schedule {cursor!r} with a score; accepted: the next_cursor of the page before"
+        raise InvalidError(message, ("query", "cursor"), cursor)
+    return tuple_(Schedule.score, Schedule.id) > tuple_(literal(last.score), literal(last.id))
+
+
+def _is_named(id: ColumnElement[str], model_id: ColumnElement[str], text: str) -> ColumnElement[bool]:
+    """Whether a text is a part of a schedule's id, of one of its aliases, or of its model's name."""
+    models = select(Model.id).where(Model.name.icontains(text, autoescape=True))
+    aliased_ids = select(ScheduleAlias.schedule_id).where(ScheduleAlias.name.icontains(text, autoescape=True))
+    return or_(id.icontains(text, autoescape=True), model_id.in_(models), id.in_(aliased_ids))
 
 
 def resolve(session: Session, caller: Caller, setting: SamplingSetting) -> tuple[Schedule | None, str]:

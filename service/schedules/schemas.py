@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from service.http.fields import ModelId, Owner, PageQuery, Private, ScheduleId, Time, TuningJobId
+from service.http.fields import ModelId, Owner, PageQuery, Private, ScheduleId, Search, Time, TuningJobId
 from service.registry.tables import ScheduleStatus
 from service.schedules.evaluations import EvaluationOut
 from service.shared.fields import Eta, ExactNumber, GuidanceScale, Identifier, NumSteps
@@ -25,6 +25,7 @@ from service.shared.job_requests import (
     AnySamplerName,
     ClippingText,
     GuidanceTime,
+    HeightAndWidth,
     SamplerName,
     SamplingSetting,
     SettingOfIntervals,
@@ -34,6 +35,7 @@ from timetuner_core.catalog import GuidanceType
 from timetuner_core.exports.formats import FORMATS
 
 MAX_DEPTH = 20
+MAX_IMAGES = 100
 EXAMPLE_GRID, EXAMPLE_RATIOS = [1.0, 0.55, 0.001], [0.98, 0.94]
 ALIAS = r"^[a-z][a-z0-9\-]{0,62}$"
 
@@ -147,6 +149,14 @@ class ScheduleImport(SettingOfIntervals):
     solver_table: SolverTable | None = Field(
         None, examples=[None], description="A learned solver, for samplers that call the network once per step."
     )
+    image_sizes: list[HeightAndWidth] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_IMAGES,
+        examples=[None],
+        description="In place of images in `call` that decide the size of a pipeline's result: [width, height] of "
+        "each, as an export has them.",
+    )
     provenance: dict[str, FiniteJson] = Field(
         examples=[{"made_by": "another registry"}], default_factory=dict, description="How it was made."
     )
@@ -158,6 +168,10 @@ class ScheduleImport(SettingOfIntervals):
         "another, the schedule is refused.",
     )
     override: bool = Field(False, description="Take the schedule for a model with another content hash all the same.")
+
+    def deciding(self) -> dict[str, Any]:
+        """The arguments of a setting, with the sizes of images that an export cannot have."""
+        return super().deciding() | ({} if self.image_sizes is None else {"image_sizes": self.image_sizes})
 
     @field_validator("call", mode="before")
     @classmethod
@@ -176,7 +190,7 @@ class SchedulePage(BaseModel):
 
 
 class ScheduleQuery(PageQuery):
-    """Filters; each is optional and exact."""
+    """Filters, each of which is optional and, but for `search`, exact; and the order."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -193,6 +207,10 @@ class ScheduleQuery(PageQuery):
     guidance_end: GuidanceTime | None = None
     eta: Eta | None = None
     status: ScheduleStatus | None = None
+    search: Search = Field(None, description="A part of the id, of an alias or of the model's name, in any case.")
+    sort: Literal["newest", "score"] = Field(
+        "newest", description="The order. `score`: the best first; imported schedules have none, and are left out."
+    )
 
 
 class Resolution(BaseModel):

@@ -130,10 +130,13 @@ def size_intervals(sizes: Sequence[Sequence[int]]) -> dict[str, Any]:
 
 
 def sizes_of_import(call: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of an import that stand for the sizes of a schedule's `call`: `sizes` if one is an interval."""
+    """The fields of an import that stand for the sizes of a schedule's `call`: `sizes` if one is an interval.
+
+    `image_sizes` stands for images that decided the size.
+    """
     sizes = {name: call[name] for name in SIZES if name in call}
     if not any(isinstance(size, list) for size in sizes.values()):
-        return sizes
+        return sizes | {name: value for name, value in call.items() if name == "image_sizes"}
     corners = [size if isinstance(size, list) else [size, size] for size in (sizes[name] for name in SIZES)]
     return {"sizes": [list(corner) for corner in zip(*corners, strict=True)]}
 

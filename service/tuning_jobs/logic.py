@@ -120,12 +120,14 @@ def get_job(session: Session, caller: Caller, job_id: str, *, lock: bool = False
 
 
 def newest(
-    session: Session, caller: Caller, state: JobState | None, page: PageQuery
+    session: Session, caller: Caller, state: JobState | None, page: PageQuery, model_id: str | None = None
 ) -> tuple[Sequence[TuningJob], str | None]:
-    """One page of the jobs the caller sees, newest first, and the cursor of the next."""
+    """One page of the jobs the caller sees, of one model if it is given, newest first, and the cursor of the next."""
     query = select(TuningJob).options(joinedload(TuningJob.schedule)).where(is_seen_job(caller, TuningJob))
     if state is not None:
         query = query.where(TuningJob.state == state)
+    if model_id is not None:
+        query = query.where(TuningJob.model_id == model_id)
     return newest_first(session, query, TuningJob.id, page)
 
 

@@ -1,6 +1,7 @@
 """The web page, which shows people what the API gives programs."""
 
 from collections import Counter
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -15,10 +16,12 @@ from service.access.visibility import is_visible, visible_models
 from service.http.errors import InvalidError
 from service.http.fields import PageQuery, PathId, newest_first
 from service.http.validation import FieldsError
+from service.models import logic as models_logic
 from service.models.logic import get_handed_in
 from service.models.registrations import newest_registrations
-from service.models.schemas import STATES, ModelRegistrationOut
+from service.models.schemas import STATES, ModelQuery, ModelRegistrationOut
 from service.registry.tables import JobState, Model, Schedule, ScheduleStatus
+from service.registry.types import utc_now
 from service.request_checks import get_requested_model
 from service.schedules import logic as schedules_logic
 from service.schedules.exporting import formats_of
@@ -28,6 +31,8 @@ from service.shared.job_requests import AnySamplerName, Prompt, Size
 from service.state import State
 from service.tuning_groups.logic import get_group
 from service.tuning_jobs import logic as jobs_logic
+from service.usage import logic as usage_logic
+from service.usage.schemas import UsageQuery
 from service.web import comparing, views
 from service.web.rendering import render
 from service.web.views import AUTO
@@ -41,6 +46,7 @@ MODELS_IN_FORM = 100
 UNREADY_MODELS = 20
 COMPARED_SCHEDULES = 200
 MATRIX_SCHEDULES = 2000
+USAGE_DAYS = 30
 
 Query = TypeVar("Query", bound=BaseModel)
 
@@ -94,7 +100,7 @@ def overview(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
     with state.registry.read() as session:
         models, _ = newest_first(session, visible_models(caller), Model.id, page)
         jobs, _ = jobs_logic.newest(session, caller, None, page)
-        schedules, _ = schedules_logic.newest(session, caller, ScheduleQuery(limit=ROWS_ON_OVERVIEW))
+        schedules, _ = schedules_logic.listed(session, caller, ScheduleQuery(limit=ROWS_ON_OVERVIEW))
         context = {
             "models": models,
             "counts": {model.id: views.count_schedules(session, caller, model.id) for model in models},
@@ -109,13 +115,15 @@ def overview(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
 
 @router.get("/models")
 def models(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
+    query = read_query(request, ModelQuery)
     with state.registry.read() as session:
-        rows, cursor = newest_first(session, visible_models(caller), Model.id, read_query(request, PageQuery))
+        rows, cursor = models_logic.listed(session, caller, query)
         counts = {model.id: views.count_schedules(session, caller, model.id) for model in rows}
         unready, _ = newest_registrations(session, caller, list(STATES), PageQuery(limit=UNREADY_MODELS))
         registrations = [ModelRegistrationOut.of(row) for row in unready]
-    context = {"models": rows, "counts": counts, "cursor": cursor, "registrations": registrations}
-    return render(request, "models.html", caller, builtins=BUILTINS, **context)
+    given = query.model_dump(exclude_defaults=True, exclude={"cursor", "limit"})
+    context = {"models": rows, "counts": counts, "cursor": cursor, "registrations": registrations, "given": given}
+    return render(request, "models.html", caller, builtins=BUILTINS, query=query, **context)
 
 
 @router.get("/models/{model_id}")
@@ -125,15 +133,26 @@ def model(model_id: PathId, request: Request, caller: AnyCaller, state: State) -
         row = get_handed_in(session, caller, model_id)
         if not isinstance(row, Model):
             return render(request, "registration.html", caller, registration=ModelRegistrationOut.of(row))
-        schedules, _ = schedules_logic.newest(session, caller, ScheduleQuery(model=model_id, limit=ROWS_ON_OVERVIEW))
+        accepted = ScheduleQuery(model=model_id, status=ScheduleStatus.ACCEPTED)
+        best, _ = schedules_logic.listed(
+            session, caller, accepted.model_copy(update={"sort": "score", "limit": ROWS_ON_OVERVIEW})
+        )
+        newest, _ = schedules_logic.listed(session, caller, accepted.model_copy(update={"limit": 1}))
+        jobs, _ = jobs_logic.newest(session, caller, None, PageQuery(limit=ROWS_ON_OVERVIEW), model_id)
         context = {
             "model": row,
-            "given": views.form_fields(row, views.tuned_settings(session, caller, row.id)[:1], setting),
+            "given": views.form_fields(row, newest, setting),
             "count": views.count_schedules(session, caller, model_id),
-            "schedules": schedules,
-            "aliases": views.aliases_of(session, schedules),
+            "schedules": best,
+            "pictures": views.stored_pictures(session, caller, row, best),
+            "aliases": views.aliases_of(session, best),
             "of_model": schedules_logic.aliases(session, caller, model_id),
+            "jobs": jobs,
+            "verdicts": views.verdicts_of(session, jobs),
+            "dependents": models_logic.dependents(session, caller, model_id),
+            "most_named": models_logic.MAX_NAMED,
         }
+    context["card"] = models_logic.card_of(state.artifacts, row)
     samplers, names = sampler_names(), {row.id: row.name}
     objectives = views.objectives_of(row)
     return render(
@@ -191,7 +210,7 @@ def group(group_id: PathId, request: Request, caller: AnyCaller, state: State) -
 def schedules(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
     query = read_query(request, ScheduleQuery)
     with state.registry.read() as session:
-        rows, cursor = schedules_logic.newest(session, caller, query)
+        rows, cursor = schedules_logic.listed(session, caller, query)
         context = {
             "schedules": rows,
             "cursor": cursor,
@@ -200,7 +219,7 @@ def schedules(request: Request, caller: AnyCaller, state: State) -> HTMLResponse
             "models": _choices(session, caller),
         }
     options = {"samplers": sampler_names(), "guidance_types": get_args(GuidanceType), "statuses": ScheduleStatus}
-    given = query.model_dump(mode="json", exclude_none=True, exclude={"cursor", "limit"})
+    given = query.model_dump(mode="json", exclude_defaults=True, exclude={"cursor", "limit"})
     return render(request, "schedules.html", caller, query=query, given=given, views=views, **options, **context)
 
 
@@ -231,7 +250,7 @@ def compare(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
         choices = _choices(session, caller)
         chosen = _chosen(session, caller, asked.get("model"), choices)
         query = ScheduleQuery(model=chosen.id if chosen else None, limit=COMPARED_SCHEDULES)
-        rows = schedules_logic.newest(session, caller, query)[0] if chosen else []
+        rows = schedules_logic.listed(session, caller, query)[0] if chosen else []
         aliases = views.aliases_of(session, rows)
     rows = [row for row in rows if row.evaluation is not None]
     groups = [group for group, _ in Counter(map(views.group_of, rows)).most_common()]
@@ -271,6 +290,26 @@ def matrix(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
         schedules = session.scalars(newest.options(joinedload(Schedule.evaluation)).limit(MATRIX_SCHEDULES)).all()
     made = comparing.matrix(models, schedules)
     return render(request, "matrix.html", caller, matrix=made, most=MATRIX_SCHEDULES, comparing=comparing, views=views)
+
+
+@router.get("/usage")
+def usage(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
+    """The use by jobs, of the latest `USAGE_DAYS` days unless others are named."""
+    query = read_query(request, UsageQuery)
+    today = utc_now().date()
+    if query.since is None:
+        last = query.until or today
+        query.since = date.fromordinal(max(last.toordinal() - USAGE_DAYS + 1, 1))
+    with state.registry.read() as session:
+        rows, cursor = usage_logic.newest(session, caller, query)
+        context = {
+            "rows": rows,
+            "cursor": cursor,
+            "keys": usage_logic.by_key(session, caller, query),
+            "chart_of_days": views.usage_chart(usage_logic.by_day(session, caller, query), today),
+        }
+    given = query.model_dump(mode="json", exclude_none=True, exclude={"cursor", "limit"})
+    return render(request, "usage.html", caller, query=query, given=given, **context)
 
 
 @router.get("/playground")

@@ -12,13 +12,13 @@ from service.access.state import Access
 from service.http.errors import InvalidError, TooLargeError, UnauthenticatedError
 from service.http.fields import PathId
 from service.models import logic as models_logic
-from service.models.schemas import BuiltinModelRequest
+from service.models.schemas import BuiltinModelRequest, ModelName
 from service.registry.keys import Scope
 from service.registry.tables import TuningJob
 from service.schedules import logic as schedules_logic
 from service.schedules.schemas import ALIAS
 from service.shared.fields import GuidanceScale, Identifier, NumSteps
-from service.shared.job_requests import ClippingText, SamplerName, TuningJobRequest
+from service.shared.job_requests import ClippingText, HeightAndWidth, SamplerName, TuningJobRequest
 from service.shared.queue import publish
 from service.state import WRITES, State
 from service.tuning_groups import logic as groups_logic
@@ -46,6 +46,15 @@ def _split(values: Any) -> Any:
     return list(dict.fromkeys(parts))
 
 
+def _sizes(text: Any) -> list[list[int]]:
+    """The sizes of a field such as `768x1024, 1024x768`, each as [height, width]. Raises: ValueError."""
+    parts = [part.strip() for part in str(text).split(",") if part.strip()]
+    matches = [re.fullmatch(r"(\d{1,9})\s*[x×]\s*(\d{1,9})", part) for part in parts]
+    if not all(matches):
+        raise ValueError("accepted: HEIGHTxWIDTH, or several with commas between, such as 768x1024, 1024x768")
+    return [[int(match[1]), int(match[2])] for match in matches if match]
+
+
 class TuningForm(BaseModel):
     """Tuning jobs of a few fields: one for each number of steps and tuner. All other fields have their defaults."""
 
@@ -58,14 +67,19 @@ class TuningForm(BaseModel):
     guidance_type: GuidanceType = "uncond"
     guidance_scale: GuidanceScale = Field(1, validate_default=True)
     guidance_scale_high: Annotated[GuidanceScale | None, BeforeValidator(lambda text: text or None)] = None
+    sizes: Annotated[list[HeightAndWidth], BeforeValidator(_sizes)] = []
     private: bool = False
     objective: list[Literal[tuple(DEFAULT_OBJECTIVE | OBJECTIVES)]] = [""]  # type: ignore[valid-type]
 
     def requests(self) -> list[TuningJobRequest]:
         """The jobs that the form asks for."""
-        setting = self.model_dump(exclude={"num_steps", "objective", "guidance_scale_high"})
+        setting = self.model_dump(exclude={"num_steps", "objective", "guidance_scale_high", "sizes"})
         if self.guidance_scale_high is not None:
             setting["guidance_scales"] = [self.guidance_scale, self.guidance_scale_high]
+        if len(self.sizes) == 1:
+            setting["height"], setting["width"] = self.sizes[0]
+        elif self.sizes:
+            setting["sizes"] = self.sizes
         tuners = [{"tuner": {"objective": name}} if name else {} for name in dict.fromkeys(self.objective or [""])]
         return [
             TuningJobRequest.model_validate(setting | {"num_steps": steps} | tuner)
@@ -101,6 +115,14 @@ def _submit_one(state: State, caller: Caller, tuning: TuningJobRequest, request:
     job, _ = jobs_logic.submit(state.registry, state.settings, caller, tuning, None)
     publish(state.celery, state.registry, TuningJob, [job.id])
     return see(request, f"/jobs/{job.id}")
+
+
+@router.post("/models/{model_id}/rename", dependencies=[WRITES])
+def rename_model(
+    model_id: PathId, form: Annotated[ModelName, Form()], caller: MayWriteModels, state: State, request: Request
+) -> Response:
+    models_logic.rename_model(state.registry, caller, model_id, form.name)
+    return see(request, f"/models/{model_id}")
 
 
 @router.post("/models/{model_id}/delete", dependencies=[WRITES])

@@ -64,7 +64,7 @@ def _ago(time: datetime | None) -> str:
 
 def _duration(seconds: float) -> str:
     if seconds < MINUTE:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds // MINUTE:.0f} min {seconds % MINUTE:.0f} s" if seconds < HOUR else f"{seconds / HOUR:.1f} h"
 
 

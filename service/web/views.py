@@ -1,25 +1,29 @@
 """Views of the registry's rows for pages: costs, charts, lines of code."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, joinedload
 
 from service.access.callers import Caller
-from service.access.visibility import is_visible
+from service.access.visibility import is_seen_job, is_visible
 from service.registry.tables import (
     EvaluationRow,
+    JobState,
     Model,
+    SampleJob,
     Schedule,
     ScheduleAlias,
     ScheduleStatus,
     TuningJob,
     TuningJobEvent,
+    UsageKind,
 )
-from service.schedules.logic import newest as newest_schedules
+from service.registry.usage import Use
+from service.schedules.logic import listed as listed_schedules
 from service.schedules.schemas import ScheduleOut, ScheduleQuery
 from service.shared.job_requests import ALWAYS, OWN_CLIPPING
 from service.shared.pipeline_calls import SIZES, is_pipeline
@@ -32,6 +36,9 @@ MAX_COUNTED = 1000
 MAX_EVENTS = 1000
 MAX_RIVALS = 200
 MAX_TUNED = 200
+MAX_PICTURES = 3
+MAX_PICTURED = 16  # Images of one request that are shown as one picture.
+MAX_LOOKED_AT = 100
 SMOOTHING = 5
 USUAL_NUM_STEPS = 5
 START_MODEL = "digits8"  # An empty home offers to tune it.
@@ -137,6 +144,21 @@ def count_schedules(session: Session, caller: Caller, model_id: str) -> str:
     return f"{count}" if count <= MAX_COUNTED else f"more than {MAX_COUNTED}"
 
 
+def stored_pictures(
+    session: Session, caller: Caller, model: Model, schedules: Sequence[Schedule]
+) -> list[tuple[Schedule, SampleJob]]:
+    """The newest stored samples of some schedules that the caller sees, up to `MAX_PICTURES`. Nothing is sampled."""
+    if len(model.spec["image_shape"]) != 3:
+        return []
+    stored = select(SampleJob).where(SampleJob.schedule_id.in_([schedule.id for schedule in schedules]))
+    stored = stored.where(SampleJob.state == JobState.SUCCEEDED, SampleJob.parent_id.is_(None))
+    seen = stored.where(is_seen_job(caller, SampleJob), SampleJob.num_images <= MAX_PICTURED)
+    newest: dict[str | None, SampleJob] = {}
+    for job in session.scalars(seen.order_by(SampleJob.id.desc()).limit(MAX_LOOKED_AT)):
+        newest.setdefault(job.schedule_id, job)
+    return [(schedule, newest[schedule.id]) for schedule in schedules if schedule.id in newest][:MAX_PICTURES]
+
+
 def objectives_of(model: Model) -> dict[str, str]:
     """The tuners that fit a model, with a line for people to choose them by."""
     return {"": TUNERS[PIPELINE].label} if is_pipeline(model.spec) else DEFAULT_OBJECTIVE | OBJECTIVES
@@ -172,7 +194,7 @@ def tuned_settings(session: Session, caller: Caller, model_id: str) -> list[Sche
     """The best of the newest accepted schedules for each setting of a model, newest first."""
     query = ScheduleQuery(model=model_id, status=ScheduleStatus.ACCEPTED, limit=MAX_TUNED)
     best: dict[tuple[Any, ...], Schedule] = {}
-    for schedule in newest_schedules(session, caller, query)[0]:
+    for schedule in listed_schedules(session, caller, query)[0]:
         key = tuple(getattr(schedule, name) for name in Schedule.KEY)
         if key not in best or (schedule.score or 0.0) < (best[key].score or 0.0):
             best[key] = schedule
@@ -372,6 +394,16 @@ def verdicts_of(session: Session, jobs: Iterable[TuningJob]) -> dict[str, str]:
         .where(Schedule.job_id.in_([job.id for job in jobs]))
     )
     return {str(job_id): verdict or str(status) for job_id, status, verdict in session.execute(query)}
+
+
+def usage_chart(days: Mapping[tuple[date, str], Use], today: date) -> Chart | None:
+    """Device seconds of each day and kind of job."""
+    series = [
+        Series(kind, [((day - today).days, use.device_seconds) for (day, of), use in days.items() if of == kind])
+        for kind in UsageKind
+    ]
+    description = "The device seconds of jobs that ended on each day, by kind of job; 0 is today."
+    return make_chart("Device time", description, "days from today", "seconds", series)
 
 
 def figure(schedule: Schedule, metric: str, when: str = "after") -> float | None:

@@ -34,7 +34,9 @@ def test_a_model_is_imported_listed_shown_and_removed(connected: Run, tmp_path: 
     assert header.split()[:2] == ["id", "name"]
     assert [line.split()[:2] for line in lines] == [[made["id"], "by-command"]]
     assert json.loads(connected("models", "show", "by-command", "--json").out) == made
-    assert connected("models", "rm", "by-command").out.strip() == made["id"]
+    assert connected("models", "rename", "by-command", "renamed").out.strip() == "renamed"
+    assert json.loads(connected("models", "list", "--search", "RENAME", "--json").out)[0]["id"] == made["id"]
+    assert connected("models", "rm", f"mdl_{made['id'][-8:]}").out.strip() == made["id"]
     gone = connected("models", "show", "by-command")
     assert (gone.code, gone.out) == (5, "")
     assert "no model 'by-command'; accepted: an id or a name" in gone.err
@@ -69,7 +71,7 @@ def test_a_schedule_is_tuned_named_moved_and_sampled_with(connected: Run, gratin
         7,
     )
     assert f"{made['job']['id']} succeeded" in tuned.err
-    shown = connected("schedules", "show", schedule_id).out
+    shown = connected("schedules", "show", f"sch_{schedule_id[-8:]}").out
     assert made["schedule"]["evaluation"]["summary"] in shown
     assert "teacher_l2" in shown
 
@@ -108,7 +110,9 @@ def test_a_detached_job_is_followed_and_cancelled(connected: Run, gratings: str)
     events = [json.loads(line) for line in connected("jobs", "logs", job_id, "--follow", "--json").out.splitlines()]
     assert (events[0]["type"], events[-1]["type"]) == ("queued", "cancelled")
     assert "cancelled" in connected("jobs", "logs", job_id).out.splitlines()[-1]
-    assert "cancelled" in connected("jobs", "show", job_id).out
+    assert "cancelled" in connected("jobs", "show", f"job_{job_id[-8:]}").out
+    used = json.loads(connected("usage", "--model", gratings, "--json").out)
+    assert {one["kind"] for one in used} >= {"tuning"} and used[0]["device_seconds"] > 0
 
 
 @pytest.mark.parametrize("watch", [[], ["--watch"]])

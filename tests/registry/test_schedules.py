@@ -9,13 +9,13 @@ from functools import cache
 from typing import Any
 
 import pytest
-from sqlalchemy import event, insert, inspect, text
+from sqlalchemy import delete, event, insert, inspect, text
 from sqlalchemy.orm import Session
 
 from service.access.callers import ANYBODY, Caller
 from service.registry.database import Registry
 from service.registry.schedules import next_version
-from service.registry.tables import ApiKey, EvaluationRow, Model, Schedule, ScheduleStatus
+from service.registry.tables import ApiKey, EvaluationRow, Model, Schedule, ScheduleAlias, ScheduleStatus
 from service.schedules import logic
 from service.schedules.schemas import ScheduleQuery
 from service.shared.job_requests import SamplingSetting
@@ -173,7 +173,7 @@ def pages(registry: Registry, filters: dict[str, Any], limit: int) -> Iterator[l
     cursor = None
     while True:
         with registry.read() as session:
-            rows, cursor = logic.newest(session, ANYBODY, ScheduleQuery(**filters, limit=limit, cursor=cursor))
+            rows, cursor = logic.listed(session, ANYBODY, ScheduleQuery(**filters, limit=limit, cursor=cursor))
         yield [row.id for row in rows]
         if cursor is None:
             return
@@ -205,7 +205,7 @@ def test_a_page_is_read_in_the_order_of_an_index_of_its_filters(
     filled: Registry, filters: dict[str, Any], cursor: str | None
 ) -> None:
     caller = Caller(ApiKey(id="key_1", scopes=[]))  # An admin sees all, so that nothing need be left out.
-    plans = plans_of(filled, lambda session: logic.newest(session, caller, ScheduleQuery(**filters, cursor=cursor)))
+    plans = plans_of(filled, lambda session: logic.listed(session, caller, ScheduleQuery(**filters, cursor=cursor)))
     first = tuple(name for name in ("model", "num_steps") if name in filters) if "model" in filters else ()
     expected = (*(name.replace("model", "model_id") for name in first), "id")
     scan, _, *position = plans  # The plans between them find the rows of the page by their ids.
@@ -214,6 +214,42 @@ def test_a_page_is_read_in_the_order_of_an_index_of_its_filters(
         assert not plan.sorts  # it stops when the page is full
     if filters:  # all other filters are decided by the index
         assert set(scan.indexes[0]) == {"id", *Schedule.KEY, "status", "private_to"}
+
+
+@pytest.mark.parametrize("filters", [{}, {"model": "mdl_1"}, {"model": "mdl_2", "status": "rejected"}], ids=str)
+def test_pages_by_score_hold_every_schedule_with_one_once_the_best_first(
+    filled: Registry, filters: dict[str, Any]
+) -> None:
+    scores = {row["id"]: row["score"] for row in many()}
+    expected = [id for id in matching_ids(filters) if scores[id] is not None]
+    expected.sort(key=lambda one: (scores[one], one))
+    found = list(pages(filled, filters | {"sort": "score"}, limit=150))
+    assert [id for page in found for id in page] == expected
+    caller = Caller(ApiKey(id="key_1", scopes=[]))
+    query = ScheduleQuery(**filters, sort="score", cursor=found[0][-1])
+    # The first two statements read the schedule that the cursor names, and its model.
+    _, _, scan, *_ = plans_of(filled, lambda session: logic.listed(session, caller, query)[0])
+    order = (*(["model_id"] if "model" in filters else []), "score", "id")
+    if filled.is_sqlite or "model" in filters:  # PostgreSQL may find that most of a small table is wanted.
+        assert [index[: len(order)] for index in scan.indexes] == [order]
+        assert not scan.sorts
+
+
+def test_a_search_finds_ids_aliases_and_names_of_models_and_takes_its_signs_as_they_are(filled: Registry) -> None:
+    with filled.write() as session:
+        session.add(
+            ScheduleAlias(model_id="mdl_1", name="best-of-all", schedule_id=matching_ids({"model": "mdl_1"})[0])
+        )
+
+    def found(search: str, **filters: Any) -> list[str]:
+        return [id for page in pages(filled, filters | {"search": search}, limit=200) for id in page]
+
+    assert found("BEST-of") == matching_ids({"model": "mdl_1"})[:1]
+    assert found("sch_0012") == [id for id in matching_ids({}) if "sch_0012" in id]
+    assert found("h%0012") == found("sch_0012_") == []
+    assert found("M", num_steps=3) == matching_ids({"num_steps": 3})  # Both models have this name.
+    with filled.write() as session:
+        session.execute(delete(ScheduleAlias))
 
 
 @pytest.mark.parametrize(

@@ -661,7 +661,18 @@ ID_PATHS = (
     ("GET", "/v1/samples/{}/content"),
 )
 QUERIES = {
-    "/v1/models": ["limit=0", "limit=-1", "limit=1e9", "limit=" + "9" * 5000, "cursor=%00", "cursor=" + "x" * 9000],
+    "/v1/usage": ["since=%00", "until=99999-01-01", "since=2026-13-01", "key=" + "x" * 100, "surprise=1", "model=%27"],
+    "/v1/models": [
+        "sort=evil",
+        "search=%00",
+        "search=" + "x" * 300,
+        "limit=0",
+        "limit=-1",
+        "limit=1e9",
+        "limit=" + "9" * 5000,
+        "cursor=%00",
+        "cursor=" + "x" * 9000,
+    ],
     "/v1/tuning-jobs": ["state=evil", "limit=NaN", "cursor=%27"],
     "/v1/schedules": [
         "num_steps=-1",

@@ -65,6 +65,7 @@ RULES: dict[str, frozenset[str] | None] = {
     "list_models": READING,
     "get_model": READING,
     "register_model": frozenset({"models:write"}),
+    "rename_model": frozenset({"models:write"}),
     "delete_model": frozenset({"models:write"}),
     "list_schedules": READING,
     "get_schedule": READING,
@@ -88,6 +89,7 @@ RULES: dict[str, frozenset[str] | None] = {
     "get_sample_content": READING,
     "follow_sample_job": READING,
     "cancel_sample_job": frozenset({"sample"}),
+    "list_usage": READING,
     "list_audit": frozenset({"admin"}),
     "openai_generate_images": frozenset({"sample"}),
     "openai_list_models": READING,
@@ -99,6 +101,7 @@ BODIES: dict[str, Json] = {
     "submit_tuning_group": {"jobs": []},
     "import_schedule": {"num_steps": 1, "timesteps": [1, 0.001], "t_ratios": [1]},
     "set_alias": {},
+    "rename_model": {"name": "mixture-ring"},
     "sample": {"num_steps": 1, "schedule": "none"},
     "openai_generate_images": {"prompt": "", "num_steps": 1, "schedule": "none", "seed": 321},
 }
@@ -140,7 +143,7 @@ class World:
                 body["model"] = self.of_images
             elif operation.id == "submit_tuning_group":
                 body["jobs"] = [BODIES["submit_tuning_job"] | {"model": self.model}]
-            elif operation.id != "register_model":
+            elif operation.id not in ("register_model", "rename_model"):
                 body["model"] = self.model
         if operation.id == "resolve_schedule":
             params = {"model": self.model, "num_steps": 2}

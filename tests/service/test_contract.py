@@ -8,6 +8,7 @@ import httpx
 import pytest
 from jsonschema import Draft202012Validator
 
+from service.http.openapi import TITLES
 from tests.service.problems import assert_problem
 from tests.stack import QUICK, Json, Stack
 
@@ -160,7 +161,7 @@ def test_an_event_number_that_can_be_none_is_refused(stack: Stack, after: str) -
 
 CONTRACT = {
     "/v1/models": {"get", "post"},
-    "/v1/models/{model_id}": {"get", "delete"},
+    "/v1/models/{model_id}": {"get", "patch", "delete"},
     "/v1/models/{model_id}/aliases": {"get"},
     "/v1/models/{model_id}/aliases/{name}": {"put", "delete"},
     "/v1/tuning-jobs": {"get", "post"},
@@ -174,6 +175,7 @@ CONTRACT = {
     "/v1/samples": {"get", "post"},
     "/v1/samples/{job_id}": {"get"},
     "/v1/samples/{job_id}/content": {"get"},
+    "/v1/usage": {"get"},
     "/v1/audit": {"get"},
     "/openai/v1/images/generations": {"post"},
     "/openai/v1/models": {"get"},
@@ -192,6 +194,15 @@ def document(client: httpx.Client) -> Json:
 def test_the_openapi_document_lists_the_whole_contract(document: Json) -> None:
     paths = {path: set(operations) for path, operations in document["paths"].items()}
     assert {path: paths.get(path) for path in CONTRACT} == CONTRACT
+
+
+def test_every_operation_has_a_title_of_its_own_and_the_page_leads_back(client: httpx.Client, document: Json) -> None:
+    titles = [operation["summary"] for path in document["paths"].values() for operation in path.values()]
+    assert len(set(titles)) == len(titles) == len(TITLES)
+    for path in ("/docs", "/redoc"):
+        page = client.get(path).text
+        assert all(f'<a href="{link}"' in page for link in ("/", "/models", "/jobs", "/schedules"))
+        assert "/openapi.json" in page and "://" not in page.replace("http://www.w3.org", "")
 
 
 def test_every_error_is_documented_as_a_problem(document: Json) -> None:

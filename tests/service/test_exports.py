@@ -1,5 +1,6 @@
 """Exports of stored schedules over HTTP and by the client. tests/core/pipelines/test_exports.py tests their content."""
 
+import base64
 import io
 import json
 import sys
@@ -10,8 +11,10 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 
 from service.app import create_app
+from service.client import Schedule as ClientSchedule
 from service.client import calls
 from service.registry.tables import Model
 from service.schedules import exporting
@@ -158,3 +161,34 @@ def test_an_api_without_pytorch_says_so(api: TestClient, monkeypatch: pytest.Mon
     late = api.get(url, params={"format": "sdcpp"})
     assert_problem(late, 503, accepted="the same request, later")
     assert late.headers["retry-after"] == "10"
+
+
+IMAGE: Json = {"type": "image", "default": None, "required": True}
+
+
+def test_a_schedule_whose_size_images_decided_is_imported_as_it_was(api: TestClient) -> None:
+    state: Any = api.app.state.timetuner  # type: ignore[attr-defined]
+    with state.registry.write() as session:
+        spec = dict(session.get_one(Model, register(api, "digits8")["id"]).spec)
+        size = {"type": "integer", "default": None, "required": False}
+        spec |= {"kind": "pipeline", "call": {"image": IMAGE, "height": size, "width": size}, "size_multiple": 8}
+        model = Model(name="p", content_hash="p", source={"artifact": "models/p", "kind": "pipeline"}, spec=spec)
+        session.add(model)
+    made = Image.new("RGB", (24, 16))
+    made.save(buffer := io.BytesIO(), "png")
+    picture = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    schedule = import_schedule(api, {"id": model.id}, call={"image": picture})
+    assert schedule["call"] == {"image_sizes": [[24, 16]]}
+    exported = api.get(f"/v1/schedules/{schedule['id']}/export?format=json").json()
+    assert exported["image_sizes"] == [[24, 16]]
+    for request in (exported, ClientSchedule.model_validate(schedule).to_import()):
+        answer = api.post("/v1/schedules", json=request)
+        assert answer.status_code == 201, answer.text
+        assert (answer.json()["call"], answer.json()["version"] > 1) == (schedule["call"], True)
+    for wrong in ({"call": {"image": picture}}, {"height": 16, "width": 24}):
+        assert_problem(api.post("/v1/schedules", json=exported | wrong), 422, "image_sizes", "one of these")
+    for value in ([], [[1]], [[0, 8]], "24x16"):
+        assert_problem(api.post("/v1/schedules", json=exported | {"image_sizes": value}), 422, "image_sizes")
+    network = register(api, "mixture-ring")["id"]
+    problem = assert_problem(api.post("/v1/schedules", json=exported | {"model": network, "override": True}), 422)
+    assert "image_sizes is given, and this model is a network" in problem["detail"]

@@ -45,6 +45,8 @@ GRID: Any = {"num_steps": 2, "timesteps": [1.0, 0.5, 0.001], "t_ratios": [0.98, 
 # The bodies of requests whose path names something. Without its body a request would be refused for that.
 BODIES: dict[tuple[str, str], dict[str, Any]] = {
     ("PUT", "/v1/models/{model_id}/aliases/{name}"): {"json": {"schedule": UNKNOWN}},
+    ("PATCH", "/v1/models/{model_id}"): {"json": {"name": "another"}},
+    ("POST", "/models/{model_id}/rename"): {"data": {"name": "another"}},
     ("POST", "/schedules/{schedule_id}/aliases"): {"data": {"name": "production"}},
     ("POST", "/schedules/{schedule_id}/aliases/delete"): {"data": {"name": "production"}},
 }
@@ -66,7 +68,7 @@ NAMING: dict[str, tuple[str, str, dict[str, Any]]] = {
     "page: schedules": ("GET", "/schedules?model=ID", {}),
 }
 # Operations that name nothing, whose answers hold what the caller sees; or nothing that could be private.
-LISTING = {"list_models", "openai_list_models", "list_tuning_jobs", "list_sample_jobs", "list_audit"}
+LISTING = {"list_models", "openai_list_models", "list_tuning_jobs", "list_sample_jobs", "list_usage", "list_audit"}
 NAMELESS = {"register_model", "health", "readiness", "metrics"}
 LISTS = (
     "/v1/models",
@@ -74,6 +76,9 @@ LISTS = (
     "/v1/schedules",
     "/v1/tuning-jobs",
     "/v1/samples",
+    "/v1/usage",
+    "/v1/models?search=ring&sort=name",
+    "/v1/schedules?search=ring&sort=score",
     "/openai/v1/models",
     "/metrics",
     "/",
@@ -83,6 +88,8 @@ LISTS = (
     "/compare",
     "/matrix",
     "/playground",
+    "/usage",
+    "/models?search=ring",
     "/v1/models/PUBLIC",
     "/v1/models/PUBLIC/aliases",
     "/v1/schedules?model=PUBLIC",

@@ -151,7 +151,8 @@ def test_a_bad_alias_is_refused(
     [
         ("", {"num_steps": 0}, 422, "num_steps"),
         ("", {"status": "fine"}, 422, "status"),
-        ("", {"sort": "score"}, 422, "sort"),
+        ("", {"order": "score"}, 422, "order"),
+        ("", {"sort": "size"}, 422, "sort"),
         ("/resolve", {"num_steps": 4}, 422, "model"),
         ("/resolve", {"model": "mdl_nope", "num_steps": 4}, 422, "model"),
         ("/resolve", {"model": "mdl_nope", "num_steps": 4, "guidance_scale": -1}, 422, "guidance_scale"),

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from service.registry.jobs import add_event
@@ -21,8 +21,11 @@ from service.registry.tables import (
     TuningJob,
     TuningJobEvent,
     TuningJobStep,
+    UsageKind,
+    UsageTotal,
 )
 from service.registry.types import utc_now
+from service.registry.usage import Payer, Use, add_usage, first_total_id
 from service.shared.job_requests import TuningJobRequest
 from tests.conftest import StartStack
 from tests.keys import guarded, new_user  # noqa: F401 (fixtures)
@@ -65,11 +68,15 @@ def world(stack: Stack) -> World:
             store(session, model, 4, "dmn", 1.1),
             store(session, points, 3, "solver", 0.4),
         ]
+        payer = Payer(None, model, UsageKind.TUNING)
+        add_usage(session, [(payer, Use(1234, 56_789, 75.25)), (payer._replace(model_id=points), Use(12.5, 600, 0.4))])
+        session.execute(update(UsageTotal).where(UsageTotal.model_id == points).values(YESTERDAY))
     schedules = [stack.client.get(f"/v1/schedules/{id}").json() for id in ids]
     assert stack.client.put(f"/v1/models/{model}/aliases/production", json={"schedule": ids[0]}).is_success
     return World(stack, str(stack.client.base_url).rstrip("/"), model, points, schedules)
 
 
+YESTERDAY = {"day": (day := utc_now().date() - timedelta(days=1)), "id": first_total_id(day) + "_x"}
 BEGIN = utc_now() - timedelta(minutes=5)
 LEARNED = {"a": [0.75, 0.5, 0.0], "b": [[0.25], [0.125, 0.375], [-0.0625, 0.5, 0.5625]]}
 

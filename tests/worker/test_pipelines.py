@@ -124,11 +124,24 @@ def tune(service: Service, name: str, **changed: Any) -> Json:
     return job
 
 
+def used(service: Service, name: str, kind: str) -> NDArray[np.float64]:
+    """The network calls, rows and device seconds of all jobs of a kind on a model."""
+    items = service.api.get("/v1/usage", params={"model": service.model(name)}).json()["items"]
+    figures = ("network_calls", "network_rows", "device_seconds")
+    return np.array([sum(item[figure] for item in items if item["kind"] == kind) for figure in figures])
+
+
 @pytest.fixture(scope="module")
 def tuned(service: Service) -> Json:
     """A schedule of two steps that was tuned on a Stable Diffusion."""
+    before = used(service, "sd15", "tuning")
     job = tune(service, "sd15", negative_prompt="bad")
     assert job["state"] == "succeeded", job["error"]
+    calls, rows, seconds = used(service, "sd15", "tuning") - before
+    assert (
+        0 < calls <= rows == service.api.get(f"/v1/schedules/{job['schedule']}").json()["evaluation"]["network_calls"]
+    )
+    assert 0 < seconds <= job["elapsed_seconds"]
     assert job["request"]["sampler"] == "dpmpp_2m"
     assert [phase["name"] for phase in job["phases"]] == ["teacher", "start", "tuning", "evaluation"]
     assert all(phase["done"] <= phase["total"] for phase in job["phases"])
@@ -282,10 +295,14 @@ def test_requests_of_4_8_and_5_steps_share_calls(service: Service) -> None:
     kind, pipeline = BY_NAME["sd15"], service.pipeline("sd15")
     served: Any = service.worker.runtime.load(service.model("sd15"))
     before, published = served.shared.num_calls, service.worker.bus.published
+    rows, used_before = served.shared.num_rows, used(service, "sd15", "sampling")
     published.clear()
     jobs = {steps: service.submit("sd15", num_steps=steps, seed=40 + steps) for steps in (4, 8, 5)}
     service.worker.serve()
     assert served.shared.num_calls - before <= 9  # The first shared call of a kind may be checked by one more.
+    calls_used, rows_used, _ = used(service, "sd15", "sampling") - used_before
+    assert calls_used == pytest.approx(served.shared.num_calls - before)
+    assert rows_used == pytest.approx(served.shared.num_rows - rows)
     told = [event["steps"] for event in published if isinstance(event, dict)]
     for steps, job_id in jobs.items():
         assert [event[job_id] for event in told if job_id in event] == [[k, steps] for k in range(1, steps + 1)]
@@ -297,13 +314,13 @@ def test_runs_join_and_leave_at_any_step_and_one_that_is_cancelled_or_fails_ends
     kind, pipeline = BY_NAME["sd15"], service.pipeline("sd15")
     served: Any = service.worker.runtime.load(service.model("sd15"))
     rows = list[int]()
-    batch = PipelineBatch(served, 8, rows.append)
+    batch = PipelineBatch(served, 8, lambda count, calls: rows.append(count))
 
     def row(owner: str, num_steps: int, seed: int, **changed: Any) -> PipelineRow:
         call = {**call_of(kind), "output_type": "np", "num_inference_steps": num_steps, **changed}
         return PipelineRow(owner, seed, call, lambda: copy.deepcopy(pipeline.scheduler))
 
-    other = PipelineBatch(served, 8, rows.append)
+    other = PipelineBatch(served, 8, lambda count, calls: rows.append(count))
     other.add([row("another batch's", 9, 7)])
     batch.add([row("first", 4, 1), row("first", 4, 2), row("cancelled", 6, 3)])
     first = batch.step()
@@ -365,7 +382,7 @@ def captured_x0(pipeline: Any, kind: Any, seed: int, step: int) -> torch.Tensor:
 def test_a_preview_is_the_picture_of_what_a_step_predicts(service: Service, name: str) -> None:
     kind, pipeline = BY_NAME[name], service.pipeline(name)
     served: Any = service.worker.runtime.load(service.model(name))
-    batch = PipelineBatch(served, 8, lambda _: None)
+    batch = PipelineBatch(served, 8, lambda rows, calls: None)
     call = {**call_of(kind), "output_type": "np", "num_inference_steps": 5}
     batch.add([PipelineRow("job", 3, call, lambda: copy.deepcopy(pipeline.scheduler), is_previewed=True)])
     calls, last = served.shared.num_calls, batch.step()

@@ -56,7 +56,7 @@ class Progress:
             early leaves some out.
         phases: the same for each phase by name, in the order in which they end; empty until the first image tells the
             calls of a step.
-        num_rows: rows that were put through the network.
+        num_calls: calls of the network. num_rows: rows that were put through it.
     """
 
     phase: str
@@ -64,6 +64,7 @@ class Progress:
     total: int
     phases: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     num_rows: int = 0
+    num_calls: int = 0
 
 
 class Look(NamedTuple):
@@ -197,10 +198,12 @@ class Runs:
 
     def _run(self, phase: str, requests: Sequence[Request]) -> list[Result]:
         def watch() -> bool:
-            done, rows = self._shared.num_asked, self._shared.num_rows
+            shared = self._shared
+            done = shared.num_asked
             self._done[phase] += done - self._done.total()
             phases = {name: (self._done[name], max(total, self._done[name])) for name, total in self._planned.items()}
-            self._on_progress(Progress(phase, done, max(done, sum(self._planned.values())), phases, rows))
+            total = max(done, sum(self._planned.values()))
+            self._on_progress(Progress(phase, done, total, phases, shared.num_rows, shared.num_calls))
             return self._is_cancelled()
 
         return self._shared.run(requests, watch)

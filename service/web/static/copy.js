@@ -27,6 +27,20 @@ for (const block of document.querySelectorAll("pre")) {
   frame.append(block);
   addButton(block, "this code", (button) => frame.append(button));
 }
+// A link to a text, such as an export, whose content is fetched when it is to be copied.
+for (const link of document.querySelectorAll("a[data-copied]")) {
+  const button = Object.assign(document.createElement("button"), { type: "button", className: "copy", textContent: "Copy" });
+  button.setAttribute("aria-label", `Copy ${link.dataset.copied}`);
+  button.addEventListener("click", async () => {
+    button.textContent = "…";
+    const answer = await fetch(link.href);
+    if (answer.ok) await copy(await answer.text());
+    button.textContent = answer.ok ? "Copied" : "Not possible";
+    if (!answer.ok) button.title = (await answer.json()).detail;
+    setTimeout(() => { button.textContent = "Copy"; }, 1500);
+  });
+  link.after(" ", button);
+}
 for (const id of document.querySelectorAll("code.copied")) addButton(id, id.textContent, (button) => id.after(" ", button));
 
 // Whoever logs out leaves nothing of the playground's history to the next.
