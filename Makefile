@@ -50,7 +50,7 @@ fuzz: $(INSTALLED)  ## 20,000 requests of all kinds against the OpenAPI document
 soak: $(INSTALLED)  ## 10,000 small jobs, and whether processes grow; half an hour
 	$(BIN)/python -m tests.soak
 
-bench: $(INSTALLED)  ## all tuners on all shipped models; 20 minutes on two slow cores
+bench: $(INSTALLED)  ## all tuners on four shipped models; 20 minutes on two slow cores
 	$(BIN)/timetuner compare
 
 audit:  ## known vulnerabilities of what requirements.lock pins (needs uv, and where it asks)
