@@ -14,7 +14,7 @@ WEIGHTS = Path(__file__).parents[1] / "bundled" / "fashion-classifier" / "model.
 
 
 class FashionClassifier(nn.Module):
-    """A convolutional network of 90 thousand parameters, 1x32x32 pixels in -1..1 to the logits of ten kinds of clothes."""
+    """A network of 90 thousand parameters, 1x32x32 pixels in -1..1 to the logits of ten kinds of clothes."""
 
     def __init__(self) -> None:
         super().__init__()
