@@ -1,14 +1,15 @@
 INSTALLED := .venv/installed
+SERVICE_INSTALLED := .venv/installed-service
 BIN := .venv/bin
 IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 REDOCLY := @redocly/cli@2.77.0
 
 .PHONY: demo up test test-all chaos containers fuzz soak lint openapi docs format bench audit lock
 
-demo: $(INSTALLED)  ## the main job, end to end; writes demo.png
+demo: $(SERVICE_INSTALLED)  ## the main job, end to end; writes demo.png
 	$(BIN)/python examples/demo.py
 
-up: $(INSTALLED)  ## serve on http://127.0.0.1:8000 until Ctrl-C
+up: $(SERVICE_INSTALLED)  ## serve on http://127.0.0.1:8000 until Ctrl-C
 	$(BIN)/timetuner up
 
 test: $(INSTALLED)
@@ -49,7 +50,7 @@ fuzz: $(INSTALLED)  ## 20,000 requests of all kinds against the OpenAPI document
 soak: $(INSTALLED)  ## 10,000 small jobs, and whether processes grow; half an hour
 	$(BIN)/python -m tests.soak
 
-bench: $(INSTALLED)  ## all tuners on all shipped models; 20 minutes on two slow cores
+bench: $(INSTALLED)  ## all tuners on four shipped models; 20 minutes on two slow cores
 	$(BIN)/timetuner compare
 
 audit:  ## known vulnerabilities of what requirements.lock pins (needs uv, and where it asks)
@@ -67,3 +68,7 @@ lock:  ## pin the newest versions pyproject.toml allows
 
 $(INSTALLED): .ci/bootstrap requirements.lock pyproject.toml
 	.ci/bootstrap
+
+# The service and the library, without what tests and lint need. TORCH=cpu: PyTorch without CUDA.
+$(SERVICE_INSTALLED): .ci/bootstrap requirements/build.lock requirements/worker.lock pyproject.toml
+	.ci/bootstrap service

@@ -1,8 +1,8 @@
 """The main job, end to end, as an HTTP client of a service started for the occasion: `make demo`.
 
-Starts `timetuner up`, registers the bundled digits model, tunes 5- and 10-step DDIM with and without
-classifier-free guidance, samples before and after from the same noise, prints what tuning brought and
-writes `demo.png`. Everything it started is stopped at the end, however it ends.
+Starts `timetuner up`, registers the bundled model of clothes and tunes it for 4 and 6 network calls. Then samples the
+teacher, every untuned sampler and the tuned schedules from the same noise, prints how near each comes to the teacher,
+and writes `demo.png`. Everything it started is stopped at the end, however it ends.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +28,44 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from timetuner_core.catalog import SAMPLER_FACTS
+
 Json = dict[str, Any]
-# The longest job first, so that two workers finish at about the same time.
-SETTINGS: list[Json] = [
-    {"guidance_type": "classifier-free", "guidance_scale": 2.0, "num_steps": 10},
-    {"guidance_type": "classifier-free", "guidance_scale": 2.0, "num_steps": 5},
-    {"guidance_type": "uncond", "num_steps": 10},
-    {"guidance_type": "uncond", "num_steps": 5},
-]
-TEACHER_NUM_STEPS = 100
-# Half of the service's defaults: two cores need two minutes.
+MODEL = "fashion32-ldm"
+CLASSES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+# The longer job first, so that two workers finish at about the same time.
+NUM_CALLS = (6, 4)
+SAMPLER = "dpmpp_2m"
+GUIDANCE: Json = {"guidance_type": "classifier-free", "guidance_scale": 4.0}
+TEACHER_NUM_STEPS = 50
+# Less than the service's defaults, so that two cores need two minutes.
 EFFORT: Json = {
-    "tuner": {"objective": "solver", "total_iters": 4},
-    "evaluation": {"num_samples": 256, "teacher_num_steps": TEACHER_NUM_STEPS},
+    "tuner": {"objective": "solver", "total_iters": 4, "teacher_num_steps": TEACHER_NUM_STEPS},
+    "evaluation": {"num_samples": 128, "max_num_samples": 128, "teacher_num_steps": TEACHER_NUM_STEPS},
 }
-IMAGES_PER_ROW = 10
+NUM_IMAGES = 60  # from noise that no tuning has seen: seeds of jobs start at 2**31
 STOP_SECONDS = 60
 
 console = Console(width=max(80, Console().width))  # the table needs 80 columns, whatever a log says it has
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of sampling, its images `(NUM_IMAGES, 1, 32, 32)`, and their mean distance to the teacher's."""
+
+    name: str
+    num_calls: int
+    images: np.ndarray
+    distance: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The best untuned sampler, the best with twice as many calls, and the tuned schedule."""
+
+    untuned: Way
+    doubled: Way
+    tuned: Way
 
 
 @contextmanager
@@ -54,7 +75,7 @@ def running_service(home: str) -> Iterator[httpx.Client]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "service", "up", "--port", str(port), "--home", home]
-    # 8x8 images are too small to share among threads, which on a busy machine would wait for each other.
+    # Feature maps of 8x8 are too small to share among threads, which on a busy machine would wait for each other.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     # A session of its own: a terminal's Ctrl-C reaches only us, and we stop it in order.
     process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.PIPE, text=True)
@@ -84,17 +105,16 @@ def call(client: httpx.Client, method: str, path: str, **kwargs: Any) -> httpx.R
     return response
 
 
-def tune(client: httpx.Client, model: str) -> list[Json]:
-    """Submit one job per setting, show their progress, and return them once over."""
-    jobs = [
-        call(client, "POST", "/v1/tuning-jobs", json={"model": model, **setting, **EFFORT}).json()
-        for setting in SETTINGS
-    ]
-    console.print(f"Tuning {len(jobs)} schedules, two at a time")
-    columns = (TextColumn("{task.description:30}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
+def tune(client: httpx.Client, model: str) -> dict[int, Json]:
+    """Submit a job for each number of calls, show their progress, and return their schedules by that number."""
+    setting = {"model": model, "sampler": SAMPLER, **GUIDANCE, **EFFORT}
+    jobs = [call(client, "POST", "/v1/tuning-jobs", json={**setting, "num_steps": n}).json() for n in NUM_CALLS]
+    console.print(f"Tuning {len(jobs)} schedules, both at a time")
+    columns = (TextColumn("{task.description:10}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        bars = [progress.add_task(describe(job["request"]), total=1.0, start=False) for job in jobs]
-        while True:
+        bars = [progress.add_task(f"{num_calls} calls", total=1.0, start=False) for num_calls in NUM_CALLS]
+        while not all(job["finished_at"] for job in jobs):
+            time.sleep(0.5)
             jobs = [call(client, "GET", f"/v1/tuning-jobs/{job['id']}").json() for job in jobs]
             for bar, job in zip(bars, jobs, strict=True):
                 if job["state"] != "queued":
@@ -103,84 +123,126 @@ def tune(client: httpx.Client, model: str) -> list[Json]:
                 if job["finished_at"] and not progress.tasks[bar].stop_time:
                     progress.stop_task(bar)
                     if not console.is_terminal:  # a log shows bars only once all is over
-                        console.print(f"{describe(job['request'])}: {job['state']}")
-            if all(job["finished_at"] for job in jobs):
-                return jobs
-            time.sleep(0.5)
+                        console.print(f"{progress.tasks[bar].description}: {job['state']}")
+    if failed := [job for job in jobs if job["state"] != "succeeded"]:
+        raise SystemExit(f"{failed[0]['id']} {failed[0]['state']}: {failed[0]['error']}")
+    return {
+        num_calls: call(client, "GET", f"/v1/schedules/{job['schedule']}").json()
+        for num_calls, job in zip(NUM_CALLS, jobs, strict=True)
+    }
 
 
-def describe(request: Json) -> str:
-    return f"{request['num_steps']} steps, {guidance(request)}"
-
-
-def guidance(request: Json) -> str:
-    scale = f" ×{request['guidance_scale']:g}" if request["guidance_type"] != "uncond" else ""
-    return request["guidance_type"] + scale
-
-
-def before_after(schedule: Json, figure: str) -> str:
-    return f"{schedule['evaluation'][f'{figure}_before']:.3f} → {schedule['evaluation'][f'{figure}_after']:.3f}"
-
-
-def sample(client: httpx.Client, model: str, request: Json, num_steps: int, schedule: str) -> np.ndarray:
-    """One row of images, `(IMAGES_PER_ROW, 1, 8, 8)`, always from the same noise."""
-    body = {name: request[name] for name in ("guidance_type", "guidance_scale")}
-    body |= {"model": model, "num_steps": num_steps, "schedule": schedule, "num_images": IMAGES_PER_ROW, "seed": 1}
-    if request["guidance_type"] != "uncond":
-        body["class_labels"] = list(range(IMAGES_PER_ROW))
+def sample(client: httpx.Client, model: str, sampler: str, num_steps: int, schedule: str = "none") -> np.ndarray:
+    """Images `(NUM_IMAGES, 1, 32, 32)` in -1..1, always from the same noise, of each class in turn."""
+    labels = [k % len(CLASSES) for k in range(NUM_IMAGES)]
+    body = {"model": model, "sampler": sampler, "num_steps": num_steps, "schedule": schedule, **GUIDANCE}
+    body |= {"num_images": NUM_IMAGES, "seed": 1, "class_labels": labels}
     response = call(client, "POST", "/v1/samples", json=body, headers={"Accept": "application/x-npy"})
-    return np.load(io.BytesIO(response.content))
+    return np.clip(np.load(io.BytesIO(response.content)), -1, 1)
 
 
-def print_table(schedules: list[Json]) -> None:
-    """The gains of tuning, in 80 columns."""
-    first = schedules[0]["evaluation"]
-    title = f"DDIM on {first['num_samples']} held-out noises, untuned → tuned"
-    table = Table(title=title, box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("guidance", overflow="fold")  # the one that may wrap, so that no figure is cut
-    for name, justify in (("steps", "right"), ("teacher L2", "left"), ("Fréchet", "left")):
+def best_untuned(client: httpx.Client, model: str, num_calls: int, teacher: np.ndarray) -> Way:
+    """The one of our samplers without noise that comes nearest to the teacher with that many network calls."""
+    ways = []
+    for name, facts in SAMPLER_FACTS.items():
+        if not facts.stochastic and num_calls % facts.calls_per_step == 0:
+            images = sample(client, model, name, num_calls // facts.calls_per_step)
+            ways.append(Way(name, num_calls, images, distance(images, teacher)))
+    return min(ways, key=lambda way: way.distance)
+
+
+def distance(images: np.ndarray, teacher: np.ndarray) -> float:
+    """The mean Euclidean distance of images from the same noise."""
+    return float(np.sqrt(np.square(images - teacher).sum(axis=(1, 2, 3))).mean())
+
+
+def measure(client: httpx.Client, model: str, schedules: dict[int, Json], teacher: np.ndarray) -> list[Comparison]:
+    """Sample each schedule and its untuned rivals."""
+    comparisons = []
+    for num_calls, schedule in sorted(schedules.items()):
+        images = sample(client, model, SAMPLER, num_calls, schedule["id"])
+        tuned = Way(schedule["status"], num_calls, images, distance(images, teacher))
+        untuned, doubled = (best_untuned(client, model, n, teacher) for n in (num_calls, 2 * num_calls))
+        comparisons.append(Comparison(untuned, doubled, tuned))
+    return comparisons
+
+
+def print_table(comparisons: list[Comparison]) -> None:
+    """All distances, in 80 columns."""
+    console.print(f"Mean distance to the teacher's images, {NUM_IMAGES} from the same noise")
+    table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, justify in (("network calls", "right"), ("", "left"), ("distance", "right")):
         table.add_column(name, justify=justify, no_wrap=True)
-    table.add_column("tuning", justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    for schedule in schedules:
-        table.add_row(
-            guidance(schedule),
-            str(schedule["num_steps"]),
-            before_after(schedule, "teacher_l2"),
-            before_after(schedule, "frechet"),
-            f"{schedule['evaluation']['wall_time_seconds']:.0f} s",
-            schedule["status"],
-        )
+    for comparison in comparisons:
+        for way, name in (
+            (comparison.untuned, f"best untuned: {comparison.untuned.name}"),
+            (comparison.doubled, f"best untuned: {comparison.doubled.name}"),
+            (comparison.tuned, f"tuned: {comparison.tuned.name}"),
+        ):
+            table.add_row(str(way.num_calls), name, f"{way.distance:.2f}")
+        table.add_section()
     console.print(table)
-    console.print(f"teacher L2: mean distance to the {first['teacher_num_steps']}-step sampler's images, same noise")
-    console.print(
-        "Fréchet: distance to the data, guided to the teacher's images, in pixels; tuning: wall time, evaluation apart"
-    )
-    console.print("accepted: teacher L2 fell beyond chance (95 % interval), and nothing else rose")
-    for schedule in schedules:
-        if schedule["status"] == "rejected":
-            verdict, reason = schedule["evaluation"]["verdict"], schedule["evaluation"]["reason"]
-            console.print(f"{describe(schedule)}: {verdict}, {reason}; `auto` falls back to untuned")
 
 
-def write_picture(path: Path, blocks: list[tuple[str, list[tuple[str, np.ndarray]]]]) -> None:
-    """One block per schedule: rows of images from the same noise, one row per way of sampling."""
-    tile, gap, margin, left, title, below = 64, 6, 16, 104, 34, 18
-    block_height = title + len(blocks[0][1]) * (tile + gap) + below
-    width = left + IMAGES_PER_ROW * (tile + gap) - gap + margin
-    sheet = Image.new("L", (width, margin // 2 + block_height * len(blocks)), 255)
-    draw, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(18), ImageFont.load_default(15)
-    for b, (heading, rows) in enumerate(blocks):
+def in_a_sentence(comparisons: list[Comparison]) -> str:
+    """What tuning brought, from the figures alone."""
+    return f"Beside the best untuned sampler, tuned images come {'; '.join(map(_gain, comparisons))}."
+
+
+def _gain(comparison: Comparison) -> str:
+    calls, tuned, doubled = comparison.tuned.num_calls, comparison.tuned.distance, comparison.doubled.distance
+    times = comparison.untuned.distance / tuned
+    gain = f"{times:.1f} times as near to the teacher's" if times > 1 else "no nearer to the teacher's"
+    beside_doubled = "nearer" if tuned < doubled else "not nearer"
+    return f"with {calls} calls {gain}, {beside_doubled} than untuned with {comparison.doubled.num_calls}"
+
+
+def write_picture(path: Path, comparisons: list[Comparison], teacher: np.ndarray) -> None:
+    """A block for each number of calls: an image of each class by the teacher, untuned and tuned, and the latter two's
+    differences from the teacher."""
+    tile, gap, margin, left, title, below = 72, 4, 16, 170, 40, 20
+    block_height = title + 5 * (tile + gap) + below
+    width = left + len(CLASSES) * (tile + gap) - gap + margin
+    sheet = Image.new("L", (width, margin // 2 + block_height * len(comparisons)), 255)
+    draw, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(20), ImageFont.load_default(15)
+    for b, comparison in enumerate(comparisons):
         top = margin // 2 + b * block_height
-        draw.text((margin, top + title // 2), heading, 0, font, anchor="lm")
-        for r, (name, images) in enumerate(rows):
+        untuned, tuned = comparison.untuned, comparison.tuned
+        draw.text((margin, top + title // 2), f"{tuned.num_calls} network calls", 0, font, anchor="lm")
+        rows = (
+            ("teacher", f"{TEACHER_NUM_STEPS} calls", as_pixels(teacher)),
+            ("best untuned", untuned.name, as_pixels(untuned.images)),
+            ("", f"off by {untuned.distance:.1f}", difference(untuned.images, teacher)),
+            ("tuned", "", as_pixels(tuned.images)),
+            ("", f"off by {tuned.distance:.1f}", difference(tuned.images, teacher)),
+        )
+        for r, (name, note, pixels) in enumerate(rows):
             y = top + title + r * (tile + gap)
-            draw.text((margin, y + tile // 2), name, 70, small, anchor="lm")
-            pixels = np.round((np.clip(images[:, 0], -1, 1) + 1) * 127.5).astype(np.uint8)
-            for k, image in enumerate(pixels):
+            draw.text((margin, y + tile // 2 - 12), name, 0, font, anchor="lm")
+            draw.text((margin, y + tile // 2 + 12), note, 90, small, anchor="lm")
+            for k, image in enumerate(pixels[: len(CLASSES)]):
                 enlarged = Image.fromarray(image).resize((tile, tile), Image.Resampling.BICUBIC)
                 sheet.paste(enlarged, (left + k * (tile + gap), y))
     sheet.save(path, optimize=True)
+
+
+def as_pixels(images: np.ndarray) -> np.ndarray:
+    """Images `(B, 1, H, W)` in -1..1 as bytes `(B, H, W)`."""
+    return np.round((images[:, 0] + 1) * 127.5).astype(np.uint8)
+
+
+def difference(images: np.ndarray, teacher: np.ndarray) -> np.ndarray:
+    """How far each pixel is from the teacher's, as bytes `(B, H, W)`: white is none, black half the range or more."""
+    return 255 - np.round(np.clip(np.abs(images - teacher)[:, 0], 0, 1) * 255).astype(np.uint8)
+
+
+NEXT = """Next:
+  make up                                  the page: http://127.0.0.1:8000
+  . .venv/bin/activate                     then, in another terminal:
+  timetuner models import fashion32-ldm    or your own model's folder
+  timetuner tune fashion32-ldm --num-steps 5
+  timetuner sample fashion32-ldm --num-steps 5
+docs/tutorial.md goes on from there; docs/howto/pipelines.md tunes whole pipelines."""
 
 
 def main() -> None:
@@ -193,33 +255,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="timetuner-demo-") as home:
         console.print("Starting the service: API, dispatcher, workers, Valkey, SQLite")
         with running_service(home) as client:
-            model = call(client, "POST", "/v1/models", json={"builtin": "digits8"}).json()["id"]
-            jobs = tune(client, model)
-            if failed := [job for job in jobs if job["state"] != "succeeded"]:
-                raise SystemExit(f"{failed[0]['id']} {failed[0]['state']}: {failed[0]['error']}")
-            schedules = call(client, "GET", f"/v1/schedules?model={model}").json()["items"]
-            schedules.sort(key=lambda schedule: (schedule["guidance_type"], schedule["num_steps"]))
-            print_table(schedules)
-            write_picture(args.picture, [picture_block(client, model, schedule) for schedule in schedules])
-            console.print(f"Wrote {args.picture}: each block's rows from the same noise.")
-    console.print(f"All stopped. {time.monotonic() - started:.0f} s in all.")
-
-
-def picture_block(client: httpx.Client, model: str, schedule: Json) -> tuple[str, list[tuple[str, np.ndarray]]]:
-    """A heading, and the teacher's, the untuned and the tuned row."""
-    num_steps = schedule["num_steps"]
-    # `auto` gives the tuned schedule, or, if that was rejected, the untuned one.
-    tuned = "tuned" if schedule["status"] == "accepted" else "auto: untuned"
-    rows = [
-        (f"{TEACHER_NUM_STEPS} steps", sample(client, model, schedule, TEACHER_NUM_STEPS, "none")),
-        (f"{num_steps}, untuned", sample(client, model, schedule, num_steps, "none")),
-        (f"{num_steps}, {tuned}", sample(client, model, schedule, num_steps, "auto")),
-    ]
-    before, after = (schedule["evaluation"][f"teacher_l2_{when}"] for when in ("before", "after"))
-    heading = (
-        f"DDIM, {describe(schedule)}: distance to {TEACHER_NUM_STEPS} steps {before:.3f} untuned, {after:.3f} tuned"
-    )
-    return heading.replace("×", "x"), rows  # the picture's font has no ×
+            model = call(client, "POST", "/v1/models", json={"builtin": MODEL}).json()["id"]
+            schedules = tune(client, model)
+            console.print("Sampling the teacher, and every untuned sampler")
+            teacher = sample(client, model, SAMPLER, TEACHER_NUM_STEPS)
+            comparisons = measure(client, model, schedules, teacher)
+    print_table(comparisons)
+    console.print(in_a_sentence(comparisons))
+    for schedule in schedules.values():
+        if schedule["status"] == "rejected":
+            console.print(f"{schedule['num_steps']} calls: {schedule['evaluation']['summary']}")
+    write_picture(args.picture, comparisons, teacher)
+    console.print(f"Wrote {args.picture}: columns from the same noise. {time.monotonic() - started:.0f} s in all.\n")
+    console.print(NEXT, highlight=False)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from timetuner_core.models.digits_classifier import DigitsClassifier
@@ -28,13 +28,14 @@ def digits() -> tuple[Tensor, Tensor]:
 
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     """Each image moved by up to one pixel each way, its surroundings blank."""
+    size = images.shape[-1]
     padded = functional.pad(images, (1, 1, 1, 1), value=-1)
-    windows = torch.stack([padded[..., y : y + 8, x : x + 8] for y in range(3) for x in range(3)])
+    windows = torch.stack([padded[..., y : y + size, x : x + size] for y in range(3) for x in range(3)])
     return windows[torch.randint(9, (len(images),), generator=generator), torch.arange(len(images))]
 
 
 def train(
-    classifier: DigitsClassifier,
+    classifier: nn.Module,
     images: Tensor,
     labels: Tensor,
     *,
@@ -65,6 +66,12 @@ def train(
     classifier.load_state_dict(average.module.state_dict())
 
 
+@torch.no_grad()
+def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> str:
+    right = torch.cat([classifier(batch).argmax(dim=1) for batch in images.split(1000)]) == labels
+    return f"{int(right.sum())} of {len(right)} right, {float(right.double().mean()):.4f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -80,9 +87,7 @@ def main() -> None:
     classifier = DigitsClassifier()
     train(classifier, images[~held_out], labels[~held_out], num_iters=args.num_iters, generator=generator)
     for name, rows in (("trained on", ~held_out), ("held out", held_out)):
-        with torch.no_grad():
-            right = classifier(images[rows]).argmax(dim=1) == labels[rows]
-        print(f"{name}: {int(right.sum())} of {len(right)} right, {float(right.double().mean()):.4f}")
+        print(f"{name}: {accuracy(classifier, images[rows], labels[rows])}")
 
     args.out.mkdir(parents=True, exist_ok=True)
     save_file(classifier.state_dict(), args.out / "model.safetensors")

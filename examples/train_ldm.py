@@ -115,7 +115,7 @@ def train_vae(
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, x0: Tensor) -> Tensor:
-    """Latents, not yet scaled, `(P, 2, 8, 8)`: the posterior's mode, as users of the model encode."""
+    """Latents, not yet scaled, `(P, C, 8, 8)`: the posterior's mode, as users of the model encode."""
     return torch.cat([vae.encode(batch).latent_dist.mode() for batch in x0.split(256)])
 
 
@@ -127,14 +127,17 @@ def train_unet(
     *,
     num_iters: int,
     batch_size: int = 64,
+    lr: float = 2e-3,
     class_dropout: float = 0.15,
     generator: torch.Generator,
 ) -> None:
-    """Minimise ||v - v_theta(z_t, t, c)||^2, v = alpha_t eps - sigma_t z_0 (Salimans & Ho 2022).
+    """Minimise ||v - v_theta(z_t, t, c)||^2, v = alpha_t eps - sigma_t z_0 (Salimans & Ho 2022), or the same of eps if
+    the scheduler's configuration says `epsilon`.
 
     Args:
-        z0: scaled latents, `(P, 2, 8, 8)`.
+        z0: scaled latents, `(P, C, 8, 8)`.
     """
+    predicts_v = scheduler.config.prediction_type == "v_prediction"
 
     def loss_fn() -> Tensor:
         index = torch.randint(len(z0), (batch_size,), generator=generator)
@@ -142,10 +145,10 @@ def train_unet(
         eps = torch.randn(z0[index].shape, generator=generator)
         dropped = torch.rand(batch_size, generator=generator) < class_dropout
         c = torch.where(dropped, NULL_CLASS, labels[index])
-        v = scheduler.get_velocity(z0[index], eps, t)
-        return (v - unet(scheduler.add_noise(z0[index], eps, t), t, c).sample).square().mean()
+        target = scheduler.get_velocity(z0[index], eps, t) if predicts_v else eps
+        return (target - unet(scheduler.add_noise(z0[index], eps, t), t, c).sample).square().mean()
 
-    minimise(loss_fn, unet, num_iters=num_iters, lr=2e-3, ema_decay=0.998)
+    minimise(loss_fn, unet, num_iters=num_iters, lr=lr, ema_decay=0.998)
     unet.requires_grad_(False).eval()
 
 
@@ -154,7 +157,7 @@ def sample(
     vae: AutoencoderKL, unet: UNet2DModel, scheduler: DDIMScheduler, classes: Tensor, generator: torch.Generator
 ) -> Tensor:
     """DDIM in 100 steps, unguided, decoded: `(B, 1, 32, 32)` in -1..1."""
-    z = torch.randn((len(classes), 2, 8, 8), generator=generator)
+    z = torch.randn((len(classes), unet.config.in_channels, 8, 8), generator=generator)
     scheduler.set_timesteps(100)
     for t in scheduler.timesteps:
         z = scheduler.step(unet(z, t, classes).sample, t, z).prev_sample
@@ -204,11 +207,22 @@ def main() -> None:
     print(z0.std(dim=(0, 2, 3)).tolist(), flush=True)
     train_unet(unet, scheduler, z0, labels, num_iters=args.unet_iters, generator=generator)
 
-    args.out.mkdir(parents=True, exist_ok=True)
+    write_folder(args.out, vae, unet, scheduler)
+    save_file({"images": images, "labels": labels}, args.out / "data.safetensors")
+    print(f"wrote {args.out} in {time.monotonic() - started:.0f} s")
+    if args.sheet:
+        noise = torch.Generator().manual_seed(args.seed)
+        samples = sample(vae, unet, scheduler, torch.arange(NUM_CLASSES).repeat(5), noise)
+        save_sheet(args.sheet, torch.cat([x0[:20], decoded[:20], samples]), NUM_CLASSES)
+
+
+def write_folder(out: Path, vae: AutoencoderKL, unet: UNet2DModel, scheduler: DDIMScheduler) -> None:
+    """Write everything but the data."""
+    out.mkdir(parents=True, exist_ok=True)
     for module, folder in ((vae, "vae"), (unet, "unet"), (scheduler, "scheduler")):
-        module.save_pretrained(args.out / folder)
+        module.save_pretrained(out / folder)
     write_json(
-        args.out / "model_index.json",
+        out / "model_index.json",
         {
             "_class_name": "DiffusionPipeline",
             "vae": ["diffusers", "AutoencoderKL"],
@@ -216,13 +230,7 @@ def main() -> None:
             "scheduler": ["diffusers", "DDIMScheduler"],
         },
     )
-    write_json(args.out / "timetuner.json", {"null_class_label": NULL_CLASS})
-    save_file({"images": images, "labels": labels}, args.out / "data.safetensors")
-    print(f"wrote {args.out} in {time.monotonic() - started:.0f} s")
-    if args.sheet:
-        noise = torch.Generator().manual_seed(args.seed)
-        samples = sample(vae, unet, scheduler, torch.arange(NUM_CLASSES).repeat(5), noise)
-        save_sheet(args.sheet, torch.cat([x0[:20], decoded[:20], samples]), NUM_CLASSES)
+    write_json(out / "timetuner.json", {"null_class_label": NULL_CLASS})
 
 
 def write_json(path: Path, content: dict[str, object]) -> None:

@@ -1,4 +1,4 @@
-"""Schedules and evaluations as notebooks show them: HTML tables, and pictures by matplotlib."""
+"""Results as notebooks show them: HTML tables, and pictures by matplotlib."""
 
 import base64
 import io
@@ -10,18 +10,56 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from service.client.results import Evaluation, Metric, Resolution, Schedule
+    from service.client.results import Evaluation, Job, Metric, Model, Resolution, Schedule
 
 DPI = 100
 
 
+def model_html(model: "Model") -> str:
+    """The facts of a model that its users need."""
+    spec = model.spec
+    facts = {
+        "model": f"{model.name} ({model.id})",
+        "is": f"a pipeline, {spec.pipeline}"
+        if spec.kind == "pipeline"
+        else f"a network that predicts {spec.model_type}",
+        "images": _sizes(spec.image_shape) if spec.kind == "network" else spec.output or "images",
+    }
+    if spec.sample_shape != spec.image_shape:
+        facts["latents"] = _sizes(spec.sample_shape)
+    if spec.num_classes:
+        facts["classes"] = str(spec.num_classes)
+    if spec.kind == "network":
+        facts["guidance"] = ", ".join(spec.guidance_types)
+    if spec.num_parameters:
+        facts["parameters"] = f"{spec.num_parameters:,}"
+    if spec.licence is not None and spec.licence.name is not None:
+        facts["licence"] = spec.licence.name
+    facts["registered"] = f"{model.created_at:%Y-%m-%d %H:%M %Z}".strip() + (", private" if model.private else "")
+    return f"<div>{_table(facts)}</div>"
+
+
+def job_html(job: "Job") -> str:
+    """How far a job is, and what became of it."""
+    facts = {"job": job.id, "for": _setting(job.request, job.model), "state": job.state}
+    phase, elapsed, remaining = (getattr(job, name, None) for name in ("phase", "elapsed_seconds", "remaining_seconds"))
+    if phase and not job.is_over:
+        facts["phase"] = str(phase)
+    if elapsed is not None:
+        facts["time"] = f"{elapsed:.0f} s" + (f", {remaining:.0f} s left" if remaining and not job.is_over else "")
+    if job.schedule:
+        facts["schedule"] = job.schedule
+    if job.error:
+        facts["error"] = job.error
+    bar = "" if job.is_over else f'<progress max="1" value="{job.progress:.3f}">{job.progress:.0%}</progress>'
+    return f"<div>{_table(facts)}{bar}</div>"
+
+
 def schedule_html(schedule: "Schedule") -> str:
     """A schedule as HTML: its setting, its evaluation and its plot."""
-    scales = " to ".join(f"{scale:g}" for scale in schedule.guidance_scales or [schedule.guidance_scale])
-    guidance = schedule.guidance_type + (f" ×{scales}" if schedule.guidance_type != "uncond" else "")
     facts = {
         "schedule": schedule.id,
-        "for": f"{schedule.sampler}, {schedule.num_steps} steps, {guidance}, model {schedule.model}",
+        "for": _setting(vars(schedule), schedule.model),
         "status": f"{schedule.status}, version {schedule.version}",
         "score": _number(schedule.score),
     }
@@ -81,6 +119,20 @@ def evaluation_png(evaluation: "Evaluation") -> bytes:
     axes.set_ylim(len(shares) - 0.5, -0.5)
     axes.set_xlabel("change by tuning, % (95 % interval)")
     return _png(figure)
+
+
+def _setting(setting: Mapping[str, Any], model: str) -> str:
+    """The setting that a schedule or a job's request is for, on one line; fields that it leaves out are not named."""
+    guidance = setting.get("guidance_type") or "uncond"
+    if guidance != "uncond":
+        scales = setting.get("guidance_scales") or [setting.get("guidance_scale", 1)]
+        guidance += " ×" + " to ".join(f"{scale:g}" for scale in scales)
+    steps = f"{setting['num_steps']} steps" if setting.get("num_steps") else None
+    return ", ".join(part for part in (setting.get("sampler"), steps, guidance, f"model {model}") if part)
+
+
+def _sizes(shape: Iterable[int]) -> str:
+    return " × ".join(map(str, shape))
 
 
 def _relative(metric: "Metric") -> tuple[float, float, float] | None:

@@ -71,6 +71,8 @@ class ModelSpec(BaseModel):
 
 
 class Model(BaseModel):
+    """A registered model. Notebooks show its facts as a table."""
+
     id: str
     name: str
     content_hash: str
@@ -83,6 +85,9 @@ class Model(BaseModel):
     revision: str | None = None
     spec: ModelSpec
     created_at: datetime
+
+    def _repr_html_(self) -> str:
+        return display.model_html(self)
 
 
 class ModelRegistrationFields(BaseModel):
@@ -334,7 +339,7 @@ class JobPhase(BaseModel):
 
 
 class Job(BaseModel):
-    """The fields of both kinds of jobs."""
+    """The fields of both kinds of jobs. Notebooks show how far a job is as a table with a bar."""
 
     id: str
     owner: str | None
@@ -347,10 +352,14 @@ class Job(BaseModel):
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+    request: dict[str, Any]
 
     @property
     def is_over(self) -> bool:
         return self.finished_at is not None
+
+    def _repr_html_(self) -> str:
+        return display.job_html(self)
 
     def check(self) -> None:
         """Raises: JobFailedError, if the job failed or was cancelled."""
@@ -365,7 +374,6 @@ class TuningJobFields(Job):
     group: str | None = None
     attempt: int
     cancel_requested: bool
-    request: dict[str, Any]
     phase: Phase | None = None
     phases: list[JobPhase] = Field(default_factory=list)
     elapsed_seconds: float | None = None
@@ -389,7 +397,6 @@ class TuningGroup(BaseModel):
 
 
 class SampleJobFields(Job):
-    request: dict[str, Any]
     content: str | None
     flagged: list[int] | None = None
 

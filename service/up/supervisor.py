@@ -316,8 +316,9 @@ def valkey_command(folder: Path) -> tuple[list[str], Path]:
 
 
 def die_with_parent() -> None:
-    """Linux: have the kernel end this child if the supervisor is killed and cannot."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Have the kernel end this child if the supervisor is killed and cannot. Only Linux knows how."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _raise_exit(_number: int, _frame: FrameType | None) -> None:

@@ -1,5 +1,6 @@
 """The wheel, as who installs it has it: types, licences, and what an index shows."""
 
+import re
 import subprocess
 import sys
 import sysconfig
@@ -37,9 +38,14 @@ def test_an_index_is_told_licences_and_systems(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         about = message_from_bytes(archive.read(next(name for name in names if name.endswith("METADATA"))))
-    assert about.get_all("License-File") == ["LICENSE", "service/web/static/htmx.LICENSE"]
+    licences = ["service/web/static/htmx", "timetuner_core/bundled/digits", "timetuner_core/bundled/fashion"]
+    assert about.get_all("License-File") == ["LICENSE", *(f"{name}.LICENSE" for name in licences)]
+    assert about["License-Expression"] == "MIT AND 0BSD AND CC-BY-4.0"
     assert "Operating System :: POSIX :: Linux" in (about.get_all("Classifier") or [])
     assert about["Author"] == "The TimeTuner developers"
+    shown = about.get_payload()
+    assert "make demo" in shown and "openaccess.thecvf.com" in shown
+    assert re.findall(r"\]\((?!https?:|#)[^)]*\)", shown) == []  # An index has no other files of the repository.
     assert not [name for name in names if "__pycache__" in name or name.startswith("tests/")]
 
 

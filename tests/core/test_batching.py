@@ -23,8 +23,10 @@ LABELS = torch.tensor([0, 3, 1, 2, 2, 0, 3, 1, 1, 0, 2])
 SCALES = [2.0, 1.5, 3.0, 2.5, 1.25, 2.0, 4.0, 0.5, 7.5, 1.75, 2.25]
 
 load = cache(load_builtin)
+# `fashion32-ldm` has the kinds of layers that `digits32-ldm` has.
+MODELS = [name for name in BUILTINS if name != "fashion32-ldm"]
 GUIDANCE_TYPES: dict[str, tuple[GuidanceType, ...]] = {
-    name: ("uncond", "classifier-free") if name in BUILTIN_FOLDERS else get_args(GuidanceType) for name in BUILTINS
+    name: ("uncond", "classifier-free") if name in BUILTIN_FOLDERS else get_args(GuidanceType) for name in MODELS
 }
 GUIDED = {f"{name}-{type}": (name, type) for name, types in GUIDANCE_TYPES.items() for type in types}
 
@@ -85,7 +87,7 @@ def test_a_sample_is_the_same_bit_for_bit_in_any_company(
     assert_same_in_any_company(load(name, device), Guidance(guidance_type, 2.0), sizes, *sampler, device)
 
 
-@pytest.mark.parametrize("name", BUILTINS)
+@pytest.mark.parametrize("name", MODELS)
 def test_every_guidance_that_a_builtin_offers_is_tried(name: str) -> None:
     assert set(load(name).guidance_types) == set(GUIDANCE_TYPES[name])
 

@@ -7,10 +7,10 @@ from sklearn.datasets import load_digits
 from tests.core.conftest import normals
 from timetuner_core.evaluation.distances import frechet_distance
 from timetuner_core.models.digits_classifier import digit_features, digits_classifier, to_8x8
-from timetuner_core.models.loading import BUILTIN_FOLDERS, DiffusionModel, load_builtin
+from timetuner_core.models.loading import DiffusionModel, load_builtin
 
 
-@pytest.fixture(params=BUILTIN_FOLDERS)
+@pytest.fixture(params=["digits8", "digits32-ldm"])
 def model(request: pytest.FixtureRequest) -> DiffusionModel:
     return load_builtin(request.param)
 

@@ -13,6 +13,7 @@ from timetuner_core.catalog import BUILTIN_FOLDERS, BUILTINS, BUNDLED
 from timetuner_core.models.data import ModelData, read_data, read_null_class
 from timetuner_core.models.diffusion_model import DiffusionModel, draw_classes, draw_rows
 from timetuner_core.models.digits_classifier import digit_features
+from timetuner_core.models.fashion_classifier import fashion_features
 from timetuner_core.models.folder_files import (
     DATA,
     METADATA,
@@ -59,6 +60,11 @@ __all__ = [
 # Components of a pipeline that make conditions or look at finished images: conditions come with each request.
 NOT_NEEDED = ("bert", "feature_extractor", "safety_checker", "text_encoder", "tokenizer")
 
+BUILTIN_FEATURES: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
+    "digits8": digit_features,
+    "digits32-ldm": digit_features,
+    "fashion32-ldm": fashion_features,
+}
 BUILTIN_MIXTURES: dict[str, Callable[[], GaussianMixture]] = {
     "mixture-ring": ring_mixture,
     "mixture-gratings": gratings_mixture,
@@ -81,7 +87,7 @@ def load_builtin(
     """
     if name in BUILTIN_FOLDERS:
         model = load_folder(BUILTIN_FOLDERS[name], device, dtype=dtype, channels_last=channels_last, compile=compile)
-        return replace(model, features=digit_features())
+        return replace(model, features=BUILTIN_FEATURES[name]())
     if name not in BUILTIN_MIXTURES:
         raise ModelFormatError("builtin", f"{name!r} is unknown; accepted: {', '.join(BUILTINS)}")
     mixture = BUILTIN_MIXTURES[name]()
