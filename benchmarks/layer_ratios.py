@@ -1,4 +1,4 @@
-"""A trial: a told time for each layer of `digits8`, in place of one ratio per step (decision 19).
+"""A trial: a told time for each layer of `digits8`, in place of one ratio per step (decision 20).
 
     python -m benchmarks.layer_ratios
 
