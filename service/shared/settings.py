@@ -102,7 +102,8 @@ class Settings(BaseSettings):
     cors_origins: list[str] = []  # Scripts of these sites may use the API, such as '["https://example.org"]'.
     max_images: int = Field(256, ge=1)  # The limit of one sampling request.
     max_pixel_steps: int = Field(2**28, ge=1)  # The limit of values x steps x images x network calls per step.
-    max_tuning_batch_values: int = Field(2**26, ge=1)  # The limit of values in one iteration's network batch.
+    # The limit of values of samples in one iteration's network batch. A network's activations are not counted.
+    max_tuning_batch_values: int = Field(2**26, ge=1)
     max_tuning_calls: int = Field(2**31 - 1, ge=1)  # The limit of samples that one job puts through the network.
     max_queued_jobs: int = Field(1000, ge=1)  # Each kind of jobs has this limit.
     max_queue_seconds: float = Field(60.0, gt=0)  # Requests for samples that would wait longer are refused.

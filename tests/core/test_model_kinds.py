@@ -18,7 +18,11 @@ from timetuner_core.catalog import GuidanceType
 from timetuner_core.grids import make_timesteps, uniform_timesteps
 from timetuner_core.models.loading import DiffusionModel, ModelFormatError, load_builtin, load_folder
 from timetuner_core.noise_schedule import NoiseScheduleEDM, NoiseScheduleFlow
+from timetuner_core.samplers import SAMPLERS
 from timetuner_core.sampling.generate import Guidance, generate
+from timetuner_core.tuners import EndToEndTuner, SolverTuner
+from timetuner_core.tuning.problem import TuningState
+from timetuner_core.tuning_setup import Experiment
 
 NUM_CLASSES = 3
 CONDITION_LENGTH, CONDITION_DIM = 2, 6
@@ -230,6 +234,28 @@ def test_options_change_the_speed_and_not_the_answer(kind: str, options: dict[st
     assert output.dtype == torch.float32
     assert output.is_contiguous()
     assert torch.linalg.vector_norm(output - expected) < tolerance * torch.linalg.vector_norm(expected)
+
+
+@pytest.mark.parametrize(
+    "tuner",
+    [
+        EndToEndTuner(total_iters=2, start="given", batch_size=4, teacher_num_steps=4),
+        SolverTuner(objective="solver", total_iters=1, start="given", batch_size=2, teacher_num_steps=4),
+    ],
+    ids=lambda tuner: str(tuner.objective),
+)
+def test_what_is_tuned_of_a_network_in_bfloat16_is_not_rounded_to_it(
+    tmp_path: Path, tuner: EndToEndTuner | SolverTuner
+) -> None:
+    save_kind(tmp_path, "unet")
+    experiment = Experiment(load_folder(tmp_path, dtype=torch.bfloat16), Guidance("uncond", 1.0), SAMPLERS["ddim"])
+    problem = experiment.problem("noise", make_timesteps(experiment.model.noise_schedule, 2), 8, tuner.batch_size)
+    assert problem.population.dtype == torch.float32
+    *_, state = tuner.run(problem, TuningState.start(problem.timesteps))
+    for values in (state.t_ratios, state.timesteps, state.memory):
+        assert values.dtype == torch.float64
+    moved = torch.cat([state.t_ratios, state.timesteps[1:-1]])
+    assert bool((moved != moved.bfloat16().double()).any())
 
 
 def test_a_compiled_network_gives_the_same_and_still_differentiates_in_forward_mode(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 from starlette.testclient import TestClient
+from torch import Tensor
 
 from service.app import create_app
 from service.registry.database import Registry
@@ -14,6 +15,7 @@ from service.registry.tables import TuningJob, TuningJobEvent
 from service.shared.queue import celery_app
 from service.shared.settings import Settings
 from tests.conftest import MakeDatabaseUrl
+from timetuner_core.models.mixtures import GaussianMixture
 from worker.runtime import Runtime
 from worker.tuning import run_tuning_job
 from worker.tuning_progress import Phase, TuningProgress
@@ -30,6 +32,8 @@ TUNERS: dict[str, dict[str, Any]] = {
     "dmn": {"objective": "dmn"},
     "grid": {"objective": "grid"},
 }
+# A job is told to cost at most so many times what it does. Tuners may stop early.
+MOST_OVER_ROWS = 1.5
 PHASES = {
     "end to end": ["teacher", "start", "tuning", "evaluation"],
     "solver": ["teacher", "start", "tuning", "evaluation"],
@@ -56,17 +60,24 @@ def settings(make_database_url: MakeDatabaseUrl, tmp_path: Path) -> Settings:
 def test_all_phases_count_and_none_is_long_without_progress(
     name: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, count = 0, TuningProgress.count
+    calls, rows, count, called = 0, 0, TuningProgress.count, GaussianMixture.__call__
 
     def counted(progress: TuningProgress) -> None:
         nonlocal calls
         calls += 1
         count(progress)
 
+    def counting_rows(network: GaussianMixture, x: Tensor, *args: Any) -> Tensor:
+        nonlocal rows
+        rows += len(x)
+        return called(network, x, *args)
+
     monkeypatch.setattr(TuningProgress, "count", counted)
+    monkeypatch.setattr(GaussianMixture, "__call__", counting_rows)
     with TestClient(create_app(settings), base_url="http://127.0.0.1", client=("127.0.0.1", 1)) as client:
         model = client.post("/v1/models", json={"builtin": "mixture-ring"}).json()["id"]
         request = {"model": model, "num_steps": 4, "tuner": TUNERS[name], "evaluation": SMALL}
+        price = client.post("/v1/tuning-groups", json={"jobs": [request], "dry_run": True}).json()["cost"]
         job = client.post("/v1/tuning-jobs", json=request).json()["id"]
         before = client.get(f"/v1/tuning-jobs/{job}").json()
         assert (before["phase"], before["phases"], before["elapsed_seconds"]) == (None, [], None)
@@ -91,6 +102,8 @@ def test_all_phases_count_and_none_is_long_without_progress(
     assert after["phases"][-1]["done"] > 0.95 * after["phases"][-1]["total"]
     without_calls = name in ("dmn", "grid")  # Their tuning is a phase of one call all the same.
     assert sum(phase["total"] for phase in after["phases"]) == calls + without_calls
+    # The cost that was told holds all phases: teacher, grids to start from, tuning, evaluation and the teacher's check.
+    assert rows <= price < MOST_OVER_ROWS * rows
     assert after["elapsed_seconds"] > 0
     assert after["remaining_seconds"] is None  # It is over.
     assert all(event["remaining_seconds"] >= 0 for event in events[1:])
