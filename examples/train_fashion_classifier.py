@@ -3,8 +3,8 @@
     apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb fashion
     python examples/train_fashion_classifier.py --data fashion --out timetuner_core/bundled/fashion-classifier
 
-Writes `model.safetensors` and prints the accuracy on the test set, which it is not trained on. Seeded; eleven minutes on
-two cores that other programs used, too.
+Writes `model.safetensors` and prints the accuracy on the test set, which it is not trained on. Seeded; eleven minutes
+on two cores that other programs used, too.
 """
 
 import argparse

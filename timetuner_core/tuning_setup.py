@@ -141,6 +141,7 @@ class Experiment:
             seed=self.seed,
             step_kwargs={name: value for name, value in step_kwargs.items() if value is not None},
             guidance_scales=None if scales is None else drawn_scales(scales, len(samples), self.seed).to(self.device),
+            network_dtype=self.model.dtype,
         )
 
     def at_scales(self) -> dict[float, "Experiment"]:

@@ -296,6 +296,26 @@ def columns_with(with_start: bool) -> Callable[..., list[Column]]:
     return lambda num_steps, **options: solver_columns(num_steps, **{**options, "with_start": with_start})
 
 
+@pytest.mark.parametrize(("dtype", "step"), [(torch.float32, 0.005), (torch.bfloat16, 0.04)])
+def test_a_ratios_difference_quotient_exceeds_the_rounding_of_the_told_time(
+    dtype: torch.dtype, step: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Networks in bfloat16 round the time by up to 1/128, so that a step of 0.005 gives 0 or a leap."""
+    problem = dataclasses.replace(mixture_problem(3), network_dtype=dtype)
+    tried: list[Tensor] = []
+
+    def run(problem: TuningProblem, sampler: Sampler, candidates: list[Candidate], *rest: Any) -> Tensor:
+        tried.extend(candidate.t_ratios for candidate in candidates[1:])
+        return run_candidates(problem, sampler, candidates, *rest)
+
+    monkeypatch.setattr(tuning_solver, "run_candidates", run)
+    assert list(tune_solver(problem, TuningState.start(problem.timesteps), make_timesteps(LINEAR, 3), total_iters=1))
+    quotients = torch.stack(tried[: len(solver_columns(3))]) - 1
+    changed = quotients[quotients != 0].abs()
+    torch.testing.assert_close(changed, torch.full_like(changed, step))
+    assert len(changed) >= 3
+
+
 def test_flow_matching_starts_where_its_pipelines_do() -> None:
     schedule = SCHEDULES["flow"]
     model_fn = tuner_of(small_mixture(schedule), schedule).model_fn

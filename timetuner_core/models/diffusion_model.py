@@ -51,6 +51,7 @@ class DiffusionModel:
             from a number of steps; None where there is none.
         features: `(B, *image_shape) -> (B, F)`, a space that suits its images, to measure distances in; or None.
         mixture: the exact distribution of its data, where that is known.
+        dtype: of the network's weights and activations.
     """
 
     network: Callable[..., Tensor]
@@ -75,6 +76,7 @@ class DiffusionModel:
     stock_timesteps: Callable[[int], Tensor | None] = _no_grid
     features: Callable[[Tensor], Tensor] | None = None
     mixture: GaussianMixture | None = None
+    dtype: torch.dtype = torch.float32
 
     @property
     def is_conditional(self) -> bool:

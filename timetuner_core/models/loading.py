@@ -176,6 +176,7 @@ def load_folder(
         clipping=scheduler.clipping,
         stock_timesteps=partial(stock_timesteps, scheduler_config),
         **codec,
+        dtype=dtype,
     )
 
 

@@ -21,8 +21,6 @@ from timetuner_core.pipelines.shared_calls import Request, Result, SharedCalls
 from timetuner_core.samplers import Sampler
 from timetuner_core.tuning.levenberg import Candidate
 
-HALF_PRECISION = (torch.float16, torch.bfloat16)
-
 
 class Pair(NamedTuple):
     """What an image is made from.
@@ -148,8 +146,8 @@ class Runs:
         self._call = {**call, **({"output_type": output_type} if "output_type" in parameters else {})}
 
     @property
-    def is_in_half_precision(self) -> bool:
-        return any(network.dtype in HALF_PRECISION for network in self._shared.networks.values())
+    def network_dtypes(self) -> list[torch.dtype]:
+        return [network.dtype for network in self._shared.networks.values()]
 
     def plan(self, steps: Mapping[str, int]) -> None:
         """Tell how many steps of single images are to come in each phase."""

@@ -32,7 +32,14 @@ from timetuner_core.pipelines.runs import Pair, Progress, Runs, Solver, Solvers
 from timetuner_core.pipelines.schedule import PipelineSchedule, key_of
 from timetuner_core.pipelines.shared_calls import MAX_BATCH, MAX_THREADS, SharedCalls
 from timetuner_core.tuning.draws import keyed_generator
-from timetuner_core.tuning.levenberg import FIRST_DAMPING, MAX_FRUITLESS, QUOTIENT_UNITS, Candidate, Residuals, improve
+from timetuner_core.tuning.levenberg import (
+    FIRST_DAMPING,
+    MAX_FRUITLESS,
+    Candidate,
+    Residuals,
+    improve,
+    quotient_units_of,
+)
 from timetuner_core.tuning.solver_columns import COMPARED_PER_SAMPLE, NUM_CANDIDATES, Column, solver_columns
 from timetuner_core.tuning_setup import (
     EVALUATION_SEEDS,
@@ -41,10 +48,6 @@ from timetuner_core.tuning_setup import (
     drawn_scales,
     evaluated_scales,
 )
-
-# In half precision many networks round the told time by up to 1/128 of it, and all round their answers. A difference
-# quotient has to take larger steps there, those of a ratio several times the rounding.
-QUOTIENT_UNITS_IN_HALF_PRECISION = {"t_ratio": 2.0, "time": 1.0, "a": 1.0, "b": 1.0}
 
 MIN_SAMPLES = 2  # An interval needs two samples.
 
@@ -259,7 +262,7 @@ def _next_state(
         solvers.noise_schedule,
         residuals(order[:num_samples]),
         residuals(order[num_samples:]),
-        QUOTIENT_UNITS_IN_HALF_PRECISION if runs.is_in_half_precision else QUOTIENT_UNITS,
+        quotient_units_of(runs.network_dtypes),
     )
     return replace(
         state,

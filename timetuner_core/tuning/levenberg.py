@@ -22,6 +22,10 @@ from timetuner_core.tuning.solver_columns import NUM_DAMPINGS, Column
 UNITS = {"t_ratio": 0.02, "time": 0.1, "a": 0.02, "b": 0.05}
 # The step of a difference quotient, in units.
 QUOTIENT_UNITS = {"t_ratio": 0.25, "time": 0.25, "a": 0.25, "b": 0.25}
+# In half precision many networks round the told time by up to 1/128 of it, and all round their answers. A difference
+# quotient has to take larger steps there, those of a ratio several times the rounding.
+QUOTIENT_UNITS_IN_HALF_PRECISION = {"t_ratio": 2.0, "time": 1.0, "a": 1.0, "b": 1.0}
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 MAX_UNITS = 8.0  # The largest change of a number in one iteration.
 MAX_TIME_MOVE = 0.4  # Two neighbours that meet halfway would both move by 0.5 of the way.
 
@@ -93,6 +97,12 @@ class Improvement(NamedTuple):
     loss: float
     damping: float
     is_fruitless: bool
+
+
+def quotient_units_of(network_dtypes: Iterable[torch.dtype]) -> Mapping[str, float]:
+    """The steps of difference quotients, in units, that networks of these dtypes answer by more than rounding."""
+    has_half = any(dtype in HALF_PRECISION for dtype in network_dtypes)
+    return QUOTIENT_UNITS_IN_HALF_PRECISION if has_half else QUOTIENT_UNITS
 
 
 def improve(

@@ -26,6 +26,7 @@ class TuningProblem:
             noise x_T for `tune_end_to_end`; `(P, ...)`. condition: `(P, ...)` or None.
         guidance_scales: `(P,)`, the guidance scale of each of the population, where the schedule is for an interval of
             them; None: that of `model_fn`.
+        network_dtype: of the network's weights, whose rounding a difference quotient has to exceed.
         step_kwargs: handed to every `step_fn` call (eta, uncond_condition, ...).
     """
 
@@ -39,6 +40,7 @@ class TuningProblem:
     seed: int = 0
     step_kwargs: Mapping[str, Any] = field(default_factory=dict)
     guidance_scales: Tensor | None = None
+    network_dtype: torch.dtype = torch.float32
 
     @property
     def num_steps(self) -> int:

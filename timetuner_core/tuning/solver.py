@@ -17,7 +17,15 @@ from timetuner_core.samplers import Sampler, SamplerStep
 from timetuner_core.samplers.solver_table import SolverTable
 from timetuner_core.tuning.draws import keyed_generator
 from timetuner_core.tuning.end_to_end import best_start, teach
-from timetuner_core.tuning.levenberg import FIRST_DAMPING, MAX_FRUITLESS, Candidate, Residuals, improve, mean_distances
+from timetuner_core.tuning.levenberg import (
+    FIRST_DAMPING,
+    MAX_FRUITLESS,
+    Candidate,
+    Residuals,
+    improve,
+    mean_distances,
+    quotient_units_of,
+)
 from timetuner_core.tuning.problem import TuningProblem, TuningState, check_numbers
 from timetuner_core.tuning.solver_columns import COMPARED_PER_SAMPLE, NUM_CANDIDATES, samples_held, solver_columns
 
@@ -81,7 +89,15 @@ def tune_solver(
         rows = _draw(problem, iteration)
         differentiated = partial(_residuals, problem, sampler, taught, rows[0], samples_held(problem.num_steps))
         ends = [
-            improve(beginning, columns, damping, problem.noise_schedule, differentiated, compared_on(rows[1]))
+            improve(
+                beginning,
+                columns,
+                damping,
+                problem.noise_schedule,
+                differentiated,
+                compared_on(rows[1]),
+                quotient_units_of([problem.network_dtype]),
+            )
             for beginning in beginnings
         ]
         if len(ends) > 1:  # A few samples that end in another mode make up much of the mean, so all are looked at.
