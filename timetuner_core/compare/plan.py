@@ -41,7 +41,7 @@ class Effort:
 
     teacher_num_steps: int = 100
     rows_at_once: int = 128
-    tuning_teacher_num_steps: int = 50
+    tuning_teacher_num_steps: int = 100
     noise_population: int = 128
     data_population: int = 256
     batch_size: int = 16
