@@ -79,8 +79,10 @@ def downgrade() -> None:
 
 def _make_keys(setting: tuple[str, ...]) -> None:
     """Make the constraints and the indexes that hold a setting anew, of these columns."""
-    listed_by = {"ix_schedules_id": (), "ix_schedules_model_id_id": ("model_id",)}
-    listed_by["ix_schedules_model_id_num_steps_id"] = ("model_id", "num_steps")
+    listed_by = {"ix_schedules_id": ("id",), "ix_schedules_model_id_id": ("model_id", "id")}
+    listed_by["ix_schedules_model_id_num_steps_id"] = ("model_id", "num_steps", "id")
+    listed_by["ix_schedules_score_id"] = ("score", "id")
+    listed_by["ix_schedules_model_id_score_id"] = ("model_id", "score", "id")
     for name in (*listed_by, "ix_schedules_resolve"):
         op.drop_index(name, "schedules")
     with op.batch_alter_table("schedules") as batch:
@@ -91,5 +93,5 @@ def _make_keys(setting: tuple[str, ...]) -> None:
         batch.create_unique_constraint("uq_schedule_versions_setting", [*setting, "private_to"])
     filters = (*setting, "status", "private_to")
     for name, first in listed_by.items():
-        op.create_index(name, "schedules", [*first, "id", *(column for column in filters if column not in first)])
+        op.create_index(name, "schedules", [*first, *(column for column in filters if column not in first)])
     op.create_index("ix_schedules_resolve", "schedules", [*setting, "private_to", "status", "score", "id"])

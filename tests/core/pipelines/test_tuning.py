@@ -31,8 +31,8 @@ from timetuner_core.pipelines.checks import read_prompts, split_prompts
 from timetuner_core.pipelines.runs import Progress
 from timetuner_core.pipelines.schedule import PipelineSchedule
 from timetuner_core.pipelines.shared_calls import RunCancelledError
-from timetuner_core.pipelines.tuning import QUOTIENT_UNITS_IN_HALF_PRECISION, PipelineState, tune_pipeline
-from timetuner_core.tuning.levenberg import UNITS
+from timetuner_core.pipelines.tuning import PipelineState, tune_pipeline
+from timetuner_core.tuning.levenberg import QUOTIENT_UNITS_IN_HALF_PRECISION, UNITS
 from timetuner_core.tuning_setup import EVALUATION_SEEDS
 
 pytestmark = pytest.mark.xdist_group("pipelines")
