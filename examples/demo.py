@@ -40,10 +40,10 @@ GUIDANCE: Json = {"guidance_type": "classifier-free", "guidance_scale": 4.0}
 TEACHER_NUM_STEPS = 50
 # Less than the service's defaults, so that two cores need two minutes.
 EFFORT: Json = {
-    "tuner": {"objective": "solver", "total_iters": 4, "teacher_num_steps": TEACHER_NUM_STEPS},
+    "tuner": {"objective": "solver", "total_iters": 4, "population_size": 64, "teacher_num_steps": TEACHER_NUM_STEPS},
     "evaluation": {"num_samples": 128, "max_num_samples": 128, "teacher_num_steps": TEACHER_NUM_STEPS},
 }
-NUM_IMAGES = 60  # from noise that no tuning has seen: seeds of jobs start at 2**31
+NUM_IMAGES = 30  # from noise that no tuning has seen: seeds of jobs start at 2**31
 STOP_SECONDS = 60
 
 console = Console(width=max(80, Console().width))  # the table needs 80 columns, whatever a log says it has
