@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from timetuner_core.catalog import GridName, NamedGrid
-from timetuner_core.noise_schedule import NoiseSchedule, NoiseScheduleFlow
+from timetuner_core.noise_schedule import NoiseSchedule
 
 Timesteps: TypeAlias = Tensor | list[float]
 
@@ -77,12 +77,11 @@ def start_grids(noise_schedule: NoiseSchedule, num_steps: int) -> list[Tensor]:
 def start_grids_with_free_step(noise_schedule: NoiseSchedule, num_steps: int) -> list[Tensor]:
     """The grids of all names with a step more, which is free, so that they begin where it ends.
 
-    It takes no call of the network: x0 is taken to be 0, so that sampling starts from less noise. There are none for
-    flow matching, whose pipelines in diffusers start from noise of standard deviation 1 only, nor where the schedule
-    has no step more.
+    It takes no call of the network: x0 is taken to be 0, so that sampling starts from less noise. There are none where
+    sampling cannot start later (see `NoiseSchedule.can_start_later`), nor where the schedule has no step more.
     """
     limit = noise_schedule.max_num_steps
-    if isinstance(noise_schedule, NoiseScheduleFlow) or (limit is not None and num_steps >= limit):
+    if not noise_schedule.can_start_later or (limit is not None and num_steps >= limit):
         return []
     return [grid[1:] for grid in start_grids(noise_schedule, num_steps + 1)]
 

@@ -94,6 +94,11 @@ class NoiseSchedule(ABC):
         return self.prior_std * float(self.marginal_std(t) / self.marginal_std(T))
 
     @property
+    def can_start_later(self) -> bool:
+        """Whether sampling may start below `T` in diffusers' pipelines, which then scale their noise down."""
+        return True
+
+    @property
     def starts_without_signal(self) -> bool:
         """Whether alpha at `T` is (nearly) 0, as in flow matching and after zero-SNR rescaling."""
         return float(self.marginal_alpha(torch.tensor(self.T, dtype=torch.float64))) < 1e-4
@@ -223,6 +228,11 @@ class NoiseScheduleFlow(NoiseSchedule):
     @property
     def t_end(self) -> float:
         return _end_of_grids(self)
+
+    @property
+    def can_start_later(self) -> bool:
+        """False: diffusers' pipelines of flow models start from noise of standard deviation 1."""
+        return False
 
     def marginal_log_mean_coeff(self, t: Tensor) -> Tensor:
         alpha_t = (1.0 - t) / (1.0 + (self.shift - 1.0) * t)

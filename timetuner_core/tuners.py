@@ -205,11 +205,15 @@ class TeacherMatchingTuner(Tuner):
 
         return teacher_timesteps(problem.noise_schedule, self.teacher_num_steps)
 
-    def starts(self, problem: "TuningProblem") -> "list[Tensor]":
+    def starts(self, noise_schedule: Any, num_steps: int) -> "list[Tensor]":
         """The grids to begin with the best of: those of all names, or none if the problem's own is to be kept."""
         from timetuner_core.grids import start_grids
 
-        return start_grids(problem.noise_schedule, problem.num_steps) if self.start == "best" else []
+        return start_grids(noise_schedule, num_steps) if self.start == "best" else []
+
+    def free_starts(self, noise_schedule: Any, num_steps: int) -> "list[Tensor]":
+        """The grids with a free first step, of which the best one is tried besides the best of the `starts`."""
+        return []
 
 
 @dataclass(kw_only=True)
@@ -254,7 +258,7 @@ class EndToEndTuner(TeacherMatchingTuner):
             self.parameters,
             lr=self.lr,
             total_iters=self.total_iters,
-            starts=self.starts(problem),
+            starts=self.starts(problem.noise_schedule, problem.num_steps),
             target=target,
             recompute=recompute,
         )
@@ -316,17 +320,15 @@ class SolverTuner(TeacherMatchingTuner):
             self.teacher_timesteps(problem),
             total_iters=self.total_iters,
             with_ratios=self.with_ratios,
-            starts=self.starts(problem),
-            free_starts=self.free_starts(problem),
+            starts=self.starts(problem.noise_schedule, problem.num_steps),
+            free_starts=self.free_starts(problem.noise_schedule, problem.num_steps),
             target=target,
         )
 
-    def free_starts(self, problem: "TuningProblem") -> "list[Tensor]":
-        """The grids with a free first step, of which the best one is tried besides the best of the `starts`."""
+    def free_starts(self, noise_schedule: Any, num_steps: int) -> "list[Tensor]":
         from timetuner_core.grids import start_grids_with_free_step
 
-        is_free = self.start == "best"
-        return start_grids_with_free_step(problem.noise_schedule, problem.num_steps) if is_free else []
+        return start_grids_with_free_step(noise_schedule, num_steps) if self.start == "best" else []
 
     @property
     def max_starts(self) -> int:
@@ -490,16 +492,33 @@ class GridSearch(Tuner):
             yield state
 
 
-def _check_candidates(tuner: "AysTuner | GitsTuner | OssTuner", setting: TunedSetting) -> None:
-    if tuner.num_candidates is not None and tuner.num_candidates <= setting.num_steps:
-        raise OptionError(tuner, "num_candidates", f"null, or more than num_steps, which is {setting.num_steps}")
+@dataclass(kw_only=True)
+class CandidateSearch(GridSearch):
+    """A search that chooses its grid's times from candidates.
+
+    Attributes:
+        least_candidates: how many there are if no number is given, or four per step if that is more.
+    """
+
+    least_candidates: ClassVar[int] = 61
+    if TYPE_CHECKING:
+        # Each search declares it in its own place among the fields.
+        num_candidates: int | None
+
+    def check(self, setting: TunedSetting) -> None:
+        if self.num_candidates is not None and self.num_candidates <= setting.num_steps:
+            raise OptionError(self, "num_candidates", f"null, or more than num_steps, which is {setting.num_steps}")
+
+    def candidates(self, num_steps: int) -> int:
+        return self.num_candidates or max(self.least_candidates, 4 * num_steps)
 
 
 @dataclass(kw_only=True)
-class AysTuner(DataTuner, GridSearch):
+class AysTuner(DataTuner, CandidateSearch):
     """Align Your Steps (Sabour, Fidler & Kreis 2024): the grid of least bound on the KL divergence."""
 
     label = "ays: Align Your Steps"
+    least_candidates = 40
 
     objective: Literal["ays"]
     num_candidates: int | None = num_candidates_option()
@@ -507,10 +526,7 @@ class AysTuner(DataTuner, GridSearch):
 
     def check(self, setting: TunedSetting) -> None:
         super().check(setting)
-        _check_candidates(self, setting)
-
-    def candidates(self, num_steps: int) -> int:
-        return self.num_candidates or max(40, 4 * num_steps)
+        CandidateSearch.check(self, setting)
 
     def samples_at_once(self, setting: TunedSetting) -> int:
         return self.batch_size * self.candidates(setting.num_steps)
@@ -541,7 +557,7 @@ class AysListTuner(GridSearch):
 
 
 @dataclass(kw_only=True)
-class GitsTuner(GridSearch):
+class GitsTuner(CandidateSearch):
     """GITS (Chen et al., ICML 2024): the grid that stays nearest a many-step trajectory, by dynamic programming."""
 
     label = "gits: nearest to a many-step trajectory"
@@ -552,12 +568,6 @@ class GitsTuner(GridSearch):
     population_size: int = population_size_option(256, "Initial noises whose trajectories are followed.")
     num_candidates: int | None = num_candidates_option()
     discount: float = option(1.15, "The factor of the cost, per step; above 1, late steps weigh more.", gt=0, le=10)
-
-    def check(self, setting: TunedSetting) -> None:
-        _check_candidates(self, setting)
-
-    def candidates(self, num_steps: int) -> int:
-        return self.num_candidates or max(61, 4 * num_steps)
 
     def samples_at_once(self, setting: TunedSetting) -> int:
         return self.batch_size * self.candidates(setting.num_steps)
@@ -573,7 +583,7 @@ class GitsTuner(GridSearch):
 
 
 @dataclass(kw_only=True)
-class OssTuner(GridSearch):
+class OssTuner(CandidateSearch):
     """OSS (Pei et al. 2025): the grid by which the sampler's own path stays nearest to a many-step trajectory."""
 
     label = "oss: the sampler's own path nearest to a many-step trajectory"
@@ -583,12 +593,6 @@ class OssTuner(GridSearch):
     batch_size: int = batch_size_option(None)
     population_size: int = population_size_option(32, "Initial noises whose paths are followed.")
     num_candidates: int | None = num_candidates_option()
-
-    def check(self, setting: TunedSetting) -> None:
-        _check_candidates(self, setting)
-
-    def candidates(self, num_steps: int) -> int:
-        return self.num_candidates or max(61, 4 * num_steps)
 
     def samples_at_once(self, setting: TunedSetting) -> int:
         paths_and_trajectory = 3  # Those to the candidates before, those to the next ones, and the trajectory.

@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 from service.shared.job_requests import TuningJobRequest
 from timetuner_core.evaluation.worth import UntunedCurve
-from timetuner_core.grids import start_grids, start_grids_with_free_step
-from timetuner_core.tuners import MAX_START_SAMPLES, SolverTuner, TeacherMatchingTuner, TunedSetting
+from timetuner_core.tuners import MAX_START_SAMPLES, TeacherMatchingTuner, TunedSetting
 from timetuner_core.tuning_setup import Experiment
 
 PhaseName = Literal["teacher", "start", "tuning", "evaluation"]
@@ -53,10 +52,9 @@ def phases_of(
         teacher = batches * experiment.teacher_calls(teacher_num_steps)
     if checks_teacher:
         teacher += experiment.check_calls(evaluation.teacher_num_steps)
-    if isinstance(tuner, TeacherMatchingTuner) and tuner.start == "best" and not resumed:
+    if isinstance(tuner, TeacherMatchingTuner) and not resumed:
         compared = math.ceil(min(population, MAX_START_SAMPLES) / batch_size)
-        free = start_grids_with_free_step(schedule, num_steps) if isinstance(tuner, SolverTuner) else []
-        for grids in (start_grids(schedule, num_steps), free):
+        for grids in (tuner.starts(schedule, num_steps), tuner.free_starts(schedule, num_steps)):
             start += compared * sum(map(sampler.network_calls, grids)) if len(grids) > 1 else 0
     totals: dict[PhaseName, int] = {
         "teacher": teacher,

@@ -111,7 +111,8 @@ def _guess_cost(plan: Plan, task: Group | ComparedSetting) -> float:
             plan.num_samples * effort.teacher_num_steps + effort.noise_population * effort.tuning_teacher_num_steps
         )
     else:
-        tuning = sum(ENTRANTS[name].rows(effort, task.num_steps) for name in plan.entrants)
+        sampler = get_sampler(group.sampler)
+        tuning = sum(ENTRANTS[name].rows(effort, sampler, task.num_steps) for name in plan.entrants)
         rows = tuning + len(plan.entrants) * plan.num_samples * task.num_steps
     calls = get_sampler(group.sampler).calls_per_step * (2 if parse_guidance(group.guidance).type != "uncond" else 1)
     return rows * calls * _seconds_per_row(group.model)

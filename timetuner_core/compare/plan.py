@@ -12,8 +12,7 @@ from timetuner_core.models.loading import BUILTINS, DiffusionModel, ModelFormatE
 from timetuner_core.samplers import Sampler, sampler_names
 from timetuner_core.sampling.generate import Guidance
 from timetuner_core.sampling.starting_time import find_starting_time
-from timetuner_core.tuners import TUNERS, AnyTuner, Parameters, TeacherMatchingTuner
-from timetuner_core.tuning.solver_columns import rows_per_sample
+from timetuner_core.tuners import TUNERS, AnyTuner, Parameters, TeacherMatchingTuner, TunedSetting
 
 BASELINE = "untuned"
 # The built-in models that are compared by default. `fashion32-ldm` would not fit into half an hour beside the others.
@@ -106,15 +105,12 @@ class Entrant:
         make: Callable[..., AnyTuner] = TUNERS[self.objective]
         return make(objective=self.objective, **options)
 
-    def rows(self, effort: Effort, num_steps: int) -> float:
+    def rows(self, effort: Effort, sampler: Sampler, num_steps: int) -> float:
         """About how many samples tuning will put through the network, backward passes and small batches counted too."""
         if self.objective == "end_to_end":
             return 4 * effort.iters(num_steps) * effort.batch_size * num_steps
-        if self.objective == "solver":
-            rows = rows_per_sample(num_steps, with_ratios=self.with_ratios)
-            return (effort.solver_iters + 1) * effort.batch_size * rows
-        if self.objective == "oss":
-            return 61 * (num_steps + 1) * effort.path_samples
+        if self.objective in {"solver", "oss"}:
+            return self.tuner(effort, sampler, num_steps).network_samples(TunedSetting(num_steps))
         if self.objective in {"next_eps", "teacher_step"}:
             calls = 5 if self.objective == "next_eps" else effort.substeps + 2
             return (calls * effort.per_step_iters * effort.batch_size + effort.data_population) * num_steps

@@ -16,7 +16,6 @@ from torch import Tensor
 from timetuner_core.evaluation.distances import mean_estimate, teacher_l2
 from timetuner_core.evaluation.verdict import Evaluation, compare, of_scales
 from timetuner_core.grids import teacher_timesteps
-from timetuner_core.noise_schedule import NoiseScheduleFlow
 from timetuner_core.pipelines.checks import (
     Prompts,
     check_call,
@@ -212,9 +211,8 @@ def tune_pipeline(
 
 
 def _columns(solvers: Solvers, num_steps: int) -> list[Column]:
-    """The numbers to learn. Pipelines of flow models start from noise of one level, so their first time stays."""
-    with_start = not isinstance(solvers.noise_schedule, NoiseScheduleFlow)
-    columns = solver_columns(num_steps, with_start=with_start)
+    """The numbers to learn."""
+    columns = solver_columns(num_steps, with_start=solvers.noise_schedule.can_start_later)
     return columns if solvers.learn_tables else [each for each in columns if each.kind in ("t_ratio", "time")]
 
 

@@ -181,8 +181,7 @@ def _timesteps(timesteps: Tensor, log_steps: Tensor) -> Tensor:
 def _sample(problem: TuningProblem, rows: Tensor, timesteps: Tensor, t_ratios: Tensor) -> Tensor:
     """x0 from some rows of a population of initial noise, which is scaled to start from the grid's first time."""
     kwargs = problem.step_kwargs_with(problem.condition_of(rows), None)
-    starting_std = problem.noise_schedule.starting_std
-    x_T = problem.population[rows] * (starting_std(timesteps[0]) / starting_std(problem.timesteps[0]))
+    x_T = problem.starting_factor(timesteps[0]) * problem.population[rows]
     return sample(problem.step_fn_of(rows), x_T, timesteps, t_ratios, **kwargs)
 
 

@@ -50,6 +50,10 @@ class TuningProblem:
     def adds_noise(self) -> bool:
         return adds_noise(self.step_fn, self.step_kwargs.get("eta", 0))
 
+    def starting_factor(self, t: Tensor) -> float:
+        """The factor that makes the population's initial noise that of a grid which starts at another time."""
+        return self.noise_schedule.starting_std(t) / self.noise_schedule.starting_std(self.timesteps[0])
+
     def condition_of(self, index: Tensor) -> Tensor | None:
         """The condition of some of the population."""
         return None if self.condition is None else self.condition[index]

@@ -12,7 +12,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from timetuner_core.noise_schedule import NoiseScheduleFlow
 from timetuner_core.samplers import Sampler, SamplerStep
 from timetuner_core.samplers.solver_table import SolverTable
 from timetuner_core.tuning.draws import keyed_generator
@@ -56,7 +55,7 @@ def tune_solver(
     Args:
         with_ratios: False leaves all ratios at 1: BNS (Shaul et al. 2024) and S4S (Frankel et al. 2025) learn so much.
         with_start: whether the first time is learned, which is a free step from `T` (see `solver_columns`). It stays
-            where it is for flow matching, as diffusers' pipelines for that start from noise of standard deviation 1.
+            where sampling cannot start later (see `NoiseSchedule.can_start_later`).
         starts, target: those of `tune_end_to_end`. The population is initial noise.
         free_starts: grids with a free first step. The first iteration is made from the best of these, too, and the
             tuner goes on from the better of both results.
@@ -81,7 +80,7 @@ def tune_solver(
     def compared_on(rows: Tensor) -> Residuals:
         return partial(_residuals, problem, sampler, taught, rows, NUM_CANDIDATES * (problem.num_steps + 1))
 
-    with_start = with_start and not isinstance(problem.noise_schedule, NoiseScheduleFlow)
+    with_start = with_start and problem.noise_schedule.can_start_later
     columns = solver_columns(problem.num_steps, with_ratios=with_ratios, with_start=with_start)
     damping = float(state.memory[0, 0]) or FIRST_DAMPING
     fruitless = int(state.memory[0, 1])
@@ -159,8 +158,7 @@ def run_candidates(
 def _starting_noise(problem: TuningProblem, t: Tensor, rows: Tensor) -> Tensor:
     """The population's noise, scaled to start from the times `(K,)`: `(K, len(rows), ...)`."""
     x_T = problem.population[rows]
-    starting_std = problem.noise_schedule.starting_std
-    factors = torch.tensor([starting_std(each) / starting_std(problem.timesteps[0]) for each in t])
+    factors = torch.tensor([problem.starting_factor(each) for each in t])
     return _like(factors, x_T[None]) * x_T
 
 
