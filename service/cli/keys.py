@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.output import NOT_FOUND, USAGE, AsJson, CommandError, print_json, print_table, short_id, stderr
+from service.cli.output import NOT_FOUND, AsJson, CommandError, only_one, print_json, print_table, short_id, stderr
 
 if TYPE_CHECKING:
     from service.registry.tables import ApiKey
@@ -106,9 +106,8 @@ def revoke(
 
     with open_registry() as registry, registry.write() as session:
         named = [key.id for key in list_keys(session) if key_id in (key.id, short_id(key.id))]
-        if len(named) > 1:
-            raise CommandError(f"{key_id!r} may be {' or '.join(named)}; accepted: one of these", USAGE)
-        key = revoke_key(session, named[0]) if named else None
+        whole = only_one(key_id, named)
+        key = None if whole is None else revoke_key(session, whole)
     if key is None:
         raise CommandError(f"no key {key_id!r}; accepted: an id that `timetuner keys list` has", NOT_FOUND)
     if as_json:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from service.cli.completion import complete_grids, complete_models, complete_samplers
-from service.cli.output import NOT_FOUND, SHORT_LENGTH, USAGE, CommandError
+from service.cli.output import NOT_FOUND, SHORT_LENGTH, USAGE, CommandError, only_one
 from service.client.choices import GRIDS, SAMPLERS, UnreadyState
 from service.client.choices import GuidanceType as AnyGuidanceType
 
@@ -215,9 +215,7 @@ def whole_id(client: "TimeTuner", id: str) -> str:
             listed = client.schedules.list(search=end, limit=200)
         case kind:
             listed = (client.samples if kind == "smp" else client.tuning_jobs).list(limit=200)
-    found = [one.id for one in islice(listed, MAX_LOOKED_AT) if one.id.endswith(end)]
-    if len(found) == 1:
-        return str(found[0])
-    if found:
-        raise CommandError(f"{id!r} may be {' or '.join(found)}; accepted: one of these", USAGE)
+    whole = only_one(id, [one.id for one in islice(listed, MAX_LOOKED_AT) if one.id.endswith(end)])
+    if whole is not None:
+        return whole
     raise CommandError(f"no id ends like {id!r}, of the newest {MAX_LOOKED_AT}; accepted: a whole id", NOT_FOUND)

@@ -115,6 +115,13 @@ def short_id(id: str) -> str:
     return f"{prefix}_{unique[-SHORT_LENGTH:]}"
 
 
+def only_one(id: str, found: Sequence[str]) -> str | None:
+    """The one id that a short one stands for; None if there is none. Raises: CommandError, if there are several."""
+    if len(found) > 1:
+        raise CommandError(f"{id!r} may be {' or '.join(found)}; accepted: one of these", USAGE)
+    return found[0] if found else None
+
+
 def rounded(value: Any) -> Any:
     """JSON whose numbers have as many digits as mean something to people."""
     if isinstance(value, float):
