@@ -21,6 +21,10 @@ from service.registry.tables import Base
 from tests.keys import guarded, new_user  # noqa: F401 (fixtures)
 from tests.stack import Stack
 
+# Several processes of pytest share the cores. If PyTorch has a thread for each core in each of them, they wait for one
+# another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 MakeDatabaseUrl: TypeAlias = Callable[..., str]
 StartStack: TypeAlias = Callable[[str], Stack]
 
