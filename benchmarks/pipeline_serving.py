@@ -29,7 +29,7 @@ WARM_UP_SECONDS = 3.0
 STEPS = {"mixed": (4, 8, 20), "equal": (8,)}
 SETTINGS = ((16, 0.01), (16, 0.1))
 START_SECONDS = 120.0
-PROMPT = "a red square on a table"
+PROMPT = "a red square on table $number"  # No two requests have the same.
 
 
 @contextmanager

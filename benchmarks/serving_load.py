@@ -48,8 +48,9 @@ class Answer:
 class Target:
     """A request and its address.
 
-    In the JSON of `body`, "$seed" is replaced by a number that no other request has, since a request that was sent
-    before would be answered from a cache; "$label" by a digit; and "$choice" by one of `choices` after the other.
+    In the JSON of `body`, "$seed", and $number within a text, are replaced by a number that no other request has, since
+    a request that was sent before would be answered from a cache; "$label" by a digit; and "$choice" by one of
+    `choices` after the other.
     """
 
     port: int
@@ -63,6 +64,7 @@ class Target:
     def next_request(self) -> bytes:
         seed = next(self.counter)
         body = self.body.replace('"$seed"', str(seed)).replace('"$label"', str(seed % 10))
+        body = body.replace("$number", str(seed))
         body = body.replace('"$choice"', str(self.choices[seed % len(self.choices)]))
         return (
             f"POST {self.path} HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\nAccept: {self.accept}\r\n"

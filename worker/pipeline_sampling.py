@@ -1,8 +1,11 @@
-"""Sampling with whole pipelines: each image is a run of the pipeline, and all runs share the calls of its network."""
+"""Sampling with whole pipelines: runs of the pipeline make one image or several, and share the calls of its network."""
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,16 +17,22 @@ from torch import Tensor
 
 from service.registry.tables import SampleJob, Schedule
 from service.shared.job_requests import OWN_SAMPLER, SampleRequest
-from service.shared.pipeline_calls import decode_images
+from service.shared.pipeline_calls import decode_images, output_shape
 from service.shared.settings import Settings
 from timetuner_core.pipelines.prompts import check_prompt_lengths
+from timetuner_core.pipelines.several_images import arguments_in_common, call_of_several, takes_several
 from timetuner_core.pipelines.shared_calls import MAX_BATCH, Request, Result, SharedCalls
 from timetuner_core.samplers import get_sampler
 from worker.conversion import timesteps_of
 from worker.lease import JobRefusedError
 
+logger = logging.getLogger(__name__)
+
 # A batch whose size is found has at most so many rows.
 LARGEST_BATCH = 64
+# A run makes at most so many images, of so many values together. Work beside the network counts for small images only.
+MAX_IMAGES_OF_RUN = 8
+MAX_VALUES_OF_RUN = 3 * 2**20
 # Values of pixels may leave [0, 1] by rounding.
 TOLERANCE = 1e-3
 
@@ -34,11 +43,13 @@ class ServedPipeline:
 
     Attributes:
         spec: what the registry says of it. num_bytes: the size of all its parts.
+        takes_several: whether a run may make several images; None until that was tried.
     """
 
     pipeline: Any
     spec: Mapping[str, Any]
     shared: SharedCalls
+    takes_several: bool | None = None
 
     @classmethod
     def of(cls, pipeline: Any, spec: Mapping[str, Any], settings: Settings) -> "ServedPipeline":
@@ -55,7 +66,7 @@ class ServedPipeline:
             rows = largest = size
         seconds = settings.batch_step_seconds
         shared = SharedCalls(pipeline, max_batch=rows, largest_batch=largest, max_seconds=seconds, refuse_large=False)
-        return cls(pipeline, spec, shared)
+        return cls(pipeline, spec, shared, takes_several=False if rows == 1 else None)
 
     @property
     def num_bytes(self) -> int:
@@ -71,6 +82,8 @@ class PipelineRow:
     Attributes:
         call: the arguments of the run, without its generator. scheduler: makes one for the run.
         is_previewed: whether the request asks what each step predicts.
+        solver: what the scheduler follows from. One run may make the images that have equal ones.
+        num_values: the values of the image, and of all its frames.
     """
 
     owner: str
@@ -78,15 +91,24 @@ class PipelineRow:
     call: Mapping[str, Any]
     scheduler: Callable[[], Any]
     is_previewed: bool = False
+    solver: Hashable = None
+    num_values: int = 0
 
 
 @dataclass(eq=False)
 class Moving:
-    """An image on its way."""
+    """An image on its way.
+
+    Attributes:
+        scheduler, result: those of its run, once that is submitted.
+        index: its place among the `count` images of the run.
+    """
 
     row: PipelineRow
-    scheduler: Any
-    result: Result
+    scheduler: Any = None
+    result: Result = field(default_factory=Result)
+    index: int = 0
+    count: int = 1
 
     @property
     def num_steps(self) -> int:
@@ -127,6 +149,7 @@ class PipelineBatch:
     def __init__(self, served: ServedPipeline, capacity: int, count: Callable[[int, int], None]) -> None:
         self._served, self._capacity, self._count = served, capacity, count
         self.rows: list[Moving] = []
+        self._new: list[Moving] = []  # They are among the rows, and have no run yet.
         self._ending: list[Result] = []  # Runs that were interrupted: they end with the next step.
 
     @property
@@ -134,27 +157,72 @@ class PipelineBatch:
         return self._capacity - len(self.rows)
 
     def add(self, rows: Sequence[PipelineRow]) -> None:
-        """Have runs join. They begin with the next step."""
-        for row in rows:
-            scheduler = row.scheduler()
-            call = {**row.call, "generator": torch.Generator().manual_seed(row.seed)}
-            request = Request(call, scheduler, is_previewed=row.is_previewed)
-            self.rows.append(Moving(row, scheduler, self._served.shared.submit(request)))
+        """Have images join. Their runs begin with the next step."""
+        added = list(map(Moving, rows))
+        self.rows += added
+        self._new += added
 
     def discard(self, owner: object) -> None:
-        """End an owner's runs, by the pipeline's interrupt."""
+        """Take an owner's images out. Runs that make no others end, by the pipeline's interrupt."""
         self._interrupt([moving for moving in self.rows if moving.row.owner == owner])
 
     def close(self) -> None:
         """End all runs of this batch. Another batch may have others of the same pipeline."""
         self._served.shared.end([*[moving.result for moving in self.rows], *self._ending])
-        self.rows, self._ending = [], []
+        self.rows, self._new, self._ending = [], [], []
 
     def _interrupt(self, interrupted: Sequence[Moving]) -> None:
-        for moving in interrupted:
-            self._served.shared.interrupt(moving.result)
-            self._ending.append(moving.result)
+        runs = {id(moving.result): moving.result for moving in interrupted if moving not in self._new}
+        self._new = [moving for moving in self._new if moving not in interrupted]
         self.rows = [moving for moving in self.rows if moving not in interrupted]
+        still_needed = {id(moving.result) for moving in self.rows}
+        for result in (runs[each] for each in runs.keys() - still_needed):
+            self._served.shared.interrupt(result)
+            self._ending.append(result)
+
+    def _begin_runs(self) -> None:
+        """Submit a run for the new images, or for several that one run can make."""
+        new, self._new = self._new, []
+        for together in self._grouped(new):
+            self._submit(together)
+
+    def _grouped(self, new: Sequence[Moving]) -> Iterator[Sequence[Moving]]:
+        groups: defaultdict[Hashable, list[Moving]] = defaultdict(list)
+        for moving in new:
+            row = moving.row
+            common = arguments_in_common(row.call) if self._served.takes_several is not False else None
+            alike = (common, row.solver, row.is_previewed, row.num_values)
+            groups[id(moving) if None in alike[:2] else alike].append(moving)
+        for group in groups.values():
+            row = group[0].row
+            most = min(MAX_IMAGES_OF_RUN, MAX_VALUES_OF_RUN // max(row.num_values, 1))
+            if len(group) == 1 or most < 2 or not self._takes_several(row):
+                yield from ([moving] for moving in group)
+            else:
+                yield from (group[first : first + most] for first in range(0, len(group), most))
+
+    def _takes_several(self, row: PipelineRow) -> bool:
+        served = self._served
+        if served.takes_several is None:
+            served.takes_several = takes_several(served.shared, row.call, row.scheduler)
+        return served.takes_several
+
+    def _submit(self, together: Sequence[Moving]) -> None:
+        rows = [moving.row for moving in together]
+        scheduler = rows[0].scheduler()
+        call = call_of_several([row.call for row in rows], [row.seed for row in rows])
+        result = self._served.shared.submit(Request(call, scheduler, is_previewed=rows[0].is_previewed))
+        for index, moving in enumerate(together):
+            moving.scheduler, moving.result, moving.index, moving.count = scheduler, result, index, len(together)
+
+    def _begin_again_alone(self) -> None:
+        """Give each image of a run that failed with several a run of its own, whose error is then its own."""
+        failed = [moving for moving in self.rows if moving.count > 1 and moving.result.error is not None]
+        if failed:
+            self._served.takes_several = False
+            logger.warning("a run of several images failed; each gets its own run: %r", failed[0].result.error)
+        for moving in failed:
+            self._submit([moving])
 
     def preview(self, advance: PipelineAdvance, rows: Sequence[int]) -> Tensor | None:
         """What some travelling runs predict, `(len(rows), C, H, W)`; of frames, the one in the middle.
@@ -166,12 +234,16 @@ class PipelineBatch:
             what the pipeline raises.
         """
         shown: list[Tensor] = []
+        outputs: dict[int, Any] = {}  # of each run
         for row in rows:
-            result = advance.travelling[row].result
-            output = result.output if result.is_over else self._served.shared.preview(result)
+            moving = advance.travelling[row]
+            result = moving.result
+            if id(result) not in outputs:
+                outputs[id(result)] = result.output if result.is_over else self._served.shared.preview(result)
+            output = outputs[id(result)]
             if output is None:
                 return None
-            image = image_of(output)
+            image = image_of(output, moving.index, moving.count)
             shown.append(image if image.ndim == 3 else image[len(image) // 2])
         return torch.stack(shown)
 
@@ -179,9 +251,11 @@ class PipelineBatch:
         """Move every run on by one call of the network."""
         shared = self._served.shared
         rows, calls = shared.num_rows, shared.num_calls
+        self._begin_runs()
         if not all(moving.result.is_over for moving in self.rows):
             shared.step()
             self._ending = [result for result in self._ending if not result.is_over]
+            self._begin_again_alone()
             self._count(shared.num_rows - rows, shared.num_calls - calls)
         travelling = list(self.rows)
         images: dict[int, Tensor] = {}
@@ -201,7 +275,7 @@ class PipelineBatch:
         self.rows = [moving for moving in self.rows if moving not in done]
         stacked = torch.stack([images[id(each)] for each in done]) if done else None
         has_checker = bool(self._served.spec.get("flags_content"))
-        flagged = [_is_flagged(each.result.output) for each in done] if has_checker else []
+        flagged = [_is_flagged(each.result.output, each.index) for each in done] if has_checker else []
         return PipelineAdvance([each.row for each in done], stacked, travelling, failed, flagged)
 
     def _image(self, moving: Moving) -> Tensor:
@@ -215,22 +289,22 @@ class PipelineBatch:
         if result.error is not None:
             error = result.error
             raise error if isinstance(error, Exception) else RuntimeError(str(error))
-        return image_of(result.output)
+        return image_of(result.output, moving.index, moving.count)
 
 
-def image_of(output: Any) -> Tensor:
-    """The one image, or the frames, of a pipeline's output of numpy arrays or pictures: channels first, in [-1, 1].
+def image_of(output: Any, index: int = 0, count: int = 1) -> Tensor:
+    """An image, or the frames of one, of a pipeline's output of numpy arrays or pictures: channels first, in [-1, 1].
+
+    Args:
+        index: which one of the `count` images.
 
     Raises:
         ValueError: another number of images, or values outside of [0, 1].
     """
-    first = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
-    if isinstance(first, list):
-        first = np.stack([_array(each) for each in first])
-    images = np.asarray(first, dtype=np.float32)
-    if len(images) != 1:
-        raise ValueError(f"the pipeline gave {len(images)} images; accepted: 1 for each run")
-    (pixels,) = images
+    images = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
+    if len(images) != count:
+        raise ValueError(f"the pipeline gave {len(images)} images; accepted: {count}")
+    pixels = np.asarray(_array(images[index]), dtype=np.float32)
     finite = pixels[np.isfinite(pixels)]
     if finite.size and not (finite.min() >= -TOLERANCE and finite.max() <= 1 + TOLERANCE):
         raise ValueError(f"the pipeline's values are in [{finite.min():g}, {finite.max():g}]; accepted: [0, 1]")
@@ -247,10 +321,10 @@ def _array(image: Any) -> NDArray[np.float32]:
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
-def _is_flagged(output: Any) -> bool:
-    """Whether a pipeline's safety checker held the image back."""
+def _is_flagged(output: Any, index: int) -> bool:
+    """Whether a pipeline's safety checker held an image of its output back."""
     flags = output.get("nsfw_content_detected") if isinstance(output, Mapping) else None
-    return bool(flags and any(flags))
+    return bool(flags and flags[index])
 
 
 def rows_of_pipeline(
@@ -269,7 +343,12 @@ def rows_of_pipeline(
     except ValueError as error:
         raise JobRefusedError(str(error)) from None
     scheduler = _scheduler_of(request, served.pipeline, schedule)
-    return [PipelineRow(job.id, request.seed + k, call, scheduler, request.previews) for k in range(job.num_images)]
+    solver = (schedule.id if schedule else None, request.sampler, str(request.timesteps))
+    num_values = math.prod(output_shape(served.spec, request.height, request.width, request.call))
+    return [
+        PipelineRow(job.id, request.seed + k, call, scheduler, request.previews, solver, num_values)
+        for k in range(job.num_images)
+    ]
 
 
 def call_of(request: Any, served: ServedPipeline) -> dict[str, Any]:

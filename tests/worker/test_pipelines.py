@@ -23,6 +23,7 @@ from tests.conftest import MakeDatabaseUrl
 from tests.pipelines import BY_NAME, SIZE, Json, api_and_worker, call_of, data_url, picture, plain, register, request_of
 from tests.worker.in_process import InProcess
 from timetuner_core.integrations.diffusers import TimeTunerScheduler
+from worker import pipeline_sampling
 from worker.lease import JobCancelledError
 from worker.pipeline_loading import load_quietly
 from worker.pipeline_sampling import PipelineBatch, PipelineRow
@@ -357,6 +358,50 @@ def test_runs_join_and_leave_at_any_step_and_one_that_is_cancelled_or_fails_ends
     other.close()
 
 
+def test_one_run_makes_images_of_several_jobs_and_goes_on_when_one_of_them_is_cancelled(service: Service) -> None:
+    kind, pipeline = BY_NAME["sd15"], service.pipeline("sd15")
+    served: Any = service.worker.runtime.load(service.model("sd15"))
+    batch = PipelineBatch(served, 8, lambda count, calls: None)
+    call = {**call_of(kind), "output_type": "np", "num_inference_steps": 3}
+
+    def row(owner: str, seed: int, prompt: str) -> PipelineRow:
+        own = {**call, "prompt": prompt}
+        return PipelineRow(owner, seed, own, lambda: copy.deepcopy(pipeline.scheduler), True, "its own", 3 * SIZE**2)
+
+    prompts = {"first": "a red square on a table", "cancelled": "red", "last": "a table"}
+    batch.add([row(owner, seed, prompts[owner]) for seed, owner in enumerate(["first", "first", "cancelled", "last"])])
+    asked = served.shared.num_asked
+    batch.step()
+    batch.discard("cancelled")
+    advance = batch.step()
+    shown = batch.preview(advance, [0, 2])
+    assert shown is not None
+    assert shown.shape == (2, 3, SIZE, SIZE)
+    advance = batch.step()
+    assert served.shared.num_asked - asked == 3
+    assert [(row.owner, row.seed) for row in advance.done] == [("first", 0), ("first", 1), ("last", 3)]
+    assert advance.images is not None
+    for made, image in zip(advance.done, advance.images, strict=True):
+        expected = plain(kind, pipeline, made.seed, 3, prompt=prompts[str(made.owner)])
+        assert torch.allclose(image, expected, atol=2e-5), made.owner
+
+
+def test_images_whose_common_run_fails_get_a_run_each(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_an_error(calls: Any, seeds: Any) -> Json:
+        return {**several(calls, seeds), **({"height": "no number"} if len(calls) > 1 else {})}
+
+    several = pipeline_sampling.call_of_several
+    served: Any = service.worker.runtime.load(service.model("sd15"))
+    monkeypatch.setattr(served, "takes_several", True)
+    monkeypatch.setattr(pipeline_sampling, "call_of_several", with_an_error)
+    job = service.submit("sd15", num_images=2, seed=90, schedule="none")
+    service.worker.serve()
+    assert not served.takes_several
+    for k, image in enumerate(service.images(job)):
+        expected = plain(BY_NAME["sd15"], service.pipeline("sd15"), 90 + k, BY_NAME["sd15"].num_steps)
+        assert torch.allclose(torch.from_numpy(image), expected, atol=2e-5)
+
+
 def captured_x0(pipeline: Any, kind: Any, seed: int, step: int) -> torch.Tensor:
     """What a plain run's own scheduler predicts in a step, from the network's output there."""
     scheduler = copy.deepcopy(pipeline.scheduler)
@@ -434,7 +479,7 @@ def test_a_flagged_image_is_said(service: Service, monkeypatch: pytest.MonkeyPat
     flags = iter([False, True])
     served: Any = service.worker.runtime.load(service.model("sd15"))
     monkeypatch.setitem(served.spec, "flags_content", True)
-    monkeypatch.setattr("worker.pipeline_sampling._is_flagged", lambda _: next(flags))
+    monkeypatch.setattr("worker.pipeline_sampling._is_flagged", lambda *_: next(flags))
     job_id = service.submit("sd15", num_images=2, seed=77)
     service.worker.serve()
     assert service.api.get(f"/v1/samples/{job_id}").json()["flagged"] == [1]

@@ -219,7 +219,8 @@ class SharedCalls:
         run.advance()
         asked = run.asked
         run.close()
-        self.pipeline.maybe_free_model_hooks()
+        if not self._running:
+            self.pipeline.maybe_free_model_hooks()
         if asked is None:
             raise run.result.error or ValueError("the pipeline ended without a call of its denoiser")
         return asked
@@ -276,9 +277,7 @@ class SharedCalls:
             return None
         scheduler = copy.deepcopy(run.request.scheduler)
         scheduler.step = lambda *_args, **_kwargs: ShownStep((x0,))
-        generator = run.request.call.get("generator")
-        again = {} if generator is None else {"generator": torch.Generator(generator.device).manual_seed(0)}
-        shown = _Run(self, Request({**run.request.call, **again}, scheduler))
+        shown = _Run(self, Request({**run.request.call, **_new_generators(run.request.call)}, scheduler))
         shown.advance()
         while shown.asked is not None:
             shown.answer = copied(run.answers.get(shown.network, next(iter(run.answers.values()))))
@@ -573,6 +572,17 @@ class _Proxy:
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._network, name, value)
+
+
+def _new_generators(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Generators in the place of those of a call, which are left as they are."""
+    match call.get("generator"):
+        case None:
+            return {}
+        case list() as several:
+            return {"generator": [torch.Generator(each.device).manual_seed(0) for each in several]}
+        case one:
+            return {"generator": torch.Generator(one.device).manual_seed(0)}
 
 
 def _num_bytes(answer: Any) -> int:
