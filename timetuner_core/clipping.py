@@ -107,9 +107,7 @@ class ClipRule:
 
     def acts(self, clipping: Clipping) -> bool:
         """Whether the sampler does something to x0."""
-        return (self.thresholds and clipping.quantile is not None) or (
-            self.clips and clipping.sample_range is not None
-        )
+        return (self.thresholds and clipping.quantile is not None) or (self.clips and clipping.sample_range is not None)
 
     def clip(self, clipping: Clipping, x0: "Tensor") -> "Tensor | None":
         """The clipped x0, or None where nothing is to be done. Thresholding goes first, as in diffusers."""

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, Required, TypeAlias
+from typing import Any, Literal, NotRequired, Required, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import NotRequired, TypedDict  # Pydantic can read typing's own only from Python 3.12 on.
+from typing_extensions import TypedDict  # Pydantic can read typing's own only from Python 3.12 on.
 
 from service.client.choices import Dtype, GuidanceType, ModelKind, ModelSort, ScheduleSort, ScheduleStatus
 

@@ -110,6 +110,15 @@ def test_a_table_clips_x0_as_the_sampler_does(sampler: str, clipping: Clipping) 
         assert not torch.allclose(own, unclipped, atol=1e-2)
 
 
+def test_where_nothing_clips_a_column_for_eps_can_be_left_out() -> None:
+    grid = make_timesteps(LINEAR, 5)
+    clipped = SolverTable.of_sampler(SAMPLERS["ddim"], LINEAR, grid, Clipping(1.0))
+    without = clipped.where_eps_follows(LINEAR.marginal_alpha(grid[:-1]), LINEAR.marginal_std(grid[:-1]))
+    plain = SolverTable.of_sampler(SAMPLERS["ddim"], LINEAR, grid)
+    assert without.eps is None
+    torch.testing.assert_close((without.a, without.b), (plain.a, plain.b), atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_clipping_ddims_table_samples_as_diffusers_does(prediction_type: str) -> None:
     base: Any = DDIMScheduler(

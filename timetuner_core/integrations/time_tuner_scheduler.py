@@ -106,7 +106,9 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._sampler, self._eta = get_sampler(sampler), eta
         if self._sampler.calls_per_step != 1 and not self._sampler.facts.is_table:
             accepted = "one without noise, or with one call per step"
-            raise ValueError(f"sampler is {sampler!r}; accepted in a pipeline: {accepted}, such as {', '.join(SAMPLERS)}")
+            raise ValueError(
+                f"sampler is {sampler!r}; accepted in a pipeline: {accepted}, such as {', '.join(SAMPLERS)}"
+            )
         self.order = self._sampler.calls_per_step
         self._steps = check_timesteps(self.noise_schedule, timesteps)
         ratios = check_t_ratios(self.noise_schedule, self._steps, t_ratios)
