@@ -695,12 +695,12 @@ TUNERS: dict[str, type[AnyTuner]] = {
     get_args(tuner.__annotations__["objective"])[0]: tuner for tuner in get_args(AnyTuner)
 }
 
-# With more steps, learning the solver takes more calls than `end_to_end` does, and only mixtures have been measured.
-MAX_STEPS_OF_DEFAULT_SOLVER = 10
+# With more calls, learning the solver takes more rows than `end_to_end` does, and only mixtures have been measured.
+MAX_CALLS_OF_DEFAULT_SOLVER = 10
 
 
 def default_tuner(num_steps: int, sampler: SamplerFacts, eta: float) -> AnyTuner:
     """The tuner of a job that names none: `solver` where it applies and its gain is known, else `end_to_end`."""
-    if sampler.is_table_of_steps and eta == 0 and num_steps <= MAX_STEPS_OF_DEFAULT_SOLVER:
+    if sampler.is_table and eta == 0 and num_steps * sampler.calls_per_step <= MAX_CALLS_OF_DEFAULT_SOLVER:
         return SolverTuner(objective="solver")
     return EndToEndTuner()
