@@ -271,6 +271,23 @@ def test_learned_rows_of_heun_share_a_batch_with_rows_at_other_steps_and_of_othe
         torch.testing.assert_close(images[owner], alone, atol=1e-5, rtol=0)
 
 
+def test_rows_of_tables_with_and_without_a_column_for_eps_share_a_batch() -> None:
+    """DDIM's schedules of earlier versions have none where x0 is clipped."""
+    model, guidance = load_builtin("mixture-gratings").clipped_as("clip_sample_range=0.2"), Guidance("uncond", 1.0)
+    grid, ones = make_timesteps(model.noise_schedule, 4), torch.ones(4, dtype=torch.float64)
+    tables = [SolverTable.of_sampler(SAMPLERS["ddim"], model.noise_schedule, grid, c) for c in (Clipping(0.2), None)]
+    batch = RollingBatch(model, "ddim", guidance, 0.0, [1, 2], learned=True)
+    batch.add([Row(k, 3, grid, ones, solver_table=table) for k, table in enumerate(tables)])
+    for _ in range(4):
+        advance = batch.step()
+    assert advance.images is not None
+    own, as_before = (
+        generate(model, guidance, [3], None, grid, sampler=solver) for solver in ("ddim", tables[1].sampler("ddim"))
+    )
+    torch.testing.assert_close(advance.images, torch.cat([own, as_before]), atol=1e-5, rtol=0)
+    assert not torch.allclose(own, as_before, atol=1e-3)
+
+
 def learned_scheduler(sampler: str = "dpmpp_2m") -> Any:
     base: Any = DDPMScheduler()  # type: ignore[no-untyped-call]
     grid, t_ratios, table = learned(4, read_scheduler_config(dict(base.config)).noise_schedule, sampler)

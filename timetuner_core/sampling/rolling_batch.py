@@ -52,6 +52,12 @@ class Row:
     def num_steps(self) -> int:
         return len(self.t_ratios)
 
+    @property
+    def call_times(self) -> Tensor:
+        """The grid, and the times of a table's calls where it has some: rows that start together share both."""
+        times = None if self.solver_table is None else self.solver_table.times
+        return self.timesteps if times is None else torch.cat([self.timesteps, times])
+
 
 @dataclass
 class Travelling:
@@ -182,7 +188,7 @@ class RollingBatch:
         """
         if len(rows) > self.room:
             raise ValueError(f"{len(rows)} rows are to join; accepted: up to {self.room}")
-        grids = [*(travelling.row.timesteps for travelling in self.rows), *(row.timesteps for row in rows)]
+        grids = [*(travelling.row.call_times for travelling in self.rows), *(row.call_times for row in rows)]
         if not self.mixes_steps and any(not torch.equal(grid, grids[0]) for grid in grids):
             raise ValueError("rows of different timesteps are to start together; accepted: one grid")
         if any((row.solver_table is not None) != self.learned for row in rows):
