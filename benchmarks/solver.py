@@ -97,7 +97,7 @@ class Bench:
         """The mean distance to the teacher on held-out noise; untuned without a state."""
         experiment, t_ratios = self.experiment, None
         if state is not None:
-            experiment, t_ratios = experiment.with_solver(state.solver_table, len(timesteps) - 1), state.t_ratios
+            experiment, t_ratios = experiment.with_solver(state.solver_table, timesteps), state.t_ratios
         samples = experiment.sample(self.seeds, self.condition, timesteps, t_ratios, decode=False)
         return float(teacher_l2(samples, self.taught).mean())
 

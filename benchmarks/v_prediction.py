@@ -57,7 +57,7 @@ def main() -> None:
                     taught = sample(step_fn, held_out, teacher, torch.ones(TEACHER_NUM_STEPS, dtype=torch.float64))
 
                 def distance(state: TuningState, x_T: Tensor = held_out, taught: Tensor = taught) -> float:
-                    solver = solver_of(sampler, state.solver_table, NUM_STEPS)  # noqa: B023 (it is called here)
+                    solver = solver_of(sampler, state.solver_table, state.timesteps)  # noqa: B023 (it is called here)
                     x = x_T * schedule.starting_std(state.timesteps[0])
                     with torch.no_grad():
                         x0 = sample(solver.step_fn(model_fn, schedule), x, state.timesteps, state.t_ratios)  # noqa: B023

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,6 +25,9 @@ BUILTINS = (*BUILTIN_FOLDERS, "mixture-ring", "mixture-gratings")
 
 SAMPLER_ENTRY_POINTS = "timetuner.samplers"
 
+# The times of a table's calls may be off by so much of the grid's first time, as those of files are rounded.
+CALL_TIME_MARGIN = 1e-6
+
 
 @dataclass(frozen=True)
 class SamplerFacts:
@@ -38,13 +42,35 @@ class SamplerFacts:
 
     @property
     def is_table(self) -> bool:
-        """Whether its steps are a table of coefficients, which can be learned: one call each, and no noise."""
-        return self.calls_per_step == 1 and not self.stochastic
+        """Whether its steps are a table of coefficients, which can be learned: those without noise."""
+        return not self.stochastic
+
+    @property
+    def is_table_of_steps(self) -> bool:
+        """Whether that table has one row per step, as the tuner of pipelines needs it."""
+        return self.is_table and self.calls_per_step == 1
 
     def network_calls(self, timesteps: Sequence[float]) -> int:
         """Number of network calls over a grid of `num_steps + 1` times."""
         saved = self.calls_per_step - 1 if float(timesteps[-1]) == 0 else 0
         return self.calls_per_step * (len(timesteps) - 1) - saved
+
+    def accepted_call_times(self, times: Sequence[float] | None, timesteps: Sequence[float]) -> str | None:
+        """What would do as the times of a table's calls, if `times` do not.
+
+        Args:
+            times: None, or as many as `network_calls`.
+            timesteps: the grid, `num_steps + 1` falling times.
+        """
+        if self.calls_per_step == 1:
+            return None if times is None else "none, for a sampler that calls the network once per step"
+        margin = CALL_TIME_MARGIN * timesteps[0]
+        for i, (t, s) in enumerate(pairwise(timesteps)):
+            of_step = (times or ())[i * self.calls_per_step : (i + 1) * self.calls_per_step]
+            begins = bool(of_step) and abs(of_step[0] - t) <= margin
+            if not begins or not all(s - margin <= time <= t + margin and time > 0 for time in of_step):
+                return "one per network call, a step's first at its first time, the others between that and the next"
+        return None
 
 
 SAMPLER_FACTS = {

@@ -105,6 +105,10 @@ class ClipRule:
         ignored = [] if self.clips or clipping.sample_range is None else ["clip_sample_range"]
         return ignored if self.thresholds or clipping.quantile is None else [*ignored, "dynamic_thresholding_ratio"]
 
+    def acts(self, clipping: Clipping) -> bool:
+        """Whether the sampler does something to x0."""
+        return (self.thresholds and clipping.quantile is not None) or (self.clips and clipping.sample_range is not None)
+
     def clip(self, clipping: Clipping, x0: "Tensor") -> "Tensor | None":
         """The clipped x0, or None where nothing is to be done. Thresholding goes first, as in diffusers."""
         if self.thresholds and clipping.quantile is not None:
@@ -123,3 +127,14 @@ CLIP_RULES = {
     **dict.fromkeys(("dpm_1", "dpm_2", "dpm_3", "dpmpp_2s", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde"), THRESHOLDS),
     **dict.fromkeys(("unipc_2", "unipc_3", "deis"), THRESHOLDS),
 }
+
+
+def clips(sampler: str, clipping: Clipping | None) -> bool:
+    """Whether the sampler by a name clips x0."""
+    rule = CLIP_RULES.get(sampler)
+    return clipping is not None and rule is not None and rule.acts(clipping)
+
+
+def keeps_eps(sampler: str, clipping: Clipping | None) -> bool:
+    """Whether the sampler by a name clips x0 and goes on with the eps that was predicted."""
+    return clips(sampler, clipping) and not CLIP_RULES[sampler].eps_follows

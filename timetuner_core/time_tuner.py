@@ -310,7 +310,7 @@ class TimeTuner:
 
         Args:
             x: initial noise x_T to tune on, `(P, ...)`; condition: `(P, ...)` or None.
-            sampler: one without noise that calls the network once per step, or its name.
+            sampler: one without noise, or its name.
 
         Returns:
             timesteps `(num_steps + 1,)`, t_ratios `(num_steps,)` and the learned sampler, for `sample`.
@@ -330,7 +330,7 @@ class TimeTuner:
             starts=start_grids(self.noise_schedule, num_steps),
         )
         t_ratios = _last_ratios(tuned, state, total_iters + math.ceil(len(x) / batch_size) + 1, verbose)
-        return state.timesteps, t_ratios, solver_of(step_fn.sampler.name, state.solver_table, num_steps)
+        return state.timesteps, t_ratios, solver_of(step_fn.sampler.name, state.solver_table, state.timesteps)
 
     def _from_noise(
         self,

@@ -58,6 +58,11 @@ class TunedSetting:
     has_data: bool = False
     timesteps_given: bool = False
 
+    @property
+    def num_calls(self) -> int:
+        """The network calls of a sample, at most: a step to time 0 takes one."""
+        return self.num_steps * self.calls_per_step
+
 
 class OptionError(ValueError):
     """An option that does not fit the setting. name: the option; accepted: what would fit."""
@@ -285,22 +290,18 @@ class SolverTuner(TeacherMatchingTuner):
     teacher_num_steps: int = option(100, ge=1, le=1000)
     with_ratios: bool = option(True, "Whether ratios are learned; without them it is the solver of BNS and S4S.")
 
-    def check(self, setting: TunedSetting) -> None:
-        if setting.calls_per_step != 1:
-            raise OptionError(self, "objective", "another, for a sampler that calls the network twice per step")
-        super().check(setting)
-
     def samples_at_once(self, setting: TunedSetting) -> int:
         """A network batch, or the runs of one sample's difference quotients: of large samples, each has its turn."""
-        return max(self.batch_size, samples_held(setting.num_steps))
+        return max(self.batch_size, samples_held(setting.num_calls, calls_per_step=setting.calls_per_step))
 
     def network_samples(self, setting: TunedSetting) -> int:
-        rows = rows_per_sample(setting.num_steps, with_ratios=self.with_ratios)
+        num_calls, per_step = setting.num_calls, setting.calls_per_step
+        rows = rows_per_sample(num_calls, calls_per_step=per_step, with_ratios=self.with_ratios)
         tuning = self.total_iters * self.batch_size * rows
         if self.start != "best":
             return tuning
         # The first iteration is made from two grids. Both results are compared on the whole population.
-        compared = 2 * in_whole_batches(self.population_size, self.batch_size) * setting.num_steps
+        compared = 2 * in_whole_batches(self.population_size, self.batch_size) * num_calls
         return tuning + self.batch_size * rows + compared
 
     def run(
@@ -694,12 +695,12 @@ TUNERS: dict[str, type[AnyTuner]] = {
     get_args(tuner.__annotations__["objective"])[0]: tuner for tuner in get_args(AnyTuner)
 }
 
-# With more steps, learning the solver takes more calls than `end_to_end` does, and only mixtures have been measured.
-MAX_STEPS_OF_DEFAULT_SOLVER = 10
+# With more calls, learning the solver takes more rows than `end_to_end` does, and only mixtures have been measured.
+MAX_CALLS_OF_DEFAULT_SOLVER = 10
 
 
 def default_tuner(num_steps: int, sampler: SamplerFacts, eta: float) -> AnyTuner:
     """The tuner of a job that names none: `solver` where it applies and its gain is known, else `end_to_end`."""
-    if sampler.is_table and eta == 0 and num_steps <= MAX_STEPS_OF_DEFAULT_SOLVER:
+    if sampler.is_table and eta == 0 and num_steps * sampler.calls_per_step <= MAX_CALLS_OF_DEFAULT_SOLVER:
         return SolverTuner(objective="solver")
     return EndToEndTuner()

@@ -191,9 +191,9 @@ class Experiment:
         }
         return {name: grid for name, grid in grids.items() if grid is not None}
 
-    def with_solver(self, table: SolverTable | None, num_steps: int) -> "Experiment":
+    def with_solver(self, table: SolverTable | None, timesteps: Tensor) -> "Experiment":
         """The same with a learned solver in the sampler's place; None is the sampler's own. Raises: `solver_of`'s."""
-        return self if table is None else replace(self, sampler=solver_of(self.sampler.name, table, num_steps))
+        return self if table is None else replace(self, sampler=solver_of(self.sampler.name, table, timesteps))
 
     def evaluate(
         self,
@@ -243,7 +243,7 @@ class Experiment:
                 }
             )
         most = num_samples if max_num_samples is None else max(num_samples, max_num_samples)
-        tuned = self.with_solver(solver_table, len(t_ratios))
+        tuned = self.with_solver(solver_table, timesteps)
         held_out = HeldOut(self.seeds(most, EVALUATION_SEEDS), self.conditions(most, EVALUATION_SEEDS))
         mixture = self.model.mixture if self.guidance.type == "uncond" else None
         kl_terms: dict[bool, Tensor] = {}  # They are of as many samples, whatever `count` is.

@@ -193,5 +193,5 @@ def _for_network(
         is_learned,
     )
     if not batch.mixes_steps:
-        key.append(tuple(rows[0].timesteps.tolist()))
+        key.append(tuple(rows[0].call_times.tolist()))
     return Cohort(tuple(key), claim.job.model_id, batch, runtime.most_rows, meter=meter), rows

@@ -57,7 +57,7 @@ def rows_of(job: SampleJob, request: SampleRequest, model: DiffusionModel, sched
 
     Raises:
         ValueError: the grid or the ratios lead out of the noise schedule's times, or a learned solver is none of this
-            sampler, or of another number of steps.
+            sampler, or its calls are not those of the grid.
     """
     noise_schedule = model.noise_schedule
     if schedule is None:
@@ -68,7 +68,7 @@ def rows_of(job: SampleJob, request: SampleRequest, model: DiffusionModel, sched
     table = None
     if schedule is not None and schedule.solver_table is not None:
         table = SolverTable.from_dict(schedule.solver_table)
-        check_solver(request.sampler, table, request.num_steps)
+        check_solver(request.sampler, table, timesteps)
     condition, uncond_condition = conditions_of(request)
     scale = float(request.guidance_scale)
     return [

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, Required, TypeAlias
+from typing import Any, Literal, NotRequired, Required, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -212,10 +212,15 @@ class SampleRequest(SettingOptions, CallOptions, total=False):
 
 
 class SolverTable(TypedDict):
-    """A learned solver: `x_{i+1} = a_i x_i + sum_{j <= i} b_ij x0_j`. Row i of `b` has i + 1 numbers."""
+    """A learned solver: `x_{i+1} = a_i x_i + sum_{j <= i} b_ij x0_j (+ eps_i eps)`. Row i of `b` has i + 1 numbers.
+
+    `times` are those of the network calls, where a step has several. `eps` are factors of the noise predicted.
+    """
 
     a: Sequence[float]
     b: Sequence[Sequence[float]]
+    times: NotRequired[Sequence[float] | None]
+    eps: NotRequired[Sequence[float] | None]
 
 
 class ScheduleImport(Setting, IntervalOptions, total=False):

@@ -239,8 +239,8 @@ def import_schedule(session: Session, caller: Caller, request: ScheduleImport) -
             f"{message}; accepted: {accepted}", ("body", "model_content_hash"), request.model_content_hash
         )
     request = settled(spec, request, "ddim", is_run=False)
-    _check_table(request)
     _check_grid(request, spec["T"], spec.get("t_min", 0.0))  # Models registered by older versions have no t_min.
+    _check_table(request)
     key, private_to = request.key(), caller.private_to(request.private)
     schedule = Schedule(
         **key,
@@ -250,7 +250,7 @@ def import_schedule(session: Session, caller: Caller, request: ScheduleImport) -
         status=ScheduleStatus.IMPORTED,
         timesteps=request.timesteps,
         t_ratios=request.t_ratios,
-        solver_table=None if request.solver_table is None else request.solver_table.model_dump(),
+        solver_table=None if request.solver_table is None else request.solver_table.model_dump(exclude_none=True),
         call=request.deciding() or None,
         provenance=request.provenance,
         evaluation=None,
@@ -295,20 +295,26 @@ def _check_grid(request: ScheduleImport, T: float, t_min: float) -> None:
 
 
 def _check_table(request: ScheduleImport) -> None:
-    """Refuse a learned solver of another number of steps, or for a sampler that is no such table."""
+    """Refuse a learned solver of other network calls than the grid's, or for a sampler that is no such table."""
     table = request.solver_table
     if table is None:
         return
-    if len(table.a) != request.num_steps:
-        message = f"solver_table.a has {len(table.a)} values; accepted: {request.num_steps}, one per step"
-        raise InvalidError(message, ("body", "solver_table", "a"))
-    lengths = [len(row) for row in table.b]
-    if lengths != list(range(1, request.num_steps + 1)):
-        message = f"solver_table.b has rows of {lengths} values; accepted: {request.num_steps} rows, of 1, 2 and so on"
-        raise InvalidError(message, ("body", "solver_table", "b"))
-    if not sampler_facts(request.sampler).is_table:
-        message = "accepted, with a solver_table: a sampler without noise that calls the network once per step"
+    facts = sampler_facts(request.sampler)
+    if not facts.is_table:
+        message = "accepted, with a solver_table: a sampler without noise"
         raise InvalidError(f"sampler is {request.sampler!r}; {message}", ("body", "sampler"), request.sampler)
+    num_calls = facts.network_calls(request.timesteps)
+    for name, values in (("a", table.a), ("times", table.times), ("eps", table.eps)):
+        if values is not None and len(values) != num_calls:
+            message = f"solver_table.{name} has {len(values)} values; accepted: {num_calls}, one per network call"
+            raise InvalidError(message, ("body", "solver_table", name))
+    lengths = [len(row) for row in table.b]
+    if lengths != list(range(1, num_calls + 1)):
+        message = f"solver_table.b has rows of {lengths} values; accepted: {num_calls} rows, of 1, 2 and so on"
+        raise InvalidError(message, ("body", "solver_table", "b"))
+    if accepted := facts.accepted_call_times(table.times, request.timesteps):
+        message = f"solver_table.times is {table.times}; accepted for {request.sampler!r}: {accepted}"
+        raise InvalidError(message, ("body", "solver_table", "times"), table.times)
     if request.eta != 0:
         message = f"eta is {request.eta}; accepted, with a solver_table: 0"
         raise InvalidError(message, ("body", "eta"), float(request.eta))

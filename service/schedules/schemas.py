@@ -67,13 +67,26 @@ FiniteJson = Annotated[Any, AfterValidator(_finite)]
 class SolverTable(BaseModel):
     """A learned solver's coefficients: `x_{i+1} = a_i x_i + sum_{j <= i} b_ij x0_j`.
 
-    x_i is the sample before step i, and x0_j the clean sample that the network predicted, guided, in step j.
+    x_i is what the network is called with, and x0_j the clean sample that it predicted, guided, in call j. A sampler
+    that calls the network several times per step has a row for each call.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    a: list[FiniteFloat] = Field(examples=[[0.5, 0.0]], description="One per step.")
+    a: list[FiniteFloat] = Field(examples=[[0.5, 0.0]], description="One per network call.")
     b: list[list[FiniteFloat]] = Field(examples=[[[0.5], [0.1, 0.9]]], description="Row i has i + 1 numbers.")
+    times: list[FiniteFloat] | None = Field(
+        None,
+        examples=[None],
+        description="The time of each network call, where the sampler has several per step; each is told its step's "
+        "t_ratio times that. Null: the grid's times.",
+    )
+    eps: list[FiniteFloat] | None = Field(
+        None,
+        examples=[None],
+        description="The factor in x_{i+1} of the noise that the network predicted in call i, where a sampler clips "
+        "x0 and keeps it, as DDIM does. Null: the noise follows x0.",
+    )
 
 
 class ScheduleOut(BaseModel):
@@ -147,7 +160,7 @@ class ScheduleImport(SettingOfIntervals):
         examples=[EXAMPLE_RATIOS], description="One per step; t * t_ratio stays within (0, T]."
     )
     solver_table: SolverTable | None = Field(
-        None, examples=[None], description="A learned solver, for samplers that call the network once per step."
+        None, examples=[None], description="A learned solver, for samplers without noise."
     )
     image_sizes: list[HeightAndWidth] | None = Field(
         None,

@@ -30,7 +30,7 @@ from service.shared.webhook_url import WEBHOOK_URL, WebhookUrl
 from timetuner_core.catalog import GridName, GuidanceType, sampler_names
 from timetuner_core.clipping import Clipping, clipping_text
 from timetuner_core.tuners import (
-    MAX_STEPS_OF_DEFAULT_SOLVER,
+    MAX_CALLS_OF_DEFAULT_SOLVER,
     TUNERS,
     EndToEndTuner,
     TeacherMatchingTuner,
@@ -241,9 +241,9 @@ class TuningJobRequest(SettingOfIntervals):
     tuner: AnyTuner = Field(
         default_factory=EndToEndTuner,
         json_schema_extra=_any_of,
-        description="How to tune. Left out: `solver`, for up to "
-        f"{MAX_STEPS_OF_DEFAULT_SOLVER} steps of a sampler without noise that calls the network once per step, else "
-        "`end_to_end`. A tuner without `objective` is `end_to_end`. Pipelines have one tuner, `pipeline`.",
+        description=f"How to tune. Left out: `solver`, for up to {MAX_CALLS_OF_DEFAULT_SOLVER} network calls of a "
+        "sampler without noise, else `end_to_end`. A tuner without `objective` is `end_to_end`. Pipelines have one "
+        "tuner, `pipeline`.",
     )
     evaluation: EvaluationRequest = Field(default_factory=EvaluationRequest)
     seed: Seed = 0

@@ -34,8 +34,8 @@ def check_pipeline_job(
     if request.timesteps != "default":
         message = "timesteps is given, and the tuner of pipelines finds its own; accepted: 'default'"
         raise InvalidError(message, ("body", "timesteps"))
-    if not sampler_facts(request.sampler).is_table:
-        accepted = ", ".join(name for name in sampler_names() if sampler_facts(name).is_table)
+    if not sampler_facts(request.sampler).is_table_of_steps:
+        accepted = ", ".join(name for name in sampler_names() if sampler_facts(name).is_table_of_steps)
         message = f"sampler is {request.sampler!r}; accepted for a pipeline: {accepted}"
         raise InvalidError(message, ("body", "sampler"), request.sampler)
     _check_prompts(request)

@@ -259,7 +259,6 @@ def test_a_loader_beside_the_configuration_stands_for_the_import(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sampler": "heun"}, "one call per step: ddim"),
         ({"sampler": "magic"}, "accepted: ddim"),
         ({"t_ratios": [1.0]}, "one per step"),
         ({"timesteps": [0.1, 0.5]}, "fall strictly"),

@@ -104,7 +104,7 @@ def test_a_schedule_for_an_interval_is_good_at_every_scale_within(tuner: SolverT
     problem = problem_of()
     state = last(tuner.run(problem, TuningState.start(problem.timesteps)))
     ddim = Experiment(load_builtin("mixture-ring"), Guidance("uncond", 1.0), SAMPLERS["ddim"])
-    tuned = ddim.with_solver(state.solver_table, problem.num_steps)
+    tuned = ddim.with_solver(state.solver_table, state.timesteps)
     for scale in (LOW, 2.3, (LOW + HIGH) / 2, 6.1, HIGH):
         held_out = problem_of(seed=1, scales=torch.full((64,), scale, dtype=torch.float64))
         ones = torch.ones(problem.num_steps)

@@ -187,7 +187,7 @@ def test_rows_of_learned_solvers_join_and_leave_at_any_step_and_are_what_each_is
             None if one.condition is None else one.condition[None],
             one.timesteps,
             one.t_ratios,
-            sampler=solver_of(sampler, one.solver_table, one.num_steps),
+            sampler=solver_of(sampler, one.solver_table, one.timesteps),
             batch_sizes=sizes_of(name, guidance),
         )
         torch.testing.assert_close(images[k], expected[0], atol=5e-5, rtol=1e-4)

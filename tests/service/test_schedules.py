@@ -14,6 +14,7 @@ from service.schedules.evaluations import EvaluationOut
 from tests.service.problems import assert_problem
 from tests.stack import ENOUGH, Json, Stack
 from timetuner_core.models.loading import load_builtin
+from timetuner_core.samplers import get_sampler
 from timetuner_core.samplers.solver_table import SolverTable
 from timetuner_core.sampling.generate import Guidance, generate
 
@@ -199,12 +200,16 @@ def sampled(stack: Stack, setting: Json, schedule: str) -> bytes:
     return answer.content
 
 
-def test_a_learned_solver_is_accepted_sampled_with_and_imported(stack: Stack, model: str) -> None:
-    setting: Json = {"model": model, "num_steps": 4, "sampler": "dpmpp_2m"}
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "heun"])
+def test_a_learned_solver_is_accepted_sampled_with_and_imported(stack: Stack, model: str, sampler: str) -> None:
+    """A solver of Heun's has two rows per step, and the times of its calls."""
+    setting: Json = {"model": model, "num_steps": 4, "sampler": sampler}
     tuner = {"objective": "solver", "population_size": 64, "total_iters": 3}
     schedule = stack.tune(**setting, tuner=tuner, evaluation=ENOUGH["evaluation"])
     assert schedule["status"] == "accepted"
     table = SolverTable.from_dict(schedule["solver_table"])
+    assert table.num_calls == get_sampler(sampler).network_calls(torch.tensor(schedule["timesteps"]))
+    assert (table.times is None) == (sampler == "dpmpp_2m")
 
     without = stack.client.post("/v1/schedules", json=exported(schedule, solver_table=None)).json()
     imported = stack.client.post("/v1/schedules", json=exported(schedule)).json()
@@ -217,12 +222,15 @@ def test_a_learned_solver_is_accepted_sampled_with_and_imported(stack: Stack, mo
 
     grid, t_ratios = torch.tensor(schedule["timesteps"]).double(), schedule["t_ratios"]
     loaded, guidance = load_builtin("mixture-gratings"), Guidance("uncond", 1.0)
-    expected = generate(loaded, guidance, [11, 12, 13], None, grid, t_ratios, sampler=table.sampler("dpmpp_2m"))
+    expected = generate(loaded, guidance, [11, 12, 13], None, grid, t_ratios, sampler=table.sampler(sampler))
     np.testing.assert_allclose(np.load(io.BytesIO(by_id)), expected.numpy(), atol=1e-4)
 
 
 TWO_ROWS: Json = {"a": [0.5, 0.0], "b": [[0.5], [0.1, 0.9]]}
 FOUR_ROWS: Json = {"a": [0.5] * 4, "b": [[0.5] * (i + 1) for i in range(4)]}
+# Four steps of Heun's to time 0 call the network seven times.
+TO_0: Json = {"sampler": "heun", "timesteps": [1, 0.7, 0.5, 0.2, 0], "t_ratios": [1] * 4}
+ROWS_OF_HEUN: Json = {"a": [0.5] * 7, "b": [[0.5] * (i + 1) for i in range(7)]}
 
 BAD_IMPORTS: dict[str, tuple[Json, str, str]] = {
     "an unknown model": ({"model": "mdl_nope"}, "model", "registered model"),
@@ -243,13 +251,34 @@ BAD_IMPORTS: dict[str, tuple[Json, str, str]] = {
         "solver_table.b",
         "accepted: 4 rows, of 1, 2 and so on",
     ),
-    "a solver of a sampler that calls the network twice": (
+    "a solver with a row per step of a sampler that calls the network twice": (
         {"solver_table": FOUR_ROWS, "sampler": "heun"},
+        "solver_table.a",
+        "one per network call",
+    ),
+    "a solver of several calls per step without their times": (
+        {**TO_0, "solver_table": ROWS_OF_HEUN},
+        "solver_table.times",
+        "a step's first at its first time",
+    ),
+    "a solver of several calls per step with a time out of its step": (
+        {**TO_0, "solver_table": {**ROWS_OF_HEUN, "times": [1, 0.7, 0.7, 0.4, 0.5, 0.2, 0.2]}},
+        "solver_table.times",
+        "a step's first at its first time",
+    ),
+    "times of calls for a sampler that calls the network once": (
+        {"solver_table": {**FOUR_ROWS, "times": [1, 0.7, 0.5, 0.2]}},
+        "solver_table.times",
+        "accepted for 'ddim': none",
+    ),
+    "a number too few for eps": ({"solver_table": {**FOUR_ROWS, "eps": [0]}}, "solver_table.eps", "accepted: 4"),
+    "a solver of a sampler whose every step adds noise": (
+        {"solver_table": FOUR_ROWS, "sampler": "ddpm"},
         "sampler",
-        "calls the network once per step",
+        "a sampler without noise",
     ),
     "a solver of a sampler that adds noise": ({"solver_table": FOUR_ROWS, "eta": 1}, "eta", "accepted, with a"),
-    "a misspelt solver": ({"solver_table": {**FOUR_ROWS, "c": []}}, "solver_table.c", "accepted: a, b"),
+    "a misspelt solver": ({"solver_table": {**FOUR_ROWS, "c": []}}, "solver_table.c", "accepted: a, b, eps, times"),
     "a figure it cannot bring": ({"score": 0.1}, "score", ""),
 }
 

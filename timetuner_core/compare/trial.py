@@ -312,7 +312,7 @@ class Trial:
         ratios = torch.ones(len(timesteps) - 1) if t_ratios is None else t_ratios
         key = tuple(timesteps.tolist()), tuple(ratios.tolist()), str(solver_table and solver_table.to_dict())
         if key not in self._figures:
-            experiment = self.experiment.with_solver(solver_table, len(ratios))
+            experiment = self.experiment.with_solver(solver_table, timesteps)
             samples = experiment.sample(*self.bench.held_out, timesteps, ratios)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # PyTorch itself uses it.
@@ -323,7 +323,7 @@ class Trial:
     @torch.no_grad()
     def _paths(self, timesteps: Tensor, t_ratios: Tensor, solver_table: SolverTable | None) -> Tensor:
         """x_t from some noises, `(NUM_DRAWN_PATHS, num_steps + 1, D)`."""
-        experiment = self.experiment.with_solver(solver_table, len(t_ratios))
+        experiment = self.experiment.with_solver(solver_table, timesteps)
         problem = experiment.problem("noise", timesteps, NUM_DRAWN_PATHS, NUM_DRAWN_PATHS)
         kwargs = dict(problem.step_kwargs) | ({} if problem.condition is None else {"condition": problem.condition})
         steps = sample_steps(problem.step_fn, problem.population, timesteps, t_ratios, **kwargs)

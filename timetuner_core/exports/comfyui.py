@@ -36,23 +36,25 @@ def comfyui_node(levels: Levels, lossy: bool) -> Exported:
     if levels.kind == "vp" and levels.noise_schedule.starts_without_signal:
         raise ExportError("rescale_betas_zero_snr is True; accepted for ComfyUI: False")
     table = levels.schedule.get("solver_table")
+    sampler = get_sampler(levels.schedule["sampler"])
     try:
-        steps = (
-            SolverTable.of_sampler(get_sampler(levels.schedule["sampler"]), levels.noise_schedule, levels.timesteps)
+        calls = (
+            SolverTable.of_sampler(sampler, levels.noise_schedule, levels.timesteps)
             if table is None
             else SolverTable.from_dict(table)
         )
     except ValueError as error:
         raise ExportError(f"{error}") from None
-    told = levels.timesteps[:-1] * levels.t_ratios
+    grid, t_ratios = calls.sampler(sampler.name).in_calls(levels.timesteps, levels.t_ratios)
+    told = grid[:-1] * t_ratios
     largest = levels.at(torch.tensor([levels.noise_schedule.T], dtype=torch.float64))
-    a, b = _in_its_variable(levels, steps)
+    a, b = _in_its_variable(levels, calls, grid)
     content: dict[str, Any] = {
         "id": levels.schedule.get("id", ""),
         "title": f"TimeTuner: {levels.num_steps} steps",
         "kind": levels.kind,
         "sigma_max": float(largest),
-        "sigmas": levels.sigmas.tolist(),
+        "sigmas": levels.at(grid).tolist(),
         "told_sigmas": levels.at(told).tolist(),
         "told_timesteps": scheduler.timesteps.double().tolist(),
         "a": a.tolist(),
@@ -70,9 +72,16 @@ def comfyui_node(levels: Levels, lossy: bool) -> Exported:
     )
 
 
-def _in_its_variable(levels: Levels, table: SolverTable) -> tuple[torch.Tensor, torch.Tensor]:
-    """The table's `a` and `b` in ComfyUI's variable, so that the result of the last step is the library's x."""
-    before, after = levels.alphas[:-1], levels.alphas[1:].clone()
+def _in_its_variable(levels: Levels, table: SolverTable, grid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The table's `a` and `b` in ComfyUI's variable, so that the result of the last step is the library's x.
+
+    Args:
+        grid: the times of the calls and of the end, `(num_calls + 1,)`.
+    """
+    schedule = levels.noise_schedule
+    table = table.where_eps_follows(schedule.marginal_alpha(grid[:-1]), schedule.marginal_std(grid[:-1]))
+    alphas = torch.ones_like(grid) if levels.is_flow else schedule.marginal_alpha(grid)
+    before, after = alphas[:-1], alphas[1:].clone()
     after[-1] = 1.0
     if levels.is_flow:  # ComfyUI divides what flow models end with by 1 - sigma.
         after[-1] = 1 / (1 - levels.sigmas[-1])

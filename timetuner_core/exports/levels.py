@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timetuner_core.clipping import CLIP_RULES, Clipping
+from timetuner_core.clipping import Clipping, clips
 from timetuner_core.exports.card import guidance_notes
 from timetuner_core.exports.formats import ExportError
 from timetuner_core.integrations.time_tuner_scheduler import TimeTunerScheduler
@@ -96,10 +96,7 @@ class Levels:
         """Whether the schedule's sampler clips x0."""
         text = self.schedule.get("clipping")
         clipping = read_scheduler_config(self.config).clipping if text is None else Clipping.parse(text)
-        rule = CLIP_RULES.get(self.schedule["sampler"])
-        if clipping is None or rule is None:
-            return False
-        return (rule.clips and clipping.sample_range is not None) or (rule.thresholds and clipping.quantile is not None)
+        return clips(self.schedule["sampler"], clipping)
 
     @property
     def notes(self) -> list[str]:

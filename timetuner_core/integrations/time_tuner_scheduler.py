@@ -22,7 +22,7 @@ from timetuner_core.grids import check_t_ratios, check_timesteps
 from timetuner_core.guided_model import GuidedModel
 from timetuner_core.models.schedulers import EDM_SCHEDULERS, FLOW_SCHEDULERS, VP_SCHEDULERS, read_scheduler_config
 from timetuner_core.noise_schedule import NoiseScheduleFlow
-from timetuner_core.samplers import SAMPLERS, Generators, Past, get_sampler, remember
+from timetuner_core.samplers import SAMPLERS, Generators, Past, Sampler, get_sampler, remember
 from timetuner_core.samplers.solver_table import SolverTable, solver_of
 
 # Saved pipelines name this module for the class; see its docstring.
@@ -59,7 +59,9 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     Args:
         base_scheduler: the configuration of the scheduler that the pipeline came with.
-        sampler: one that calls the network once per step. eta: for DDIM.
+        sampler: one without noise, or one that calls the network once per step. With several calls per step, a
+            pipeline goes through `timesteps` as it does with diffusers' Heun, of which each call has one, and the
+            sampler's own coefficients are taken from its `SolverTable`. eta: for DDIM.
         timesteps: `num_steps + 1` falling times in `[0, T]`. t_ratios: one per step; None is untuned.
         clipping: how x0 is clipped, as `clipping_text` writes it; None is as `base_scheduler` says.
         solver_table: a learned solver's coefficients, as `SolverTable.to_dict` writes them, in place of the sampler's
@@ -67,13 +69,14 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             takes the sampler's own coefficients on the schedule's grid, with its ratios.
 
     Attributes:
-        timesteps: what the network is told at each step, `(num_steps,)`, float32.
-        sigmas: noise levels, `(num_steps + 1,)`, float32: sigma_t of flow models, else sigma_t / alpha_t.
+        order: the sampler's calls of the network per step.
+        timesteps: what the network is told at each call, `(num_calls,)`, float32. A step to time 0 has one call.
+        sigmas: noise levels, `(num_calls + 1,)`, float32: sigma_t of flow models, else sigma_t / alpha_t.
         init_noise_sigma: the standard deviation of the noise to start from.
 
     Raises:
-        ValueError: a sampler with several calls per step, times, ratios or a table that do not fit, or a flow model's
-            grid that starts below the noise that its pipelines start from.
+        ValueError: a sampler with noise and several calls per step, times, ratios or a table that do not fit, or a flow
+            model's grid that starts below the noise that its pipelines start from.
         ModelFormatError: a base scheduler whose noise schedule is not supported.
     """
 
@@ -101,23 +104,27 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             self._spec = self._spec._replace(clipping=Clipping.parse(clipping))
         self.noise_schedule = self._spec.noise_schedule
         self._sampler, self._eta = get_sampler(sampler), eta
-        if self._sampler.calls_per_step != 1:
-            accepted = ", ".join(name for name, each in SAMPLERS.items() if each.calls_per_step == 1)
-            raise ValueError(f"sampler is {sampler!r}; accepted in a pipeline, one call per step: {accepted}")
-        self._grid = check_timesteps(self.noise_schedule, timesteps)
-        self._ratios = check_t_ratios(self.noise_schedule, self._grid, t_ratios)
-        self._solver = self._sampler
+        if self._sampler.calls_per_step != 1 and not self._sampler.facts.is_table:
+            accepted = "one without noise, or with one call per step"
+            raise ValueError(
+                f"sampler is {sampler!r}; accepted in a pipeline: {accepted}, such as {', '.join(SAMPLERS)}"
+            )
+        self.order = self._sampler.calls_per_step
+        self._steps = check_timesteps(self.noise_schedule, timesteps)
+        ratios = check_t_ratios(self.noise_schedule, self._steps, t_ratios)
+        self._solver = self._own_from(0)
         if solver_table is not None:
             if eta:
                 raise ValueError(f"eta is {eta}; accepted, with a solver_table: 0")
-            self._solver = solver_of(sampler, SolverTable.from_dict(solver_table), len(self._ratios))
+            self._solver = solver_of(sampler, SolverTable.from_dict(solver_table), self._steps)
+        self._grid, self._ratios = self._solver.in_calls(self._steps, ratios)
         self.init_noise_sigma = self.noise_schedule.starting_std(self._grid[0])
         if self._is_flow and self.init_noise_sigma < MIN_FLOW_START:
             raise ValueError(
                 f"timesteps starts at noise level {self.init_noise_sigma:.4g}; accepted: {MIN_FLOW_START} to 1, "
                 "as pipelines of flow models start from noise of standard deviation 1"
             )
-        self.num_inference_steps = len(self._ratios)
+        self.num_inference_steps = len(ratios)
         self.set_timesteps(self.num_inference_steps)
 
     @classmethod
@@ -170,9 +177,10 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
         Args:
             num_inference_steps: the schedule's number of steps.
-            timesteps: `(num_steps,)`. Alone, they have to be the schedule's own.
-            sigmas: `(num_steps,)`. Pipelines of flow models always pass some; they are counted and not followed, as
-                the schedule has placed its steps. Any others have to be the schedule's own.
+            timesteps: `(num_calls,)`. Alone, they have to be the schedule's own.
+            sigmas: `(num_calls,)`, or of flow models `(num_steps,)`. Pipelines of flow models always pass some; they
+                are counted and not followed, as the schedule has placed its steps. Any others have to be the
+                schedule's own.
             mu: the shift that pipelines of flow models compute from the size of the image; it places steps, too.
                 Pipelines that pass `timesteps` and `sigmas` (CogView4) tell the network the time before that shift.
             original_inference_steps: not looked at; LCM's pipeline passes it.
@@ -181,8 +189,10 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             ValueError: another number of steps than the schedule has, or a user's own `timesteps` or `sigmas`.
         """
         self._check_count("num_inference_steps", num_inference_steps)
-        self._check_count("timesteps", None if timesteps is None else len(timesteps))
-        self._check_count("sigmas", None if sigmas is None else len(sigmas))
+        # A flow model's pipeline that passes sigmas places steps, and does not know of calls.
+        count = self.num_inference_steps if self._is_flow and sigmas is not None else self._num_calls
+        self._check_count("timesteps", None if timesteps is None else len(timesteps), count)
+        self._check_count("sigmas", None if sigmas is None else len(sigmas), count)
         told = self.noise_schedule.model_input_time(self._grid[:-1] * self._ratios)
         if timesteps is not None and sigmas is not None:
             told = self._before_shift(told, mu)
@@ -197,20 +207,23 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._begin_index: int | None = None
         self._step_index: int | None = None
         self._history: tuple[Past, ...] = ()
-        self._begins_in_the_middle = False
+        self._running = self._solver
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start in the middle, as image-to-image pipelines do.
 
         Raises:
-            ValueError: no step is left.
+            ValueError: no step is left, or a call within a step.
         """
-        if not 0 <= begin_index < self.num_inference_steps:
+        if not 0 <= begin_index < self._num_calls:
             least = 1 / self.num_inference_steps
             raise ValueError(
-                f"begin_index is {begin_index}; accepted: 0 to {self.num_inference_steps - 1}; "
+                f"begin_index is {begin_index}; accepted: 0 to {self._num_calls - 1}; "
                 f"an image-to-image `strength` of {least:.3g} or more leaves a step"
             )
+        if begin_index % self.order:
+            accepted = f"a multiple of {self.order}, as a step of {self.config['sampler']} has so many calls"
+            raise ValueError(f"begin_index is {begin_index}; accepted: {accepted}")
         self._begin_index, self._step_index = begin_index, None
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
@@ -232,6 +245,8 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         use_clipped_model_output: bool | None = None,
     ) -> TimeTunerSchedulerOutput | tuple[Tensor, Tensor]:
         """One step from x_t to x_s, given the network's output at `timesteps[i]`; steps go in order.
+
+        With a sampler of several calls per step, it is from one call to the next.
 
         The arithmetic is in float32 at least, whatever the dtype of the pipeline.
 
@@ -257,10 +272,9 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if output.shape[1] == 2 * x_t.shape[1]:
             output = output.chunk(2, dim=1)[0]
         if self._step_index is None:
-            self._begins_in_the_middle = i > 0
-        # A learned solver's later rows mix in predictions of all steps before, which a start in the middle lacks.
-        sampler = self._sampler if self._begins_in_the_middle else self._solver
-        step_fn = sampler.step_fn(self._model(output), self.noise_schedule)
+            # A learned solver's later rows mix in predictions of all calls before, which a start in the middle lacks.
+            self._running = self._own_from(i // self.order) if i > 0 else self._solver
+        step_fn = self._running.step_fn(self._model(output), self.noise_schedule)
         if generator == "not passed":
             if step_fn.adds_noise(self._eta):
                 raise ValueError(
@@ -302,6 +316,17 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _is_flow(self) -> bool:
         return isinstance(self.noise_schedule, NoiseScheduleFlow)
 
+    @property
+    def _num_calls(self) -> int:
+        return len(self._ratios)
+
+    def _own_from(self, first: int) -> Sampler:
+        """The sampler with its own coefficients, from a step on: by a table, if a step has several calls."""
+        if self.order == 1:
+            return self._sampler
+        table = SolverTable.of_sampler(self._sampler, self.noise_schedule, self._steps[first:], self._spec.clipping)
+        return table.sampler(self._sampler.name)
+
     def _noise_levels(self) -> Tensor:
         """`sigmas` in float64."""
         sigma_t = self.noise_schedule.marginal_std(self._grid)
@@ -315,29 +340,31 @@ class TimeTunerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         num_train_timesteps: int = self.config["num_train_timesteps"]
         return told / (shift - (shift - 1) * told / num_train_timesteps)
 
-    def _check_count(self, field: str, count: int | None) -> None:
-        if count not in (None, self.num_inference_steps):
-            raise ValueError(f"{field} is {count}; accepted: {self.num_inference_steps}, the schedule's steps")
+    def _check_count(self, field: str, count: int | None, expected: int | None = None) -> None:
+        expected = self.num_inference_steps if expected is None else expected
+        if count not in (None, expected):
+            counted = "steps" if expected == self.num_inference_steps else "network calls"
+            raise ValueError(f"{field} is {count}; accepted: {expected}, the schedule's {counted}")
 
     def _next_step(self, timestep: Any) -> int:
         """The index of the step that is next. Raises: ValueError, if it is none, or if `timestep` is another's."""
         if self._step_index is None and self._begin_index is None:
-            return self._index_of(timestep, 0)
+            return self._index_of(timestep, 0, self.order)
         index = self._step_index if self._step_index is not None else self._begin_index
         assert index is not None
-        if index >= self.num_inference_steps:
+        if index >= self._num_calls:
             raise ValueError(f"all {self.num_inference_steps} steps are done; accepted: set_timesteps to start over")
         expected, given = self._told[index], _number(timestep)
         if abs(given - expected) > self._tolerance:
             raise ValueError(f"timestep is {given:.6g}; accepted: {expected:.6g}, that of step {index}, which is next")
         return index
 
-    def _index_of(self, timestep: Any, first: int) -> int:
-        """The step, from `first` on, at which the network is told `timestep`. Raises: ValueError, if there is none."""
-        given = _number(timestep)
-        index = min(range(first, self.num_inference_steps), key=lambda i: abs(self._told[i] - given), default=None)
+    def _index_of(self, timestep: Any, first: int, every: int = 1) -> int:
+        """The call, from `first` on, at which the network is told `timestep`. Raises: ValueError, if there is none."""
+        given, calls = _number(timestep), range(first, self._num_calls, every)
+        index = min(calls, key=lambda i: abs(self._told[i] - given), default=None)
         if index is None or abs(self._told[index] - given) > self._tolerance:
-            raise ValueError(f"timestep is {given:.6g}; accepted: {self._told[first:]}")
+            raise ValueError(f"timestep is {given:.6g}; accepted: {self._told[first::every]}")
         return index
 
     def _model(self, output: Tensor) -> GuidedModel:

@@ -157,7 +157,7 @@ def split_scales(call: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[float, 
 def check_sampler(name: str) -> Sampler:
     """The sampler by name. Raises: ValueError, if it adds noise or calls the network several times per step."""
     sampler = get_sampler(name)
-    if not sampler.facts.is_table:
-        accepted = ", ".join(each.name for each in SAMPLERS.values() if each.facts.is_table)
+    if not sampler.facts.is_table_of_steps:
+        accepted = ", ".join(each.name for each in SAMPLERS.values() if each.facts.is_table_of_steps)
         raise ValueError(f"sampler is {name!r}; accepted, without noise and with one call per step: {accepted}")
     return sampler

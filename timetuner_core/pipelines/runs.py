@@ -114,7 +114,8 @@ class Solvers:
 
     def fields_of(self, candidate: Candidate) -> dict[str, Any]:
         """Grid, ratios, sampler and table, as a schedule has them."""
-        table = candidate.table(self.sampler, self.noise_schedule).to_dict() if self.learn_tables else None
+        clipping = read_scheduler_config(self.config).clipping
+        table = candidate.table(self.sampler, self.noise_schedule, clipping).to_dict() if self.learn_tables else None
         grid, ratios = candidate.timesteps.tolist(), candidate.t_ratios.tolist()
         return {"timesteps": grid, "t_ratios": ratios, "sampler": self.sampler.name, "solver_table": table}
 

@@ -136,6 +136,8 @@ class Sampler:
         stochastic: whether every step adds noise. takes_eta: whether `eta` says how much.
         rowwise: whether the samples of a batch may be at different times: it remembers nothing, and never asks
             where all of them are.
+        call_times: the times of the calls of a learned solver that has several per step. Each of its updates makes one
+            of them, on the grid of `in_calls`. None where an update is a step.
     """
 
     name: str
@@ -146,6 +148,7 @@ class Sampler:
     stochastic: bool = False
     takes_eta: bool = False
     rowwise: bool = False
+    call_times: tuple[float, ...] | None = None
 
     @classmethod
     def of_this_package(cls, name: str, update: Callable[[Step], tuple[Tensor, Tensor]]) -> Self:
@@ -160,6 +163,25 @@ class Sampler:
     def network_calls(self, timesteps: Tensor) -> int:
         """Number of network calls over a grid `(num_steps + 1,)`."""
         return self.facts.network_calls(timesteps.tolist())
+
+    @property
+    def updates_per_step(self) -> int:
+        """How many updates make a step. A step to time 0 may have fewer."""
+        return 1 if self.call_times is None else self.calls_per_step
+
+    def in_calls(self, timesteps: Tensor, t_ratios: Tensor) -> tuple[Tensor, Tensor]:
+        """Grid and ratios with an entry for each update, from those with one for each step.
+
+        Each call has its step's ratio. Neighbours of the grid may be equal, as Heun's method calls the network twice
+        at the time where two steps meet.
+
+        Args:
+            timesteps: `(num_steps + 1,)`. t_ratios: `(num_steps,)`.
+        """
+        if self.call_times is None:
+            return timesteps, t_ratios
+        times = torch.tensor(self.call_times, dtype=timesteps.dtype, device=timesteps.device)
+        return torch.cat([times, timesteps[-1:]]), t_ratios.repeat_interleave(self.calls_per_step)[: len(times)]
 
     def adds_noise(self, eta: float) -> bool:
         """Whether a step draws noise."""
@@ -260,9 +282,14 @@ def sample_steps(
         timesteps: `(num_steps + 1,)`, falling. t_ratios: `(num_steps,)`.
     """
     history: tuple[Past, ...] = ()
-    for t, s, t_ratio in zip(timesteps[:-1], timesteps[1:], t_ratios, strict=True):
+    sampler: Sampler | None = getattr(step_fn, "sampler", None)  # A user's own step function has none.
+    per_step = 1 if sampler is None else sampler.updates_per_step
+    if sampler is not None:
+        timesteps, t_ratios = sampler.in_calls(timesteps, t_ratios)
+    for i, (t, s, t_ratio) in enumerate(zip(timesteps[:-1], timesteps[1:], t_ratios, strict=True), start=1):
         x_s, x0 = step_fn(x, t, s, t_ratio=t_ratio, **with_history(step_fn, history), **step_kwargs)
-        yield x_s, x0
+        if i % per_step == 0 or i == len(t_ratios):
+            yield x_s, x0
         history = remember(step_fn, history, Past(t, x, x0))
         x = x_s
 

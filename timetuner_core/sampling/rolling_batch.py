@@ -52,25 +52,44 @@ class Row:
     def num_steps(self) -> int:
         return len(self.t_ratios)
 
+    @property
+    def call_times(self) -> Tensor:
+        """The grid, and the times of a table's calls where it has some: rows that start together share both."""
+        times = None if self.solver_table is None else self.solver_table.times
+        return self.timesteps if times is None else torch.cat([self.timesteps, times])
+
 
 @dataclass
 class Travelling:
-    """A row on its way: how many steps it has made, and where its noise comes from.
+    """A row on its way: how far it is, and where its noise comes from.
 
     Attributes:
-        levels: the numbers of each step, as `levels_of_steps` has them: taking elements of tensors for each row and
+        levels: the numbers of each update, as `levels_of_steps` has them: taking elements of tensors for each row and
             step would take half of a step's time without the network.
-        by_lag: the numbers of each step of a learned solver, as `SolverTable.by_lag` has them.
+        updates_per_step: more than one for a learned solver that calls the network several times per step.
+        num_made: how many updates it has made.
+        by_lag: the numbers of each update of a learned solver, as `SolverTable.by_lag` has them.
     """
 
     row: Row
     generator: torch.Generator
     levels: list[tuple[float, ...]]
-    step: int = 0
+    updates_per_step: int = 1
+    num_made: int = 0
     by_lag: list[list[float]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.by_lag = [] if self.row.solver_table is None else self.row.solver_table.by_lag()
+
+    @property
+    def num_updates(self) -> int:
+        return len(self.levels)
+
+    @property
+    def step(self) -> int:
+        """How many steps it has made."""
+        is_over = self.num_made == self.num_updates
+        return self.num_steps if is_over else self.num_made // self.updates_per_step
 
     @property
     def num_steps(self) -> int:
@@ -150,7 +169,7 @@ class RollingBatch:
     @property
     def num_leaving(self) -> int:
         """How many rows are done after the next step."""
-        return sum(travelling.step + 1 == travelling.num_steps for travelling in self.rows)
+        return sum(travelling.num_made + 1 == travelling.num_updates for travelling in self.rows)
 
     @property
     def mixes_steps(self) -> bool:
@@ -158,7 +177,7 @@ class RollingBatch:
 
     @property
     def _started(self) -> bool:
-        return any(travelling.step > 0 for travelling in self.rows)
+        return any(travelling.num_made > 0 for travelling in self.rows)
 
     def add(self, rows: Sequence[Row]) -> None:
         """Have rows join, at their first step.
@@ -169,7 +188,7 @@ class RollingBatch:
         """
         if len(rows) > self.room:
             raise ValueError(f"{len(rows)} rows are to join; accepted: up to {self.room}")
-        grids = [*(travelling.row.timesteps for travelling in self.rows), *(row.timesteps for row in rows)]
+        grids = [*(travelling.row.call_times for travelling in self.rows), *(row.call_times for row in rows)]
         if not self.mixes_steps and any(not torch.equal(grid, grids[0]) for grid in grids):
             raise ValueError("rows of different timesteps are to start together; accepted: one grid")
         if any((row.solver_table is not None) != self.learned for row in rows):
@@ -191,8 +210,10 @@ class RollingBatch:
         self._uncond = _joined(self._uncond, [row.uncond_condition for row in rows], self.device)
         schedule = self.model.noise_schedule
         for row, generator in zip(rows, generators, strict=True):
-            levels = levels_of_steps(schedule, row.timesteps, row.t_ratios)
-            self.rows.append(Travelling(row, generator, levels))
+            sampler = get_sampler(self.sampler)
+            solver = sampler if row.solver_table is None else row.solver_table.sampler(sampler.name)
+            levels = levels_of_steps(schedule, *solver.in_calls(row.timesteps, row.t_ratios))
+            self.rows.append(Travelling(row, generator, levels, solver.updates_per_step))
 
     def discard(self, owner: Hashable) -> None:
         """Take an owner's rows out; where all started together they go on, unseen, until the end."""
@@ -201,7 +222,7 @@ class RollingBatch:
 
     @torch.no_grad()
     def step(self) -> Advance:
-        """Move every row on by one step of its own."""
+        """Move every row on by one step of its own; by one network call, with a learned solver of several per step."""
         assert self.x is not None
         noise = self._noise(self.x)
         moved, errors = self._in_batches(len(self.rows), lambda index, count: self._move(index, count, noise))
@@ -212,11 +233,11 @@ class RollingBatch:
         if length := self._history_length:
             # Rows of multistep samplers start together, so row 0's time is every row's. Learned solvers need no times.
             first = self.rows[0]
-            past = Past(first.row.timesteps[first.step], self.x, x0)
+            past = Past(torch.tensor(first.levels[first.num_made][0], dtype=torch.float64), self.x, x0)
             self.history = (*self.history, past)[-length:]
         self.x = x_s
         for travelling in self.rows:
-            travelling.step += 1
+            travelling.num_made += 1
         return self._advance(x0, failed)
 
     def close(self) -> None:
@@ -306,7 +327,7 @@ class RollingBatch:
 
     def _advance(self, x0: Tensor, failed: list[tuple[Row, Exception]]) -> Advance:
         travelling = list(self.rows)
-        over = [k for k, row in enumerate(travelling) if row.step == row.row.num_steps]
+        over = [k for k, row in enumerate(travelling) if row.num_made == row.num_updates]
         if not over:
             return Advance([], None, travelling, x0, failed)
         assert self.x is not None
@@ -338,13 +359,13 @@ class RollingBatch:
     @property
     def _history_length(self) -> int:
         if self.learned:
-            return max(travelling.row.num_steps for travelling in self.rows) - 1
+            return max(travelling.num_updates for travelling in self.rows) - 1
         return get_sampler(self.sampler).history_length
 
     def _numbers(self, index: Tensor) -> Numbers:
         """The numbers of the step at hand. They go to the device together: a copy takes as long as a kernel there."""
         at = [self.rows[k] for k in index.tolist()]
-        rows = [(*travelling.levels[travelling.step], travelling.row.guidance_scale) for travelling in at]
+        rows = [(*travelling.levels[travelling.num_made], travelling.row.guidance_scale) for travelling in at]
         numbers = torch.tensor(list(zip(*rows, strict=True)), dtype=torch.float64)
         return Numbers(*(numbers.to(self.device) if self.mixes_steps else numbers).unbind(0))
 
@@ -372,10 +393,8 @@ class RollingBatch:
         sampler = get_sampler(self.sampler)
         if not self.learned:
             return sampler
-        by_lag = [self.rows[k].by_lag[self.rows[k].step] for k in index.tolist()]
-        width = 2 + len(self.history)
-        padded = [[*numbers, *[0.0] * (width - len(numbers))] for numbers in by_lag]
-        return sampler_of_rows(sampler.name, torch.tensor(padded, dtype=torch.float64).to(self.device))
+        by_lag = [self.rows[k].by_lag[self.rows[k].num_made] for k in index.tolist()]
+        return sampler_of_rows(sampler.name, by_lag, len(self.history), self.device)
 
     def _conditions(self, here: Tensor | None) -> dict[str, Tensor | None]:
         condition = None if self._condition is None else _rows_at(self._condition, here)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from timetuner_core.samplers import StepFn, history_length, sample
+from timetuner_core.samplers import Sampler, StepFn, history_length, sample
 from timetuner_core.tuners import MAX_START_SAMPLES, Parameters
 from timetuner_core.tuning.adam import resumed_adam
 from timetuner_core.tuning.draws import draw_index, keyed_generator
@@ -117,6 +117,11 @@ class RecomputedStep:
     @property
     def history_length(self) -> int:
         return history_length(self.step_fn)
+
+    @property
+    def sampler(self) -> Sampler | None:
+        sampler: Sampler | None = getattr(self.step_fn, "sampler", None)
+        return sampler
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         result: tuple[Tensor, Tensor] = checkpoint(

@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from timetuner_core.clipping import Clipping
 from timetuner_core.noise_schedule import NoiseSchedule
 from timetuner_core.samplers import Sampler
 from timetuner_core.samplers.solver_table import SolverTable
@@ -42,8 +43,8 @@ class Candidate:
 
     Attributes:
         timesteps: `(num_steps + 1,)`. t_ratios: `(num_steps,)`.
-        offsets: `(num_steps, num_steps + 1)`, what is added to the sampler's own table on this grid; see
-            `SolverTable.plus`.
+        offsets: `(num_calls, num_calls + 1)`, what is added to the sampler's own table on this grid; see
+            `SolverTable.plus`. The table's column `eps` is not learned.
     """
 
     timesteps: Tensor
@@ -68,15 +69,16 @@ class Candidate:
                 timesteps[column.i] = (timesteps[column.i] + share * nearer[column.i]).clamp(max=latest)
             else:
                 offsets[column.i, 0 if column.kind == "a" else 1 + column.j] += change
-        lower, upper = ratio_bounds(noise_schedule, timesteps)
+        calls_on_the_way = len(offsets) > len(t_ratios)
+        lower, upper = ratio_bounds(noise_schedule, timesteps, calls_on_the_way=calls_on_the_way)
         return Candidate(timesteps, t_ratios.clamp(lower, upper), offsets)
 
     def equals(self, other: "Candidate") -> bool:
         pairs = ((self.timesteps, other.timesteps), (self.t_ratios, other.t_ratios), (self.offsets, other.offsets))
         return all(torch.equal(*pair) for pair in pairs)
 
-    def table(self, sampler: Sampler, noise_schedule: NoiseSchedule) -> SolverTable:
-        return SolverTable.of_sampler(sampler, noise_schedule, self.timesteps).plus(self.offsets)
+    def table(self, sampler: Sampler, noise_schedule: NoiseSchedule, clipping: Clipping | None) -> SolverTable:
+        return SolverTable.of_sampler(sampler, noise_schedule, self.timesteps, clipping).plus(self.offsets)
 
 
 # What solvers leave of the distance to their teacher, `(len(candidates), S, D)`, in groups of samples that fit into

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from timetuner_core.guided_model import Prediction
 from timetuner_core.samplers import Sampler, SamplerStep
 from timetuner_core.samplers.solver_table import SolverTable
 from timetuner_core.tuning.draws import keyed_generator
@@ -52,6 +53,9 @@ def tune_solver(
     dampings, and keeps the best of the three and of no change, on `2 batch_size` other samples. It ends early after
     some iterations without a better one. There is no backward pass.
 
+    Of a sampler that calls the network several times per step, the table has a row per call: all of these are learned,
+    and a ratio and a time per step. The times of calls within a step follow from the grid.
+
     Args:
         with_ratios: False leaves all ratios at 1: BNS (Shaul et al. 2024) and S4S (Frankel et al. 2025) learn so much.
         with_start: whether the first time is learned, which is a free step from `T` (see `solver_columns`). It stays
@@ -78,15 +82,17 @@ def tune_solver(
         yield state
 
     def compared_on(rows: Tensor) -> Residuals:
-        return partial(_residuals, problem, sampler, taught, rows, NUM_CANDIDATES * (problem.num_steps + 1))
+        return partial(_residuals, problem, sampler, taught, rows, NUM_CANDIDATES * (num_calls + 1))
 
     with_start = with_start and problem.noise_schedule.can_start_later
-    columns = solver_columns(problem.num_steps, with_ratios=with_ratios, with_start=with_start)
+    num_calls, per_step = sampler.network_calls(problem.timesteps), sampler.calls_per_step
+    columns = solver_columns(num_calls, calls_per_step=per_step, with_ratios=with_ratios, with_start=with_start)
+    held = samples_held(num_calls, calls_per_step=per_step)
     damping = float(state.memory[0, 0]) or FIRST_DAMPING
     fruitless = int(state.memory[0, 1])
     for iteration in range(int(state.iterations.min()), total_iters):
         rows = _draw(problem, iteration)
-        differentiated = partial(_residuals, problem, sampler, taught, rows[0], samples_held(problem.num_steps))
+        differentiated = partial(_residuals, problem, sampler, taught, rows[0], held)
         ends = [
             improve(
                 beginning,
@@ -107,7 +113,7 @@ def tune_solver(
         fruitless = fruitless + 1 if is_fruitless else 0
 
         state.timesteps, state.t_ratios = current.timesteps, current.t_ratios
-        state.solver_table = current.table(sampler, problem.noise_schedule)
+        state.solver_table = current.table(sampler, problem.noise_schedule, problem.model_fn.clipping)
         state.memory[:, 0], state.memory[:, 1] = damping, float(fruitless)
         state.note(list(range(problem.num_steps)), torch.full((problem.num_steps,), loss / problem.num_steps))
         state.done[:] = iteration + 1 >= total_iters or fruitless >= MAX_FRUITLESS
@@ -139,16 +145,21 @@ def run_candidates(
     grids = torch.stack([candidate.timesteps for candidate in candidates])
     t_ratios = torch.stack([candidate.t_ratios for candidate in candidates])
     offsets = torch.stack([candidate.offsets for candidate in candidates])
-    table = SolverTable.of_sampler(sampler, problem.noise_schedule, grids).plus(offsets)
-    # In step i, the first `acting[i]` solvers differ, and the others are still solver 0.
-    acting = [sum(first <= i for first in first_calls) for i in range(problem.num_steps)] + [len(candidates)]
+    table = SolverTable.of_sampler(sampler, problem.noise_schedule, grids, problem.model_fn.clipping).plus(offsets)
+    times = grids[:, :-1] if table.times is None else table.times
+    # In call i, the first `acting[i]` solvers differ, and the others are still solver 0.
+    acting = [sum(first <= i for first in first_calls) for i in range(table.num_calls)] + [len(candidates)]
     x = _starting_noise(problem, grids[: acting[0], 0], rows)
     x0s: list[Tensor] = []
-    for i in range(problem.num_steps):
+    for i in range(table.num_calls):
         known = slice(acting[i])
-        x0s.append(_predict(problem, sampler, x, grids[known, i], t_ratios[known, i], rows))
+        of_step = t_ratios[known, i // sampler.calls_per_step]
+        x0, eps = _predict(problem, sampler, x, times[known, i], of_step, rows)
+        x0s.append(x0)
         count = acting[i + 1]
         x = _like(table.a[:count, i], x) * _with_others(x, count)
+        if table.eps is not None:
+            x = x + _like(table.eps[:count, i], x) * _with_others(eps, count)
         for j, x0 in enumerate(x0s):
             if bool(table.b[:count, i, j].any()):
                 x = x + _like(table.b[:count, i, j], x) * _with_others(x0, count)
@@ -167,9 +178,11 @@ def _with_others(values: Tensor, count: int) -> Tensor:
     return torch.cat([values, values[:1].expand(count - len(values), *values.shape[1:])])
 
 
-def _predict(problem: TuningProblem, sampler: Sampler, x: Tensor, t: Tensor, t_ratios: Tensor, rows: Tensor) -> Tensor:
-    """x0 `(K, S, ...)` as predicted in x `(K, S, ...)` at times `(K,)`, in batches of the problem's size."""
-    num_solvers, num_rows = x.shape[:2]
+def _predict(
+    problem: TuningProblem, sampler: Sampler, x: Tensor, t: Tensor, t_ratios: Tensor, rows: Tensor
+) -> Prediction:
+    """x0 and eps `(K, S, ...)` as predicted in x `(K, S, ...)` at times `(K,)`, in batches of the problem's size."""
+    shape, (num_solvers, num_rows) = x.shape, x.shape[:2]
     x, row = x.flatten(0, 1), torch.arange(num_rows).repeat(num_solvers)
     t, t_ratios = (values.repeat_interleave(num_rows).to(x.device) for values in (t, t_ratios))
     uncond = problem.step_kwargs.get("uncond_condition")
@@ -178,9 +191,8 @@ def _predict(problem: TuningProblem, sampler: Sampler, x: Tensor, t: Tensor, t_r
         part = slice(start, start + problem.batch_size)
         index = rows[row[part]]
         condition, model_fn = problem.condition_of(index), problem.model_fn_of(index)
-        prediction = model_fn.predict_for(sampler.name, x[part], t[part], t_ratios[part], condition, uncond)
-        parts.append(prediction.x0)
-    return torch.cat(parts).reshape(num_solvers, num_rows, *x.shape[1:])
+        parts.append(model_fn.predict_for(sampler.name, x[part], t[part], t_ratios[part], condition, uncond))
+    return Prediction(*(torch.cat(each).reshape(shape) for each in zip(*parts, strict=True)))
 
 
 def _residuals(
@@ -212,7 +224,10 @@ def _draw(problem: TuningProblem, iteration: int) -> tuple[Tensor, Tensor]:
 
 
 def _candidate_of(state: TuningState, sampler: Sampler, problem: TuningProblem) -> Candidate:
-    own = SolverTable.of_sampler(sampler, problem.noise_schedule, state.timesteps)
+    # Without a column `eps`, a table of DDIM that clips x0 was saved by a version that knew none. Then the offsets are
+    # taken from a table like it, and learning goes on from a solver that is about the same.
+    clipping = None if state.solver_table is not None and state.solver_table.eps is None else problem.model_fn.clipping
+    own = SolverTable.of_sampler(sampler, problem.noise_schedule, state.timesteps, clipping)
     table = state.solver_table or own
     offsets = torch.cat([(table.a - own.a)[:, None], table.b - own.b], dim=1)
     return Candidate(state.timesteps, state.t_ratios, offsets)

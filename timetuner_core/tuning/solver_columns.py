@@ -8,8 +8,8 @@ NUM_CANDIDATES = 1 + NUM_DAMPINGS
 # Candidates are compared on so many samples for each of the Jacobian's. They are other samples.
 COMPARED_PER_SAMPLE = 2
 
-# With more steps than these, a coefficient reaches only so far back.
-MAX_STEPS_OF_FULL_ROWS = 10
+# With more calls than these, a coefficient reaches only so far back.
+MAX_CALLS_OF_FULL_ROWS = 10
 SHORT_REACH = 4
 
 
@@ -27,34 +27,45 @@ class Column(NamedTuple):
     first_call: int
 
 
-def solver_columns(num_steps: int, *, with_ratios: bool = True, with_start: bool = True) -> list[Column]:
-    """The numbers to learn of a solver with so many steps, by where they first act.
+def solver_columns(
+    num_calls: int, *, calls_per_step: int = 1, with_ratios: bool = True, with_start: bool = True
+) -> list[Column]:
+    """The numbers to learn of a solver with so many network calls, by where they first act.
+
+    Ratios and times are those of steps, `a` and `b` those of calls. The times of calls within a step follow from the
+    grid.
 
     Args:
+        calls_per_step: the sampler's; the last step may have fewer.
         with_ratios: whether the ratios are among them.
         with_start: whether the first time is. A later one is a free step from `T`: there the network is not asked, and
             x0 is taken to be 0, so that the noise is scaled down to the first time's level (AFS; Dockhorn et al. 2022).
     """
-    reach = num_steps if num_steps <= MAX_STEPS_OF_FULL_ROWS else SHORT_REACH
-    columns = [Column("t_ratio", i, 0, i) for i in range(num_steps)] if with_ratios else []
-    columns += [Column("time", i, 0, i) for i in range(0 if with_start else 1, num_steps)]
-    for i in range(num_steps):
+    reach = num_calls if num_calls <= MAX_CALLS_OF_FULL_ROWS else SHORT_REACH
+    firsts = range(0, num_calls, calls_per_step)  # The first call of each step.
+    columns = [Column("t_ratio", i, 0, first) for i, first in enumerate(firsts)] if with_ratios else []
+    columns += [Column("time", 0, 0, 0)] if with_start else []
+    # A time first changes what comes of the first call of the step that ends at it.
+    columns += [Column("time", i + 1, 0, first + 1) for i, first in enumerate(firsts[:-1])]
+    for i in range(num_calls):
         columns.append(Column("a", i, 0, i + 1))
         columns += [Column("b", i, j, i + 1) for j in range(max(0, i + 1 - reach), i + 1)]
     return sorted(columns, key=lambda column: column.first_call)
 
 
-def jacobian_rows(num_steps: int, *, with_ratios: bool = True) -> int:
+def jacobian_rows(num_calls: int, *, calls_per_step: int = 1, with_ratios: bool = True) -> int:
     """The rows that one sample's Jacobian puts through the network, at most."""
-    columns = solver_columns(num_steps, with_ratios=with_ratios)
-    return num_steps + sum(num_steps - column.first_call for column in columns)
+    columns = solver_columns(num_calls, calls_per_step=calls_per_step, with_ratios=with_ratios)
+    return num_calls + sum(num_calls - column.first_call for column in columns)
 
 
-def rows_per_sample(num_steps: int, *, with_ratios: bool = True) -> int:
+def rows_per_sample(num_calls: int, *, calls_per_step: int = 1, with_ratios: bool = True) -> int:
     """The rows that one iteration puts through the network, at most, per sample of its Jacobian."""
-    return jacobian_rows(num_steps, with_ratios=with_ratios) + COMPARED_PER_SAMPLE * NUM_CANDIDATES * num_steps
+    differentiated = jacobian_rows(num_calls, calls_per_step=calls_per_step, with_ratios=with_ratios)
+    return differentiated + COMPARED_PER_SAMPLE * NUM_CANDIDATES * num_calls
 
 
-def samples_held(num_steps: int) -> int:
+def samples_held(num_calls: int, *, calls_per_step: int = 1) -> int:
     """The samples in memory for one sample's Jacobian: each run's newest, and what it predicted where it differs."""
-    return jacobian_rows(num_steps) + len(solver_columns(num_steps)) + 1
+    num_columns = len(solver_columns(num_calls, calls_per_step=calls_per_step))
+    return jacobian_rows(num_calls, calls_per_step=calls_per_step) + num_columns + 1

@@ -250,22 +250,30 @@ VP = diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_s
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
 
 
-@pytest.mark.parametrize("learned", [False, True])
-@pytest.mark.parametrize(("base", "end"), [(VP, 0.0), (VP, 0.001), (FLOW, 0.0), (FLOW, 0.05)])
+@pytest.mark.parametrize(
+    ("base", "end", "sampler", "learned"),
+    [
+        *((*case, "dpmpp_2m", learned) for case in ((VP, 0.0), (VP, 0.001), (FLOW, 0.0)) for learned in (False, True)),
+        (FLOW, 0.05, "dpmpp_2m", True),
+        (FLOW, 0.05, "dpmpp_2s", False),
+        (VP, 0.0, "heun", True),
+    ],
+)
 def test_the_comfyui_node_gives_the_librarys_latents(
-    base: Any, end: float, learned: bool, monkeypatch: pytest.MonkeyPatch
+    base: Any, end: float, sampler: str, learned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = schedule(timesteps=[1.0, 0.613, 0.25, end], t_ratios=[0.93, 1.1, 0.87], sampler="dpmpp_2m")
+    given = schedule(timesteps=[1.0, 0.613, 0.25, end], t_ratios=[0.93, 1.1, 0.87], sampler=sampler)
     config = config_of(base)
     if learned:
         noise_schedule = TimeTunerScheduler.from_schedule(base, given).noise_schedule
         grid = torch.tensor(given["timesteps"], dtype=torch.float64)
-        own = SolverTable.of_sampler(get_sampler("dpmpp_2m"), noise_schedule, grid)
-        given["solver_table"] = own.plus(0.05 * torch.ones(3, 4, dtype=torch.float64)).to_dict()
-    sampler, sigmas = load_node(monkeypatch, exported("comfyui-node", config, given).content.decode())
+        own = SolverTable.of_sampler(get_sampler(sampler), noise_schedule, grid)
+        offsets = 0.05 * torch.ones(own.num_calls, own.num_calls + 1, dtype=torch.float64)
+        given["solver_table"] = own.plus(offsets).to_dict()
+    node, sigmas = load_node(monkeypatch, exported("comfyui-node", config, given).content.decode())
     model_sampling = Flow() if base is FLOW else Discrete(VP.alphas_cumprod)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    found = sampler.sample(GuidedModel(model_sampling), sigmas, noise)
+    found = node.sample(GuidedModel(model_sampling), sigmas, noise)
     expected = library_sample(base, given, noise)
     torch.testing.assert_close(found, expected, atol=MAX_DIFFERENCE, rtol=0)
     # The model is told its own times again, by whoever uses it next.

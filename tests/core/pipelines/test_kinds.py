@@ -20,6 +20,7 @@ from tests.core.pipelines.kinds import KINDS, REFUSED, Kind
 from tests.core.pipelines.run import one_thread, run
 from timetuner_core.integrations.diffusers import TimeTunerScheduler
 from timetuner_core.models.folder_files import ModelFormatError
+from timetuner_core.models.schedulers import grid_of as grid_of_scheduler
 from timetuner_core.pipelines.inspecting import inspect_pipeline
 from timetuner_core.pipelines.loading import load_pipeline
 
@@ -119,6 +120,25 @@ def test_a_strength_that_leaves_no_step_is_refused(natives: dict[str, Native]) -
         pipeline = tuned(kind, native(kind, natives), None)
         with pytest.raises(ValueError, match=r"`strength` of 0\.333 or more leaves a step"):
             pipeline(num_inference_steps=3, **{**kind.call(), "strength": 0.1})
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd15-img2img"])
+def test_heun_is_that_of_diffusers_in_a_pipeline_also_from_the_middle(name: str) -> None:
+    """Each step has two calls of the network, but the last."""
+    kind = by_name(name)
+    pipeline = kind.build()
+    native = diffusers.HeunDiscreteScheduler.from_config(pipeline.scheduler.config, timestep_spacing="leading")
+    native.set_timesteps(kind.num_steps)
+    own = TimeTunerScheduler.from_schedule(native, {"timesteps": [1.0, 0.0]}).noise_schedule
+    grid = grid_of_scheduler(native, own, kind.num_steps)
+    assert grid is not None
+    ours = TimeTunerScheduler.from_schedule(native, {"timesteps": grid.tolist(), "sampler": "heun"})
+    ours.init_noise_sigma = 1.0  # As in `tuned`.
+    outputs = []
+    for scheduler in (native, ours):
+        pipeline.scheduler = scheduler
+        outputs.append(run(kind, pipeline))
+    assert float((outputs[1] - outputs[0]).abs().max()) <= MAX_DIFFERENCE
 
 
 def test_sdxl_can_stop_early(natives: dict[str, Native]) -> None:
