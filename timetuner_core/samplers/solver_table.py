@@ -47,8 +47,8 @@ class SolverTable:
         units = torch.eye(num_steps + 1, dtype=torch.float64).expand(num_grids, -1, -1)
         x, states, history = units[:, 0], [units[:, 0]], tuple[Past, ...]()
         for i in range(num_steps):
-            x0 = units[:, i + 1]
-            x_s = _step_on_vectors(sampler, noise_schedule, x, x0, grids[:, i], grids[:, i + 1], history)
+            said = units[:, i + 1]
+            x_s, x0 = _step_on_vectors(sampler, noise_schedule, x, said, grids[:, i], grids[:, i + 1], history)
             history = (*history, Past(grids[:, i], x, x0))[-sampler.history_length :] if sampler.history_length else ()
             x = x_s
             states.append(x)
@@ -161,8 +161,8 @@ def _step_on_vectors(
     t: Tensor,
     s: Tensor,
     history: tuple[Past, ...],
-) -> Tensor:
-    """x_s, where the network predicts `x0`; all `(K, num_steps + 1)`, times `(K,)`."""
+) -> tuple[Tensor, Tensor]:
+    """x_s, and the x0 to remember, where the network predicts `x0`; all `(K, num_steps + 1)`, times `(K,)`."""
 
     def predict(x: Tensor, t: Tensor) -> Prediction:
         level = NoiseLevel.at(noise_schedule, t, x)
@@ -171,4 +171,4 @@ def _step_on_vectors(
     def no_noise() -> Tensor:
         raise AssertionError(f"the sampler {sampler.name!r} draws noise")
 
-    return sampler.update(Step(predict, noise_schedule, x, t, s, history, no_noise, 0.0))[0]
+    return sampler.update(Step(predict, noise_schedule, x, t, s, history, no_noise, 0.0))
