@@ -47,7 +47,7 @@ class SamplerFacts:
 
     @property
     def is_table_of_steps(self) -> bool:
-        """Whether that table has one row per step, as the tuner of pipelines needs it."""
+        """Whether that table has one row per step, as rivals and the tuner of pipelines need it."""
         return self.is_table and self.calls_per_step == 1
 
     def network_calls(self, timesteps: Sequence[float]) -> int:

@@ -235,14 +235,23 @@ class EndToEndTuner(TeacherMatchingTuner):
     total_iters: int = option(100, ge=1, le=10_000)
     population_size: int = population_size_option(256, "Initial noises to tune on.")
     teacher_num_steps: int = teacher_option()
+    relaxed_start: float = option(
+        0.0,
+        "LD3's relaxation c: a sample may start within c D / num_steps**2 of the teacher's x_T, in its standard "
+        "deviation, where D is the number of values; its authors take 0.001.",
+        ge=0,
+        le=1,
+    )
 
     def samples_at_once(self, setting: TunedSetting) -> int:
         return self.batch_size
 
     def network_samples(self, setting: TunedSetting) -> int:
         forward_and_recomputed = 2
+        # A relaxed start is found by a run of its own, whose steps are recomputed twice.
+        runs = forward_and_recomputed + (3 if self.relaxed_start else 0)
         steps = self.total_iters * setting.num_steps
-        return forward_and_recomputed * self.batch_size * steps * setting.calls_per_step
+        return runs * self.batch_size * steps * setting.calls_per_step
 
     def run(
         self,
@@ -266,6 +275,7 @@ class EndToEndTuner(TeacherMatchingTuner):
             starts=self.starts(problem.noise_schedule, problem.num_steps),
             target=target,
             recompute=recompute,
+            relaxed_start=self.relaxed_start,
         )
 
 
@@ -611,6 +621,45 @@ class OssTuner(CandidateSearch):
 
 
 @dataclass(kw_only=True)
+class DcSolverTuner(Tuner):
+    """DC-Solver (Zhao et al., ECCV 2024): x0 is compensated in each step of a sampler, by a ratio of its own.
+
+    The grid stays, and the solver that results is a table. Needs no data and no backward pass through the network.
+    """
+
+    label = "dc_solver: the sampler with compensated x0, against a teacher step by step"
+    population = "noise"
+    matches_results = True
+
+    objective: Literal["dc_solver"]
+    batch_size: int = batch_size_option(None)
+    population_size: int = population_size_option(16, "Initial noises whose paths are followed.")
+    teacher_num_steps: int = option(100, "Of the trajectory that each step is compared with.", ge=1, le=1000)
+
+    def check(self, setting: TunedSetting) -> None:
+        if setting.calls_per_step != 1:
+            raise OptionError(self, "objective", "another, for a sampler that calls the network twice per step")
+
+    def samples_at_once(self, setting: TunedSetting) -> int:
+        trajectory_and_path = 2 * (setting.num_steps + 1)
+        return trajectory_and_path * self.population_size
+
+    def network_samples(self, setting: TunedSetting) -> int:
+        teacher_and_path = self.teacher_num_steps + 2 * setting.num_steps  # The teacher's steps divide the sampler's.
+        return teacher_and_path * in_whole_batches(self.population_size, self.batch_size)
+
+    def run(
+        self, problem: "TuningProblem", state: "TuningState", steps: Sequence[int] | None = None
+    ) -> "Iterator[TuningState]":
+        from timetuner_core.rivals.dc_solver import dc_solver_table
+
+        if not bool(state.done.all()):
+            state.solver_table = dc_solver_table(problem, self.teacher_num_steps, self.population_size)
+            state.done[:] = True
+            yield state
+
+
+@dataclass(kw_only=True)
 class DmnTuner(GridSearch):
     """DMN (Xue et al., CVPR 2024): the grid of least bound on the result's error. Asks the network nothing."""
 
@@ -687,6 +736,7 @@ AnyTuner: TypeAlias = (
     | AysListTuner
     | GitsTuner
     | OssTuner
+    | DcSolverTuner
     | DmnTuner
     | GridTuner
     | PipelineTuner

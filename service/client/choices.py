@@ -37,6 +37,7 @@ OBJECTIVES = (
     "ays_list",
     "gits",
     "oss",
+    "dc_solver",
     "dmn",
     "grid",
     "pipeline",

@@ -77,6 +77,7 @@ class EndToEndTuner(TypedDict, total=False):
     total_iters: int
     population_size: int
     teacher_num_steps: int
+    relaxed_start: float
 
 
 class SolverTuner(TypedDict, total=False):
@@ -141,6 +142,13 @@ class OssTuner(TypedDict, total=False):
     num_candidates: int | None
 
 
+class DcSolverTuner(TypedDict, total=False):
+    objective: Required[Literal["dc_solver"]]
+    batch_size: int
+    population_size: int
+    teacher_num_steps: int
+
+
 class DmnTuner(TypedDict, total=False):
     objective: Required[Literal["dmn"]]
     power: float
@@ -179,6 +187,7 @@ class TuningJobRequest(Setting, IntervalOptions, total=False):
         | AysListTuner
         | GitsTuner
         | OssTuner
+        | DcSolverTuner
         | DmnTuner
         | GridTuner
         | PipelineTuner

@@ -129,7 +129,7 @@ def test_an_experiment_draws_scales_from_the_whole_interval_apart_from_condition
     assert again is not None and torch.equal(again, scales)
 
 
-@pytest.mark.parametrize("objective", ["ays", "gits", "dmn", "grid"])
+@pytest.mark.parametrize("objective", ["ays", "gits", "dc_solver", "dmn", "grid"])
 def test_a_tuner_that_guides_all_alike_refuses_an_interval_by_its_name(objective: str) -> None:
     tuner: Any = TUNERS[objective](objective=objective)  # type: ignore[arg-type]
     assert not tuner.takes_guidance_interval

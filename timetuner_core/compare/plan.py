@@ -35,7 +35,7 @@ class Effort:
         solver_iters: iterations of `solver`, at most.
         per_step_iters: batches for Gauss-Newton, at most; tolerance: when it has enough. substeps: of
             `teacher_step`'s teacher.
-        search_samples: that AYS and GITS estimate their costs on. path_samples: whose paths OSS follows.
+        search_samples: that AYS and GITS estimate their costs on. path_samples: whose paths OSS and DC-Solver follow.
     """
 
     teacher_num_steps: int = 100
@@ -60,33 +60,41 @@ class Effort:
         return max(1, min(self.end_to_end_iters, self.end_to_end_steps // num_steps))
 
 
+# The one entrant that is no tuner of the registry: no schedule can carry what it finds.
+PAS = "pas"
+LD3_RELAXED_START = 0.001  # The authors' own.
+
+
 @dataclass(frozen=True)
 class Entrant:
-    """A tuner of the registry and the grid it starts from.
+    """A tuner of the registry, or `PAS`, and the grid it starts from.
 
     Attributes:
         grid: a named one, or `best`, whichever of the named ones comes closest to the teacher on the noise that tuning
             sees. The solver's tuner chooses by itself.
         parameters: what end-to-end tuning learns. with_ratios: whether the solver's tuner learns ratios.
+        relaxed_start: LD3's relaxation, in end-to-end tuning.
     """
 
     objective: str
     grid: GridName | Literal["best"] = "default"
     parameters: Parameters = "t_ratios"
     with_ratios: bool = True
+    relaxed_start: float = 0.0
 
     @property
     def follows_teacher(self) -> bool:
-        """Whether its tuner needs a teacher's samples of the noise that tuning sees."""
-        return issubclass(TUNERS[self.objective], TeacherMatchingTuner)
+        """Whether its tuner, or the choice of its grid, needs a teacher's samples of the noise that tuning sees."""
+        return self.grid == "best" or issubclass(TUNERS[self.objective], TeacherMatchingTuner)
 
     def tuner(self, effort: Effort, sampler: Sampler, num_steps: int) -> AnyTuner:
-        """The tuner with the options that `effort` allows. A search takes all its samples in one batch."""
+        """The tuner with the options that `effort` allows; `PAS` has none. A search takes its samples in one batch."""
         samples = effort.search_samples
         options: dict[str, Any] = {}
         if self.objective == "end_to_end":
             lr, iters = min(effort.max_lr, effort.lr / num_steps), effort.iters(num_steps)
             options = {"parameters": self.parameters, "start": "given", "lr": lr, "total_iters": iters}
+            options["relaxed_start"] = self.relaxed_start
         elif self.objective == "solver":
             options = {"start": "best", "total_iters": effort.solver_iters, "with_ratios": self.with_ratios}
         elif self.objective in {"next_eps", "teacher_step"}:
@@ -98,8 +106,10 @@ class Entrant:
             options = {"num_samples": samples, "batch_size": samples}
         elif self.objective == "gits":
             options = {"population_size": samples, "batch_size": samples}
-        elif self.objective == "oss":
+        elif self.objective in {"oss", "dc_solver"}:
             options = {"population_size": effort.path_samples, "batch_size": effort.path_samples}
+            if self.objective == "dc_solver":
+                options["teacher_num_steps"] = effort.tuning_teacher_num_steps
         elif self.objective not in {"ays_list", "dmn", "grid"}:
             options["batch_size"] = effort.batch_size
         make: Callable[..., AnyTuner] = TUNERS[self.objective]
@@ -108,8 +118,11 @@ class Entrant:
     def rows(self, effort: Effort, sampler: Sampler, num_steps: int) -> float:
         """About how many samples tuning will put through the network, backward passes and small batches counted too."""
         if self.objective == "end_to_end":
-            return 4 * effort.iters(num_steps) * effort.batch_size * num_steps
-        if self.objective in {"solver", "oss"}:
+            passes = 10 if self.relaxed_start else 4
+            return passes * effort.iters(num_steps) * effort.batch_size * num_steps
+        if self.objective == PAS:
+            return (effort.tuning_teacher_num_steps + 2 * num_steps) * effort.noise_population
+        if self.objective in {"solver", "oss", "dc_solver"}:
             return self.tuner(effort, sampler, num_steps).network_samples(TunedSetting(num_steps))
         if self.objective in {"next_eps", "teacher_step"}:
             calls = 5 if self.objective == "next_eps" else effort.substeps + 2
@@ -127,8 +140,11 @@ ENTRANTS: dict[str, Entrant] = {
     "ays_list": Entrant("ays_list"),
     "gits": Entrant("gits"),
     "oss": Entrant("oss"),
+    "dc_solver": Entrant("dc_solver", "best"),
+    PAS: Entrant(PAS, "best"),
     "dmn": Entrant("dmn"),
     "ld3": Entrant("end_to_end", "best", "timesteps"),
+    "ld3_relaxed": Entrant("end_to_end", "best", "timesteps", relaxed_start=LD3_RELAXED_START),
     "timetuner": Entrant("next_eps"),
     "teacher_step": Entrant("teacher_step"),
     "end_to_end": Entrant("end_to_end"),

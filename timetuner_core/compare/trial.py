@@ -4,7 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Literal, TypeVar, get_args
 
@@ -16,6 +16,7 @@ from timetuner_core.catalog import GridName
 from timetuner_core.compare.plan import (
     BASELINE,
     ENTRANTS,
+    PAS,
     ComparedSetting,
     Entrant,
     Group,
@@ -33,9 +34,10 @@ from timetuner_core.evaluation.distances import (
 )
 from timetuner_core.evaluation.verdict import Evaluation, compare
 from timetuner_core.grids import make_timesteps, teacher_timesteps
+from timetuner_core.rivals.pas import PasCorrection, pas_correction
 from timetuner_core.samplers import get_sampler, sample_steps
 from timetuner_core.samplers.solver_table import SolverTable
-from timetuner_core.tuners import EndToEndTuner, SolverTuner, TeacherMatchingTuner
+from timetuner_core.tuners import EndToEndTuner, SolverTuner
 from timetuner_core.tuning.problem import TuningState
 from timetuner_core.tuning_setup import EVALUATION_SEEDS, TUNING_SEEDS, Experiment
 
@@ -57,7 +59,8 @@ class Outcome:
         nfe: the network's evaluations for one sample, guidance aside.
         tuning_calls: samples put through the network while tuning; tuning_seconds: of one core's time. What several
             entrants share counts for each.
-        timesteps: `(num_steps + 1,)`. t_ratios: `(num_steps,)`. solver_table: a learned solver's.
+        timesteps: `(num_steps + 1,)`. t_ratios: `(num_steps,)`. solver_table: a learned solver's. correction: that of
+            PAS, if it is the entrant.
     """
 
     setting: ComparedSetting
@@ -70,6 +73,7 @@ class Outcome:
     timesteps: tuple[float, ...] = ()
     t_ratios: tuple[float, ...] = ()
     solver_table: SolverTable | None = None
+    correction: PasCorrection | None = None
 
     @property
     def verdict(self) -> Literal["baseline", "accepted", "undecided", "rejected", "not applicable"]:
@@ -220,12 +224,12 @@ class Trial:
     def outcome(self, name: str) -> Outcome:
         """Tune, sample from the held-out noise and compare with the baseline."""
         try:
-            state, cost = self._tune(ENTRANTS[name])
+            state, correction, cost = self._tune(ENTRANTS[name])
         except ValueError as error:
             return Outcome(self.setting, name, reason=str(error))
         before, after = (
             self._figures_of(self._start("default"), None),
-            self._figures_of(state.timesteps, state.t_ratios, state.solver_table),
+            self._figures_of(state.timesteps, state.t_ratios, state.solver_table, correction),
         )
         result = compare(before, after, adds_noise=self.experiment.adds_noise)
         reason = SAME if before is after else result.reason
@@ -240,6 +244,7 @@ class Trial:
             tuple(state.timesteps.tolist()),
             tuple(state.t_ratios.tolist()),
             state.solver_table,
+            correction,
         )
 
     def trajectories(self, outcomes: list[Outcome]) -> Trajectories | None:
@@ -249,41 +254,49 @@ class Trial:
         tuned = [o for o in outcomes if o.verdict == "accepted" or o.is_turned_down]
         closest = sorted(tuned, key=lambda o: o.figure("teacher_l2") or math.inf)[:1]
         teacher = teacher_timesteps(self.bench.noise_schedule, self.effort.teacher_num_steps)
-        paths = {"teacher": self._paths(teacher, torch.ones(len(teacher) - 1), None)}
+        paths = {"teacher": self._paths(self.experiment, teacher, torch.ones(len(teacher) - 1))}
         for outcome in [o for o in outcomes if o.entrant == BASELINE] + closest:
             timesteps, t_ratios = torch.tensor(outcome.timesteps).double(), torch.tensor(outcome.t_ratios)
-            paths[outcome.entrant] = self._paths(timesteps, t_ratios, outcome.solver_table)
+            experiment = self._solved(timesteps, outcome.solver_table, outcome.correction)
+            paths[outcome.entrant] = self._paths(experiment, timesteps, t_ratios)
         draw_data = self.experiment.model.draw_data
         generator = torch.Generator().manual_seed(self.experiment.seed)
         data = None if draw_data is None else draw_data(NUM_DRAWN_DATA_POINTS, generator)[0]
         return _in_plane(self.setting.num_steps, paths, data)
 
-    def _tune(self, entrant: Entrant) -> tuple[TuningState, Cost]:
+    def _tune(self, entrant: Entrant) -> tuple[TuningState, PasCorrection | None, Cost]:
         """Raises ValueError: the entrant does not apply."""
+        timesteps, shared = self._best_start if entrant.grid == "best" else (self._start(entrant.grid), Cost())
+        if entrant.follows_teacher:
+            shared += self.target_cost
+        if entrant.objective == PAS:
+            correction, cost = self.bench.counted(lambda: self._pas(timesteps))
+            return TuningState.start(timesteps), correction, shared + cost
+        state, cost = self.bench.counted(lambda: self._tuned(entrant, timesteps))
+        return state, None, shared + cost
+
+    def _pas(self, timesteps: Tensor) -> PasCorrection:
+        effort = self.effort
+        problem = self.experiment.problem("noise", timesteps, effort.noise_population, effort.rows_at_once)
+        return pas_correction(problem, effort.tuning_teacher_num_steps, effort.noise_population)
+
+    def _tuned(self, entrant: Entrant, timesteps: Tensor) -> TuningState:
         effort = self.effort
         tuner = entrant.tuner(effort, self.experiment.sampler, self.setting.num_steps)
-        timesteps, shared = self._best_start if entrant.grid == "best" else (self._start(entrant.grid), Cost())
-        if isinstance(tuner, TeacherMatchingTuner):
-            shared += self.target_cost
-
-        def tune() -> TuningState:
-            population_size = effort.data_population if tuner.population == "data" else effort.noise_population
-            batch_size = getattr(tuner, "batch_size", effort.batch_size)
-            problem = self.experiment.problem(tuner.population, timesteps, population_size, batch_size)
-            state = TuningState.start(timesteps)
-            if isinstance(tuner, SolverTuner):
-                tuned = tuner.run(problem, state, target=self.target)
-            elif isinstance(tuner, EndToEndTuner):
-                # There are few rows, so remembering every step takes little memory.
-                tuned = tuner.run(problem, state, target=self.target, recompute=False)
-            else:
-                tuned = tuner.run(problem, state)
-            for _ in tuned:
-                pass
-            return state
-
-        state, cost = self.bench.counted(tune)
-        return state, shared + cost
+        population_size = effort.data_population if tuner.population == "data" else effort.noise_population
+        batch_size = getattr(tuner, "batch_size", effort.batch_size)
+        problem = self.experiment.problem(tuner.population, timesteps, population_size, batch_size)
+        state = TuningState.start(timesteps)
+        if isinstance(tuner, SolverTuner):
+            tuned = tuner.run(problem, state, target=self.target)
+        elif isinstance(tuner, EndToEndTuner):
+            # There are few rows, so remembering every step takes little memory.
+            tuned = tuner.run(problem, state, target=self.target, recompute=False)
+        else:
+            tuned = tuner.run(problem, state)
+        for _ in tuned:
+            pass
+        return state
 
     def _start(self, grid: GridName) -> Tensor:
         return make_timesteps(self.bench.noise_schedule, self.setting.num_steps, grid)
@@ -305,14 +318,27 @@ class Trial:
         grids = {tuple(grid.tolist()): grid for grid in map(self._start, get_args(GridName))}
         return self.bench.counted(lambda: min(grids.values(), key=error))
 
+    def _solved(
+        self, timesteps: Tensor, solver_table: SolverTable | None, correction: PasCorrection | None
+    ) -> Experiment:
+        """The experiment with what an entrant found in the sampler's place."""
+        if correction is None:
+            return self.experiment.with_solver(solver_table, timesteps)
+        return replace(self.experiment, sampler=correction.sampler(self.experiment.sampler, len(timesteps) - 1))
+
     def _figures_of(
-        self, timesteps: Tensor, t_ratios: Tensor | None, solver_table: SolverTable | None = None
+        self,
+        timesteps: Tensor,
+        t_ratios: Tensor | None,
+        solver_table: SolverTable | None = None,
+        correction: PasCorrection | None = None,
     ) -> dict[str, Estimate]:
         """The distances of one schedule, measured once: two names may stand for one grid."""
         ratios = torch.ones(len(timesteps) - 1) if t_ratios is None else t_ratios
-        key = tuple(timesteps.tolist()), tuple(ratios.tolist()), str(solver_table and solver_table.to_dict())
+        solver = str(solver_table and solver_table.to_dict()), str(correction and correction.coordinates)
+        key = tuple(timesteps.tolist()), tuple(ratios.tolist()), solver
         if key not in self._figures:
-            experiment = self.experiment.with_solver(solver_table, timesteps)
+            experiment = self._solved(timesteps, solver_table, correction)
             samples = experiment.sample(*self.bench.held_out, timesteps, ratios)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # PyTorch itself uses it.
@@ -321,9 +347,8 @@ class Trial:
         return self._figures[key]
 
     @torch.no_grad()
-    def _paths(self, timesteps: Tensor, t_ratios: Tensor, solver_table: SolverTable | None) -> Tensor:
+    def _paths(self, experiment: Experiment, timesteps: Tensor, t_ratios: Tensor) -> Tensor:
         """x_t from some noises, `(NUM_DRAWN_PATHS, num_steps + 1, D)`."""
-        experiment = self.experiment.with_solver(solver_table, timesteps)
         problem = experiment.problem("noise", timesteps, NUM_DRAWN_PATHS, NUM_DRAWN_PATHS)
         kwargs = dict(problem.step_kwargs) | ({} if problem.condition is None else {"condition": problem.condition})
         steps = sample_steps(problem.step_fn, problem.population, timesteps, t_ratios, **kwargs)

@@ -4,6 +4,7 @@ The first steps, whose history is short, are of lower order; so is a step to tim
 iPNDM, which does not work in lambda). In the formulas, an index 1 or 2 means one or two steps back.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -69,17 +70,21 @@ def dpmpp_3m(step: Step) -> tuple[Tensor, Tensor]:
     return step.sigma_s / step.sigma_t * step.x_t + step.alpha_s * change, x0
 
 
-def unipc(step: Step, order: int) -> tuple[Tensor, Tensor]:
+def unipc(step: Step, order: int, compensate: Callable[[Tensor], Tensor] = lambda x0: x0) -> tuple[Tensor, Tensor]:
     """UniPC with B(h) = e^h - 1 on x0 (Zhao et al. 2023, algorithms 5 to 8): corrects x_t by what the network says
     there, then predicts x_s; one call of the network for both.
 
     The predictor is `x_s = sigma_s / sigma_t x_t - alpha_s (e^-h - 1) (x0 + sum)`, with the sum of `_unipc_sum`.
+
+    Args:
+        compensate: what the predictor takes, and later steps remember, in place of the x0 that corrected x_t.
     """
-    x0 = step.predict(step.x_t, step.t).x0
+    said = step.predict(step.x_t, step.t).x0
+    x0 = compensate(said)
     if step.to_clean_data:
         return step.alpha_s * x0, x0
     past = [(step.past_lambda(k), step.past_x0(k)) for k in range(1, len(step.history) + 1)]
-    x_t = _unipc_corrected(step, past[:order], x0) if past else step.x_t
+    x_t = _unipc_corrected(step, past[:order], said) if past else step.x_t
     points = [(step.lambda_t, x0), *past[: order - 1]]
     growth = step.alpha_s * (-step.h).expm1()
     return step.sigma_s / step.sigma_t * x_t - growth * x0 - growth * _unipc_sum(points, step.h, None), x0
@@ -173,12 +178,13 @@ def deis(step: Step) -> tuple[Tensor, Tensor]:
     return step.alpha_s * (1 / step.alpha_t * step.x_t + rho_t * integral), x0
 
 
+UNIPC_ORDERS = {"unipc_2": 2, "unipc_3": 3}
+
 MULTISTEP = (
     Sampler.of_this_package("dpmpp_2m", dpmpp_2m),
     Sampler.of_this_package("dpmpp_3m", dpmpp_3m),
     Sampler.of_this_package("dpmpp_2m_sde", dpmpp_2m_sde),
-    Sampler.of_this_package("unipc_2", partial(unipc, order=2)),
-    Sampler.of_this_package("unipc_3", partial(unipc, order=3)),
+    *(Sampler.of_this_package(name, partial(unipc, order=order)) for name, order in UNIPC_ORDERS.items()),
     Sampler.of_this_package("ipndm", ipndm),
     Sampler.of_this_package("deis", deis),
 )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from timetuner_core.guided_model import expand_like
 from timetuner_core.samplers import Sampler, StepFn, history_length, sample
 from timetuner_core.tuners import MAX_START_SAMPLES, Parameters
 from timetuner_core.tuning.adam import resumed_adam
@@ -31,6 +32,7 @@ def tune_end_to_end(
     starts: Sequence[Tensor] = (),
     target: Tensor | None = None,
     recompute: bool = True,
+    relaxed_start: float = 0.0,
 ) -> Iterator[TuningState]:
     """All steps together, by Adam with `lr` falling to 0, on the batch mean of `|| x0(r) - x0* ||`: the sampler's end
     result against that of a teacher, the same sampler with `r = 1` on a finer grid. The norm is not squared: squared,
@@ -48,6 +50,9 @@ def tune_end_to_end(
         target: the teacher's samples of the population, `(P, ...)`, if they are there already.
         recompute: steps in the backward pass, so that memory does not grow with their number; else they are remembered,
             which takes a third less time.
+        relaxed_start: LD3's relaxation, `c`: a sample's distance is the least from any start within the radius
+            `c D / num_steps**2` about its x_T, in x_T's standard deviation, where D is the number of values of a sample
+            (see `_relaxed_distances`). LD3's authors take 0.001. 0: each start is x_T itself.
 
     Yields:
         `state`, updated in place, after each iteration; before the first, unchanged, as the teacher goes on.
@@ -56,6 +61,8 @@ def tune_end_to_end(
         ValueError: unknown `parameters`, a sampler that adds noise (there is no end result to match), or a number
             below its minimum.
     """
+    if relaxed_start < 0:
+        raise ValueError(f"relaxed_start is {relaxed_start}; accepted: 0 or more")
     if parameters not in get_args(Parameters):
         raise ValueError(f"parameters is {parameters!r}; accepted: {', '.join(get_args(Parameters))}")
     if problem.adds_noise:
@@ -65,16 +72,41 @@ def tune_end_to_end(
         return
     taught = yield from teach(problem, state, teacher_timesteps, starts, target)
 
+    std = problem.noise_schedule.starting_std(problem.timesteps[0])
+    radius = relaxed_start * problem.population[0].numel() / problem.num_steps**2 * std
+
     def loss(timesteps: Tensor, ratios: Tensor, iteration: int) -> Tensor:
         index = draw_index(problem, keyed_generator(problem.seed, 0, iteration))
         kwargs = problem.step_kwargs_with(problem.condition_of(index), None)
         guided = problem.step_fn_of(index)
         step_fn = RecomputedStep(guided) if recompute else guided
-        x0 = sample(step_fn, problem.population[index], timesteps, ratios, **kwargs)
-        distances: Tensor = torch.linalg.vector_norm((x0 - taught[index]).flatten(1), dim=1)
-        return distances.mean()
+
+        def distances(x_T: Tensor) -> Tensor:
+            x0 = sample(step_fn, x_T, timesteps, ratios, **kwargs)
+            norms: Tensor = torch.linalg.vector_norm((x0 - taught[index]).flatten(1), dim=1)
+            return norms
+
+        x_T = problem.population[index]
+        return (_relaxed_distances(distances, x_T, radius) if radius else distances(x_T)).mean()
 
     yield from _adam_end_to_end(problem, state, parameters, lr, total_iters, loss)
+
+
+def _relaxed_distances(distances: Callable[[Tensor], Tensor], x_T: Tensor, radius: float) -> Tensor:
+    """Each sample's distance from its own x_T, or from the start that is `radius` down its gradient, if that is less.
+
+    That start is the best within the ball as far as the distance is linear there. Neither is remembered, so that a
+    resumed run and an unbroken one are equal.
+
+    Args:
+        distances: from `(B, ...)` to `(B,)`, each sample by itself.
+    """
+    start = x_T.detach().requires_grad_()
+    at_start = distances(start)
+    (gradient,) = torch.autograd.grad(at_start.sum(), start, retain_graph=True)
+    length = gradient.flatten(1).norm(dim=1).clamp(min=torch.finfo(gradient.dtype).tiny)
+    moved = x_T - radius * gradient / expand_like(length, gradient)
+    return torch.minimum(at_start, distances(moved))
 
 
 def teach(
