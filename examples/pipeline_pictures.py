@@ -2,7 +2,7 @@
 
     python examples/pipeline_pictures.py --out docs/images/pipeline.png
 
-The pipeline is a `DDIMPipeline` of the bundled model of clothes. Such a pipeline has no classes, so the embedding of
+The pipeline is a `DDPMPipeline` of the bundled model of clothes. Such a pipeline has no classes, so the embedding of
 "no class" is added to that of the time: the network is the same function, without the argument. Seeded; about a minute
 on one core.
 """
@@ -14,14 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 from demo import INK, QUIET, as_pixels, difference, distance
-from diffusers import DDIMPipeline, DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DPMSolverMultistepScheduler, UNet2DModel
 from PIL import Image, ImageDraw, ImageFont
 
 from timetuner_core import tune_pipeline
 from timetuner_core.catalog import BUNDLED, builtin_specs
+from timetuner_core.grids import teacher_timesteps
+from timetuner_core.integrations.diffusers import TimeTunerScheduler
+from timetuner_core.models.schedulers import read_scheduler_config
 
 MODEL = "fashion32"
 NUM_STEPS, MANY_STEPS = 5, 50
+NUM_TUNED = 32  # More than by default, as this network is fast.
 NUM_IMAGES, SEED = 10, 1  # Their noise is none that tuning or its evaluation has seen.
 
 
@@ -29,7 +33,8 @@ def unconditional(unet: UNet2DModel, null_class: int) -> UNet2DModel:
     """A network without classes, which computes what `unet` does for the class that stands for none."""
     free = UNet2DModel.from_config({**unet.config, "num_class_embeds": None})
     weights = unet.state_dict()
-    weights["time_embedding.linear_2.bias"] += weights.pop("class_embedding.weight")[null_class]
+    bias = "time_embedding.linear_2.bias"
+    weights[bias] = weights[bias] + weights.pop("class_embedding.weight")[null_class]
     free.load_state_dict(weights)
     return free.requires_grad_(False).eval()
 
@@ -60,7 +65,7 @@ def write_picture(path: Path, ways: list[tuple[str, str, np.ndarray]], many: np.
             enlarged = Image.fromarray(image).resize((tile, tile), Image.Resampling.BICUBIC)
             sheet.paste(enlarged, (left + k * (tile + gap), y))
 
-    row(margin, "many steps", f"DPM-Solver++, {MANY_STEPS} steps", many)
+    row(margin, "teacher", f"{MANY_STEPS} steps", many)
     for r, (name, note, images) in enumerate(ways):
         y = margin + tile + 10 + r * row_height
         row(y, name, note, images)
@@ -75,15 +80,17 @@ def main() -> None:
     args = parser.parse_args()
     unet = UNet2DModel.from_pretrained(BUNDLED / MODEL, subfolder="unet", torch_dtype=torch.float32)
     own = DDIMScheduler.from_pretrained(BUNDLED / MODEL, subfolder="scheduler")
-    pipeline = DDIMPipeline(unconditional(unet, builtin_specs()[MODEL]["null_class_label"]), own)
+    pipeline = DDPMPipeline(unconditional(unet, builtin_specs()[MODEL]["null_class_label"]), own)
     pipeline.set_progress_bar_config(disable=True)
-    schedule = tune_pipeline(pipeline, None, NUM_STEPS)
-    print({name: schedule.evaluation[name] for name in ("verdict", "summary", "distances")})
+    schedule = tune_pipeline(pipeline, None, NUM_STEPS, num_samples=NUM_TUNED, num_held_out=NUM_TUNED)
+    print({name: schedule.evaluation[name] for name in ("verdict", "reason", "distances")})
 
-    solver = DPMSolverMultistepScheduler.from_config(own.config)
-    many = sample(pipeline, solver, MANY_STEPS)
+    tuned, solver = schedule.scheduler(pipeline), DPMSolverMultistepScheduler.from_config(own.config)
+    timesteps = teacher_timesteps(read_scheduler_config(own.config).noise_schedule, MANY_STEPS)
+    teacher = {"timesteps": timesteps.tolist(), "t_ratios": [1.0] * MANY_STEPS, "sampler": schedule.sampler}
+    many = sample(pipeline, TimeTunerScheduler.from_schedule(own, teacher), MANY_STEPS)
     ways = [
-        ("tuned", f"{NUM_STEPS} steps", sample(pipeline, schedule.scheduler(pipeline), NUM_STEPS)),
+        ("tuned", f"{NUM_STEPS} steps", sample(pipeline, tuned, NUM_STEPS)),
         ("DPM-Solver++", f"{NUM_STEPS} steps", sample(pipeline, solver, NUM_STEPS)),
         ("its own: DDIM", f"{NUM_STEPS} steps", sample(pipeline, own, NUM_STEPS)),
         ("its own: DDIM", f"{2 * NUM_STEPS} steps", sample(pipeline, own, 2 * NUM_STEPS)),
