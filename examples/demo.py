@@ -31,20 +31,25 @@ from rich.table import Table
 from timetuner_core.catalog import SAMPLER_FACTS
 
 Json = dict[str, Any]
-MODEL = "fashion32-ldm"
+MODEL = "fashion32"
 CLASSES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 # The longer job first, so that two workers finish at about the same time.
 NUM_CALLS = (6, 4)
 SAMPLER = "dpmpp_2m"
 GUIDANCE: Json = {"guidance_type": "classifier-free", "guidance_scale": 4.0}
 TEACHER_NUM_STEPS = 50
-# Less than the service's defaults, so that two cores need two minutes.
+# Less than the service's defaults, so that two cores need less than four minutes.
 EFFORT: Json = {
-    "tuner": {"objective": "solver", "total_iters": 4, "population_size": 64, "teacher_num_steps": TEACHER_NUM_STEPS},
-    "evaluation": {"num_samples": 128, "max_num_samples": 128, "teacher_num_steps": TEACHER_NUM_STEPS},
+    "tuner": {"objective": "solver", "total_iters": 6, "population_size": 64, "teacher_num_steps": TEACHER_NUM_STEPS},
+    "evaluation": {"num_samples": 32, "max_num_samples": 32, "teacher_num_steps": TEACHER_NUM_STEPS},
 }
-NUM_IMAGES = 30  # from noise that no tuning has seen: seeds of jobs start at 2**31
+NUM_IMAGES = 20  # from noise that no tuning has seen: seeds of jobs start at 2**31
 STOP_SECONDS = 60
+
+# Of the picture. A difference of a quarter of the range of grey, or more, has the last colour.
+INK, QUIET, TUNED, UNTUNED = "#1b2129", "#57616e", "#1f5fbf", "#c05621"
+HEAT = ((255, 255, 255), (254, 217, 142), (236, 112, 20), (165, 15, 21), (70, 0, 10))
+MOST_OFF = 0.5
 
 console = Console(width=max(80, Console().width))  # the table needs 80 columns, whatever a log says it has
 
@@ -75,7 +80,7 @@ def running_service(home: str) -> Iterator[httpx.Client]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "service", "up", "--port", str(port), "--home", home]
-    # Feature maps of 8x8 are too small to share among threads, which on a busy machine would wait for each other.
+    # Feature maps are too small to share among threads, which on a busy machine would wait for each other.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     # A session of its own: a terminal's Ctrl-C reaches only us, and we stop it in order.
     process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.PIPE, text=True)
@@ -198,31 +203,47 @@ def _gain(comparison: Comparison) -> str:
 
 
 def write_picture(path: Path, comparisons: list[Comparison], teacher: np.ndarray) -> None:
-    """A block for each number of calls: an image of each class by the teacher, untuned and tuned, and the latter two's
-    differences from the teacher."""
-    tile, gap, margin, left, title, below = 72, 4, 16, 170, 40, 20
-    block_height = title + 5 * (tile + gap) + below
-    width = left + len(CLASSES) * (tile + gap) - gap + margin
-    sheet = Image.new("L", (width, margin // 2 + block_height * len(comparisons)), 255)
-    draw, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(20), ImageFont.load_default(15)
+    """A block for each number of calls: an image of each class by the teacher, tuned, untuned, and untuned with twice
+    as many calls. Below are their differences from the teacher's images, and beside them the mean distance as a bar."""
+    tile, gap, margin, left, right, title = 72, 3, 16, 176, 150, 44
+    columns = len(CLASSES) * (tile + gap)
+    width, row_height = margin + left + columns + right, 2 * tile + gap + 10
+    block_height = title + tile + 10 + 3 * row_height
+    sheet = Image.new("RGB", (width, block_height * len(comparisons) + margin), "white")
+    draw, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(19), ImageFont.load_default(15)
+    longest = max(way.distance for each in comparisons for way in (each.untuned, each.doubled, each.tuned)) or 1.0
+
+    def label(y: int, name: str, note: str) -> None:
+        draw.text((margin, y - 11), name, INK, font, anchor="lm")
+        draw.text((margin, y + 11), note, QUIET, small, anchor="lm")
+
+    def put(y: int, images: np.ndarray) -> None:
+        for k, image in enumerate(images[: len(CLASSES)]):
+            enlarged = Image.fromarray(image).resize((tile, tile), Image.Resampling.BICUBIC)
+            sheet.paste(enlarged, (margin + left + k * (tile + gap), y))
+
     for b, comparison in enumerate(comparisons):
-        top = margin // 2 + b * block_height
-        untuned, tuned = comparison.untuned, comparison.tuned
-        draw.text((margin, top + title // 2), f"{tuned.num_calls} network calls", 0, font, anchor="lm")
-        rows = (
-            ("teacher", f"{TEACHER_NUM_STEPS} calls", as_pixels(teacher)),
-            ("best untuned", untuned.name, as_pixels(untuned.images)),
-            ("", f"off by {untuned.distance:.1f}", difference(untuned.images, teacher)),
-            ("tuned", "", as_pixels(tuned.images)),
-            ("", f"off by {tuned.distance:.1f}", difference(tuned.images, teacher)),
-        )
-        for r, (name, note, pixels) in enumerate(rows):
-            y = top + title + r * (tile + gap)
-            draw.text((margin, y + tile // 2 - 12), name, 0, font, anchor="lm")
-            draw.text((margin, y + tile // 2 + 12), note, 90, small, anchor="lm")
-            for k, image in enumerate(pixels[: len(CLASSES)]):
-                enlarged = Image.fromarray(image).resize((tile, tile), Image.Resampling.BICUBIC)
-                sheet.paste(enlarged, (left + k * (tile + gap), y))
+        y = b * block_height
+        draw.text((margin, y + title // 2 + 6), f"{comparison.tuned.num_calls} network calls", INK, font, anchor="lm")
+        draw.text((width - right + 14, y + title // 2 + 6), "off by", QUIET, small, anchor="lm")
+        y += title
+        label(y + tile // 2, "teacher", f"{TEACHER_NUM_STEPS} calls")
+        put(y, as_pixels(teacher))
+        y += tile + 10
+        for name, way, colour in (
+            ("tuned", comparison.tuned, TUNED),
+            ("best untuned", comparison.untuned, UNTUNED),
+            ("best untuned", comparison.doubled, UNTUNED),
+        ):
+            note = "" if way is comparison.tuned else f", {way.name}"
+            label(y + tile // 2, name, f"{way.num_calls} calls{note}")
+            put(y, as_pixels(way.images))
+            put(y + tile + gap, difference(way.images, teacher))
+            bar = width - right + 14, y + tile // 2
+            length = round((right - margin - 60) * way.distance / longest)
+            draw.rectangle((*bar, bar[0] + length, bar[1] + tile), colour)
+            draw.text((width - margin, bar[1] + tile // 2), f"{way.distance:.1f}", INK, font, anchor="rm")
+            y += row_height
     sheet.save(path, optimize=True)
 
 
@@ -232,16 +253,18 @@ def as_pixels(images: np.ndarray) -> np.ndarray:
 
 
 def difference(images: np.ndarray, teacher: np.ndarray) -> np.ndarray:
-    """How far each pixel is from the teacher's, as bytes `(B, H, W)`: white is none, black half the range or more."""
-    return 255 - np.round(np.clip(np.abs(images - teacher)[:, 0], 0, 1) * 255).astype(np.uint8)
+    """How far each pixel is from the teacher's, as colours of `HEAT`, bytes `(B, H, W, 3)`."""
+    share = np.clip(np.abs(images - teacher)[:, 0] / MOST_OFF, 0, 1)
+    shades = [np.interp(share, np.linspace(0, 1, len(HEAT)), channel) for channel in zip(*HEAT, strict=True)]
+    return np.round(np.stack(shades, axis=-1)).astype(np.uint8)
 
 
 NEXT = """Next:
   make up                                  the page: http://127.0.0.1:8000
   . .venv/bin/activate                     then, in another terminal:
-  timetuner models import fashion32-ldm    or your own model's folder
-  timetuner tune fashion32-ldm --num-steps 5
-  timetuner sample fashion32-ldm --num-steps 5
+  timetuner models import fashion32        or your own model's folder
+  timetuner tune fashion32 --num-steps 5   some minutes
+  timetuner sample fashion32 --num-steps 5
 docs/tutorial.md goes on from there; docs/howto/pipelines.md tunes whole pipelines."""
 
 

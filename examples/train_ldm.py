@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
@@ -135,7 +136,7 @@ def train_unet(
     the scheduler's configuration says `epsilon`.
 
     Args:
-        z0: scaled latents, `(P, C, 8, 8)`.
+        z0: scaled latents, or images, `(P, C, H, W)`.
     """
     predicts_v = scheduler.config.prediction_type == "v_prediction"
 
@@ -207,7 +208,7 @@ def main() -> None:
     print(z0.std(dim=(0, 2, 3)).tolist(), flush=True)
     train_unet(unet, scheduler, z0, labels, num_iters=args.unet_iters, generator=generator)
 
-    write_folder(args.out, vae, unet, scheduler)
+    write_folder(args.out, vae=vae, unet=unet, scheduler=scheduler)
     save_file({"images": images, "labels": labels}, args.out / "data.safetensors")
     print(f"wrote {args.out} in {time.monotonic() - started:.0f} s")
     if args.sheet:
@@ -216,20 +217,13 @@ def main() -> None:
         save_sheet(args.sheet, torch.cat([x0[:20], decoded[:20], samples]), NUM_CLASSES)
 
 
-def write_folder(out: Path, vae: AutoencoderKL, unet: UNet2DModel, scheduler: DDIMScheduler) -> None:
-    """Write everything but the data."""
+def write_folder(out: Path, **parts: Any) -> None:
+    """Write everything but the data: the parts of the pipeline, each in a folder of its name."""
     out.mkdir(parents=True, exist_ok=True)
-    for module, folder in ((vae, "vae"), (unet, "unet"), (scheduler, "scheduler")):
-        module.save_pretrained(out / folder)
-    write_json(
-        out / "model_index.json",
-        {
-            "_class_name": "DiffusionPipeline",
-            "vae": ["diffusers", "AutoencoderKL"],
-            "unet": ["diffusers", "UNet2DModel"],
-            "scheduler": ["diffusers", "DDIMScheduler"],
-        },
-    )
+    for name, part in parts.items():
+        part.save_pretrained(out / name)
+    index = {name: ["diffusers", type(part).__name__] for name, part in parts.items()}
+    write_json(out / "model_index.json", {"_class_name": "DiffusionPipeline", **index})
     write_json(out / "timetuner.json", {"null_class_label": NULL_CLASS})
 
 

@@ -1,15 +1,20 @@
-"""The demo says what its figures say, and no more."""
+"""The demo says what its figures say, and no more; the examples' pictures show what they say."""
 
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import UNet2DModel
 from PIL import Image
+
+from timetuner_core.catalog import BUNDLED
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import demo
+import pipeline_pictures
 
 NOTHING = np.zeros((len(demo.CLASSES), 1, 32, 32))
 
@@ -38,6 +43,15 @@ def test_its_picture_has_a_block_for_each_number_of_calls(tmp_path: Path) -> Non
         heights.append(Image.open(tmp_path / "demo.png").height)
     assert heights[0] > 3 * 64
     assert heights[1] > 1.9 * heights[0]
+
+
+def test_a_network_without_classes_computes_what_the_class_of_none_does() -> None:
+    unet = UNet2DModel.from_pretrained(BUNDLED / demo.MODEL, subfolder="unet", torch_dtype=torch.float32)
+    x, t = torch.randn((2, 1, 32, 32), generator=torch.Generator().manual_seed(0)), torch.tensor([10, 900])
+    expected = unet(x, t, torch.tensor([10, 10])).sample
+    found = pipeline_pictures.unconditional(unet, 10)(x, t).sample
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, unet(x, t, torch.tensor([3, 3])).sample)
 
 
 def test_a_distance_is_the_mean_of_the_images_distances() -> None:

@@ -20,7 +20,7 @@ GridName = Literal["default", NamedGrid]
 NAMED_GRIDS: tuple[NamedGrid, ...] = get_args(NamedGrid)
 
 BUNDLED = Path(__file__).parent / "bundled"
-BUILTIN_FOLDERS = {name: BUNDLED / name for name in ("digits8", "digits32-ldm", "fashion32-ldm")}
+BUILTIN_FOLDERS = {name: BUNDLED / name for name in ("digits8", "digits32-ldm", "fashion32")}
 BUILTINS = (*BUILTIN_FOLDERS, "mixture-ring", "mixture-gratings")
 
 SAMPLER_ENTRY_POINTS = "timetuner.samplers"

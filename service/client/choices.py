@@ -43,4 +43,4 @@ OBJECTIVES = (
     "pipeline",
 )
 GRIDS = ("default", "uniform", "quadratic", "log_snr", "edm")
-BUILTINS = ("digits8", "digits32-ldm", "fashion32-ldm", "mixture-ring", "mixture-gratings")
+BUILTINS = ("digits8", "digits32-ldm", "fashion32", "mixture-ring", "mixture-gratings")

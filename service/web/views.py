@@ -39,6 +39,7 @@ MAX_TUNED = 200
 MAX_PICTURES = 3
 MAX_PICTURED = 16  # Images of one request that are shown as one picture.
 MAX_LOOKED_AT = 100
+MAX_WORDS = 40  # Letters of a call's argument that are shown.
 SMOOTHING = 5
 USUAL_NUM_STEPS = 5
 START_MODEL = "digits8"  # An empty home offers to tune it.
@@ -63,33 +64,49 @@ OBJECTIVE_OF_IMPORTED = "imported"
 
 @dataclass(frozen=True)
 class ComparisonGroup:
-    """Schedules with one sampler and guidance are compared with each other. Both are in words for people."""
+    """Schedules with one sampler, guidance and call are compared with each other. The first two are in people's words.
+
+    Attributes:
+        call_key: of the arguments of a pipeline's call, its size among them; empty where they are the defaults.
+    """
 
     sampler: str
     guidance: str
+    call_key: str
 
     @property
     def value(self) -> str:
-        return f"{self.sampler} {self.guidance}"
+        return f"{self.sampler} {self.guidance} {self.call_key}".rstrip()
 
 
 def group_of(schedule: Schedule) -> ComparisonGroup:
     sampler = schedule.sampler + ("" if schedule.eta == 0 else f" η={schedule.eta:g}")
     sampler += "" if schedule.clipping == OWN_CLIPPING else f" {schedule.clipping}"
-    return ComparisonGroup(sampler, guidance_of(schedule))
+    return ComparisonGroup(sampler, guidance_of(schedule), schedule.call_key or "")
 
 
 def guidance_of(schedule: Schedule) -> str:
-    """The guidance in a word or two."""
+    """The guidance in a word or two, and for a pipeline the arguments of its call that were given, its size first."""
     scales = " to ".join(f"{scale:g}" for scale in schedule.guidance_scales or [schedule.guidance_scale])
+    call = _call_in_words(schedule.call or {})
     if schedule.guidance_type == "uncond":  # A pipeline guides by itself, by a scale of its call.
-        return "unguided" if scales == "1" else f"guidance ×{scales}"
+        return ", ".join(["unguided" if scales == "1" else f"guidance ×{scales}", *call])
     parts = [f"{schedule.guidance_type} ×{scales}"]
     if schedule.guidance_rescale:
         parts.append(f"rescale {schedule.guidance_rescale:g}")
     if schedule.guidance_start > 0 or schedule.guidance_end < 1000:
         parts.append(f"at {schedule.guidance_start:g} to {schedule.guidance_end:g}")
-    return ", ".join(parts)
+    return ", ".join([*parts, *call])
+
+
+def _call_in_words(call: dict[str, Any]) -> list[str]:
+    """Each argument of a pipeline's call with its value, sizes first. An interval has its ends; a long value is cut."""
+
+    def words(value: Any) -> str:
+        return " to ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    names = [*(name for name in SIZES if name in call), *(name for name in call if name not in SIZES)]
+    return [f"{name.replace('_', ' ')} {words(call[name])[:MAX_WORDS]}" for name in names]
 
 
 def network_calls(schedule: Schedule) -> int | None:

@@ -23,8 +23,8 @@ LABELS = torch.tensor([0, 3, 1, 2, 2, 0, 3, 1, 1, 0, 2])
 SCALES = [2.0, 1.5, 3.0, 2.5, 1.25, 2.0, 4.0, 0.5, 7.5, 1.75, 2.25]
 
 load = cache(load_builtin)
-# `fashion32-ldm` has the kinds of layers that `digits32-ldm` has.
-MODELS = [name for name in BUILTINS if name != "fashion32-ldm"]
+# `fashion32` has the kinds of layers that `digits32-ldm` has.
+MODELS = [name for name in BUILTINS if name != "fashion32"]
 GUIDANCE_TYPES: dict[str, tuple[GuidanceType, ...]] = {
     name: ("uncond", "classifier-free") if name in BUILTIN_FOLDERS else get_args(GuidanceType) for name in MODELS
 }

@@ -12,13 +12,13 @@ from timetuner_core.models.fashion_classifier import fashion_classifier, fashion
 from timetuner_core.models.loading import DiffusionModel, load_builtin
 from timetuner_core.sampling.generate import Guidance, generate
 
-FOLDER = BUNDLED / "fashion32-ldm"
+FOLDER = BUNDLED / "fashion32"
 MAX_BYTES = 4e6
 
 
 @pytest.fixture(scope="module")
 def fashion32() -> DiffusionModel:
-    return load_builtin("fashion32-ldm")
+    return load_builtin("fashion32")
 
 
 @pytest.fixture(scope="module")

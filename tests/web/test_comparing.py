@@ -4,6 +4,7 @@ import pytest
 
 from service.registry.tables import EvaluationRow, Model, Schedule, ScheduleStatus
 from service.web.comparing import gain_of, have_one_teacher, leaderboard, matrix
+from service.web.views import group_of
 from timetuner_core.catalog import SAMPLER_FACTS
 
 ACCEPTED, REJECTED = ScheduleStatus.ACCEPTED, ScheduleStatus.REJECTED
@@ -21,6 +22,8 @@ def schedule(
         num_steps=num_steps,
         guidance_type="uncond",
         guidance_scale=1,
+        eta=0,
+        clipping="own",
         status=status,
         score=score,
         timesteps=[1.0] * num_steps + [0.001],
@@ -72,6 +75,16 @@ def test_tuners_are_ranked_by_the_costs_at_which_they_are_closest_and_then_by_th
     ]
     assert board[0].mean_score == pytest.approx((0.5 * 0.8) ** 0.5)
     assert board[0].mean_cost == 200
+
+
+def test_schedules_of_other_sizes_are_not_compared_as_one_setting() -> None:
+    small, large, either = (schedule("solver", 4, 0.5) for _ in range(3))
+    small.call, small.call_key = {"height": 48, "width": 64}, "a"
+    large.call, large.call_key = {"height": 96, "width": 64}, "b"
+    either.call, either.call_key = {"strength": 0.5, "height": [48, 96], "width": [64, 64]}, "c"
+    assert len({group_of(one).value for one in (small, large, either, schedule("solver", 4, 0.5))}) == 4
+    assert group_of(small).guidance == "unguided, height 48, width 64"
+    assert group_of(either).guidance == "unguided, height 48 to 96, width 64 to 64, strength 0.5"
 
 
 def test_figures_are_comparable_only_of_one_model_guidance_and_teacher() -> None:

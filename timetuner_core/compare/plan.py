@@ -15,8 +15,8 @@ from timetuner_core.sampling.starting_time import find_starting_time
 from timetuner_core.tuners import TUNERS, AnyTuner, Parameters, TeacherMatchingTuner, TunedSetting
 
 BASELINE = "untuned"
-# The built-in models that are compared by default. `fashion32-ldm` would not fit into half an hour beside the others.
-COMPARED = tuple(name for name in BUILTINS if name != "fashion32-ldm")
+# The built-in models that are compared by default. `fashion32` would not fit into half an hour beside the others.
+COMPARED = tuple(name for name in BUILTINS if name != "fashion32")
 GUIDANCE_TYPES: dict[str, GuidanceType] = {"cfg": "classifier-free", "classifier": "classifier"}
 
 

@@ -63,7 +63,7 @@ NOT_NEEDED = ("bert", "feature_extractor", "safety_checker", "text_encoder", "to
 BUILTIN_FEATURES: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
     "digits8": digit_features,
     "digits32-ldm": digit_features,
-    "fashion32-ldm": fashion_features,
+    "fashion32": fashion_features,
 }
 BUILTIN_MIXTURES: dict[str, Callable[[], GaussianMixture]] = {
     "mixture-ring": ring_mixture,
