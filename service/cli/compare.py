@@ -20,9 +20,7 @@ OPTIONS = {"models": "--model", "guidances": "--guidance", "entrants": "--tuners
 def compare(
     model: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Built-in name or diffusers-format folder; may be repeated. [all built-in but fashion32]"
-        ),
+        typer.Option(help="Built-in name or diffusers-format folder; may be repeated. [all built-in but fashion32]"),
     ] = None,
     num_steps: Annotated[str, typer.Option(help="Numbers of steps, by commas.")] = "3,5,8,10,20",
     guidance: Annotated[str, typer.Option(help="uncond, cfg:SCALE, classifier:SCALE; by commas.")] = "uncond",
