@@ -410,8 +410,12 @@ def models_sampled_last(session: Session, count: int) -> list[tuple[str, dict[st
     return [(model_id, job.request) for model_id, job in last.items() if job.state == JobState.SUCCEEDED][:count]
 
 
-def delete_old_samples(session: Session, before: datetime, limit: int) -> int:
-    """Delete up to `limit` rows of requests that ended before a time, and their parts. Returns the number of rows."""
+def delete_old_samples(session: Session, before: datetime, limit: int) -> Sequence[str | None]:
+    """Delete up to `limit` rows of the oldest requests that ended before a time, and their parts.
+
+    Returns:
+        For each deleted row its file, or None. Rows that are left may refer to the same file.
+    """
     whole, part = aliased(SampleJob), aliased(SampleJob)
     over = whole.state.in_(FINAL_STATES), whole.finished_at < before, whole.parent_id.is_(None)
     # Ids rise with time, so the oldest rows come first.
@@ -419,10 +423,8 @@ def delete_old_samples(session: Session, before: datetime, limit: int) -> int:
     ids = list(session.scalars(old))
     parts = session.scalars(select(part.id).where(part.parent_id.in_(ids), part.state.in_(FINAL_STATES)).limit(limit))
     deleted = [*parts] or ids  # Parts go first, as they refer to the whole.
-    session.execute(
-        delete(SampleJob).where(SampleJob.id.in_(deleted)), execution_options={"synchronize_session": False}
-    )
-    return len(deleted)
+    gone = delete(SampleJob).where(SampleJob.id.in_(deleted)).returning(SampleJob.artifact)
+    return session.scalars(gone, execution_options={"synchronize_session": False}).all()
 
 
 def unreferenced(session: Session, artifacts: Collection[str]) -> set[str]:

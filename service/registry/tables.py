@@ -526,6 +526,21 @@ class RegistryChanges(Base):
     number: Mapped[int] = mapped_column(BigInteger, default=0)
 
 
+class StoredBytes(Base):
+    """One row: the bytes of all artifacts. Nothing counts them while there is no quota.
+
+    Attributes:
+        number: the bytes that are stored, as they were counted last, and those that were taken since.
+        taken: the bytes that were ever taken. It only grows.
+    """
+
+    __tablename__ = "stored_bytes"
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    number: Mapped[int] = mapped_column(BigInteger, default=0)
+    taken: Mapped[int] = mapped_column(BigInteger, default=0)
+
+
 class IdempotencyKey(Base):
     """A request that was done and must not be done again: see `service.access.idempotency`."""
 

@@ -89,6 +89,9 @@ class Settings(BaseSettings):
     keep_events_days: float = Field(0.0, ge=0)
     keep_rejected_days: float = Field(0.0, ge=0)
     keep_audit_days: float = Field(0.0, ge=0)
+    # Models and samples may have so many bytes together; 0 sets no limit. While most of it is taken, the oldest samples
+    # are deleted before their time, unless they are kept for ever.
+    max_stored_bytes: int = Field(0, ge=0)
     save_seconds: float = Field(1.0, gt=0)  # A killed worker loses at most this much of a tuning job.
 
     webhook_secret: str = Field("", pattern=r"^(whsec_[A-Za-z0-9+/]{32,}=*)?$")  # Webhooks are signed with it.
