@@ -445,7 +445,7 @@ class SampleJob(Job):
         Index(None, "state", "priority", "id"),
         Index(None, "owner", "priority", "started_at"),
         Index(None, "owner", "id"),
-        Index(None, "state", "owner"),
+        Index(None, "state", "owner", "priority", "id"),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("smp"))
