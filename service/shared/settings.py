@@ -53,6 +53,7 @@ class Settings(BaseSettings):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # The type of networks. Samples stay float32.
     channels_last: bool = False
     compile: bool = False  # Networks are compiled by torch.compile.
+    cuda_graphs: bool = True  # On CUDA, sampling repeats recorded calls of networks that are not compiled.
 
     models_dir: Annotated[Path | None, BeforeValidator(lambda path: path or None)] = (
         None  # Pipelines below this folder may be registered by their paths.
