@@ -174,6 +174,8 @@ def _for_network(
     most: int,
 ) -> tuple[Cohort, Sequence[Row]]:
     model = loaded.clipped_as(request.clipping)
+    if schedule is not None:
+        runtime.compare_dtype(schedule, model.dtype)
     rows = rows_of(claim.job, request, model, schedule)
     guidance = guidance_of(request)
     shapes = [None if c is None else tuple(c.shape) for c in (rows[0].condition, rows[0].uncond_condition)]

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from service.registry.database import Registry, is_away
 from service.registry.jobs import Claim, LeaseLostError, claim, finish, hand_back, next_tuning_jobs, unpublish
 from service.registry.samples import models_sampled_last
-from service.registry.tables import Job, JobState, Model, TuningJob
+from service.registry.tables import Job, JobState, Model, Schedule, TuningJob
 from service.shared.artifacts import ArtifactStore
 from service.shared.job_requests import SampleRequest
 from service.shared.logs import about
@@ -68,6 +68,7 @@ class Runtime:
         self.registry = Registry(settings.database_url)
         self.artifacts = ArtifactStore(settings.artifacts_url)
         self.device = pick_device(settings.device)
+        self.dtype = pick_dtype(settings.dtype, self.device)
         self.owner = f"{socket.gethostname()}:{os.getpid()}"
         self.bus = Bus(celery, settings.broker_url)
         self._models: OrderedDict[str, DiffusionModel | ServedPipeline] = (
@@ -77,6 +78,7 @@ class Runtime:
         self._fingerprints: dict[str, str] = {}  # The state of a pipeline's files whose content was checked, by model.
         self._sizes: dict[SizesKey, tuple[int, ...]] = {}
         self._graphs: dict[str, CudaGraphs] = {}  # By model, of loaded ones.
+        self._other_dtype: set[str] = set()  # Schedules of another precision, of which the log has told.
         self.most_rows = settings.part_size  # How many rows are sampled at once of what was sampled last.
         self.give_way: Callable[[], None] = lambda: None  # Tuning calls it to let urgent work go first.
         self._problem: tuple[str, TuningProblem] | None = None
@@ -150,6 +152,17 @@ class Runtime:
         is_found = self.settings.sample_batch_size == "auto" and not self.settings.same_bits
         self.most_rows = sizes[-1] if is_found else self.settings.part_size
         return sizes
+
+    def compare_dtype(self, schedule: Schedule, dtype: torch.dtype) -> None:
+        """Log once that a schedule is used in another precision than the one that it was evaluated in."""
+        evaluated_in = schedule.provenance.get("dtype")  # Imported ones, and those of older versions, may not say it.
+        if evaluated_in in (None, name_of(dtype)) or schedule.id in self._other_dtype:
+            return
+        self._other_dtype.add(schedule.id)
+        advice = (
+            "schedule %s was evaluated in %s, and samples in %s here; accepted: DTYPE=%s, or one that is tuned anew"
+        )
+        logger.warning(advice, schedule.id, evaluated_in, name_of(dtype), evaluated_in)
 
     @property
     def _records_graphs(self) -> bool:
@@ -292,8 +305,7 @@ class Runtime:
             precision: torch.dtype = getattr(torch, row.spec["dtype"])
             pipeline = load_quietly(self.pipeline_folder(row), self.device, precision)
             return ServedPipeline.of(pipeline, row.spec, settings)
-        dtype: torch.dtype = getattr(torch, settings.dtype)
-        options: Any = {"dtype": dtype, "channels_last": settings.channels_last, "compile": settings.compile}
+        options: Any = {"dtype": self.dtype, "channels_last": settings.channels_last, "compile": settings.compile}
         if "builtin" in source:
             model = load_builtin(source["builtin"], self.device, **options)
         else:
@@ -360,6 +372,19 @@ def pick_device(name: str) -> torch.device:
     if name != "auto":
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type of a setting that networks run in. `auto` is bfloat16 on a CUDA device that has it, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """A type's name, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _note_end(job_class: type[Job], state: JobState, error: str | None = None) -> None:

@@ -50,7 +50,8 @@ class Settings(BaseSettings):
         "127.0.0.1"  # Proxies whose headers say who asks: addresses and networks by commas, or *.
     )
     device: str = Field("auto", pattern=f"^({DEVICE})$")
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # The type of networks. Samples stay float32.
+    # The type of networks; samples stay float32. `auto` is bfloat16 on a CUDA device that has it, else float32.
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     channels_last: bool = False
     compile: bool = False  # Networks are compiled by torch.compile.
     cuda_graphs: bool = True  # On CUDA, sampling repeats recorded calls of networks that are not compiled.
