@@ -152,46 +152,67 @@ def overhead(args: argparse.Namespace) -> None:
         print(f"| latency less the model's median in the same block | {percentiles(added)} |", flush=True)
 
 
-SIZING_CLIENTS = (1, 4, 8, 16, 32, 64)
+SIZING_CLIENTS = (1, 4, 16, 32)
+MOST_IN_FLIGHT = 1000  # The model knows no longer queue.
 SIZING_SHARES = (0.3, 0.6, 0.8)  # Shares of the rate that the model says the service can serve.
 
 
 @dataclass(frozen=True)
 class Sizing:
-    """The queueing model of docs/serving.md.
+    """The queueing model of docs/serving.md: rows share the network's steps, and how many there are fluctuates.
 
     Attributes:
         step_ms: of one step of a network batch, by batch size. added_ms: by service, queue and worker, per request.
+        slower: how many times as long steps take in the service, by its rate when it is saturated.
         num_steps: of each request, of one image.
     """
 
     step_ms: dict[int, float]
     added_ms: float
+    slower: float = 1.0
     num_steps: int = 10
 
     @property
     def capacity(self) -> float:
         """Images per second with a full batch."""
-        full = max(self.step_ms)
-        return 1000 * full / (self.num_steps * self.step_ms[full])
+        return self.ends_per_second(max(self.step_ms))
 
-    def sampling_ms(self, rows: float) -> float:
-        """The milliseconds of one request, with so many rows in flight."""
+    def step(self, rows: int) -> float:
+        """The milliseconds of a step of so many rows, between the sizes that were measured."""
         sizes = sorted(self.step_ms)
-        return self.num_steps * self.step_ms[next((size for size in sizes if size >= rows), sizes[-1])]
+        return self.slower * float(np.interp(rows, sizes, [self.step_ms[size] for size in sizes]))
+
+    def ends_per_second(self, rows: int) -> float:
+        """How many rows are done in a second while so many are in flight. Those beyond a full batch wait."""
+        rows = min(rows, max(self.step_ms))
+        return 1000 * rows / (self.num_steps * self.step(rows))
 
     def clients(self, count: int) -> tuple[float, float]:
-        """Images per second and latency, ms, of so many clients, each asking as soon as it was answered."""
-        alone = self.sampling_ms(count) + self.added_ms
-        rate = min(1000 * count / alone, self.capacity)
+        """Images per second and latency, ms, of so many clients, each asking as soon as it was answered.
+
+        They form a closed network: of those that are not in flight, each comes back after what is added to a request.
+        """
+        weights = [1.0]
+        for rows in range(1, count + 1):
+            coming = (count - rows + 1) * 1000 / self._outside(rows)
+            weights.append(weights[-1] * coming / self.ends_per_second(rows))
+        ends = sum(weight * self.ends_per_second(rows) for rows, weight in enumerate(weights) if rows)
+        rate = ends / sum(weights)
         return rate, 1000 * count / rate
 
     def arrivals(self, rate: float) -> tuple[float, float]:
-        """The same of requests that arrive at a rate below the capacity. Little's law says how many are in flight."""
-        rows = 1.0
-        for _ in range(20):
-            rows = max(1.0, rate * self.sampling_ms(rows) / 1000)
-        return rate, self.sampling_ms(rows) * (1 + 0.5 / self.num_steps) + self.added_ms  # half a step until it joins
+        """The same of requests that arrive at random at a rate below the capacity. Little's law gives their time."""
+        weights = [1.0]
+        while len(weights) < MOST_IN_FLIGHT:
+            weights.append(weights[-1] * rate / self.ends_per_second(len(weights)))
+        shares = [weight / sum(weights) for weight in weights]
+        in_flight = sum(rows * share for rows, share in enumerate(shares))
+        outside = sum(share * self._outside(max(rows, 1)) for rows, share in enumerate(shares))
+        return rate, 1000 * in_flight / rate + outside
+
+    def _outside(self, rows: int) -> float:
+        """The milliseconds that a request spends outside the batch: what is added, and half a step until it joins."""
+        return self.added_ms + self.step(min(rows, max(self.step_ms))) / 2
 
 
 def sizing(args: argparse.Namespace) -> None:
@@ -201,27 +222,43 @@ def sizing(args: argparse.Namespace) -> None:
             bare(guidance, args.threads, args.model) as loop,
             serve(args.threads, args.database, args.model) as service,
         ):
-            sizes = loop.ask("worker_sizes")
-            step_ms = {size: 1000 * size / loop.ask("rate", size, args.seconds / 4) / 10 for size in sizes}
+            most = loop.ask("worker_sizes")[-1]
+            sizes = (*(size for size in BARE_BATCH_SIZES if size < most), most)
+            step_ms = {size: 1000 * size / loop.ask("rate", size, args.seconds / 8) / 10 for size in (1, 2, 4, *sizes)}
             target = service.target(guidance)  # one for all, as each of its requests has another seed
             asyncio.run(one_by_one(target, BLOCK))
             single = asyncio.run(one_by_one(target, 5 * BLOCK))
-            model = Sizing(step_ms, statistics.median(single.latencies) - 10 * step_ms[sizes[0]])
+            added_ms = statistics.median(single.latencies) - 10 * step_ms[1]
+            saturated = asyncio.run(closed_loop(target, 2 * most, args.seconds, WARM_UP_SECONDS))
+            model = Sizing(step_ms, added_ms, Sizing(step_ms, added_ms).capacity / saturated.rate)
             print("ms per step:", ", ".join(f"{size} rows: {ms:.1f}" for size, ms in step_ms.items()), end="; ")
-            print(f"added: {model.added_ms:.1f} ms; capacity: {model.capacity:.0f} images/s\n")
-            head("load", "images/s, model", "measured", "mean latency, ms, model", "measured")
+            print(f"added: {added_ms:.1f} ms; saturated: {saturated.rate:.0f} images/s, {model.slower:.2f} x as long\n")
+            latency = "mean latency, ms, model"
+            head("load", "images/s, model", "measured", latency, "measured", "ms per step, model", "measured")
             for count in SIZING_CLIENTS:
+                before = service.step_seconds(), service.num_steps()
                 load = asyncio.run(closed_loop(target, count, args.seconds / 2, WARM_UP_SECONDS))
-                print(sizing_row(f"{count} clients", model.clients(count), load))
+                step = mean_step(service, before)
+                print(sizing_row(f"{count} clients", model, model.clients(count), load, step), flush=True)
             for share in SIZING_SHARES:
                 rate = share * model.capacity
-                load = asyncio.run(open_loop(target, rate, args.seconds / 2, WARM_UP_SECONDS))
-                print(sizing_row(f"{rate:.0f} arrivals/s", model.arrivals(rate), load))
+                before = service.step_seconds(), service.num_steps()
+                load = asyncio.run(open_loop(target, rate, args.seconds, WARM_UP_SECONDS))
+                name, step = f"{rate:.0f} arrivals/s, {share} of it", mean_step(service, before)
+                print(sizing_row(name, model, model.arrivals(rate), load, step), flush=True)
 
 
-def sizing_row(name: str, expected: tuple[float, float], load: Load) -> str:
+def mean_step(service: Service, before: tuple[float, float]) -> float:
+    """The milliseconds of a step since then, as the worker tells them."""
+    return 1000 * (service.step_seconds() - before[0]) / max(1.0, service.num_steps() - before[1])
+
+
+def sizing_row(name: str, model: Sizing, expected: tuple[float, float], load: Load, step_ms: float) -> str:
     mean = statistics.mean(load.latencies) if load.latencies else float("nan")
-    return f"| {name} | {expected[0]:.1f} | {load.rate:.1f} | {expected[1]:.0f} | {mean:.0f} |"
+    # By Little's law, so many rows were in the batch of a step in the mean.
+    rows = load.rate * model.num_steps * step_ms / 1000
+    cells = f"{expected[0]:.1f} | {load.rate:.1f} | {expected[1]:.0f} | {mean:.0f}"
+    return f"| {name} | {cells} | {model.step(max(1, round(rows))):.1f} | {step_ms:.1f} |"
 
 
 def rivals(args: argparse.Namespace) -> None:

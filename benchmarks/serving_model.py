@@ -23,7 +23,7 @@ from timetuner_core.models.loading import BUILTINS, load_builtin, load_folder
 from timetuner_core.sampling.batch_size import largest_useful_size
 from timetuner_core.sampling.generate import Guidance, generate
 from timetuner_core.sampling.same_bits import sizes_without_padding, steady_sizes
-from worker.runtime import pick_device
+from worker.runtime import pick_device, pick_dtype
 
 MODEL = "digits8"
 NUM_STEPS = 10
@@ -39,7 +39,7 @@ class Sampler:
         settings = Settings()
         self.device = pick_device(settings.device)
         options = {"channels_last": settings.channels_last, "compile": settings.compile}
-        dtype = getattr(torch, settings.dtype)
+        dtype = pick_dtype(settings.dtype, self.device)
         load = load_builtin if model in BUILTINS else load_folder
         self.model = load(model if model in BUILTINS else Path(model), self.device, dtype=dtype, **options)
         self.guidance = GUIDANCES[guidance]

@@ -29,7 +29,7 @@ GUIDED = {"guidance_type": "classifier-free", "guidance_scale": 2, "class_labels
 START_SECONDS = 60.0
 STOP_SECONDS = 20.0
 PYTHON = sys.executable
-PHASES = "timetuner_phase_seconds_sum"
+PHASES, PHASE_COUNTS = "timetuner_phase_seconds_sum", "timetuner_phase_seconds_count"
 
 
 @dataclass
@@ -103,6 +103,12 @@ class Service:
         families = text_string_to_metric_families(httpx.get(self.metrics_url, trust_env=False).text)
         samples = (sample for family in families for sample in family.samples)
         return {sample.labels["phase"]: sample.value for sample in samples if sample.name == PHASES}
+
+    def num_steps(self) -> float:
+        """How many steps the worker has made."""
+        families = text_string_to_metric_families(httpx.get(self.metrics_url, trust_env=False).text)
+        samples = (sample for family in families for sample in family.samples if sample.name == PHASE_COUNTS)
+        return next((sample.value for sample in samples if sample.labels["phase"] == "step"), 0.0)
 
     def step_seconds(self) -> float:
         """How long sampling steps have taken. Nothing else is the model's own time."""

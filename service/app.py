@@ -80,7 +80,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             app.state.timetuner, app.state.access = state, access_state(state)
             app.state.samples = samples = samples_state(state)
             app.state.tuning_events = TuningEvents(state.registry)
-            metrics.registry.register(QueueCollector(state.registry, samples.admission))
+            metrics.registry.register(QueueCollector(state.registry, samples.admission, settings.max_stored_bytes))
             listening = asyncio.create_task(samples.events.run())
             threading.Thread(target=load_installed_samplers, daemon=True).start()  # No request should wait for it.
             gc.freeze()  # Objects loaded by now stay. Collections that went through them would delay all requests.

@@ -12,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.registry.database import Registry
+from service.registry.stored_bytes import stored_bytes
 from service.registry.tables import Job, JobState, SampleJob
 from service.registry.types import utc_now
 from service.samples.admission import Admission
@@ -43,9 +44,10 @@ class Metrics:
 class QueueCollector(Collector):
     """The queues as the registry has them at the moment, and how fast samples are served."""
 
-    def __init__(self, registry: Registry, admission: Admission) -> None:
+    def __init__(self, registry: Registry, admission: Admission, max_stored_bytes: int = 0) -> None:
         self._registry = registry
         self._admission = admission
+        self._max_stored_bytes = max_stored_bytes
 
     def collect(self) -> Iterator[Metric]:
         """Collect the metrics. While the database is away, those of the queues are left out."""
@@ -59,11 +61,16 @@ class QueueCollector(Collector):
                 count, seconds = self._waiting(job_class)
                 jobs.add_metric((kind,), count)
                 age.add_metric((kind,), seconds)
+            with self._registry.read() as session:
+                stored = stored_bytes(session) if self._max_stored_bytes else 0
         except SQLAlchemyError:
             logger.warning("the queues cannot be read")
             return
         yield jobs
         yield age
+        if self._max_stored_bytes:
+            yield GaugeMetricFamily("timetuner_stored_bytes", "Models and samples that are stored.", stored)
+            yield GaugeMetricFamily("timetuner_max_stored_bytes", "MAX_STORED_BYTES.", self._max_stored_bytes)
 
     def _waiting(self, job_class: type[Job]) -> tuple[int, float]:
         """How many jobs are queued, and for how many seconds the oldest has been."""

@@ -1,6 +1,7 @@
 """Cohorts: the images of one kind that a worker moves on together, of networks and of whole pipelines alike."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -90,6 +91,7 @@ class Cohort:
         followed: requests of those jobs whose steps are published, as somebody may follow them.
         is_warm: whether it has made a step. The first one may compile the network.
         meter: what its jobs used so far.
+        replaying: a context in which a step is made: see `Runtime.replaying`.
     """
 
     key: Hashable
@@ -100,6 +102,7 @@ class Cohort:
     followed: dict[str, SampleRequest] = field(default_factory=dict)
     is_warm: bool = False
     meter: SharedMeter = field(default_factory=SharedMeter)
+    replaying: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def num_staying(self) -> int:
@@ -109,7 +112,7 @@ class Cohort:
 
     def step(self) -> Advance:
         """Move every row on by one step, and note whose step it was."""
-        with self.meter.step(self._moving()):
+        with self.meter.step(self._moving()), self.replaying():
             return self.batch.step()
 
     def _moving(self) -> list[str]:
@@ -171,6 +174,8 @@ def _for_network(
     most: int,
 ) -> tuple[Cohort, Sequence[Row]]:
     model = loaded.clipped_as(request.clipping)
+    if schedule is not None:
+        runtime.compare_dtype(schedule, model.dtype)
     rows = rows_of(claim.job, request, model, schedule)
     guidance = guidance_of(request)
     shapes = [None if c is None else tuple(c.shape) for c in (rows[0].condition, rows[0].uncond_condition)]
@@ -194,4 +199,5 @@ def _for_network(
     )
     if not batch.mixes_steps:
         key.append(tuple(rows[0].call_times.tolist()))
-    return Cohort(tuple(key), claim.job.model_id, batch, runtime.most_rows, meter=meter), rows
+    replaying = partial(runtime.replaying, claim.job.model_id)
+    return Cohort(tuple(key), claim.job.model_id, batch, runtime.most_rows, meter=meter, replaying=replaying), rows

@@ -48,6 +48,7 @@ def dispatch_once(
     bus: Bus,
     max_attempts: int,
     republish_seconds: float,
+    max_stored_bytes: int = 0,
 ) -> bool:
     """One round over all kinds of jobs. What fails for one of them stops nothing else.
 
@@ -84,7 +85,7 @@ def dispatch_once(
         parents = forgotten_parents(session)
     for parent_id in parents:
         with one.part("join"):
-            end = join_one(registry, artifacts, parent_id)
+            end = join_one(registry, artifacts, parent_id, max_stored_bytes)
             bus.publish_ends([end] if end else [])
     with one.part("announce"):
         with registry.read() as session:
@@ -146,6 +147,7 @@ def main() -> None:
         keep_events_days=settings.keep_events_days,
         keep_rejected_days=settings.keep_rejected_days,
         keep_audit_days=settings.keep_audit_days,
+        max_stored_bytes=settings.max_stored_bytes,
     )
     sender = None
     if settings.webhook_secret:
@@ -157,10 +159,20 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     while not stop.wait(settings.dispatch_interval_seconds):
-        went_well = dispatch_once(registry, artifacts, app, bus, settings.max_attempts, settings.republish_seconds)
+        went_well = dispatch_once(
+            registry,
+            artifacts,
+            app,
+            bus,
+            settings.max_attempts,
+            settings.republish_seconds,
+            settings.max_stored_bytes,
+        )
         sweep = Round()
         with sweep.part("sweep"):
             sweeper.sweep_if_due()
+        with sweep.part("make_room"):
+            sweeper.make_room()
         if went_well and sweep.went_well:
             LAST_ROUND.set_to_current_time()
     if sender is not None:

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from ulid import ULID
 
 from service.registry.samples import Ended, SampleClaim, ended, finish_samples
+from service.registry.stored_bytes import take_bytes
 from service.registry.tables import JobState
 from service.registry.types import utc_now
+from service.shared.artifacts import bytes_of_rows
 from worker import metrics
 from worker.joining import join_all
 from worker.lease import SampleLeases
@@ -118,15 +120,22 @@ class Results:
             ends += [(c, replace(end, artifact=artifact, artifact_row=first + end.artifact_row)) for c, end in own]
             first += len(images)
         try:
+            self._take_room(first, handed_in[0][1][0].nbytes)
             self._runtime.artifacts.put_arrays(artifact, first, (images for _, images in handed_in))
-        except OSError as error:
-            if len(handed_in) > 1:  # A disk that is nearly full may have room for some.
+        except OSError as error:  # The disk is full, or the quota is used up.
+            if len(handed_in) > 1:  # There may be room for some.
                 return [end for one in handed_in for end in self._store_in_one_file([one])]
             logger.exception("the images of %d jobs could not be stored", len(ends), extra=ids_of(c for c, _ in ends))
             message = f"the images could not be stored: {error}"
             failed = [(claim, ended(claim.job, JobState.FAILED, error=message), end.used) for claim, end in ends]
             return [(claim, replace(end, used=used)) for claim, end, used in failed]
         return ends
+
+    def _take_room(self, num_rows: int, row_bytes: int) -> None:
+        """Count images that are about to be stored. Raises: NoRoomError, an OSError."""
+        if most := self._runtime.settings.max_stored_bytes:
+            with self._runtime.registry.write() as session:
+                take_bytes(session, bytes_of_rows(num_rows, row_bytes), most)
 
     def enter(self, ends: list[End], others: Sequence[Ended]) -> list[Ended]:
         """Enter how jobs ended, join parts, and publish the ends. Returns all ends.
@@ -139,7 +148,8 @@ class Results:
         with self._runtime.registry.write() as session:
             over = [*others, *finish_samples(session, ends)]
         parents = {one.parent_id for one in over if one.parent_id}
-        over += join_all(self._runtime.registry, self._runtime.artifacts, parents)
+        most = self._runtime.settings.max_stored_bytes
+        over += join_all(self._runtime.registry, self._runtime.artifacts, parents, most)
         metrics.samples_ended(over)
         self._runtime.bus.publish_ends(over)
         return over

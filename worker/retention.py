@@ -15,6 +15,7 @@ from service.registry.database import Registry
 from service.registry.models import old_registrations
 from service.registry.old_rows import delete_old_audit, delete_old_events, delete_old_rejected
 from service.registry.samples import delete_old_samples, unreferenced
+from service.registry.stored_bytes import bytes_ever_taken, enter_count, give_back_bytes, stored_bytes
 from service.registry.tables import IdempotencyKey
 from service.registry.types import utc_now
 from service.shared.artifacts import ArtifactStore
@@ -25,6 +26,11 @@ SWEEP_SECONDS = 60.0
 ROWS_PER_TRANSACTION = 500  # Short transactions keep other writers from waiting for the sweeper.
 # Jobs are not reused beyond `keep_days`. The grace time lets transactions end that began to refer to an old job.
 GRACE = timedelta(hours=1)
+# Samples are deleted early once more than the first share of the quota is taken, until no more than the second is.
+# Those whose clients may be fetching them stay.
+CROWDED, AFTER_CROWDED = 0.9, 0.8
+LEAST_KEPT = timedelta(minutes=10)
+ROWS_PER_ROUND = 100
 PARTIAL_GRACE = timedelta(days=1)  # Storing a file takes less.
 
 # A function that deletes some rows that are older than a time. It is given the time, the most rows to look at, and what
@@ -52,9 +58,10 @@ class Sweeper:
         keep_events_days: float = 0,
         keep_rejected_days: float = 0,
         keep_audit_days: float = 0,
+        max_stored_bytes: int = 0,
     ) -> None:
         self._registry, self._artifacts = registry, artifacts
-        self._keep = timedelta(days=keep_days)
+        self._keep, self._most = timedelta(days=keep_days), max_stored_bytes
         # What is deleted from the registry by an age of its own.
         self._by_age: list[tuple[timedelta, Delete]] = [
             (timedelta(days=keep_events_days), delete_old_events),
@@ -73,12 +80,54 @@ class Sweeper:
             parts += [partial(self._delete_rows_by_age, rows, now - age) for age, rows in self._by_age if age]
             if self._keep:
                 parts.append(partial(self.sweep, now - self._keep - GRACE))
+            if self._most:
+                parts.append(partial(self._count_bytes))
             self._do(parts)
 
     def sweep(self, before: datetime) -> None:
         """Delete what belongs to samples and is older. Raises: SweepError, if some of it could not be deleted."""
         parts = (self._delete_keys, self._delete_registrations, self._delete_samples, self._delete_files)
         self._do(partial(part, before) for part in parts)
+
+    def make_room(self) -> None:
+        """Delete the oldest samples before their time, once nearly all bytes are taken that may be stored.
+
+        This looks at one row, unless there is something to delete. Samples that are kept for ever are not deleted.
+        """
+        if not self._most or not self._keep:
+            return
+        with self._registry.read() as session:
+            left = stored_bytes(session)
+        if left <= CROWDED * self._most:
+            return
+        files = 0
+        while left > AFTER_CROWDED * self._most:
+            with self._registry.write() as session:
+                deleted = delete_old_samples(session, utc_now() - LEAST_KEPT, ROWS_PER_ROUND)
+                unneeded = unreferenced(session, {file for file in deleted if file})
+            if not deleted:
+                break
+            freed = sum(self._remove(file) for file in unneeded)
+            with self._registry.write() as session:
+                give_back_bytes(session, freed)
+            left, files = left - freed, files + len(unneeded)
+        if files:
+            logger.warning(
+                "deleted %d files of samples early, as MAX_STORED_BYTES=%d is nearly used up", files, self._most
+            )
+
+    def _remove(self, file: str) -> int:
+        """Delete a file. Returns its size."""
+        size = self._artifacts.size(file)
+        self._artifacts.remove(file)
+        return size
+
+    def _count_bytes(self) -> None:
+        with self._registry.read() as session:
+            taken_before = bytes_ever_taken(session)
+        counted = self._artifacts.size()
+        with self._registry.write() as session:
+            enter_count(session, counted, taken_before)
 
     def _do(self, parts: Iterable[Callable[[], None]]) -> None:
         """Do all parts. Raises: SweepError, with the errors of those that failed."""
@@ -154,7 +203,7 @@ class Sweeper:
         """Delete rows in batches. Gives the size of each."""
         while True:
             with self._registry.write() as session:
-                count = delete_old_samples(session, before, ROWS_PER_TRANSACTION)
+                count = len(delete_old_samples(session, before, ROWS_PER_TRANSACTION))
             yield count
             if count == 0:
                 return

@@ -6,7 +6,9 @@ import os
 import socket
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from sqlalchemy.orm import Session
 from service.registry.database import Registry, is_away
 from service.registry.jobs import Claim, LeaseLostError, claim, finish, hand_back, next_tuning_jobs, unpublish
 from service.registry.samples import models_sampled_last
-from service.registry.tables import Job, JobState, Model, TuningJob
+from service.registry.tables import Job, JobState, Model, Schedule, TuningJob
 from service.shared.artifacts import ArtifactStore
 from service.shared.job_requests import SampleRequest
 from service.shared.logs import about
@@ -28,7 +30,8 @@ from timetuner_core.models.folder_files import ModelFormatError, folder_hash
 from timetuner_core.models.loading import DiffusionModel, load_builtin, load_folder
 from timetuner_core.models.out_of_memory import is_out_of_memory
 from timetuner_core.pipelines.files import fingerprint, pipeline_hash
-from timetuner_core.sampling.batch_size import largest_useful_size
+from timetuner_core.sampling.batch_size import call_at_sizes, largest_useful_size
+from timetuner_core.sampling.cuda_graphs import CudaGraphs
 from timetuner_core.sampling.generate import Guidance
 from timetuner_core.sampling.same_bits import all_sizes, sizes_without_padding, steady_sizes
 from timetuner_core.tuning.problem import TuningProblem
@@ -41,6 +44,10 @@ from worker.pipeline_sampling import ServedPipeline
 from worker.traces import tuning_ended, tuning_span
 
 logger = logging.getLogger(__name__)
+
+
+# A model, a kind of guidance, whether the scale guides (None: only at some times), and the length of conditions.
+SizesKey = tuple[str, str, bool | None, int | None]
 
 
 class ChangedModelError(Exception):
@@ -61,6 +68,7 @@ class Runtime:
         self.registry = Registry(settings.database_url)
         self.artifacts = ArtifactStore(settings.artifacts_url)
         self.device = pick_device(settings.device)
+        self.dtype = pick_dtype(settings.dtype, self.device)
         self.owner = f"{socket.gethostname()}:{os.getpid()}"
         self.bus = Bus(celery, settings.broker_url)
         self._models: OrderedDict[str, DiffusionModel | ServedPipeline] = (
@@ -68,7 +76,9 @@ class Runtime:
         )  # The model used last is the last.
         self.pipeline_folders = PipelineFolders(settings, self.artifacts)
         self._fingerprints: dict[str, str] = {}  # The state of a pipeline's files whose content was checked, by model.
-        self._sizes: dict[Hashable, tuple[int, ...]] = {}
+        self._sizes: dict[SizesKey, tuple[int, ...]] = {}
+        self._graphs: dict[str, CudaGraphs] = {}  # By model, of loaded ones.
+        self._other_dtype: set[str] = set()  # Schedules of another precision, of which the log has told.
         self.most_rows = settings.part_size  # How many rows are sampled at once of what was sampled last.
         self.give_way: Callable[[], None] = lambda: None  # Tuning calls it to let urgent work go first.
         self._problem: tuple[str, TuningProblem] | None = None
@@ -83,7 +93,9 @@ class Runtime:
                 model = self._load(model_id)
             kept = sum(model.num_bytes for model in self._models.values())
             while self._models and kept + model.num_bytes > self.settings.max_model_bytes:
-                _, dropped = self._models.popitem(last=False)
+                dropped_id, dropped = self._models.popitem(last=False)
+                if self._graphs.pop(dropped_id, None) is not None:  # They are recorded again where sizes are found.
+                    self._sizes = {key: sizes for key, sizes in self._sizes.items() if key[0] != dropped_id}
                 kept -= dropped.num_bytes
             self._models[model_id] = model
             metrics.hold(self._models.values())
@@ -134,15 +146,50 @@ class Runtime:
         if key not in self._sizes:
             if self.settings.same_bits:
                 self._sizes[key] = self._steady_sizes(model_id, guidance, condition_shape)
-            elif self.settings.sample_batch_size == "auto":
-                most = self._useful_size(model_id, guidance, condition_shape)
-                self._sizes[key] = sizes_without_padding(most, self.device)
             else:
-                self._sizes[key] = sizes_without_padding(self.settings.sample_batch_size, self.device)
+                self._sizes[key] = self._find_sizes(model_id, guidance, condition_shape)
         sizes = self._sizes[key]
         is_found = self.settings.sample_batch_size == "auto" and not self.settings.same_bits
         self.most_rows = sizes[-1] if is_found else self.settings.part_size
         return sizes
+
+    def compare_dtype(self, schedule: Schedule, dtype: torch.dtype) -> None:
+        """Log once that a schedule is used in another precision than the one that it was evaluated in."""
+        evaluated_in = schedule.provenance.get("dtype")  # Imported ones, and those of older versions, may not say it.
+        if evaluated_in in (None, name_of(dtype)) or schedule.id in self._other_dtype:
+            return
+        self._other_dtype.add(schedule.id)
+        advice = (
+            "schedule %s was evaluated in %s, and samples in %s here; accepted: DTYPE=%s, or one that is tuned anew"
+        )
+        logger.warning(advice, schedule.id, evaluated_in, name_of(dtype), evaluated_in)
+
+    @property
+    def _records_graphs(self) -> bool:
+        """Whether networks have CUDA graphs. Those that are compiled have their compiler's."""
+        settings = self.settings
+        return self.device.type == "cuda" and settings.cuda_graphs and not settings.compile and not settings.same_bits
+
+    def replaying(self, model_id: str) -> AbstractContextManager[None]:
+        """A context in which the model's network repeats its CUDA graphs, if it has any: tuning calls the network."""
+        graphs = self._graphs.get(model_id)
+        return nullcontext() if graphs is None else graphs.replaying()
+
+    def _find_sizes(
+        self, model_id: str, guidance: Guidance, condition_shape: tuple[int, ...] | None
+    ) -> tuple[int, ...]:
+        """The batch sizes at which such requests run, whatever their bits. Their CUDA graphs are recorded."""
+        model = self.load_model(model_id)
+        graphs = self._graphs.get(model_id)
+        with nullcontext() if graphs is None else graphs.recording():
+            if self.settings.sample_batch_size == "auto":
+                return sizes_without_padding(self._useful_size(model_id, guidance, condition_shape), self.device)
+            sizes = sizes_without_padding(self.settings.sample_batch_size, self.device)
+            if graphs is not None:
+                *_, guided, length = _sizes_key(model_id, guidance, condition_shape)
+                options: Any = {"guided": guided, "condition_length": length}
+                call_at_sizes(model, guidance.type, self.device, sizes[::-1], **options)
+            return sizes
 
     def keep_batch_sizes(
         self, model_id: str, guidance: Guidance, condition_shape: tuple[int, ...] | None, sizes: Sequence[int]
@@ -258,12 +305,14 @@ class Runtime:
             precision: torch.dtype = getattr(torch, row.spec["dtype"])
             pipeline = load_quietly(self.pipeline_folder(row), self.device, precision)
             return ServedPipeline.of(pipeline, row.spec, settings)
-        dtype: torch.dtype = getattr(torch, settings.dtype)
-        options: Any = {"dtype": dtype, "channels_last": settings.channels_last, "compile": settings.compile}
+        options: Any = {"dtype": self.dtype, "channels_last": settings.channels_last, "compile": settings.compile}
         if "builtin" in source:
             model = load_builtin(source["builtin"], self.device, **options)
         else:
             model = load_folder(self._checked_folder(row), self.device, **options)
+        if self._records_graphs:
+            self._graphs[model_id] = graphs = CudaGraphs(model.network)
+            model = replace(model, network=graphs)  # Whoever watches the network's calls is told of each.
         t_start: float | None = row.spec.get("t_start")
         starting = model if t_start is None else model.starting_at(t_start)
         return starting.watched(metrics.NETWORK_EVALUATIONS.labels(model_id).inc)
@@ -312,9 +361,7 @@ def _check_hash(model: Model, found: str, place: str) -> None:
         raise ChangedModelError(f"{message}; accepted: the files as they were, in {place}")
 
 
-def _sizes_key(
-    model_id: str, guidance: Guidance, condition_shape: tuple[int, ...] | None
-) -> tuple[str, str, bool | None, int | None]:
+def _sizes_key(model_id: str, guidance: Guidance, condition_shape: tuple[int, ...] | None) -> SizesKey:
     """What the batch sizes of a request depend on."""
     guided = None if guidance.interval else guidance.guides
     return model_id, guidance.type, guided, condition_shape[0] if condition_shape else None
@@ -325,6 +372,19 @@ def pick_device(name: str) -> torch.device:
     if name != "auto":
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type of a setting that networks run in. `auto` is bfloat16 on a CUDA device that has it, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """A type's name, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _note_end(job_class: type[Job], state: JobState, error: str | None = None) -> None:

@@ -6,6 +6,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from sqlalchemy.orm import Session
 
 from service.registry.jobs import add_event, finish
@@ -19,7 +20,7 @@ from timetuner_core.tuners import PipelineTuner
 from timetuner_core.tuning.problem import TuningState
 from worker.lease import Lease
 from worker.pipeline_tuning import run_pipeline_job
-from worker.runtime import Runtime
+from worker.runtime import Runtime, name_of
 from worker.tuned_sampler import TunedSampler
 from worker.tuning_state import load_state, read_job, store_progress, tune
 from worker.tuning_tasks import tune_by_tasks
@@ -55,7 +56,7 @@ def _store(lease: Lease, sampler: TunedSampler, state: TuningState, result: Eval
     """Store the schedule, its evaluation and the job's end in one transaction."""
     with lease.write() as (session, job):
         assert isinstance(job, TuningJob)
-        schedule = _schedule_row(session, job, sampler.request, state, result)
+        schedule = _schedule_row(session, job, sampler.request, state, result, sampler.experiment.model.dtype)
         session.add(schedule)
         session.flush()
         session.add(_evaluation_row(schedule.id, job, sampler, result))
@@ -65,8 +66,14 @@ def _store(lease: Lease, sampler: TunedSampler, state: TuningState, result: Eval
 
 
 def _schedule_row(
-    session: Session, job: TuningJob, request: TuningJobRequest, state: TuningState, result: Evaluation
+    session: Session,
+    job: TuningJob,
+    request: TuningJobRequest,
+    state: TuningState,
+    result: Evaluation,
+    dtype: torch.dtype,
 ) -> Schedule:
+    """The schedule of a job. Args: dtype: what the network ran in while it was tuned and evaluated."""
     key = request.key()
     private_to = (job.owner or PUBLIC) if request.private else PUBLIC
     return Schedule(
@@ -84,6 +91,7 @@ def _schedule_row(
             "tuner": dataclasses.asdict(request.tuner),
             "seed": request.seed,
             "timetuner": version("timetuner"),
+            "dtype": name_of(dtype),
         },
     )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Protocol, Self, TypeVar
 
 from fastapi import Header
-from sqlalchemy import insert
+from sqlalchemy import delete, insert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -72,6 +72,10 @@ class Once:
         """
         values = {"key": self.key, "request_hash": self.request_hash, "object_id": object_id}
         session.execute(insert(IdempotencyKey).values(values))
+
+    def forget(self, session: Session) -> None:
+        """Have this request be the first one, as what the first one made is gone."""
+        session.execute(delete(IdempotencyKey).where(IdempotencyKey.key == self.key))
 
 
 def make_once(

@@ -72,7 +72,9 @@ def _local(port: int) -> Iterator[Finding]:
         return
     yield _device(settings.device)
     yield from _room(settings.timetuner_home.absolute())
-    yield _database(settings)
+    yield (database := _database(settings))
+    if settings.max_stored_bytes and database.ok:
+        yield _store(settings)
     yield _broker(settings)
     from service.up.announcement import running_url
 
@@ -161,6 +163,20 @@ def _database(settings: "Settings") -> Finding:
         registry.close()
     found = f"{name}: schema {current or 'none'}, newest {newest}"
     return Finding("database", current == newest, found, "timetuner db upgrade")
+
+
+def _store(settings: "Settings") -> Finding:
+    """Check whether there is room under `MAX_STORED_BYTES`. The database is well, or none was made yet."""
+    from service.registry.database import Registry
+    from service.registry.stored_bytes import stored_bytes
+
+    registry, stored = Registry(settings.database_url), 0
+    if not registry.is_sqlite or Path(registry.url.database or "").exists():
+        with registry.read() as session:
+            stored = stored_bytes(session)
+    registry.close()
+    found = f"{_gigabytes(stored)} of {_gigabytes(settings.max_stored_bytes)} (MAX_STORED_BYTES) are taken"
+    return Finding("store", stored < settings.max_stored_bytes, found, "delete models, or raise MAX_STORED_BYTES")
 
 
 def _broker(settings: "Settings") -> Finding:

@@ -157,6 +157,16 @@ class NotInstalledError(ServiceError):
     )
 
 
+class StoreFullError(ServiceError):
+    """What a request would store has no room under the operator's limit."""
+
+    status = HTTPStatus.INSUFFICIENT_STORAGE
+    example = (
+        "6291456 bytes are needed, and 1072693248 of MAX_STORED_BYTES=1073741824 are taken; accepted: up to 1048576 "
+        "bytes, or more once samples or models are deleted (they are counted every minute)"
+    )
+
+
 class DeadlineError(ServiceError):
     """A request whose deadline passed before a worker was free."""
 

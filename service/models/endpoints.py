@@ -19,6 +19,7 @@ from service.http.errors import (
     InvalidError,
     JobFailedError,
     NotFoundError,
+    StoreFullError,
     TooLargeError,
     UnsupportedMediaTypeError,
     error_responses,
@@ -173,7 +174,13 @@ def _choice(form: FormData, field: str, default: str, accepted: tuple[str, ...])
         200: {"model": ModelOut, "description": "The same content was registered before."},
         202: {"model": ModelRegistrationOut, "description": "Accepted; follow its `Location`."},
         **error_responses(
-            UnsupportedMediaTypeError, TooLargeError, InvalidError, NotFoundError, ConflictError, JobFailedError
+            UnsupportedMediaTypeError,
+            TooLargeError,
+            InvalidError,
+            NotFoundError,
+            ConflictError,
+            JobFailedError,
+            StoreFullError,
         ),
     },
 )

@@ -18,7 +18,7 @@ from ulid import ULID
 from service.access.callers import Caller
 from service.access.idempotency import Once, make_once
 from service.access.visibility import is_visible, may_see, visible_model, visible_models, visible_registration
-from service.http.errors import ConflictError, InvalidError, NotFoundError, TooManyRequestsError
+from service.http.errors import ConflictError, InvalidError, NotFoundError, StoreFullError, TooManyRequestsError
 from service.http.fields import newest_first
 from service.models.archive import LOC, Kind, unpack
 from service.models.registrations import find_handed_in, refusal_of
@@ -27,6 +27,7 @@ from service.registry.database import Registry
 from service.registry.jobs import count_queued
 from service.registry.keys import Scope
 from service.registry.models import find_model, open_registration, why_not_ready
+from service.registry.stored_bytes import NoRoomError, take_bytes
 from service.registry.tables import (
     FINAL_STATES,
     Model,
@@ -125,7 +126,7 @@ def hand_in_archive(
         kind: what it is read as. dtype: that a pipeline is loaded in; `auto` is that of its denoiser's files.
 
     Raises:
-        InvalidError, TooLargeError, TooManyRequestsError, ConflictError: nothing was kept.
+        InvalidError, TooLargeError, TooManyRequestsError, ConflictError, StoreFullError: nothing was kept.
         NotFoundError: what the same request made before has been deleted.
     """
     private_to = caller.private_to(private)
@@ -146,6 +147,7 @@ def hand_in_archive(
                 return HandedIn(found, False, once, ignored_files)
             _check_room(session, settings.max_queued_jobs)
         key = f"models/{ULID()}"  # The key is new, because the same content may be deleted at this moment.
+        _take_room(registry, staging, settings.max_stored_bytes)
         artifacts.put_folder(key, staging)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -167,6 +169,16 @@ def hand_in_archive(
         artifacts.remove(key)
         raise
     return HandedIn(registration, True, once, ignored_files)
+
+
+def _take_room(registry: Registry, folder: Path, most: int) -> None:
+    """Count the bytes of a folder that is about to be stored. Raises: StoreFullError, if there is no room for it."""
+    needed = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    try:
+        with registry.write() as session:
+            take_bytes(session, needed, most)
+    except NoRoomError as error:
+        raise StoreFullError(error.text, LOC, needed) from None
 
 
 def _checked_network(folder: Path) -> tuple[dict[str, Any], str]:

@@ -8,12 +8,12 @@ from functools import cache
 from typing import Any
 
 from sqlalchemy import (
-    CTE,
     ColumnElement,
     Connection,
     Float,
     Row,
     Select,
+    String,
     Table,
     and_,
     bindparam,
@@ -22,8 +22,10 @@ from sqlalchemy import (
     exists,
     func,
     insert,
+    literal,
     or_,
     select,
+    true,
     update,
 )
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
@@ -86,57 +88,52 @@ _ROWS: Table = SampleJob.__table__  # type: ignore[assignment]
 
 
 _WAITS = (SampleJob.state == JobState.QUEUED) & (SampleJob.num_parts == 0)
-_URGENCY = case((SampleJob.created_at < bindparam("aged_since"), 0), else_=SampleJob.priority)
 _HELD = SampleJob.model_id.in_(bindparam("models", expanding=True))
-_BY_MODEL = case((_HELD, 0), (SampleJob.created_at < bindparam("impatient_since"), 0), else_=1)
+_PREFERRED = or_(_HELD, SampleJob.created_at < bindparam("impatient_since"))
 _OWNER = func.coalesce(SampleJob.owner, "")
 
 
-def _next_jobs_of_flows() -> Select[Any]:
-    """The next jobs, by urgency, whether their model is held, fairness among flows, and age.
+def _after(column: InstrumentedAttribute[Any], before: ColumnElement[Any] | None = None) -> ColumnElement[Any]:
+    """The least value of queued jobs, beyond another one if that is given. It is read off an index."""
+    least = select(func.min(column)).where(SampleJob.state == JobState.QUEUED)
+    return (least if before is None else least.where(column > before)).scalar_subquery()
 
-    A flow is what one key asked for at one priority. Flows take turns by images: a job's place is the number of images
-    of its flow that are being sampled or queued before it. Among equals the flow goes first whose last job was begun
-    the longest ago. PostgreSQL locks no rows of a query with window functions, so these are in a subquery.
+
+def _flows() -> Select[Any]:
+    """What one key asked for at one priority is a flow: all flows that queued jobs may be of. The queue is not read.
+
+    Each has its `owner`, "" for none, and `priority`; `images`, the number that is being sampled; and `last_begun`,
+    when its last job was begun, None if none was. There are pairs of owner and priority that no queued job has.
     """
-    images = func.sum(SampleJob.num_images)
-    before = images.over(partition_by=(_OWNER, SampleJob.priority), order_by=(_URGENCY, _BY_MODEL, SampleJob.id))
-    queued = select(
-        SampleJob.id,
-        _OWNER.label("owner"),
-        SampleJob.priority,
-        _URGENCY.label("urgency"),
-        _BY_MODEL.label("by_model"),
-        (before - SampleJob.num_images).label("images_before"),
-    )
-    queued_jobs = queued.where(_WAITS).cte("queued")
-    running = select(_OWNER.label("owner"), SampleJob.priority, images.label("images"))
+    owners = select(literal("", String).label("owner")).cte("owner", recursive=True)
+    owners = owners.union_all(select(_after(SampleJob.owner, owners.c.owner)).where(owners.c.owner.is_not(None)))
+    priorities = select(_after(SampleJob.priority).label("priority")).cte("priority", recursive=True)
+    next_priority = _after(SampleJob.priority, priorities.c.priority)
+    priorities = priorities.union_all(select(next_priority).where(priorities.c.priority.is_not(None)))
+    pairs = select(owners.c.owner, priorities.c.priority).join(priorities, true())
+    flow = pairs.where(owners.c.owner.is_not(None), priorities.c.priority.is_not(None)).cte("flow")
+    running = select(_OWNER.label("owner"), SampleJob.priority, func.sum(SampleJob.num_images).label("images"))
     running = running.where(SampleJob.state == JobState.RUNNING, SampleJob.num_parts == 0)
     at_work = running.group_by(_OWNER, SampleJob.priority).cte("running")
-    flow = select(queued_jobs.c.owner, queued_jobs.c.priority).distinct().cte("flow")
     begun = aliased(SampleJob)
-    last = select(func.max(begun.started_at)).where(begun.priority == flow.c.priority)
+    last = select(begun.started_at).where(begun.priority == flow.c.priority, begun.started_at.is_not(None))
+    last = last.order_by(begun.started_at.desc()).limit(1)  # SQLite would look for the greatest among all of no owner.
     last_begun = case(
         (flow.c.owner == "", last.where(begun.owner.is_(None)).scalar_subquery()),
         else_=last.where(begun.owner == flow.c.owner).scalar_subquery(),
     )
-    # SQLite would look for the last job of a flow once for each of its jobs.
-    flows = select(flow, last_begun.label("last_begun")).cte("flows").prefix_with("MATERIALIZED")
+    is_same = and_(at_work.c.owner == flow.c.owner, at_work.c.priority == flow.c.priority)
+    flows = select(flow, func.coalesce(at_work.c.images, 0).label("images"), last_begun.label("last_begun"))
+    return flows.outerjoin(at_work, is_same)
 
-    def same_flow(other: CTE) -> ColumnElement[bool]:
-        return and_(other.c.owner == queued_jobs.c.owner, other.c.priority == queued_jobs.c.priority)
 
-    jobs = select(_ROWS).join(queued_jobs, queued_jobs.c.id == _ROWS.c.id).join(flows, same_flow(flows))
-    ordered = jobs.outerjoin(at_work, same_flow(at_work)).order_by(
-        queued_jobs.c.urgency,
-        queued_jobs.c.by_model,
-        queued_jobs.c.images_before + func.coalesce(at_work.c.images, 0),
-        flows.c.last_begun.is_not(None),
-        flows.c.last_begun,
-        queued_jobs.c.id,
-    )
-    # A row that another worker has claimed meanwhile is read again when it is locked.
-    return ordered.where(_ROWS.c.state == JobState.QUEUED)
+def _head_of_flow(is_owned: bool, is_preferred: bool) -> Select[str, int, datetime]:
+    """The oldest `most` queued jobs of an owner and a priority that are preferred, or those that are not."""
+    of_owner = SampleJob.owner == bindparam("of_owner") if is_owned else SampleJob.owner.is_(None)
+    jobs = select(SampleJob.id, SampleJob.num_images, SampleJob.created_at)
+    jobs = jobs.where(_WAITS, of_owner, SampleJob.priority == bindparam("of_priority"))
+    jobs = jobs.where(_PREFERRED if is_preferred else ~_PREFERRED)
+    return jobs.order_by(SampleJob.id).limit(bindparam("most"))
 
 
 def _first(jobs: Select[Any]) -> Select[Any]:
@@ -165,10 +162,11 @@ def _several_flows() -> Select[Any]:
 # Statements are made once: a worker claims every few steps, and making a statement takes longer than running it.
 _SEVERAL_FLOWS = _several_flows()
 # Jobs of one flow have one priority, so that those which have aged are just the oldest. An index has them in order.
-_PREFERRED = or_(_HELD, SampleJob.created_at < bindparam("impatient_since"))
 _OF_ONE_FLOW = select(_ROWS).where(_WAITS).order_by(SampleJob.priority, SampleJob.id)
 _NEXT_PREFERRED, _NEXT_OTHERS = _first(_OF_ONE_FLOW.where(_PREFERRED)), _first(_OF_ONE_FLOW.where(~_PREFERRED))
-_NEXT_OF_FLOWS = _first(_next_jobs_of_flows())  # It gives the same where there is one flow, in many times the time.
+_FLOWS = _flows()
+_HEADS = {(owned, preferred): _head_of_flow(owned, preferred) for owned in (True, False) for preferred in (True, False)}
+_LOCK_IF_FREE = select(_ROWS).where(_ROWS.c.id.in_(bindparam("ids", expanding=True))).with_for_update(skip_locked=True)
 _ADD = insert(_ROWS)
 _CLAIM = (
     update(_ROWS)
@@ -219,7 +217,7 @@ def claim_samples(
         "aged_since": now - timedelta(seconds=AGEING_SECONDS),
     }
     connection = session.connection()
-    candidates = _candidates(connection, parameters)
+    candidates, are_more = _candidates(connection, parameters)
     allowed = set(models)
     taken: list[SampleJob] = []
     late: list[SampleJob] = []
@@ -240,7 +238,7 @@ def claim_samples(
         values = {"ids": [job.id for job in taken], "by": owner, "seconds": lease_seconds, "now": now}
         session.connection().execute(_CLAIM, values)
     claims = [SampleClaim(SampleJob, job.id, job.fencing_token + 1, job.request_id, job) for job in taken]
-    more = len(taken) + len(late) < len(candidates) or len(candidates) == most
+    more = len(taken) + len(late) < len(candidates) or are_more
     return claims, [ended(job, job.state, error=job.error) for job in late], more
 
 
@@ -386,13 +384,56 @@ def samples_wait(session: Session) -> bool:
     return bool(session.scalar(_WAITING))
 
 
-def _candidates(connection: Connection, parameters: dict[str, Any]) -> Sequence[Any]:
-    """The rows of the next jobs in order, `most` of them if there are as many. They are locked."""
+def _candidates(connection: Connection, parameters: dict[str, Any]) -> tuple[Sequence[Any], bool]:
+    """The rows of the next jobs in order, up to `most`, and whether there may be more. They are locked."""
+    most = parameters["most"]
     if connection.scalar(_SEVERAL_FLOWS):
-        return connection.execute(_NEXT_OF_FLOWS, parameters).all()
-    preferred = connection.execute(_NEXT_PREFERRED, parameters).all()
-    missing = parameters["most"] - len(preferred)
-    return [*preferred, *(connection.execute(_NEXT_OTHERS, parameters | {"most": missing}).all() if missing else [])]
+        ids = _next_of_flows(connection, parameters)
+        rows = _lock_first(connection, ids, most)
+        return rows, len(rows) == most or len(rows) < len(ids)
+    rows = [*connection.execute(_NEXT_PREFERRED, parameters)]
+    if missing := most - len(rows):
+        rows += connection.execute(_NEXT_OTHERS, parameters | {"most": missing})
+    return rows, len(rows) == most
+
+
+def _next_of_flows(connection: Connection, parameters: dict[str, Any]) -> list[str]:
+    """The ids of the next jobs by urgency, whether their model is held, fairness among flows, and age.
+
+    Flows take turns by images: a job's place is the number of images of its flow that are being sampled or queued
+    before it. Among equals the flow goes first whose last job was begun the longest ago. Of each flow, the first `most`
+    jobs are read, as no more can be claimed.
+    """
+    places = []
+    for flow in connection.execute(_FLOWS).all():
+        images, begun = flow.images, (flow.last_begun is not None, flow.last_begun or 0)
+        for urgency, is_other, job in _head(connection, flow, parameters):
+            places.append((urgency, is_other, images, begun, job.id))
+            images += job.num_images
+    return [place[-1] for place in sorted(places)]
+
+
+def _head(connection: Connection, flow: Row[Any], parameters: dict[str, Any]) -> list[tuple[int, bool, Any]]:
+    """The first jobs of a flow in its order: each with its urgency, and whether it is not preferred."""
+    values = parameters | {"of_owner": flow.owner, "of_priority": flow.priority}
+    found: list[tuple[bool, Any]] = [(False, job) for job in connection.execute(_HEADS[flow.owner != "", True], values)]
+    if missing := parameters["most"] - len(found):
+        others = connection.execute(_HEADS[flow.owner != "", False], values | {"most": missing})
+        found += [(True, job) for job in others]
+    aged_since = parameters["aged_since"]
+    jobs = [(0 if job.created_at < aged_since else flow.priority, is_other, job) for is_other, job in found]
+    return sorted(jobs, key=lambda one: (*one[:2], one[2].id))
+
+
+def _lock_first(connection: Connection, ids: Sequence[str], most: int) -> list[Any]:
+    """The rows of the first `most` of these jobs that no other worker has locked or claimed. They are locked."""
+    rows: list[Any] = []
+    while ids and len(rows) < most:
+        next_ids, ids = ids[: most - len(rows)], ids[most - len(rows) :]
+        found = {row.id: row for row in connection.execute(_LOCK_IF_FREE, {"ids": next_ids})}
+        # A row that another worker has claimed meanwhile was read again when it was locked.
+        rows += [found[job_id] for job_id in next_ids if job_id in found and found[job_id].state == JobState.QUEUED]
+    return rows
 
 
 def models_sampled_last(session: Session, count: int) -> list[tuple[str, dict[str, Any]]]:
@@ -410,8 +451,12 @@ def models_sampled_last(session: Session, count: int) -> list[tuple[str, dict[st
     return [(model_id, job.request) for model_id, job in last.items() if job.state == JobState.SUCCEEDED][:count]
 
 
-def delete_old_samples(session: Session, before: datetime, limit: int) -> int:
-    """Delete up to `limit` rows of requests that ended before a time, and their parts. Returns the number of rows."""
+def delete_old_samples(session: Session, before: datetime, limit: int) -> Sequence[str | None]:
+    """Delete up to `limit` rows of the oldest requests that ended before a time, and their parts.
+
+    Returns:
+        For each deleted row its file, or None. Rows that are left may refer to the same file.
+    """
     whole, part = aliased(SampleJob), aliased(SampleJob)
     over = whole.state.in_(FINAL_STATES), whole.finished_at < before, whole.parent_id.is_(None)
     # Ids rise with time, so the oldest rows come first.
@@ -419,10 +464,8 @@ def delete_old_samples(session: Session, before: datetime, limit: int) -> int:
     ids = list(session.scalars(old))
     parts = session.scalars(select(part.id).where(part.parent_id.in_(ids), part.state.in_(FINAL_STATES)).limit(limit))
     deleted = [*parts] or ids  # Parts go first, as they refer to the whole.
-    session.execute(
-        delete(SampleJob).where(SampleJob.id.in_(deleted)), execution_options={"synchronize_session": False}
-    )
-    return len(deleted)
+    gone = delete(SampleJob).where(SampleJob.id.in_(deleted)).returning(SampleJob.artifact)
+    return session.scalars(gone, execution_options={"synchronize_session": False}).all()
 
 
 def unreferenced(session: Session, artifacts: Collection[str]) -> set[str]:

@@ -445,7 +445,7 @@ class SampleJob(Job):
         Index(None, "state", "priority", "id"),
         Index(None, "owner", "priority", "started_at"),
         Index(None, "owner", "id"),
-        Index(None, "state", "owner"),
+        Index(None, "state", "owner", "priority", "id"),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: new_id("smp"))
@@ -524,6 +524,21 @@ class RegistryChanges(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     number: Mapped[int] = mapped_column(BigInteger, default=0)
+
+
+class StoredBytes(Base):
+    """One row: the bytes of all artifacts. Nothing counts them while there is no quota.
+
+    Attributes:
+        number: the bytes that are stored, as they were counted last, and those that were taken since.
+        taken: the bytes that were ever taken. It only grows.
+    """
+
+    __tablename__ = "stored_bytes"
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    number: Mapped[int] = mapped_column(BigInteger, default=0)
+    taken: Mapped[int] = mapped_column(BigInteger, default=0)
 
 
 class IdempotencyKey(Base):

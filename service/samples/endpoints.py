@@ -17,6 +17,7 @@ from service.http.errors import (
     JobFailedError,
     NotAcceptableError,
     NotFoundError,
+    StoreFullError,
     TooLargeError,
     TooManyRequestsError,
     UnsupportedMediaTypeError,
@@ -74,6 +75,7 @@ CONTENT: dict[int | str, dict[str, Any]] = {
             TooManyRequestsError,
             JobFailedError,
             DeadlineError,
+            StoreFullError,
         ),
     },
 )

@@ -2,21 +2,23 @@
 
 import hashlib
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
 from service.access.callers import ANYBODY, Caller, quota_error, record_all
 from service.access.idempotency import Once
-from service.http.errors import ServiceError
+from service.http.errors import ServiceError, StoreFullError
 from service.registry.database import Registry
 from service.registry.keys import charge
 from service.registry.samples import add_samples
+from service.registry.stored_bytes import quota_text, stored_bytes
 from service.registry.tables import JobState, SampleJob, Webhook
 from service.registry.types import utc_now
 from service.request_checks import OF_PIPELINES, check_uncond, check_webhook, settled
@@ -31,11 +33,19 @@ from service.samples.checks import (
 )
 from service.samples.content import negotiate
 from service.samples.parts import split_into_parts
+from service.shared.artifacts import bytes_of_rows
 from service.shared.job_requests import OWN_SAMPLER, SampleRequest
 from service.shared.settings import Settings
 
 # Fields that do not affect the images. The ids of the model and the schedule enter the hash beside the request.
 NOT_HASHED = {"model", "schedule", "deadline_seconds", "previews", "webhook_url"}
+
+
+class Cost(NamedTuple):
+    """What a job takes: of its key's quota, and of the store."""
+
+    pixel_steps: int
+    stored_bytes: int
 
 
 @dataclass(frozen=True)
@@ -62,10 +72,11 @@ def submit_all(
     Images that were sampled before are reused: such a job succeeds at once.
 
     Returns:
-        For each request its job, or its refusal: InvalidError, TooLargeError, NotAcceptableError, KeyLimitError.
+        For each request its job, or its refusal: InvalidError, TooLargeError, NotAcceptableError, KeyLimitError,
+        StoreFullError.
     """
     outcomes: list[SampleJob | ServiceError] = []
-    costs: dict[str, int] = {}
+    costs: dict[str, Cost] = {}
     with registry.write() as session:
         catalog.refresh(session)
         for submission in submissions:
@@ -77,6 +88,7 @@ def submit_all(
             except ServiceError as refusal:
                 outcomes.append(refusal)
         _reuse(session, [job for _, job in _new(submissions, outcomes)], settings.keep_samples_days)
+        _check_room(session, settings, costs, submissions, outcomes)
         _charge(session, costs, submissions, outcomes)
         new = _new(submissions, outcomes)
         parts = [part for _, job in new for part in split_into_parts(job, settings.part_size)]
@@ -92,8 +104,12 @@ def submit_all(
 
 def _made_before(session: Session, submission: Submission) -> SampleJob | None:
     """The job that a request with the same key made before. Raises: ConflictError, if that request was another."""
-    job_id = submission.once and submission.once.found(session)
-    return session.get(SampleJob, job_id) if job_id else None
+    if submission.once is None or (job_id := submission.once.found(session)) is None:
+        return None
+    job = session.get(SampleJob, job_id)
+    if job is None:  # Its samples were deleted early, to make room.
+        submission.once.forget(session)
+    return job
 
 
 def _new(
@@ -104,7 +120,7 @@ def _new(
     return [(sub, job) for sub, job in pairs if isinstance(job, SampleJob) and job.id == sub.job_id]
 
 
-def _make_job(session: Session, settings: Settings, catalog: Catalog, submission: Submission) -> tuple[SampleJob, int]:
+def _make_job(session: Session, settings: Settings, catalog: Catalog, submission: Submission) -> tuple[SampleJob, Cost]:
     """A request's job, and what it costs."""
     given = submission.request
     model = catalog.model(session, submission.caller, given.model)
@@ -137,7 +153,12 @@ def _make_job(session: Session, settings: Settings, catalog: Catalog, submission
         traceparent=submission.traceparent,
         request_id=submission.caller.request_id,
     )
-    return job, cost
+    return job, Cost(cost, _stored_size(request.num_images, math.prod(shape_of(request, model)), settings.part_size))
+
+
+def _stored_size(num_images: int, values: int, part_size: int) -> int:
+    """The bytes that a job's images take in the store. Parts are kept beside the file that they are joined in."""
+    return bytes_of_rows(num_images, 4 * values) * (1 if num_images <= part_size else 2)
 
 
 def _hash(model_id: str, schedule_id: str | None, request: dict[str, Any]) -> str:
@@ -174,9 +195,30 @@ def _reuse(session: Session, jobs: Sequence[SampleJob], keep_days: float) -> Non
             job.state, job.progress, job.finished_at = JobState.SUCCEEDED, 1.0, utc_now()
 
 
+def _check_room(
+    session: Session,
+    settings: Settings,
+    cost_of: Mapping[str, Cost],
+    submissions: Sequence[Submission],
+    outcomes: list[SampleJob | ServiceError],
+) -> None:
+    """Replace new jobs by their refusals whose images have no room in the store. Workers count them when they store."""
+    most = settings.max_stored_bytes
+    if not most:
+        return
+    stored = stored_bytes(session)
+    for i, job in enumerate(outcomes):
+        if isinstance(job, SampleJob) and job.id == submissions[i].job_id and job.state != JobState.SUCCEEDED:
+            needed = cost_of[job.id].stored_bytes
+            if stored + needed <= most:
+                stored += needed
+            else:
+                outcomes[i] = StoreFullError(quota_text(stored, needed, most), ("body", "num_images"), job.num_images)
+
+
 def _charge(
     session: Session,
-    cost_of: Mapping[str, int],
+    cost_of: Mapping[str, Cost],
     submissions: Sequence[Submission],
     outcomes: list[SampleJob | ServiceError],
 ) -> None:
@@ -188,7 +230,7 @@ def _charge(
         if new and key is not None and key.pixel_steps_per_day is not None:
             limited[key.id].append(i)
     for key_id, indices in sorted(limited.items()):
-        costs = [cost_of[submissions[i].job_id] for i in indices]
+        costs = [cost_of[submissions[i].job_id].pixel_steps for i in indices]
         for i, cost, left in zip(indices, costs, charge(session, key_id, costs), strict=True):
             key = submissions[i].caller.key
             if left is not None and key is not None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -22,10 +23,16 @@ if TYPE_CHECKING:
 # A file of samples is a `.npy` file, and behind the array the digests of its header and of each row, and a mark.
 DIGEST_BYTES = 16
 DIGESTS_END_HERE = b"TTSUMS1\n"
+MAX_HEADER_BYTES = 256
 
 
 class DamagedArtifactError(Exception):
     """A file is missing or cut off, or its content is not what was stored."""
+
+
+def bytes_of_rows(num_rows: int, row_bytes: int) -> int:
+    """How large a file of samples is at most."""
+    return num_rows * row_bytes + (1 + num_rows) * DIGEST_BYTES + len(DIGESTS_END_HERE) + MAX_HEADER_BYTES
 
 
 class ArtifactStore:
@@ -131,6 +138,14 @@ class ArtifactStore:
             return []
         return [key for key in self.files("partial") if self.fs.modified(self._path(key)) < before]
 
+    def size(self, key: str = "") -> int:
+        """The bytes of a file, of all files of a folder, or, without a key, of all. 0 of what is not there."""
+        self.fs.invalidate_cache()
+        path = self._path(key).rstrip("/")
+        if not self._is_local:
+            return int(self.fs.du(path)) if self.fs.exists(path) else 0
+        return sum(_sizes(path))
+
     def remove(self, key: str) -> None:
         self._remove(self._path(key))
 
@@ -152,6 +167,22 @@ class ArtifactStore:
 
     def _path(self, key: str) -> str:
         return f"{self.root}/{key}"
+
+
+def _sizes(path: str) -> Iterator[int]:
+    """The size of each file of a folder, at any depth, or of the one file. Files that go meanwhile are left out."""
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    yield from _sizes(entry.path)
+                else:
+                    with suppress(FileNotFoundError):
+                        yield entry.stat(follow_symlinks=False).st_size
+    except NotADirectoryError:
+        yield os.stat(path).st_size
+    except FileNotFoundError:
+        return
 
 
 def _flush_to_disk(path: Path) -> None:

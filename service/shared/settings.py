@@ -50,9 +50,11 @@ class Settings(BaseSettings):
         "127.0.0.1"  # Proxies whose headers say who asks: addresses and networks by commas, or *.
     )
     device: str = Field("auto", pattern=f"^({DEVICE})$")
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # The type of networks. Samples stay float32.
+    # The type of networks; samples stay float32. `auto` is bfloat16 on a CUDA device that has it, else float32.
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     channels_last: bool = False
     compile: bool = False  # Networks are compiled by torch.compile.
+    cuda_graphs: bool = False  # On CUDA, sampling repeats recorded calls of networks that are not compiled.
 
     models_dir: Annotated[Path | None, BeforeValidator(lambda path: path or None)] = (
         None  # Pipelines below this folder may be registered by their paths.
@@ -89,6 +91,9 @@ class Settings(BaseSettings):
     keep_events_days: float = Field(0.0, ge=0)
     keep_rejected_days: float = Field(0.0, ge=0)
     keep_audit_days: float = Field(0.0, ge=0)
+    # Models and samples may have so many bytes together; 0 sets no limit. While most of it is taken, the oldest samples
+    # are deleted before their time, unless they are kept for ever.
+    max_stored_bytes: int = Field(0, ge=0)
     save_seconds: float = Field(1.0, gt=0)  # A killed worker loses at most this much of a tuning job.
 
     webhook_secret: str = Field("", pattern=r"^(whsec_[A-Za-z0-9+/]{32,}=*)?$")  # Webhooks are signed with it.

@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import text
 
 from service.registry.database import Registry
+from service.registry.stored_bytes import take_bytes
 from tests.cli.conftest import Run
 from tests.registry.conftest import registry  # noqa: F401
 from tests.stack import free_port
@@ -73,6 +74,12 @@ def test_an_old_schema_is_found(
     assert timetuner("db", "upgrade", "--json", DATABASE_URL=url).code == 0
     _, findings = examine(timetuner, tmp_path, DATABASE_URL=url)
     assert findings["database"]["ok"]
+    with registry.write() as session:
+        take_bytes(session, 2**30, 2**31)
+    _, findings = examine(timetuner, tmp_path, DATABASE_URL=url, MAX_STORED_BYTES=str(2**31))
+    assert (findings["store"]["ok"], findings["store"]["found"][:18]) == (True, "1.0 GiB of 2.0 GiB")
+    _, findings = examine(timetuner, tmp_path, DATABASE_URL=url, MAX_STORED_BYTES=str(2**30))
+    assert not findings["store"]["ok"]
     with registry.write() as session:
         session.execute(text("UPDATE alembic_version SET version_num = '0007'"))
     _, findings = examine(timetuner, tmp_path, DATABASE_URL=url)

@@ -1,9 +1,11 @@
 """Sampling jobs: taken many at a time by order of urgency, each by one worker; late ones dropped; parts joined."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
+from itertools import takewhile
+from random import Random
 from threading import Barrier
 from typing import Any
 
@@ -239,6 +241,109 @@ def test_a_long_queue_of_one_key_is_read_in_the_order_of_an_index(registry: Regi
         plans = [Plan(registry, *statement) for statement in sent]
         assert len(plans) >= 2
         assert not any(plan.sorts or plan.whole_tables for plan in plans)
+
+
+def instructions(registry: Registry, statements: list[tuple[str, Any]]) -> int:
+    """How many instructions SQLite takes for statements, in units of ten."""
+    count = 0
+
+    def counting() -> int:
+        nonlocal count
+        count += 1
+        return 0
+
+    with registry.engine.connect() as connection:
+        sqlite: Any = connection.connection.driver_connection
+        sqlite.set_progress_handler(counting, 10)
+        for statement, parameters in statements:
+            sqlite.execute(statement, parameters).fetchall()
+        sqlite.set_progress_handler(None, 0)
+    return count
+
+
+def test_of_a_long_queue_of_several_keys_a_claim_reads_the_first_jobs_of_each(
+    registry: Registry, model_id: str
+) -> None:
+    """Else each claim would read and rank all: of 10,000 jobs it took eight times as long as of 1,000."""
+    common = {"model_id": model_id, "request": {}, "request_hash": "", "num_images": 1, "state": JobState.QUEUED}
+    counts = []
+    for first, end in ((0, 300), (300, 3000)):
+        rows = [common | {"id": f"smp_{k:05d}", "owner": (None, "key_a", "key_b")[k % 3]} for k in range(first, end)]
+        with registry.write() as session:
+            session.execute(insert(SampleJob), rows)
+        with registry.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(text("ANALYZE"))
+        with statements_of(registry) as sent, registry.write() as session:
+            claims, _, more = claim_samples(session, "w", LEASE_SECONDS, 24, [model_id], only_these=False)
+            session.rollback()
+        assert ([claim.job_id for claim in claims], more) == ([f"smp_{k:05d}" for k in range(24)], True)
+        if registry.is_sqlite:
+            counts.append(instructions(registry, sent))
+        else:
+            heads = [statement for statement in sent if "num_images, sample_jobs.created_at" in statement[0]]
+            assert len(heads) == 3
+            assert not any(plan.sorts or plan.whole_tables for plan in (Plan(registry, *head) for head in heads))
+    assert not counts or counts[1] <= 1.1 * counts[0]
+
+
+def by_the_rule(jobs: Sequence[SampleJob], models: Collection[str], now: datetime) -> list[str]:
+    """The ids of the queued jobs by turns, as docs/serving.md tells it, from all rows."""
+
+    def urgency(job: SampleJob) -> int:
+        return 0 if now - job.created_at > timedelta(seconds=AGEING_SECONDS) else job.priority
+
+    def is_other(job: SampleJob) -> bool:
+        is_impatient = now - job.created_at > timedelta(seconds=PATIENCE_SECONDS)
+        return bool(models) and job.model_id not in models and not is_impatient
+
+    places = {}
+    for owner, priority in {(job.owner, job.priority) for job in jobs}:
+        flow = [job for job in jobs if (job.owner, job.priority) == (owner, priority)]
+        images = sum(job.num_images for job in flow if job.state == JobState.RUNNING)
+        begun = [job.started_at.timestamp() for job in flow if job.started_at is not None]
+        queued = [job for job in flow if job.state == JobState.QUEUED]
+        for job in sorted(queued, key=lambda job: (urgency(job), is_other(job), job.id)):
+            places[job.id] = (urgency(job), is_other(job), images, max(begun, default=0.0), job.id)
+            images += job.num_images
+    return sorted(places, key=lambda job_id: places[job_id])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_jobs_that_are_claimed_are_the_first_by_the_rule_of_turns(
+    registry: Registry, model_id: str, other_model: str, seed: int
+) -> None:
+    draw, now, models = Random(seed), utc_now(), [model_id] if seed % 2 else []
+    ages = sorted((draw.choice((0.0, 10.0, 100.0)) + k / 1000 for k in range(120)), reverse=True)
+    jobs = [
+        SampleJob(
+            id=f"smp_{k:03d}",
+            owner=draw.choice((None, "key_a", "key_b", "key_c")),
+            priority=draw.choice((0, 0, 1)),
+            model_id=draw.choice((model_id, other_model)) if models else model_id,
+            num_images=draw.choice((1, 2, 5)),
+            num_parts=0,
+            state=draw.choice((JobState.QUEUED,) * 5 + (JobState.RUNNING, JobState.SUCCEEDED)),
+            created_at=now - timedelta(seconds=age),
+            request={},
+            request_hash="",
+        )
+        for k, age in enumerate(ages)
+    ]
+    for k, job in enumerate(jobs):
+        if job.state != JobState.QUEUED:
+            job.started_at = now - timedelta(seconds=k)
+    with registry.write() as session:
+        session.add_all(jobs)
+    expected = by_the_rule(jobs, models, now)
+    found: list[str] = []
+    room = sum(job.num_images for job in jobs if job.id in expected[:8])
+    with registry.write() as session:
+        claims, _, _ = claim_samples(session, "w", LEASE_SECONDS, room, models, only_these=False)
+        found = [claim.job_id for claim in claims]
+    of_model = {job.id: job.model_id for job in jobs}
+    allowed = list(takewhile(lambda job_id: not models or of_model[job_id] in models, expected[:8]))
+    assert found[: len(allowed)] == allowed
+    assert found[:1] == expected[:1]
 
 
 def test_keys_take_turns_however_many_jobs_one_of_them_has(registry: Registry, add: Callable[..., str]) -> None:

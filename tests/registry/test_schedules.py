@@ -108,7 +108,7 @@ def statements_of(registry: Registry) -> Iterator[list[tuple[str, Any]]]:
     sent: list[tuple[str, Any]] = []
 
     def keep(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
-        if statement.startswith("SELECT"):
+        if statement.startswith(("SELECT", "WITH")):
             sent.append((statement, parameters))
 
     event.listen(registry.engine, "before_cursor_execute", keep)

@@ -156,7 +156,7 @@ def test_the_openapi_document_has_the_metrics_as_text(api: TestClient) -> None:
 
 def test_documents_and_the_autoscaling_example_name_the_metrics_there_are(registry: Registry) -> None:  # noqa: F811
     admission = Admission(registry, max_jobs=10, max_seconds=10)
-    families = [*Metrics().registry.collect(), *QueueCollector(registry, admission).collect(), *REGISTRY.collect()]
+    families = [*Metrics().registry.collect(), *QueueCollector(registry, admission, 1).collect(), *REGISTRY.collect()]
     exported = {"timetuner_sampling_images_per_second"}
     exported |= {f"{f.name}_total" if f.type == "counter" else f.name for f in families if f.name.startswith(OURS)}
     documented = named((ROOT / "docs/observability.md").read_text())

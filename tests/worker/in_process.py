@@ -92,7 +92,15 @@ class InProcess:
             session.add(model)
         return model.id
 
-    def submit(self, model_id: str, *, owner: str | None = None, priority: int = 0, **request: Any) -> str:
+    def submit(
+        self,
+        model_id: str,
+        *,
+        owner: str | None = None,
+        priority: int = 0,
+        schedule_id: str | None = None,
+        **request: Any,
+    ) -> str:
         """A queued sampling job, as the API stores it, but that it is never split."""
         body = SampleRequest(**{"model": model_id, "num_steps": 3, **request})
         with self.registry.write() as session:
@@ -100,6 +108,7 @@ class InProcess:
                 id=f"smp_{ULID()}",
                 owner=owner,
                 model_id=model_id,
+                schedule_id=schedule_id,
                 request=body.model_dump(mode="json"),
                 request_hash="",
                 num_images=body.num_images,

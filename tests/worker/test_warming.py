@@ -1,13 +1,20 @@
 """A worker loads models before they are asked for. Whatever goes wrong with that, it starts."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from torch import Tensor
 
 from service.registry.database import Registry
 from service.registry.tables import Base
+from service.shared.job_requests import SampleRequest
 from tests.worker.in_process import InProcess
+from timetuner_core.sampling import cuda_graphs
+from worker import metrics
+from worker.conversion import guidance_of
+from worker.runtime import Runtime
 
 
 @pytest.fixture
@@ -61,3 +68,35 @@ def test_a_worker_starts_though_the_database_cannot_be_read(worker: InProcess, r
     Base.metadata.drop_all(registry.engine)
     worker.runtime.warm_up()
     assert worker.runtime.models_held() == []
+
+
+def test_where_there_are_cuda_graphs_sampling_repeats_them_and_each_call_is_counted(
+    worker: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recorder that calls the network again stands for the device's."""
+    repeated = 0
+
+    def record(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def repeat() -> Tensor:
+            nonlocal repeated
+            repeated += 1
+            return call()
+
+        return repeat
+
+    worker.settings.sample_batch_size = 4
+    model = worker.model("digits8")
+    plain = worker.submit(model, num_images=3, seed=5)
+    worker.serve()
+    monkeypatch.setattr(Runtime, "_records_graphs", True)
+    monkeypatch.setattr(cuda_graphs, "_Recorder", lambda: record)
+    again = InProcess(Path(worker.settings.timetuner_home), worker.registry, sample_batch_size=4)
+    job = again.submit(model, num_images=3, seed=5)
+    again.runtime.batch_sizes(model, guidance_of(SampleRequest(model=model, num_steps=3)), None)
+    before, counter = repeated, metrics.NETWORK_EVALUATIONS.labels(model)
+    counted = counter._value.get()
+    again.serve()
+    assert repeated == before + 3  # One call a step, of recorded shapes.
+    assert counter._value.get() == counted + 9
+    np.testing.assert_allclose(again.images(job), worker.images(plain), atol=1e-5)
+    again.close()

@@ -1,7 +1,7 @@
 """How many rows a step should have at most: more rows share the cost of a step, and everybody waits for its end."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -44,6 +44,31 @@ def largest_useful_size(
         last.flatten()[0].item()  # A GPU is done only when a number has arrived.
 
     return useful_size(partial(_fastest, call), max_seconds)
+
+
+@torch.no_grad()
+def call_at_sizes(
+    model: DiffusionModel,
+    guidance_type: GuidanceType,
+    device: torch.device | str,
+    sizes: Sequence[int],
+    *,
+    guided: bool | None = None,
+    condition_length: int | None = None,
+) -> None:
+    """Make the guided prediction once at each batch size, in each way that it will be called.
+
+    Args:
+        guided, condition_length: as `steady_sizes` takes them.
+
+    Raises:
+        ValueError: guidance that the model has no condition for.
+    """
+    generator = torch.Generator().manual_seed(0)
+    *predictions, _ = probe_networks(model, guidance_type, guided, device, condition_length, generator)
+    for predict in predictions:
+        for size in sizes:
+            predict(torch.arange(size, device=device) % SAMPLES)
 
 
 def useful_size(seconds_of: Callable[[int], float], max_seconds: float) -> int:
