@@ -1,11 +1,12 @@
-"""Whether what a comparison accepted holds from many more noises: the Fréchet distance to the data, untuned and tuned.
+"""Whether what a comparison accepted holds from many more noises: the Fréchet distance, untuned and tuned.
 
     timetuner compare --out comparison
     python benchmarks/frechet.py comparison/results.csv --sampler ddim --num-steps 5 10
 
 For every setting chosen, the schedule that `--entrant` had accepted there (or, with `best`, the accepted one closest to
 the teacher) and the untuned sampler, each from the same 10,000 noises, which neither tuning nor the comparison has
-seen. One process per core, one thread each.
+seen. One process per core, one thread each. The distance is to the data, or with `--to teacher` to the samples of a
+teacher of 100 steps at the same guidance.
 """
 
 import argparse
@@ -23,9 +24,11 @@ from timetuner_core.evaluation.distances import frechet_distance
 from timetuner_core.grids import make_timesteps
 from timetuner_core.models.loading import load_builtin
 from timetuner_core.samplers import get_sampler
+from timetuner_core.samplers.solver_table import SolverTable
 from timetuner_core.tuning_setup import Experiment
 
 SEEDS = 3_000_000_000  # Seeds start here, beside those of experiments, which start at 2**31 and at 2**31 + 2**30.
+TEACHER_NUM_STEPS = 100
 Row = dict[str, str]
 
 
@@ -39,7 +42,7 @@ class Change:
     features_after: float | None
 
 
-def measure(row: Row, num_samples: int) -> Change:
+def measure(row: Row, num_samples: int, to: str) -> Change:
     """Measure one row, in a process of one thread."""
     model = load_builtin(row["model"])
     experiment = Experiment(model, parse_guidance(row["guidance"]), get_sampler(row["sampler"]), rows_at_once=250)
@@ -48,18 +51,23 @@ def measure(row: Row, num_samples: int) -> Change:
     guided = experiment.guidance.type != "uncond"
     condition = model.draw_conditions(num_samples, generator) if guided and model.draw_conditions else None
 
-    def distances(timesteps: Tensor, t_ratios: Tensor | None) -> list[float | None]:
-        samples = experiment.sample(seeds, condition, timesteps, t_ratios)
-        assert model.reference is not None
-        in_pixels = frechet_distance(samples, model.reference)
+    reference = model.reference if to == "data" else experiment.teach(seeds, condition, TEACHER_NUM_STEPS)
+    assert reference is not None
+
+    def distances(timesteps: Tensor, t_ratios: Tensor | None, table: SolverTable | None) -> list[float | None]:
+        samples = experiment.with_solver(table, timesteps).sample(seeds, condition, timesteps, t_ratios)
+        in_pixels = frechet_distance(samples, reference)
         if model.features is None:
             return [in_pixels, None]
-        return [in_pixels, frechet_distance(model.features(samples), model.features(model.reference))]
+        return [in_pixels, frechet_distance(model.features(samples), model.features(reference))]
 
-    tuned = (torch.tensor(json.loads(row[name]), dtype=torch.float64) for name in ("timesteps", "t_ratios"))
+    timesteps, t_ratios = (
+        torch.tensor(json.loads(row[name]), dtype=torch.float64) for name in ("timesteps", "t_ratios")
+    )
+    table = SolverTable.from_dict(json.loads(row["solver_table"])) if row.get("solver_table") else None
     (before, features_before), (after, features_after) = (
-        distances(make_timesteps(model.noise_schedule, int(row["num_steps"])), None),
-        distances(*tuned),
+        distances(make_timesteps(model.noise_schedule, int(row["num_steps"])), None, None),
+        distances(timesteps, t_ratios, table),
     )
     assert before is not None and after is not None
     return Change(before, after, features_before, features_after)
@@ -84,6 +92,7 @@ def main() -> None:
     parser.add_argument("--sampler", nargs="+", default=["ddim"])
     parser.add_argument("--num-steps", nargs="+", type=int, default=[5, 10])
     parser.add_argument("--model", nargs="+")
+    parser.add_argument("--to", choices=("data", "teacher"), default="data")
     parser.add_argument("--num-samples", type=int, default=10_000)
     args = parser.parse_args()
     with open(args.results, newline="") as file:
@@ -94,7 +103,9 @@ def main() -> None:
     print("| --- | --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
     with workers(os.cpu_count() or 1) as in_workers:
         each = in_workers.pool.map if in_workers.pool else map
-        for row, change in zip(rows, each(measure, rows, [args.num_samples] * len(rows)), strict=True):
+        for row, change in zip(
+            rows, each(measure, rows, *zip(*[(args.num_samples, args.to)] * len(rows), strict=True)), strict=True
+        ):
             setting = " | ".join(row[name] for name in ("model", "guidance", "sampler", "num_steps", "entrant"))
             features = f"{change.features_before:.3f} | {change.features_after:.3f}" if change.features_after else " | "
             relative = change.after / change.before - 1

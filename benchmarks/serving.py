@@ -109,7 +109,7 @@ def throughput(args: argparse.Namespace) -> None:
                         measured.measure_service(service, guidance, args.seconds)
         bare_rate = statistics.mean(rates)
         print("bare loop, images/s by batch size:", ", ".join(f"{size}: {rate:.0f}" for size, rate in sweep.items()))
-        print("batch sizes of the service:", ", ".join(map(str, sizes)))
+        print("batch sizes of the service:", _ranges(sizes))
         for name, measured in (("the worker", batched), ("the worker, SAMPLE_BATCH_SIZE=1", unbatched)):
             phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in measured.phases.items())
             print(f"{name}, seconds by phase, warm-up included: {phases}")
@@ -145,7 +145,7 @@ def overhead(args: argparse.Namespace) -> None:
                 beside += [latency - at for latency, at in zip(load.latencies, during, strict=True)]
         head("", "median, ms", "p99, ms")
         print(f"| latency | {percentiles(latencies)} |")
-        print(f"| the model's own, as the worker calls it (batch sizes {sizes}) | {percentiles(padded)} |")
+        print(f"| the model's own, as the worker calls it (batch sizes {_ranges(sizes)}) | {percentiles(padded)} |")
         print(f"| the model's own, one image alone | {percentiles(plain)} |")
         print(f"| the worker's steps | {percentiles(steps)} |")
         print(f"| latency less the worker's steps of that request | {percentiles(beside)} |")
@@ -213,6 +213,17 @@ class Sizing:
     def _outside(self, rows: int) -> float:
         """The milliseconds that a request spends outside the batch: what is added, and half a step until it joins."""
         return self.added_ms + self.step(min(rows, max(self.step_ms))) / 2
+
+
+def _ranges(sizes: list[int]) -> str:
+    """Rising numbers, with those that follow one another as a range."""
+    ranges: list[list[int]] = []
+    for size in sizes:
+        if ranges and size == ranges[-1][-1] + 1:
+            ranges[-1] = [ranges[-1][0], size]
+        else:
+            ranges.append([size])
+    return ", ".join(" to ".join(map(str, each)) for each in ranges)
 
 
 def sizing(args: argparse.Namespace) -> None:

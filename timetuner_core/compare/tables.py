@@ -12,7 +12,7 @@ from timetuner_core.compare import BASELINE, METRICS, Comparison, Group, Outcome
 COLUMNS = (
     *("model", "guidance", "sampler", "num_steps", "nfe", "entrant", "verdict", "reason"),
     *(f"{metric}{part}" for metric in METRICS for part in ("", "_change_low", "_change_high")),
-    *("tuning_calls", "tuning_seconds", "timesteps", "t_ratios"),
+    *("tuning_calls", "tuning_seconds", "timesteps", "t_ratios", "solver_table"),
 )
 
 
@@ -169,6 +169,7 @@ def _record(outcome: Outcome) -> dict[str, object]:
         "tuning_seconds": f"{outcome.tuning_seconds:.3f}",
         "timesteps": json.dumps(outcome.timesteps),
         "t_ratios": json.dumps(outcome.t_ratios),
+        "solver_table": json.dumps(outcome.solver_table.to_dict()) if outcome.solver_table else None,
     }
 
 
