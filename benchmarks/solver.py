@@ -2,10 +2,14 @@
 
     python -m benchmarks.solver solver.jsonl [--models digits8 …] [--num-steps 5 …] [--seeds 3] [--guidance uncond …]
     python -m benchmarks.solver solver.jsonl --table
+    python -m benchmarks.solver --memory [--models digits8 …]
 
 Each tuner has its defaults, the sampler is dpmpp_2m, and both start from the best named grid. Schedules are judged by
 one teacher of 100 steps on 512 noises that no tuner has seen. A row is one sample put through the network once, two
 if it is guided; a backward pass counts as two, and a step that is recomputed for it as one.
+
+`--memory` counts what PyTorch's operators return, at its peak, in one iteration of each tuner at 5 calls and in
+sampling as many rows at once as the tuner puts through the network.
 
 Results are appended to the file as they come, the cheapest settings first. A run continues where one before was cut.
 """
@@ -24,11 +28,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.gauss_newton import PeakMemory
 from timetuner_core.compare.plan import parse_guidance
 from timetuner_core.evaluation.distances import teacher_l2
 from timetuner_core.grids import make_timesteps, start_grids
 from timetuner_core.models.loading import load_builtin
-from timetuner_core.samplers import get_sampler
+from timetuner_core.samplers import get_sampler, sample
 from timetuner_core.tuners import EndToEndTuner, SolverTuner, TunedSetting
 from timetuner_core.tuning.problem import TuningState
 from timetuner_core.tuning_setup import EVALUATION_SEEDS, TUNING_SEEDS, Experiment
@@ -123,6 +128,22 @@ class Bench:
         return Result(name, setting, result.rows, result.distances, seconds)
 
 
+def compare_memory(name: str) -> None:
+    """Print the peak memory of both tuners beside the weights and the teacher's samples, and of sampling."""
+    bench, num_steps = Bench(name, "uncond", 0), 5
+    grid = make_timesteps(bench.schedule, num_steps)
+    for tuner_name, tuner in TUNERS.items():
+        rows, target = tuner.batch_size, bench.target(tuner.population_size, tuner.teacher_num_steps)
+        problem = bench.experiment.problem("noise", grid, tuner.population_size, rows)
+        with PeakMemory() as sampling, torch.no_grad():
+            sample(problem.step_fn, problem.population[:rows], grid, torch.ones(num_steps, dtype=torch.float64))
+        state = TuningState.start(grid)
+        with PeakMemory() as tuning:
+            next(each for each in tuner.run(problem, state, target=target) if int(each.iterations.max()) == 1)
+        peaks = f"{sampling.peak / 2**20:.2f} | {tuning.peak / 2**20:.2f} | {tuning.peak / sampling.peak:.2f}"
+        print(f"| {name} | {tuner_name} | {rows} | {peaks} |", flush=True)
+
+
 def cost(setting: Setting) -> float:
     """What a setting costs, about, for an order in which the cheap and the first seeds come first."""
     tuned = TunedSetting(setting.num_steps)
@@ -139,7 +160,8 @@ def read(path: Path) -> dict[tuple[str, Setting], dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="?", default=Path("solver.jsonl"))
+    parser.add_argument("--memory", action="store_true", help="only measure the memory of tuning")
     parser.add_argument("--table", action="store_true", help="only print the table of the results")
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--num-steps", nargs="+", type=int, default=[3, 5, 6, 8, 10, 20])
@@ -151,6 +173,12 @@ def main() -> None:
         print(table(read(options.results)))
         return
     torch.set_num_threads(1)
+    if options.memory:
+        print("| model | tuner | rows of a call | sampling, MB | tuning, MB | ratio |")
+        print("| --- | --- | ---: | ---: | ---: | ---: |")
+        for name in options.models:
+            compare_memory(name)
+        return
     known = read(options.results)
     axes = (options.models, options.guidance, options.num_steps, range(options.seeds))
     bench = cache(Bench)
