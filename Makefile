@@ -1,8 +1,8 @@
 INSTALLED := .venv/installed
 SERVICE_INSTALLED := .venv/installed-service
 BIN := .venv/bin
-# Tests that start processes wait for them half of the time, so there are more of pytest's own than cores.
-IN_PARALLEL := --numprocesses 4 --dist loadgroup --no-loadscope-reorder
+# Tests that start processes wait for them half of the time, so there may be more of pytest's own than cores.
+IN_PARALLEL := --numprocesses 3 --dist loadgroup --no-loadscope-reorder
 REDOCLY := @redocly/cli@2.77.0
 
 .PHONY: demo up test test-all chaos containers fuzz soak lint openapi docs format bench audit lock
