@@ -17,10 +17,8 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-import httpx
-from prometheus_client.parser import text_string_to_metric_families
 from serving_load import Load, closed_loop
-from serving_processes import PYTHON, Service, free_port, serve
+from serving_processes import PYTHON, Service, free_port, metric, serve
 
 MAX_AGE_SECONDS = 2.0
 CALM_SECONDS = 5.0
@@ -59,13 +57,8 @@ class Scaler:
 
     def _age(self) -> float:
         url = f"http://127.0.0.1:{self.service.port}/metrics"
-        families = text_string_to_metric_families(httpx.get(url, trust_env=False, timeout=30).text)
-        samples = (sample for family in families for sample in family.samples)
-        return next(
-            sample.value
-            for sample in samples
-            if sample.name == "timetuner_queue_age_seconds" and sample.labels["kind"] == "sampling"
-        )
+        ages = metric(url, "timetuner_queue_age_seconds")
+        return next(value for labels, value in ages if labels["kind"] == "sampling")
 
 
 def main() -> None:

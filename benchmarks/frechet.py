@@ -14,6 +14,7 @@ import csv
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -104,7 +105,7 @@ def main() -> None:
     with workers(os.cpu_count() or 1) as in_workers:
         each = in_workers.pool.map if in_workers.pool else map
         for row, change in zip(
-            rows, each(measure, rows, *zip(*[(args.num_samples, args.to)] * len(rows), strict=True)), strict=True
+            rows, each(partial(measure, num_samples=args.num_samples, to=args.to), rows), strict=True
         ):
             setting = " | ".join(row[name] for name in ("model", "guidance", "sampler", "num_steps", "entrant"))
             features = f"{change.features_before:.3f} | {change.features_after:.3f}" if change.features_after else " | "

@@ -6,8 +6,8 @@ The package states no licence, so nothing of it is kept here: it is installed, w
 run's own in a temporary folder. Its `hsc_ScoreNet32` and `hsc_ScoreNet64` are computed by PyTorch from the weights in
 its files, and compared with the package's own network first.
 
-Each tuner has its defaults and starts from the best named grid; the sampler is dpmpp_2m. The figures are mean distances
-to a teacher of 100 steps on 512 noises that no tuner has seen.
+Tuners, sampler, teacher and held-out noises are those of `benchmarks/solver.py`. The figures are mean distances to the
+teacher.
 """
 
 import argparse
@@ -23,21 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.solver import TUNERS, Bench, Setting
 from timetuner_core import NoiseScheduleVP
-from timetuner_core.evaluation.distances import teacher_l2
-from timetuner_core.grids import make_timesteps, start_grids
+from timetuner_core.grids import make_timesteps
 from timetuner_core.models.diffusion_model import DiffusionModel
-from timetuner_core.samplers import get_sampler
-from timetuner_core.sampling.generate import Guidance
-from timetuner_core.tuners import EndToEndTuner, SolverTuner
-from timetuner_core.tuning.problem import TuningState
-from timetuner_core.tuning_setup import EVALUATION_SEEDS, Experiment
 
 PACKAGES = ["jax==0.10.2", "jaxlib==0.10.2", "equinox==0.13.8", "einops==0.8.1", "numpy==2.4.6"]
 SIZES = (32, 64)
 PATCH_SIZE, HIDDEN_SIZE, NUM_BLOCKS = 4, 64, 4
 LATEST_TIME = 10.0  # The networks know times from 0 to 10.
-SAMPLER, TEACHER_NUM_STEPS, NUM_SAMPLES = "dpmpp_2m", 100, 512
 MOST_DIFFERENCE = 1e-4
 
 # It runs in the environment that has the package. `import galaxygrad` fails where file names have cases, as 0.2.1 opens
@@ -177,26 +171,10 @@ def model_of(network: ScoreNet, size: int) -> DiffusionModel:
 
 def distances(model: DiffusionModel, num_steps: int, seed: int) -> dict[str, float]:
     """The mean distance to the teacher on held-out noise, by what was tuned."""
-    experiment = Experiment(model, Guidance("uncond", 1.0), get_sampler(SAMPLER), seed=seed)
-    held_out = experiment.seeds(NUM_SAMPLES, EVALUATION_SEEDS)
-    taught = experiment.teach(held_out, None, TEACHER_NUM_STEPS)
-    schedule = model.noise_schedule
-    grid = make_timesteps(schedule, num_steps)
-
-    def distance(state: TuningState) -> float:
-        solved = experiment.with_solver(state.solver_table, num_steps)
-        samples = solved.sample(held_out, None, state.timesteps, state.t_ratios)
-        return float(teacher_l2(samples, taught).mean())
-
-    starts = map(TuningState.start, start_grids(schedule, num_steps))
-    ends = {"untuned": distance(TuningState.start(grid)), "best named grid": min(map(distance, starts))}
-    for tuner in (EndToEndTuner(start="best"), SolverTuner(objective="solver", start="best")):
-        problem = experiment.problem("noise", grid, tuner.population_size, tuner.batch_size)
-        state = TuningState.start(grid)
-        for _ in tuner.run(problem, state):
-            pass
-        ends[tuner.objective] = distance(state)
-    return ends
+    bench, setting = Bench(model, "uncond", seed), Setting("galaxy", "uncond", num_steps, seed)
+    ends = {"untuned": bench.distance(make_timesteps(bench.schedule, num_steps))}
+    ends["best named grid"] = bench.untuned(setting).distances[-1]
+    return ends | {name: bench.tune(name, setting).distances[-1] for name in TUNERS}
 
 
 def main() -> None:

@@ -84,6 +84,13 @@ def free_port() -> int:
         return port
 
 
+def metric(url: str, name: str) -> list[tuple[dict[str, str], float]]:
+    """The labels and the value of each sample of a metric, as a process shows it."""
+    families = text_string_to_metric_families(httpx.get(url, trust_env=False, timeout=30).text)
+    samples = (sample for family in families for sample in family.samples)
+    return [(sample.labels, sample.value) for sample in samples if sample.name == name]
+
+
 @dataclass(frozen=True)
 class Service:
     """Ours, ready, with the model registered."""
@@ -100,15 +107,12 @@ class Service:
     def phase_seconds(self) -> dict[str, float]:
         """How long the worker has been at claiming jobs, loading models, sampling steps and storing results, in all.
         Of one at a time, but that it stores while it samples."""
-        families = text_string_to_metric_families(httpx.get(self.metrics_url, trust_env=False).text)
-        samples = (sample for family in families for sample in family.samples)
-        return {sample.labels["phase"]: sample.value for sample in samples if sample.name == PHASES}
+        return {labels["phase"]: value for labels, value in metric(self.metrics_url, PHASES)}
 
     def num_steps(self) -> float:
         """How many steps the worker has made."""
-        families = text_string_to_metric_families(httpx.get(self.metrics_url, trust_env=False).text)
-        samples = (sample for family in families for sample in family.samples if sample.name == PHASE_COUNTS)
-        return next((sample.value for sample in samples if sample.labels["phase"] == "step"), 0.0)
+        counts = metric(self.metrics_url, PHASE_COUNTS)
+        return next((value for labels, value in counts if labels["phase"] == "step"), 0.0)
 
     def step_seconds(self) -> float:
         """How long sampling steps have taken. Nothing else is the model's own time."""

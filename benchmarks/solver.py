@@ -32,6 +32,7 @@ from benchmarks.gauss_newton import PeakMemory
 from timetuner_core.compare.plan import parse_guidance
 from timetuner_core.evaluation.distances import teacher_l2
 from timetuner_core.grids import make_timesteps, start_grids
+from timetuner_core.models.diffusion_model import DiffusionModel
 from timetuner_core.models.loading import load_builtin
 from timetuner_core.samplers import get_sampler, sample
 from timetuner_core.tuners import EndToEndTuner, SolverTuner, TunedSetting
@@ -78,15 +79,14 @@ class Result:
 class Bench:
     """One model and guidance with one seed, and its teachers."""
 
-    def __init__(self, model: str, guidance: str, seed: int) -> None:
+    def __init__(self, model: DiffusionModel, guidance: str, seed: int) -> None:
         self.rows = 0
 
         def count(num_samples: int) -> None:
             self.rows += num_samples
 
-        loaded = load_builtin(model).watched(count)
-        self.experiment = Experiment(loaded, parse_guidance(guidance), get_sampler(SAMPLER), seed=seed)
-        self.schedule = loaded.noise_schedule
+        self.experiment = Experiment(model.watched(count), parse_guidance(guidance), get_sampler(SAMPLER), seed=seed)
+        self.schedule = model.noise_schedule
         self.seeds = self.experiment.seeds(NUM_SAMPLES, EVALUATION_SEEDS)
         self.condition = self.experiment.conditions(NUM_SAMPLES, EVALUATION_SEEDS)
         self.taught = self.experiment.teach(self.seeds, self.condition, TEACHER_NUM_STEPS, decode=False)
@@ -130,7 +130,7 @@ class Bench:
 
 def compare_memory(name: str) -> None:
     """Print the peak memory of both tuners beside the weights and the teacher's samples, and of sampling."""
-    bench, num_steps = Bench(name, "uncond", 0), 5
+    bench, num_steps = Bench(load_builtin(name), "uncond", 0), 5
     grid = make_timesteps(bench.schedule, num_steps)
     for tuner_name, tuner in TUNERS.items():
         rows, target = tuner.batch_size, bench.target(tuner.population_size, tuner.teacher_num_steps)
@@ -181,7 +181,7 @@ def main() -> None:
         return
     known = read(options.results)
     axes = (options.models, options.guidance, options.num_steps, range(options.seeds))
-    bench = cache(Bench)
+    bench = cache(lambda model, guidance, seed: Bench(load_builtin(model), guidance, seed))
     for setting in sorted(itertools.starmap(Setting, itertools.product(*axes)), key=cost):
         for name in ("untuned", *options.tuners):
             if (name, setting) in known:
