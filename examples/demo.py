@@ -46,7 +46,9 @@ EFFORT: Json = {
 NUM_IMAGES = 20  # from noise that no tuning has seen: seeds of jobs start at 2**31
 STOP_SECONDS = 60
 
-# Of the picture. A difference of a quarter of the range of grey, or more, has the last colour.
+# The picture's pixels and colours. A difference of a quarter of the range of grey, or more, has the last colour.
+TILE, GAP, MARGIN = 72, 3, 16
+ROW_HEIGHT = 2 * TILE + GAP + 10
 INK, QUIET, TUNED, UNTUNED = "#1b2129", "#57616e", "#1f5fbf", "#c05621"
 HEAT = ((255, 255, 255), (254, 217, 142), (236, 112, 20), (165, 15, 21), (70, 0, 10))
 MOST_OFF = 0.5
@@ -205,46 +207,60 @@ def _gain(comparison: Comparison) -> str:
 def write_picture(path: Path, comparisons: list[Comparison], teacher: np.ndarray) -> None:
     """A block for each number of calls: an image of each class by the teacher, tuned, untuned, and untuned with twice
     as many calls. Below are their differences from the teacher's images, and beside them the mean distance as a bar."""
-    tile, gap, margin, left, right, title = 72, 3, 16, 176, 150, 44
-    columns = len(CLASSES) * (tile + gap)
-    width, row_height = margin + left + columns + right, 2 * tile + gap + 10
-    block_height = title + tile + 10 + 3 * row_height
-    sheet = Image.new("RGB", (width, block_height * len(comparisons) + margin), "white")
-    draw, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(19), ImageFont.load_default(15)
+    right, title = 150, 44
+    block_height = title + TILE + 10 + 3 * ROW_HEIGHT
+    sheet = Sheet(176, len(CLASSES), right, block_height * len(comparisons) + MARGIN)
     longest = max(way.distance for each in comparisons for way in (each.untuned, each.doubled, each.tuned)) or 1.0
-
-    def label(y: int, name: str, note: str) -> None:
-        draw.text((margin, y - 11), name, INK, font, anchor="lm")
-        draw.text((margin, y + 11), note, QUIET, small, anchor="lm")
-
-    def put(y: int, images: np.ndarray) -> None:
-        for k, image in enumerate(images[: len(CLASSES)]):
-            enlarged = Image.fromarray(image).resize((tile, tile), Image.Resampling.BICUBIC)
-            sheet.paste(enlarged, (margin + left + k * (tile + gap), y))
-
     for b, comparison in enumerate(comparisons):
         y = b * block_height
-        draw.text((margin, y + title // 2 + 6), f"{comparison.tuned.num_calls} network calls", INK, font, anchor="lm")
-        draw.text((width - right + 14, y + title // 2 + 6), "off by", QUIET, small, anchor="lm")
+        calls = f"{comparison.tuned.num_calls} network calls"
+        sheet.draw.text((MARGIN, y + title // 2 + 6), calls, INK, sheet.font, anchor="lm")
+        sheet.draw.text((sheet.width - right + 14, y + title // 2 + 6), "off by", QUIET, sheet.small, anchor="lm")
         y += title
-        label(y + tile // 2, "teacher", f"{TEACHER_NUM_STEPS} calls")
-        put(y, as_pixels(teacher))
-        y += tile + 10
+        sheet.row(y, "teacher", f"{TEACHER_NUM_STEPS} calls", teacher)
+        y += TILE + 10
         for name, way, colour in (
             ("tuned", comparison.tuned, TUNED),
             ("best untuned", comparison.untuned, UNTUNED),
             ("best untuned", comparison.doubled, UNTUNED),
         ):
             note = "" if way is comparison.tuned else f", {way.name}"
-            label(y + tile // 2, name, f"{way.num_calls} calls{note}")
-            put(y, as_pixels(way.images))
-            put(y + tile + gap, difference(way.images, teacher))
-            bar = width - right + 14, y + tile // 2
-            length = round((right - margin - 60) * way.distance / longest)
-            draw.rectangle((*bar, bar[0] + length, bar[1] + tile), colour)
-            draw.text((width - margin, bar[1] + tile // 2), f"{way.distance:.1f}", INK, font, anchor="rm")
-            y += row_height
-    sheet.save(path, optimize=True)
+            sheet.row(y, name, f"{way.num_calls} calls{note}", way.images, teacher)
+            bar = sheet.width - right + 14, y + TILE // 2
+            length = round((right - MARGIN - 60) * way.distance / longest)
+            sheet.draw.rectangle((*bar, bar[0] + length, bar[1] + TILE), colour)
+            place = sheet.width - MARGIN, bar[1] + TILE // 2
+            sheet.draw.text(place, f"{way.distance:.1f}", INK, sheet.font, anchor="rm")
+            y += ROW_HEIGHT
+    sheet.image.save(path, optimize=True)
+
+
+class Sheet:
+    """A picture with rows of images, each named at the left.
+
+    Args:
+        left, right: the pixels beside the images. columns: the images of a row.
+    """
+
+    def __init__(self, left: int, columns: int, right: int, height: int) -> None:
+        self.left, self.columns = MARGIN + left, columns
+        self.width = self.left + columns * (TILE + GAP) + right
+        self.image = Image.new("RGB", (self.width, height), "white")
+        self.draw = ImageDraw.Draw(self.image)
+        self.font, self.small = ImageFont.load_default(19), ImageFont.load_default(15)
+
+    def row(self, y: int, name: str, note: str, images: np.ndarray, teacher: np.ndarray | None = None) -> None:
+        """Put images in -1..1, and below them their differences from the teacher's, if these are given."""
+        self.draw.text((MARGIN, y + TILE // 2 - 11), name, INK, self.font, anchor="lm")
+        self.draw.text((MARGIN, y + TILE // 2 + 11), note, QUIET, self.small, anchor="lm")
+        self._put(y, as_pixels(images))
+        if teacher is not None:
+            self._put(y + TILE + GAP, difference(images, teacher))
+
+    def _put(self, y: int, images: np.ndarray) -> None:
+        for k, image in enumerate(images[: self.columns]):
+            enlarged = Image.fromarray(image).resize((TILE, TILE), Image.Resampling.BICUBIC)
+            self.image.paste(enlarged, (self.left + k * (TILE + GAP), y))
 
 
 def as_pixels(images: np.ndarray) -> np.ndarray:

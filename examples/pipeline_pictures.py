@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from demo import INK, QUIET, as_pixels, difference, distance
+from demo import INK, MARGIN, ROW_HEIGHT, TILE, Sheet, distance
 from diffusers import DDIMScheduler, DDPMPipeline, DPMSolverMultistepScheduler, UNet2DModel
-from PIL import Image, ImageDraw, ImageFont
 
 from timetuner_core import tune_pipeline
 from timetuner_core.catalog import BUNDLED, builtin_specs
@@ -49,29 +48,15 @@ def sample(pipeline: Any, scheduler: Any, num_steps: int) -> np.ndarray:
 
 def write_picture(path: Path, ways: list[tuple[str, str, np.ndarray]], many: np.ndarray) -> None:
     """A row of images for each way, by its name and a note, and below it the differences from many steps."""
-    tile, gap, margin, left, bar = 72, 3, 16, 200, 150
-    row_height = 2 * tile + gap + 10
-    width, height = left + NUM_IMAGES * (tile + gap) + bar + margin, margin + tile + 10 + len(ways) * row_height
-    sheet = Image.new("RGB", (width, height), "white")
-    draw, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(19), ImageFont.load_default(15)
-
-    def row(y: int, name: str, note: str, images: np.ndarray) -> None:
-        draw.text((margin, y + tile // 2 - 11), name, INK, font, anchor="lm")
-        draw.text((margin, y + tile // 2 + 11), note, QUIET, small, anchor="lm")
-        put(y, as_pixels(images))
-
-    def put(y: int, images: np.ndarray) -> None:
-        for k, image in enumerate(images):
-            enlarged = Image.fromarray(image).resize((tile, tile), Image.Resampling.BICUBIC)
-            sheet.paste(enlarged, (left + k * (tile + gap), y))
-
-    row(margin, "teacher", f"{MANY_STEPS} steps", many)
+    top = MARGIN + TILE + 10
+    sheet = Sheet(184, NUM_IMAGES, 150 + MARGIN, top + len(ways) * ROW_HEIGHT)
+    sheet.row(MARGIN, "teacher", f"{MANY_STEPS} steps", many)
     for r, (name, note, images) in enumerate(ways):
-        y = margin + tile + 10 + r * row_height
-        row(y, name, note, images)
-        put(y + tile + gap, difference(images, many))
-        draw.text((width - margin, y + tile), f"off by {distance(images, many):.1f}", INK, font, anchor="rm")
-    sheet.save(path, optimize=True)
+        y = top + r * ROW_HEIGHT
+        sheet.row(y, name, note, images, many)
+        place = sheet.width - MARGIN, y + TILE
+        sheet.draw.text(place, f"off by {distance(images, many):.1f}", INK, sheet.font, anchor="rm")
+    sheet.image.save(path, optimize=True)
 
 
 def main() -> None:

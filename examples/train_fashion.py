@@ -19,7 +19,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
-from train_ldm import NUM_CLASSES, save_sheet, train_unet, write_folder
+from train_ldm import NUM_CLASSES, ddim, save_sheet, train_unet, write_folder
 
 IMAGES_PER_CLASS = 200  # in `data.safetensors`
 PACKAGE_FOLDER = "usr/share/datasets/fashion-mnist"
@@ -61,16 +61,6 @@ def build_unet() -> UNet2DModel:
     )
 
 
-@torch.no_grad()
-def sample(unet: UNet2DModel, scheduler: DDIMScheduler, classes: Tensor, generator: torch.Generator) -> Tensor:
-    """DDIM in 100 steps, unguided: `(B, 1, 32, 32)` in -1..1."""
-    x = torch.randn((len(classes), 1, 32, 32), generator=generator)
-    scheduler.set_timesteps(100)
-    for t in scheduler.timesteps:
-        x = scheduler.step(unet(x, t, classes).sample, t, x).prev_sample
-    return x.clamp(-1, 1)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="where Debian's dataset-fashion-mnist was unpacked")
@@ -103,7 +93,7 @@ def main() -> None:
     print(f"wrote {args.out} in {time.monotonic() - started:.0f} s")
     if args.sheet:
         noise = torch.Generator().manual_seed(args.seed)
-        samples = sample(unet.float(), scheduler, torch.arange(NUM_CLASSES).repeat(5), noise)
+        samples = ddim(unet.float(), scheduler, torch.arange(NUM_CLASSES).repeat(5), noise).clamp(-1, 1)
         save_sheet(args.sheet, torch.cat([data["images"][:20].float() / 127.5 - 1, samples]), NUM_CLASSES)
 
 

@@ -154,15 +154,22 @@ def train_unet(
 
 
 @torch.no_grad()
+def ddim(unet: UNet2DModel, scheduler: DDIMScheduler, classes: Tensor, generator: torch.Generator) -> Tensor:
+    """DDIM in 100 steps, unguided: scaled latents, or images, `(B, C, H, W)`."""
+    size = unet.config.sample_size
+    x = torch.randn((len(classes), unet.config.in_channels, size, size), generator=generator)
+    scheduler.set_timesteps(100)
+    for t in scheduler.timesteps:
+        x = scheduler.step(unet(x, t, classes).sample, t, x).prev_sample
+    return x
+
+
+@torch.no_grad()
 def sample(
     vae: AutoencoderKL, unet: UNet2DModel, scheduler: DDIMScheduler, classes: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """DDIM in 100 steps, unguided, decoded: `(B, 1, 32, 32)` in -1..1."""
-    z = torch.randn((len(classes), unet.config.in_channels, 8, 8), generator=generator)
-    scheduler.set_timesteps(100)
-    for t in scheduler.timesteps:
-        z = scheduler.step(unet(z, t, classes).sample, t, z).prev_sample
-    images: Tensor = vae.decode(z / vae.config.scaling_factor).sample
+    """Decoded images by `ddim`, `(B, 1, 32, 32)` in -1..1."""
+    images: Tensor = vae.decode(ddim(unet, scheduler, classes, generator) / vae.config.scaling_factor).sample
     return images.clamp(-1, 1)
 
 
