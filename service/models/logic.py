@@ -39,7 +39,7 @@ from service.registry.tables import (
     UntunedCurveRow,
 )
 from service.registry.types import new_id, utc_now
-from service.shared.artifacts import ArtifactStore, DamagedArtifactError
+from service.shared.artifacts import ArtifactStore, DamagedArtifactError, file_sizes
 from service.shared.settings import Settings
 from service.state import AppState
 from timetuner_core.catalog import BUILTIN_FOLDERS, builtin_specs
@@ -173,7 +173,9 @@ def hand_in_archive(
 
 def _take_room(registry: Registry, folder: Path, most: int) -> None:
     """Count the bytes of a folder that is about to be stored. Raises: StoreFullError, if there is no room for it."""
-    needed = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if not most:
+        return
+    needed = sum(file_sizes(folder))
     try:
         with registry.write() as session:
             take_bytes(session, needed, most)

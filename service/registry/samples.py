@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Executable,
     Float,
     Row,
     Select,
@@ -391,10 +392,17 @@ def _candidates(connection: Connection, parameters: dict[str, Any]) -> tuple[Seq
         ids = _next_of_flows(connection, parameters)
         rows = _lock_first(connection, ids, most)
         return rows, len(rows) == most or len(rows) < len(ids)
-    rows = [*connection.execute(_NEXT_PREFERRED, parameters)]
-    if missing := most - len(rows):
-        rows += connection.execute(_NEXT_OTHERS, parameters | {"most": missing})
-    return rows, len(rows) == most
+    preferred, others = _up_to_most(connection, _NEXT_PREFERRED, _NEXT_OTHERS, parameters)
+    return [*preferred, *others], len(preferred) + len(others) == most
+
+
+def _up_to_most(
+    connection: Connection, first: Executable, then: Executable, parameters: dict[str, Any]
+) -> tuple[Sequence[Row[Any]], Sequence[Row[Any]]]:
+    """The rows of one query, and as many of another as `most` leaves."""
+    rows = connection.execute(first, parameters).all()
+    missing = parameters["most"] - len(rows)
+    return rows, connection.execute(then, parameters | {"most": missing}).all() if missing else []
 
 
 def _next_of_flows(connection: Connection, parameters: dict[str, Any]) -> list[str]:
@@ -416,11 +424,9 @@ def _next_of_flows(connection: Connection, parameters: dict[str, Any]) -> list[s
 def _head(connection: Connection, flow: Row[Any], parameters: dict[str, Any]) -> list[tuple[int, bool, Any]]:
     """The first jobs of a flow in its order: each with its urgency, and whether it is not preferred."""
     values = parameters | {"of_owner": flow.owner, "of_priority": flow.priority}
-    found: list[tuple[bool, Any]] = [(False, job) for job in connection.execute(_HEADS[flow.owner != "", True], values)]
-    if missing := parameters["most"] - len(found):
-        others = connection.execute(_HEADS[flow.owner != "", False], values | {"most": missing})
-        found += [(True, job) for job in others]
-    aged_since = parameters["aged_since"]
+    is_owned, aged_since = flow.owner != "", parameters["aged_since"]
+    preferred, others = _up_to_most(connection, _HEADS[is_owned, True], _HEADS[is_owned, False], values)
+    found = [*((False, job) for job in preferred), *((True, job) for job in others)]
     jobs = [(0 if job.created_at < aged_since else flow.priority, is_other, job) for is_other, job in found]
     return sorted(jobs, key=lambda one: (*one[:2], one[2].id))
 

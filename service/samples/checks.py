@@ -1,6 +1,7 @@
 """Checks of a sampling request against its model."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -43,21 +44,21 @@ def check_fields_of_networks(request: SampleRequest, model: Model) -> None:
             raise InvalidError(f"{name} is given; accepted for a pipeline: null, and arguments in call", ("body", name))
 
 
-def check_size(request: SampleRequest, model: Model, settings: Settings) -> int:
-    """The cost of a request. Raises: InvalidError, TooLargeError."""
+def check_size(request: SampleRequest, model: Model, shape: Sequence[int], settings: Settings) -> int:
+    """The cost of a request whose samples have a shape. Raises: InvalidError, TooLargeError."""
     if request.num_images > settings.max_images:
         message = f"num_images is {request.num_images}; accepted: 1 to {settings.max_images}"
         raise InvalidError(message, ("body", "num_images"), request.num_images)
-    cost = sampling_cost(request, model)
+    cost = sampling_cost(request, model, shape)
     if cost > settings.max_pixel_steps:
         detail = f"values x steps x images x network calls is {cost}; accepted: up to {settings.max_pixel_steps}"
         raise TooLargeError(detail, ("body", "num_images"), request.num_images)
     return cost
 
 
-def sampling_cost(request: SampleRequest, model: Model) -> int:
+def sampling_cost(request: SampleRequest, model: Model, shape: Sequence[int]) -> int:
     """Values x steps x images x network calls."""
-    pixels: int = math.prod(shape_of(request, model))
+    pixels: int = math.prod(shape)
     if is_pipeline(model.spec):  # Its guidance is its own business.
         return pixels * request.num_steps * request.num_images
     pixels = max(math.prod(model.spec["sample_shape"]), pixels)

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
@@ -42,7 +42,7 @@ NOT_HASHED = {"model", "schedule", "deadline_seconds", "previews", "webhook_url"
 
 
 class Cost(NamedTuple):
-    """What a job takes: of its key's quota, and of the store."""
+    """A job's share of its key's quota, and of the store."""
 
     pixel_steps: int
     stored_bytes: int
@@ -117,7 +117,12 @@ def _new(
 ) -> list[tuple[Submission, SampleJob]]:
     """The submissions that made a new job, with their jobs."""
     pairs = zip(submissions, outcomes, strict=True)
-    return [(sub, job) for sub, job in pairs if isinstance(job, SampleJob) and job.id == sub.job_id]
+    return [(sub, job) for sub, job in pairs if _is_new(job, sub)]
+
+
+def _is_new(outcome: SampleJob | ServiceError, submission: Submission) -> TypeGuard[SampleJob]:
+    """Whether the outcome is a new job that the submission made."""
+    return isinstance(outcome, SampleJob) and outcome.id == submission.job_id
 
 
 def _make_job(session: Session, settings: Settings, catalog: Catalog, submission: Submission) -> tuple[SampleJob, Cost]:
@@ -125,10 +130,11 @@ def _make_job(session: Session, settings: Settings, catalog: Catalog, submission
     given = submission.request
     model = catalog.model(session, submission.caller, given.model)
     request = settled(model.spec, given, OWN_SAMPLER)
+    shape = shape_of(request, model)
     if submission.accept is not None:
-        negotiate(submission.accept, shape_of(request, model))
+        negotiate(submission.accept, shape)
     check_grid(request, model)
-    cost = check_size(request, model, settings)
+    pixel_steps = check_size(request, model, shape, settings)
     check_webhook(request.webhook_url, settings)
     check_fields_of_networks(request, model)
     labels = check_class_labels(request, model)
@@ -153,7 +159,7 @@ def _make_job(session: Session, settings: Settings, catalog: Catalog, submission
         traceparent=submission.traceparent,
         request_id=submission.caller.request_id,
     )
-    return job, Cost(cost, _stored_size(request.num_images, math.prod(shape_of(request, model)), settings.part_size))
+    return job, Cost(pixel_steps, _stored_size(request.num_images, math.prod(shape), settings.part_size))
 
 
 def _stored_size(num_images: int, values: int, part_size: int) -> int:
@@ -207,8 +213,8 @@ def _check_room(
     if not most:
         return
     stored = stored_bytes(session)
-    for i, job in enumerate(outcomes):
-        if isinstance(job, SampleJob) and job.id == submissions[i].job_id and job.state != JobState.SUCCEEDED:
+    for i, (submission, job) in enumerate(zip(submissions, outcomes, strict=True)):
+        if _is_new(job, submission) and job.state != JobState.SUCCEEDED:
             needed = cost_of[job.id].stored_bytes
             if stored + needed <= most:
                 stored += needed
@@ -226,8 +232,8 @@ def _charge(
     limited: dict[str, list[int]] = defaultdict(list)
     for i, (submission, outcome) in enumerate(zip(submissions, outcomes, strict=True)):
         key = submission.caller.key
-        new = isinstance(outcome, SampleJob) and outcome.id == submission.job_id and outcome.state != JobState.SUCCEEDED
-        if new and key is not None and key.pixel_steps_per_day is not None:
+        is_to_run = _is_new(outcome, submission) and outcome.state != JobState.SUCCEEDED
+        if is_to_run and key is not None and key.pixel_steps_per_day is not None:
             limited[key.id].append(i)
     for key_id, indices in sorted(limited.items()):
         costs = [cost_of[submissions[i].job_id].pixel_steps for i in indices]

@@ -144,7 +144,7 @@ class ArtifactStore:
         path = self._path(key).rstrip("/")
         if not self._is_local:
             return int(self.fs.du(path)) if self.fs.exists(path) else 0
-        return sum(_sizes(path))
+        return sum(file_sizes(path))
 
     def remove(self, key: str) -> None:
         self._remove(self._path(key))
@@ -169,13 +169,13 @@ class ArtifactStore:
         return f"{self.root}/{key}"
 
 
-def _sizes(path: str) -> Iterator[int]:
+def file_sizes(path: str | Path) -> Iterator[int]:
     """The size of each file of a folder, at any depth, or of the one file. Files that go meanwhile are left out."""
     try:
         with os.scandir(path) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
-                    yield from _sizes(entry.path)
+                    yield from file_sizes(entry.path)
                 else:
                     with suppress(FileNotFoundError):
                         yield entry.stat(follow_symlinks=False).st_size
