@@ -360,6 +360,7 @@ class DataTuner(Tuner):
     teacher_num_steps: int = teacher_option("The steps of the teacher that generates data, if any.")
 
     def check(self, setting: TunedSetting) -> None:
+        super().check(setting)
         if self.data == "model" and not setting.has_data:
             raise OptionError(self, "data", "'generated' or 'auto', as no data came with this model")
 
@@ -517,6 +518,7 @@ class CandidateSearch(GridSearch):
         num_candidates: int | None
 
     def check(self, setting: TunedSetting) -> None:
+        super().check(setting)
         if self.num_candidates is not None and self.num_candidates <= setting.num_steps:
             raise OptionError(self, "num_candidates", f"null, or more than num_steps, which is {setting.num_steps}")
 
@@ -534,10 +536,6 @@ class AysTuner(DataTuner, CandidateSearch):
     objective: Literal["ays"]
     num_candidates: int | None = num_candidates_option()
     num_samples: int = option(64, "Data to estimate the bound on.", ge=1, le=4096)
-
-    def check(self, setting: TunedSetting) -> None:
-        super().check(setting)
-        CandidateSearch.check(self, setting)
 
     def samples_at_once(self, setting: TunedSetting) -> int:
         return self.batch_size * self.candidates(setting.num_steps)

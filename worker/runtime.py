@@ -29,6 +29,7 @@ from service.shared.signals import Bus
 from timetuner_core.models.folder_files import ModelFormatError, folder_hash
 from timetuner_core.models.loading import DiffusionModel, load_builtin, load_folder
 from timetuner_core.models.out_of_memory import is_out_of_memory
+from timetuner_core.models.tensors import dtype_name
 from timetuner_core.pipelines.files import fingerprint, pipeline_hash
 from timetuner_core.sampling.batch_size import call_at_sizes, largest_useful_size
 from timetuner_core.sampling.cuda_graphs import CudaGraphs
@@ -77,7 +78,7 @@ class Runtime:
         self.pipeline_folders = PipelineFolders(settings, self.artifacts)
         self._fingerprints: dict[str, str] = {}  # The state of a pipeline's files whose content was checked, by model.
         self._sizes: dict[SizesKey, tuple[int, ...]] = {}
-        self._graphs: dict[str, CudaGraphs] = {}  # By model, of loaded ones.
+        self._graphs: dict[str, CudaGraphs] = {}  # Loaded models have them, by id.
         self._other_dtype: set[str] = set()  # Schedules of another precision, of which the log has told.
         self.most_rows = settings.part_size  # How many rows are sampled at once of what was sampled last.
         self.give_way: Callable[[], None] = lambda: None  # Tuning calls it to let urgent work go first.
@@ -156,13 +157,13 @@ class Runtime:
     def compare_dtype(self, schedule: Schedule, dtype: torch.dtype) -> None:
         """Log once that a schedule is used in another precision than the one that it was evaluated in."""
         evaluated_in = schedule.provenance.get("dtype")  # Imported ones, and those of older versions, may not say it.
-        if evaluated_in in (None, name_of(dtype)) or schedule.id in self._other_dtype:
+        if evaluated_in in (None, dtype_name(dtype)) or schedule.id in self._other_dtype:
             return
         self._other_dtype.add(schedule.id)
         advice = (
             "schedule %s was evaluated in %s, and samples in %s here; accepted: DTYPE=%s, or one that is tuned anew"
         )
-        logger.warning(advice, schedule.id, evaluated_in, name_of(dtype), evaluated_in)
+        logger.warning(advice, schedule.id, evaluated_in, dtype_name(dtype), evaluated_in)
 
     @property
     def _records_graphs(self) -> bool:
@@ -312,7 +313,7 @@ class Runtime:
             model = load_folder(self._checked_folder(row), self.device, **options)
         if self._records_graphs:
             self._graphs[model_id] = graphs = CudaGraphs(model.network)
-            model = replace(model, network=graphs)  # Whoever watches the network's calls is told of each.
+            model = replace(model, network=graphs)  # The network's calls are watched outside of it.
         t_start: float | None = row.spec.get("t_start")
         starting = model if t_start is None else model.starting_at(t_start)
         return starting.watched(metrics.NETWORK_EVALUATIONS.labels(model_id).inc)
@@ -380,11 +381,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """A type's name, such as "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _note_end(job_class: type[Job], state: JobState, error: str | None = None) -> None:

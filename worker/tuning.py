@@ -16,11 +16,12 @@ from service.shared.job_requests import TuningJobRequest
 from service.shared.telemetry import TRACER
 from timetuner_core.evaluation.verdict import Evaluation, Metric
 from timetuner_core.grids import teacher_timesteps
+from timetuner_core.models.tensors import dtype_name
 from timetuner_core.tuners import PipelineTuner
 from timetuner_core.tuning.problem import TuningState
 from worker.lease import Lease
 from worker.pipeline_tuning import run_pipeline_job
-from worker.runtime import Runtime, name_of
+from worker.runtime import Runtime
 from worker.tuned_sampler import TunedSampler
 from worker.tuning_state import load_state, read_job, store_progress, tune
 from worker.tuning_tasks import tune_by_tasks
@@ -91,7 +92,7 @@ def _schedule_row(
             "tuner": dataclasses.asdict(request.tuner),
             "seed": request.seed,
             "timetuner": version("timetuner"),
-            "dtype": name_of(dtype),
+            "dtype": dtype_name(dtype),
         },
     )
 

@@ -11,7 +11,8 @@ from service.registry.database import is_away
 from service.registry.tables import UntunedCurveRow
 from service.shared.job_requests import TuningJobRequest
 from timetuner_core.evaluation.worth import UntunedCurve
-from worker.runtime import Runtime, name_of
+from timetuner_core.models.tensors import dtype_name
+from worker.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
@@ -48,5 +49,5 @@ def _key(runtime: Runtime, request: TuningJobRequest, scale: float) -> str:
     evaluation = request.evaluation
     # Conditions are drawn for all noises that the evaluation may take.
     noises = [request.seed, evaluation.num_samples, evaluation.most_samples, evaluation.teacher_num_steps]
-    deciding = [setting, scale, noises, name_of(runtime.dtype), version("timetuner")]
+    deciding = [setting, scale, noises, dtype_name(runtime.dtype), version("timetuner")]
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()

@@ -80,7 +80,7 @@ def _in_its_variable(levels: Levels, table: SolverTable, grid: torch.Tensor) -> 
     """
     schedule = levels.noise_schedule
     table = table.where_eps_follows(schedule.marginal_alpha(grid[:-1]), schedule.marginal_std(grid[:-1]))
-    alphas = torch.ones_like(grid) if levels.is_flow else schedule.marginal_alpha(grid)
+    alphas = levels.alphas_at(grid)
     before, after = alphas[:-1], alphas[1:].clone()
     after[-1] = 1.0
     if levels.is_flow:  # ComfyUI divides what flow models end with by 1 - sigma.

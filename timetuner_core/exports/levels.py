@@ -77,9 +77,12 @@ class Levels:
 
     @cached_property
     def alphas(self) -> Tensor:
-        """What divides x to give the variable of other programs: alpha_t, or 1 for flow models."""
-        ones = torch.ones_like(self.timesteps)
-        return ones if self.is_flow else self.noise_schedule.marginal_alpha(self.timesteps)
+        """What divides x on the grid to give the variable of other programs, `(num_steps + 1,)`."""
+        return self.alphas_at(self.timesteps)
+
+    def alphas_at(self, t: Tensor) -> Tensor:
+        """The divisors of x at times: alpha_t, or 1 for flow models."""
+        return torch.ones_like(t) if self.is_flow else self.noise_schedule.marginal_alpha(t)
 
     @cached_property
     def sigmas(self) -> Tensor:

@@ -18,6 +18,11 @@ def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
         raise not_whole(name, error) from None
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A type's name, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def check_finite(name: str, tensors: dict[str, Tensor]) -> None:
     """Raises: ModelFormatError."""
     for key, tensor in tensors.items():

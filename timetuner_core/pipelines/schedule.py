@@ -10,6 +10,7 @@ from torch import Tensor
 
 from timetuner_core.integrations.time_tuner_scheduler import TimeTunerScheduler
 from timetuner_core.models.schedulers import read_scheduler_config
+from timetuner_core.models.tensors import dtype_name
 from timetuner_core.pipelines.joining import content_of
 from timetuner_core.pipelines.kinds import SHARED_NETWORKS
 
@@ -119,7 +120,7 @@ def _network_key(network: Any) -> dict[str, Any]:
     cache = getattr(network, "_cache_config", None)
     return {
         "class": type(network).__name__,
-        "dtype": str(network.dtype).removeprefix("torch."),
+        "dtype": dtype_name(network.dtype),
         "adapters": _adapters(network),
         "cache": None if cache is None else type(cache).__name__,
         "weights": _weights(network),

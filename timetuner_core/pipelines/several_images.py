@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timetuner_core.pipelines.joining import PLAIN, Leaf, NetworkCall, content_of, relative_difference
-from timetuner_core.pipelines.shared_calls import MAX_DIFFERENCE, Request, SharedCalls, has_state
+from timetuner_core.pipelines.joining import PLAIN, Leaf, NetworkCall, content_of
+from timetuner_core.pipelines.shared_calls import Request, SharedCalls, differ_by_rounding, has_state
 
 PROMPTS = ("prompt", "negative_prompt")
 # Prompts of different lengths show whether a pipeline pads the shorter one, and hides the padding from the network.
@@ -107,4 +107,4 @@ def _is_close(expected: Any, value: Any) -> bool:
         return False
     if not expected.is_floating_point():
         return torch.equal(expected, value)
-    return relative_difference(expected, value) <= MAX_DIFFERENCE.get(value.dtype, max(MAX_DIFFERENCE.values()))
+    return differ_by_rounding(expected, value, value.dtype)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from timetuner_core.guided_model import Prediction, expand_like
-from timetuner_core.rivals.trajectory import predict_all, table_sampler_of, teacher_trajectory
+from timetuner_core.rivals.trajectory import as_remembered, predict_all, step_of, table_sampler_of, teacher_trajectory
 from timetuner_core.samplers import Past, Sampler, Step
 from timetuner_core.samplers.multistep import UNIPC_ORDERS, unipc
 from timetuner_core.samplers.solver_table import SolverTable
@@ -45,8 +45,7 @@ def dc_sampler(sampler: Sampler, ratios: Tensor) -> Sampler:
 
 def _compensated_step(sampler: Sampler, step: Step, ratio: Tensor) -> tuple[Tensor, Tensor]:
     """x_s and the x0 to remember; `step` has all the steps before."""
-    remembered = step.history[-sampler.history_length :] if sampler.history_length else ()
-    own = replace(step, history=remembered)
+    own = as_remembered(sampler, step)
     if len(step.history) < NUM_EARLIER:
         return sampler.update(own)
 
@@ -98,24 +97,12 @@ def dc_ratios(problem: TuningProblem, teacher_num_steps: int = 100, num_samples:
     timesteps = problem.timesteps.double().cpu()
     x, history = trajectory[0], tuple[Past, ...]()
     for i, (t, s) in enumerate(itertools.pairwise(timesteps)):
-        prediction = predict_all(problem, sampler, x, t)
-        step = step_of(problem, prediction, x, t, s, history)
+        step = step_of(problem, predict_all(problem, sampler, x, t), x, t, s, history)
         if i >= NUM_EARLIER:
             ratios[i] = _nearest_ratio(sampler, step, trajectory[i + 1])
         x_s, x0 = _compensated_step(sampler, step, ratios[i])
         history, x = (*history, Past(t, x, x0)), x_s
     return ratios
-
-
-def step_of(
-    problem: TuningProblem, prediction: Prediction, x: Tensor, t: Tensor, s: Tensor, history: tuple[Past, ...]
-) -> Step:
-    """A step from x at t to s, for which the network has answered already."""
-
-    def no_noise() -> Tensor:
-        raise AssertionError("a sampler that is a table draws noise")
-
-    return Step(lambda _x, _t: prediction, problem.noise_schedule, x, t, s, history, no_noise, 0.0)
 
 
 def _nearest_ratio(sampler: Sampler, step: Step, x_star: Tensor) -> float:

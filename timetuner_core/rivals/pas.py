@@ -6,13 +6,12 @@ alone, and no schedule can carry it.
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from timetuner_core.rivals.dc_solver import step_of
-from timetuner_core.rivals.trajectory import predict_all, table_sampler_of, teacher_trajectory
+from timetuner_core.rivals.trajectory import as_remembered, predict_all, step_of, table_sampler_of, teacher_trajectory
 from timetuner_core.samplers import Past, Sampler, Step
 from timetuner_core.tuning.problem import TuningProblem
 
@@ -34,7 +33,7 @@ class PasCorrection:
         """A sampler that takes its own steps, and these ones in the corrected direction. Without any, it is itself."""
 
         def update(step: Step) -> tuple[Tensor, Tensor]:
-            x_s, x0 = sampler.update(_as_remembered(sampler, step))
+            x_s, x0 = sampler.update(as_remembered(sampler, step))
             coordinates = self.coordinates.get(len(step.history))
             return (x_s if coordinates is None else _Direction(step, x_s).corrected(coordinates)), x0
 
@@ -68,7 +67,7 @@ def pas_correction(problem: TuningProblem, teacher_num_steps: int = 100, num_sam
     x, history = trajectory[0], tuple[Past, ...]()
     for i, (t, s) in enumerate(itertools.pairwise(timesteps)):
         step = step_of(problem, predict_all(problem, sampler, x, t), x, t, s, history)
-        x_s, x0 = sampler.update(_as_remembered(sampler, step))
+        x_s, x0 = sampler.update(as_remembered(sampler, step))
         if i > 0:
             direction = _Direction(step, x_s)
             learned = direction.nearest_coordinates(trajectory[i + 1])
@@ -77,11 +76,6 @@ def pas_correction(problem: TuningProblem, teacher_num_steps: int = 100, num_sam
                 x_s = direction.corrected(learned)
         history, x = (*history, Past(t, x, x0)), x_s
     return PasCorrection(coordinates)
-
-
-def _as_remembered(sampler: Sampler, step: Step) -> Step:
-    """The step with as much of the past as the sampler remembers."""
-    return replace(step, history=step.history[-sampler.history_length :] if sampler.history_length else ())
 
 
 class _Direction:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from timetuner_core.grids import EDM_RHO
 from timetuner_core.guided_model import Prediction
 from timetuner_core.rivals.candidates import check_at_least_1, fixed_steps
-from timetuner_core.samplers import Sampler, sample_steps
+from timetuner_core.samplers import Past, Sampler, Step, latest, sample_steps
 from timetuner_core.tuning.problem import TuningProblem, whole_batches
 from timetuner_core.tuning.solver import sampler_of
 
@@ -65,6 +66,22 @@ def teacher_trajectory(problem: TuningProblem, teacher_num_steps: int, num_sampl
     if not bool(torch.isfinite(trajectory[-1]).all()):
         raise ValueError("the teacher's samples are not finite; accepted: a network that gives numbers")
     return trajectory
+
+
+def step_of(
+    problem: TuningProblem, prediction: Prediction, x: Tensor, t: Tensor, s: Tensor, history: tuple[Past, ...]
+) -> Step:
+    """A step from x at t to s, for which the network has answered already."""
+
+    def no_noise() -> Tensor:
+        raise AssertionError("a sampler that is a table draws noise")
+
+    return Step(lambda _x, _t: prediction, problem.noise_schedule, x, t, s, history, no_noise, 0.0)
+
+
+def as_remembered(sampler: Sampler, step: Step) -> Step:
+    """The step with as much of the past as the sampler remembers."""
+    return replace(step, history=latest(step.history, sampler.history_length))
 
 
 def predict_all(problem: TuningProblem, sampler: Sampler, x: Tensor, t: Tensor) -> Prediction:

@@ -301,8 +301,12 @@ def with_history(step_fn: StepFn, history: tuple[Past, ...]) -> dict[str, tuple[
 
 def remember(step_fn: StepFn, history: tuple[Past, ...], past: Past) -> tuple[Past, ...]:
     """The history after one more step."""
-    length = history_length(step_fn)
-    return (*history, past)[-length:] if length else ()
+    return latest((*history, past), history_length(step_fn))
+
+
+def latest(history: tuple[Past, ...], length: int) -> tuple[Past, ...]:
+    """The last `length` steps of a history, or all where it has fewer."""
+    return history[-length:] if length else ()
 
 
 def sample(

@@ -7,6 +7,7 @@ A tuner may change them freely: then the whole solver is learned (BNS, Shaul et 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -16,7 +17,7 @@ from timetuner_core.clipping import Clipping, keeps_eps
 from timetuner_core.coefficients import NoiseLevel
 from timetuner_core.guided_model import Prediction, expand_like
 from timetuner_core.noise_schedule import NoiseSchedule
-from timetuner_core.samplers import Past, Sampler, Step, get_sampler
+from timetuner_core.samplers import Past, Sampler, Step, get_sampler, latest
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class SolverTable:
 
         Where `name` calls the network several times per step, each call is a step of its own: `Sampler.in_calls`.
         """
-        rows = self.by_lag()
+        rows = self.by_lag
 
         def update(step: Step) -> tuple[Tensor, Tensor]:
             a, eps, *b = rows[len(step.history)]
@@ -98,8 +99,9 @@ class SolverTable:
             call_times=tuple(self.times.tolist()),
         )
 
+    @cached_property
     def by_lag(self) -> list[list[float]]:
-        """For each call i the numbers `a_i, eps_i, b_ii, b_i,i-1, ..., b_i0`."""
+        """The numbers of each call i: `a_i, eps_i, b_ii, b_i,i-1, ..., b_i0`."""
         eps = torch.zeros_like(self.a) if self.eps is None else self.eps
         rows = zip(self.a.tolist(), eps.tolist(), self.b.tolist(), strict=True)
         return [[a, of_eps, *row[i::-1]] for i, (a, of_eps, row) in enumerate(rows)]
@@ -243,7 +245,7 @@ def _run_on_units(sampler: Sampler, noise_schedule: NoiseSchedule, grids: Tensor
     x, history = units[:, 0], tuple[Past, ...]()
     for t, s in zip(grids.T[:-1], grids.T[1:], strict=True):
         x_s, x0 = sampler.update(Step(predict, noise_schedule, x, t, s, history, no_noise, 0.0))
-        history = (*history, Past(t, x, x0))[-sampler.history_length :] if sampler.history_length else ()
+        history = latest((*history, Past(t, x, x0)), sampler.history_length)
         x = x_s
     if len(states) != num_calls:
         raise ValueError(f"the sampler {sampler.name!r} makes {len(states)} calls; accepted: {num_calls}, as its facts")

@@ -79,7 +79,7 @@ class Travelling:
     by_lag: list[list[float]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.by_lag = [] if self.row.solver_table is None else self.row.solver_table.by_lag()
+        self.by_lag = [] if self.row.solver_table is None else self.row.solver_table.by_lag
 
     @property
     def num_updates(self) -> int:
@@ -208,9 +208,8 @@ class RollingBatch:
         )
         self._condition = _joined(self._condition, [row.condition for row in rows], self.device)
         self._uncond = _joined(self._uncond, [row.uncond_condition for row in rows], self.device)
-        schedule = self.model.noise_schedule
+        schedule, sampler = self.model.noise_schedule, get_sampler(self.sampler)
         for row, generator in zip(rows, generators, strict=True):
-            sampler = get_sampler(self.sampler)
             solver = sampler if row.solver_table is None else row.solver_table.sampler(sampler.name)
             levels = levels_of_steps(schedule, *solver.in_calls(row.timesteps, row.t_ratios))
             self.rows.append(Travelling(row, generator, levels, solver.updates_per_step))
