@@ -43,7 +43,7 @@ EFFORT: Json = {
     "tuner": {"objective": "solver", "total_iters": 6, "population_size": 64, "teacher_num_steps": TEACHER_NUM_STEPS},
     "evaluation": {"num_samples": 32, "max_num_samples": 32, "teacher_num_steps": TEACHER_NUM_STEPS},
 }
-NUM_IMAGES = 20  # from noise that no tuning has seen: seeds of jobs start at 2**31
+NUM_IMAGES = 20  # No tuning has seen their noise, as seeds of jobs start at 2**31.
 STOP_SECONDS = 60
 
 # The picture's pixels and colours. A difference of a quarter of the range of grey, or more, has the last colour.
@@ -192,7 +192,7 @@ def print_table(comparisons: list[Comparison]) -> None:
 
 
 def in_a_sentence(comparisons: list[Comparison]) -> str:
-    """What tuning brought, from the figures alone."""
+    """A sentence on what tuning brought, from the figures alone."""
     return f"Beside the best untuned sampler, tuned images come {'; '.join(map(_gain, comparisons))}."
 
 

@@ -25,7 +25,7 @@ from timetuner_core.models.schedulers import read_scheduler_config
 MODEL = "fashion32"
 NUM_STEPS, MANY_STEPS = 5, 50
 NUM_TUNED = 32  # More than by default, as this network is fast.
-NUM_IMAGES, SEED = 10, 1  # Their noise is none that tuning or its evaluation has seen.
+NUM_IMAGES, SEED = 10, 1  # Neither tuning nor its evaluation has seen this noise.
 
 
 def unconditional(unet: UNet2DModel, null_class: int) -> UNet2DModel:

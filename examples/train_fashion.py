@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 from train_ldm import NUM_CLASSES, ddim, save_sheet, train_unet, write_folder
 
-IMAGES_PER_CLASS = 200  # in `data.safetensors`
+IMAGES_PER_CLASS = 200  # `data.safetensors` has as many.
 PACKAGE_FOLDER = "usr/share/datasets/fashion-mnist"
 
 

@@ -1,5 +1,6 @@
 """/healthz, /readyz and /metrics"""
 
+from contextlib import suppress
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -14,6 +15,7 @@ from service.state import AppState, State
 
 router = APIRouter(tags=["health"])
 
+REPLY_SECONDS = 1.0  # A worker that replies later than that is not there.
 NO_KEY_NEEDED: dict[str, Any] = {"security": []}
 PROBE = Field(examples=["ok"])
 METRICS = {"schema": {"type": "string", "examples": ['timetuner_queue_jobs{kind="tuning"} 2.0\n']}}
@@ -78,13 +80,27 @@ def _database(state: AppState) -> str:
 
 
 def _broker_and_workers(state: AppState) -> tuple[str, str]:
+    """The states of the broker and of the workers. The answer comes with the reply of the last queue that is needed."""
+    needed = set(QUEUES) - set(state.settings.on_demand_queues)
+    served: set[str] = set()
+
+    def note(reply: dict[str, list[dict[str, Any]]]) -> None:
+        served.update(queue["name"] for queues in reply.values() for queue in queues)
+        if needed <= served:
+            raise _AllServed
+
+    control = state.celery.control
     try:
         # The broker may have been restarted, so the check uses a new connection.
-        with state.celery.connection_for_write() as connection:
-            replies = state.celery.control.inspect(timeout=1.0, connection=connection).active_queues() or {}
+        with state.celery.connection_for_write() as connection, suppress(_AllServed):
+            control.inspect(timeout=REPLY_SECONDS, connection=connection, callback=note).active_queues()
     except Exception as error:  # Transports have errors of their own.
         return f"unreachable ({type(error).__name__})", "unknown"
-    served = {queue["name"] for queues in replies.values() for queue in queues}
-    needed = [queue for queue in QUEUES if queue not in state.settings.on_demand_queues]
-    missing = [queue for queue in needed if queue not in served]
+    finally:
+        control.mailbox.unclaimed.clear()  # Replies to earlier checks that came after their end would stay there.
+    missing = [queue for queue in QUEUES if queue in needed - served]
     return "ok", f"none for {', '.join(missing)}" if missing else "ok"
+
+
+class _AllServed(Exception):  # noqa: N818 (it ends a wait, and is no error)
+    """Each queue has a worker, so no further reply is waited for."""

@@ -154,7 +154,7 @@ def check(stack: Stack, jobs: list[Submitted], faults: Faults) -> dict[str, Any]
     }
 
 
-# What must be nothing.
+# No request may end as one of these.
 WRONG = (
     "lost",
     "made twice",

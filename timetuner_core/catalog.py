@@ -56,7 +56,7 @@ class SamplerFacts:
         return self.calls_per_step * (len(timesteps) - 1) - saved
 
     def accepted_call_times(self, times: Sequence[float] | None, timesteps: Sequence[float]) -> str | None:
-        """What would do as the times of a table's calls, if `times` do not.
+        """The times that a table's calls accept, as a text for a refusal.
 
         Args:
             times: None, or as many as `network_calls`.

@@ -22,7 +22,7 @@ FIELDS = {
 
 @dataclass(frozen=True)
 class Clipping:
-    """What a scheduler's configuration says of clipping x0.
+    """The clipping of x0 that a scheduler's configuration asks for.
 
     Attributes:
         sample_range: x0 is clipped to -sample_range..sample_range; None does not clip (`clip_sample`).
@@ -92,7 +92,7 @@ def _positive(name: str, number: str) -> float:
 
 @dataclass(frozen=True)
 class ClipRule:
-    """Which of the two a sampler's diffusers class does, and whether eps then follows x0."""
+    """The clipping that a sampler's diffusers class does, and whether eps then follows x0."""
 
     clips: bool
     thresholds: bool

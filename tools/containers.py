@@ -55,7 +55,7 @@ fi
 exec postgres -c listen_addresses='*'
 """
 
-# What `run` gives to the engine, and what this script does by itself. Another key of a service is an error.
+# `run` gives these to the engine, and the script does the others itself. Another key of a service is an error.
 GIVEN = {"image", "user", "read_only", "cap_drop", "security_opt", "pids_limit", "mem_limit", "shm_size", "tmpfs"}
 GIVEN |= {"environment", "volumes", "networks", "command", "init", "ports", "healthcheck", "restart"}
 DONE_HERE = {"build", "depends_on", "profiles", "deploy", "stop_grace_period", "scale"}
@@ -253,7 +253,7 @@ class Deployment:
         return int(self.services[service].get("stop_grace_period", "10s").removesuffix("s"))
 
     def _arguments(self, service: str, name: str, number: int) -> list[str]:
-        """What `podman run` is to be told of a service's container."""
+        """The options of `podman run` for a service's container."""
         asked = self.services[service]
         arguments = [
             f"--name={name}",

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 
 from service.shared.logs import start_logging
 from service.shared.queue import QUEUES
@@ -25,13 +26,21 @@ def serve(queues: str) -> None:
     start_logging(settings.log_level)
     metrics.serve(settings)
     start_tracing("timetuner-worker", settings.otel_exporter_otlp_endpoint)
-    # worker.app explains why the pool has one thread.
-    options = ["--pool", "threads", "--concurrency", "1", "--loglevel", "WARNING", "--without-gossip"]
-    name = f"{queues.replace(',', '-')}-{os.getpid()}@%h"
+    # Celery's own command would import a shell for terminals. worker.app explains why the pool has one thread.
+    worker = app.Worker(
+        hostname=f"{queues.replace(',', '-')}-{os.getpid()}@%h",
+        queues=queues,
+        pool="threads",
+        concurrency=1,
+        loglevel="WARNING",
+        without_gossip=True,
+        quiet=True,
+    )
     try:
-        app.worker_main(["--quiet", "worker", *options, "--queues", queues, "--hostname", name])
+        worker.start()
     finally:
         wait_for_describer()
+    sys.exit(worker.exitcode)
 
 
 def check_device(name: str) -> None:

@@ -17,6 +17,7 @@ from celery.platforms import SecurityWarning
 from celery.signals import setup_logging, worker_ready, worker_shutting_down
 
 from service.registry.tables import Job, TuningJob, TuningTask
+from service.shared.garbage import no_collections
 from service.shared.queue import TASKS, celery_app
 from service.shared.settings import Settings
 from service.shared.signals import SAMPLE_QUEUE, SAMPLE_TASK
@@ -38,7 +39,8 @@ _making_runtime = threading.Lock()
 
 @lru_cache(maxsize=1)
 def _make_runtime() -> "Runtime":
-    from worker.runtime import Runtime
+    with no_collections():
+        from worker.runtime import Runtime
 
     return Runtime(settings, app, stopping)
 
@@ -71,7 +73,8 @@ def tune_step(task_id: str) -> None:
 
 @lru_cache(maxsize=1)
 def _sample_server() -> "SampleServer":
-    from worker.sampling import SampleServer
+    with no_collections():
+        from worker.sampling import SampleServer
 
     return SampleServer(_runtime())
 

@@ -16,7 +16,7 @@ LISTEN_SECONDS = 0.05  # A thread that listens for new jobs notices within this 
 
 @dataclass(frozen=True)
 class Taken:
-    """What a claim led to.
+    """The outcome of a claim.
 
     Attributes:
         schedules: those that the claimed jobs name, by id.
@@ -87,7 +87,7 @@ class Claimer:
             self._changed.notify_all()
 
     def take(self) -> list[Taken]:
-        """What was claimed since the last call. Raises: the error of a claim. The next offer has it tried again."""
+        """Jobs claimed since the last call. Raises: the error of a claim. The next offer has it tried again."""
         with self._changed:
             taken, self._taken = self._taken, []
             self._seats -= sum(one.num_images for one in taken)

@@ -44,7 +44,7 @@ class Travelling(Protocol):
 
 
 class Advance(Protocol):
-    """What a step led to: see `rolling_batch.Advance`."""
+    """The outcome of a step: see `rolling_batch.Advance`."""
 
     @property
     def done(self) -> Sequence[Row]: ...

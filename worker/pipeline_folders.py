@@ -1,4 +1,4 @@
-"""Where the files of registered pipelines are: in the artifact store, below `MODELS_DIR`, or in a cache of a hub."""
+"""The files of registered pipelines: in the artifact store, below `MODELS_DIR`, or in a cache of a hub."""
 
 from collections.abc import Mapping
 from contextlib import suppress

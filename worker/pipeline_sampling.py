@@ -125,7 +125,7 @@ class Moving:
 
 @dataclass(frozen=True)
 class PipelineAdvance:
-    """What a step led to; see `rolling_batch.Advance`. Jobs are done once all their images are, and have one shape.
+    """The outcome of a step; see `rolling_batch.Advance`. Jobs are done once all their images are, and have one shape.
 
     Attributes:
         flagged: for each of `done`, whether the safety checker held the image back; empty without a checker.
@@ -370,7 +370,7 @@ def call_of(request: Any, served: ServedPipeline) -> dict[str, Any]:
 
 
 def _scheduler_of(request: SampleRequest, pipeline: Any, schedule: Schedule | None) -> Callable[[], Any]:
-    """What makes the scheduler of each run: by a schedule, the pipeline's own, or by a sampler of ours."""
+    """The maker of each run's scheduler: by a schedule, the pipeline's own, or by a sampler of ours."""
     # These import diffusers, which takes seconds. A worker without pipelines does without.
     from timetuner_core.integrations.time_tuner_scheduler import TimeTunerScheduler
     from timetuner_core.pipelines.runs import Solvers

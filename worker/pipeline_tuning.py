@@ -225,7 +225,7 @@ def _schedule_row(
 
 
 def _digest_of(prompts: list[str] | None, *, is_ours: bool) -> dict[str, Any] | None:
-    """What tells prompts apart without repeating them: others may see the schedule."""
+    """A digest that tells prompts apart without repeating them: others may see the schedule."""
     if prompts is None:
         return None
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()

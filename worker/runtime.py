@@ -21,6 +21,7 @@ from service.registry.jobs import Claim, LeaseLostError, claim, finish, hand_bac
 from service.registry.samples import models_sampled_last
 from service.registry.tables import Job, JobState, Model, Schedule, TuningJob
 from service.shared.artifacts import ArtifactStore
+from service.shared.garbage import no_collections
 from service.shared.job_requests import SampleRequest
 from service.shared.logs import about
 from service.shared.pipeline_calls import is_pipeline
@@ -90,7 +91,7 @@ class Runtime:
         """The model on this worker's device. The models used last stay loaded, up to `max_model_bytes` together."""
         if model_id not in self._models:
             self._problem = None  # It holds a reference to its model, which could not be freed.
-            with metrics.LOAD.time():
+            with metrics.LOAD.time(), no_collections():  # A first load imports diffusers.
                 model = self._load(model_id)
             kept = sum(model.num_bytes for model in self._models.values())
             while self._models and kept + model.num_bytes > self.settings.max_model_bytes:
@@ -363,7 +364,7 @@ def _check_hash(model: Model, found: str, place: str) -> None:
 
 
 def _sizes_key(model_id: str, guidance: Guidance, condition_shape: tuple[int, ...] | None) -> SizesKey:
-    """What the batch sizes of a request depend on."""
+    """The facts of a request that its batch sizes depend on."""
     guided = None if guidance.interval else guidance.guides
     return model_id, guidance.type, guided, condition_shape[0] if condition_shape else None
 

@@ -1,4 +1,4 @@
-"""What a caller sees of models and schedules. Endpoints answer as if all else did not exist."""
+"""Models and schedules that a caller sees. Endpoints answer as if all else did not exist."""
 
 from sqlalchemy import ColumnElement, Select, and_, not_, select, true
 from sqlalchemy.orm import Session

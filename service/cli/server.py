@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from service.cli.output import FAILED, UNREACHABLE, USAGE, AsJson, CommandError, print_json
+from service.shared.garbage import no_collections
 
 db = typer.Typer(no_args_is_help=True, help="The registry's database.")
 
@@ -37,10 +38,11 @@ def up(
 
     DATABASE_URL, ARTIFACTS_URL and BROKER_URL replace the embedded parts.
     """
-    from service.cli.registry import database_errors
-    from service.shared.settings import Settings
-    from service.up.listening import AddressError
-    from service.up.supervisor import Supervisor
+    with no_collections():
+        from service.cli.registry import database_errors
+        from service.shared.settings import Settings
+        from service.up.listening import AddressError
+        from service.up.supervisor import Supervisor
 
     _settle_authentication("up", host)
     if home is not None:
@@ -64,12 +66,13 @@ def api(
     fd: Annotated[list[int], typer.Option(hidden=True, help="A socket that the parent process listens on.")] = [],  # noqa: B006
 ) -> None:
     """Run the API alone."""
-    import uvicorn
+    with no_collections():
+        import uvicorn
 
-    from service.http.protocol import BoundedHttpProtocol
-    from service.shared.logs import start_logging
-    from service.shared.settings import Settings
-    from service.up.listening import AddressError, listen
+        from service.http.protocol import BoundedHttpProtocol
+        from service.shared.logs import start_logging
+        from service.shared.settings import Settings
+        from service.up.listening import AddressError, listen
 
     _settle_authentication("api", host)
     settings = Settings()
@@ -89,6 +92,8 @@ def api(
         log_config=None,
         timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
     )
+    with no_collections():
+        config.load()
     server = uvicorn.Server(config)
     # The server stops in order, and raises the signal again: a SIGTERM would then end the process with status 143.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -102,14 +107,16 @@ def worker(
     queues: Annotated[str, typer.Option(help="Queues to serve, by commas.")] = "sampling,tuning",
 ) -> None:
     """Run one worker, for one device, until SIGTERM."""
-    from worker.__main__ import serve
+    with no_collections():
+        from worker.__main__ import serve
 
     serve(queues)
 
 
 def dispatcher() -> None:
     """Run the dispatcher until SIGTERM: it queues jobs again, deletes old samples, and sends webhooks."""
-    from worker.dispatcher import main
+    with no_collections():
+        from worker.dispatcher import main
 
     main()
 

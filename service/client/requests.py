@@ -51,7 +51,7 @@ class CallOptions(TypedDict, total=False):
 
 
 class IntervalOptions(TypedDict, total=False):
-    """What one schedule serves all of.
+    """The intervals that one schedule serves all of.
 
     `guidance_scales` in place of `guidance_scale` are the lowest and the highest. For pipelines, `sizes` in place of
     `height` and `width` are several (height, width).

@@ -174,7 +174,7 @@ class BestUntuned(BaseModel):
 
 
 class ScaleEvaluation(BaseModel):
-    """What was found at one guidance scale, of a schedule for an interval of them."""
+    """The findings at one guidance scale, of a schedule for an interval of them."""
 
     guidance_scale: float
     verdict: Literal["accepted", "rejected", "undecided"]

@@ -36,7 +36,7 @@ class Patience:
 
 
 def doing(job: Job) -> str:
-    """What a job does: the phase of a tuning job that runs, else the state."""
+    """The phase of a tuning job that runs, else the job's state."""
     phase = job.phase if isinstance(job, TuningJobFields) else None
     return phase if phase is not None and job.state == "running" else job.state
 

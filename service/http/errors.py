@@ -141,7 +141,7 @@ class ImagesLostError(ServiceError):
 
 
 class UnavailableError(ServiceError):
-    """What a request needs cannot be had now."""
+    """Something that a request needs cannot be had now."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     example = "the export took more than 120 seconds; accepted: the same request, later"
@@ -158,7 +158,7 @@ class NotInstalledError(ServiceError):
 
 
 class StoreFullError(ServiceError):
-    """What a request would store has no room under the operator's limit."""
+    """The results of a request have no room under the operator's limit."""
 
     status = HTTPStatus.INSUFFICIENT_STORAGE
     example = (

@@ -41,7 +41,7 @@ Kind: TypeAlias = Literal["auto", "network", "pipeline"]
 
 
 class Unpacked(NamedTuple):
-    """What was extracted.
+    """The files that were extracted.
 
     Attributes:
         is_pipeline: whether it is a whole pipeline.
@@ -199,7 +199,7 @@ def _index_root(paths: list[PurePosixPath]) -> PurePosixPath | None:
 
 
 def _read_index(inside: Mapping[str, Member], kind: Kind) -> PipelineIndex | None:
-    """What a pipeline's index says; None if the archive is to be read as a network. Raises: ModelFormatError."""
+    """The pipeline's index; None if the archive is to be read as a network. Raises: ModelFormatError."""
     _, size, open_member = inside[MODEL_INDEX]
     if size > MAX_JSON_BYTES:
         raise ModelFormatError(MODEL_INDEX, f"the file is too large; accepted: up to {MAX_JSON_BYTES} bytes")

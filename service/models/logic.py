@@ -67,7 +67,7 @@ class Dependents(NamedTuple):
 
 
 class HandedIn(NamedTuple):
-    """What became of an uploaded archive.
+    """The outcome of an uploaded archive.
 
     Attributes:
         found: the model or the open registration of the same content, or else a new registration.
@@ -184,13 +184,13 @@ def _take_room(registry: Registry, folder: Path, most: int) -> None:
 
 
 def _checked_network(folder: Path) -> tuple[dict[str, Any], str]:
-    """What a registration's `source` gets, and the content hash. Raises: ModelFormatError."""
+    """The entries for a registration's `source`, and the content hash. Raises: ModelFormatError."""
     check_files(folder)
     return {}, folder_hash(folder)
 
 
 def _checked_pipeline(folder: Path, dtype: str) -> tuple[dict[str, Any], str]:
-    """What a registration's `source` gets, and the content hash. Raises: ModelFormatError."""
+    """The entries for a registration's `source`, and the content hash. Raises: ModelFormatError."""
     check_pipeline_files(folder)
     dtype = saved_dtype(folder) if dtype == "auto" else dtype
     return {"kind": "pipeline", "dtype": dtype}, pipeline_hash(folder, dtype)
@@ -276,7 +276,7 @@ def _once(caller: Caller, idempotency_key: str | None, content_hash: str, privat
 
 
 def _made_before(session: Session, caller: Caller, once: Once | None) -> Model | ModelRegistration | None:
-    """What the same request made. Raises: ConflictError, if its key was used with another; NotFoundError."""
+    """The model that the same request made. Raises: ConflictError, if its key was used with another; NotFoundError."""
     made = None if once is None else once.found(session)
     return None if made is None else get_handed_in(session, caller, made)
 

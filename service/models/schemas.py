@@ -57,7 +57,7 @@ DTYPE = "The precision that a pipeline is served and tuned in; `auto` is that of
 
 
 class FolderModelRequest(BaseModel):
-    """What registrations of folders on the operator's machines have in common."""
+    """The fields that registrations of folders on the operator's machines have in common."""
 
     model_config = ConfigDict(extra="forbid")
 

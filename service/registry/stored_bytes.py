@@ -17,7 +17,7 @@ class NoRoomError(OSError):
 
 
 def quota_text(stored: int, needed: int, most: int) -> str:
-    """What a refusal says. All numbers are bytes."""
+    """The text of a refusal. All numbers are bytes."""
     left = max(0, most - stored)
     return (
         f"{needed} bytes are needed, and {stored} of MAX_STORED_BYTES={most} are taken; accepted: up to {left} bytes, "
@@ -53,7 +53,7 @@ def give_back_bytes(session: Session, number: int) -> None:
 
 
 def bytes_ever_taken(session: Session) -> int:
-    """What `enter_count` is to be given: its value before the artifacts were counted."""
+    """The value that `enter_count` is to be given: the counter's before the artifacts were counted."""
     return session.scalar(select(StoredBytes.taken)) or 0
 
 

@@ -1,4 +1,4 @@
-"""What evaluations found, as the API tells it: figures, and a sentence or two."""
+"""Findings of evaluations, as the API tells them: figures, and a sentence or two."""
 
 import math
 from typing import Literal
@@ -56,7 +56,7 @@ class BestUntunedOut(BaseModel):
 
 
 class ScaleOut(BaseModel):
-    """What was found at one guidance scale, of a schedule for an interval of them."""
+    """The findings at one guidance scale, of a schedule for an interval of them."""
 
     guidance_scale: float = Field(examples=[1.5])
     verdict: Literal["accepted", "rejected", "undecided"]
@@ -126,7 +126,7 @@ class EvaluationOut(BaseModel):
     network_calls: int = Field(description="Samples put through the network while tuning. Guidance counts, too.")
 
     def summarised(self, num_steps: int) -> str | None:
-        """What the evaluation of a schedule of `num_steps` found: what it brought, and by what evidence."""
+        """The findings of a schedule of `num_steps`: what it brought, and by what evidence."""
         if self.verdict in ("rejected", "undecided"):
             return f"{self.verdict.capitalize()}: {self.reason}."
         found = [sentence for sentence in (_worth(num_steps, self.worth), _closer(self)) if sentence]

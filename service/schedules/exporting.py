@@ -72,7 +72,7 @@ async def export(state: AppState, subject: Subject, query: ExportQuery) -> Expor
 
 
 def _import_file(subject: Subject) -> Exported:
-    """What `POST /v1/schedules` takes."""
+    """The body that `POST /v1/schedules` takes."""
     schedule = subject.schedule
     names = ScheduleImport.model_fields.keys() - NOT_EXPORTED
     content = {name: value for name, value in schedule.items() if name in names}

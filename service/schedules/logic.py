@@ -164,7 +164,7 @@ def _of_guidance_interval(
 
 
 def mismatch(session: Session, caller: Caller, setting: SamplingSetting) -> str:
-    """What does not match of the accepted schedule that is nearest to a setting; empty if there is none."""
+    """The fields that do not match of the accepted schedule that is nearest to a setting; empty if there is none."""
     query = select(Schedule).where(Schedule.model_id == setting.model, Schedule.status == ScheduleStatus.ACCEPTED)
     newest_first = query.where(is_visible(caller, Schedule)).order_by(Schedule.id.desc()).limit(MAX_COUNTED)
     wanted = _matched(setting.key(), setting.deciding())

@@ -1,4 +1,4 @@
-"""What requests depend on of each sampler, for processes without PyTorch."""
+"""The facts of each sampler that requests depend on, for processes without PyTorch."""
 
 import json
 import logging

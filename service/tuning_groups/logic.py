@@ -42,7 +42,7 @@ class TuningGroup:
 
 @dataclass(frozen=True)
 class Price:
-    """What a group would cost: samples put through the network, and seconds of one worker where they can be told."""
+    """The cost of a group: samples put through the network, and seconds of one worker where they can be told."""
 
     cost: int
     seconds: float | None

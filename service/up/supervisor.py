@@ -288,7 +288,7 @@ def _end(message: str, code: int = 1) -> None:
 
 
 def _missing(readiness: str) -> str:
-    """What an answer of /readyz says is missing."""
+    """The parts that an answer of /readyz says are missing."""
     try:
         parts = json.loads(readiness)
         return ", ".join(f"{name}: {parts[name]}" for name in ("database", "broker", "workers") if parts[name] != "ok")

@@ -1,4 +1,4 @@
-"""What comparisons show: the matrix of models and network calls, the leaderboard of tuners, and two schedules."""
+"""Comparisons: the matrix of models and network calls, the leaderboard of tuners, and two schedules."""
 
 import math
 from collections import defaultdict

@@ -127,7 +127,7 @@ def _calls(schedule: Schedule, timesteps: Sequence[float]) -> int | None:
 
 
 def verdict_of(schedule: Schedule) -> str:
-    """What was found of a schedule: that it is accepted, rejected or undecided; or that it was imported."""
+    """The verdict of a schedule: accepted, rejected or undecided; or that it was imported."""
     verdict = schedule.evaluation.verdict if schedule.evaluation else None
     return verdict or str(schedule.status)
 
@@ -279,7 +279,7 @@ def schedule_charts(schedule: Schedule) -> list[Chart | None]:
 
 
 def summary(schedule: Schedule) -> str | None:
-    """What a schedule brought, in a sentence or two, without the verdict's name; None for an imported one."""
+    """The gain of a schedule, in a sentence or two, without the verdict's name; None for an imported one."""
     evaluation = ScheduleOut.model_validate(schedule).evaluation
     if evaluation is None:
         return None
@@ -302,7 +302,7 @@ def rivals_of(session: Session, caller: Caller, schedule: Schedule) -> list[Sche
 
 
 def _noises(schedule: Schedule) -> tuple[int, int, int] | None:
-    """What decides the noises and the teacher that a schedule's worth was measured with; None if it was not."""
+    """The numbers that decide the noises and the teacher of a schedule's evaluation; None without one."""
     evaluation = schedule.evaluation
     if evaluation is None or evaluation.worth is None:
         return None
@@ -404,7 +404,7 @@ def worker_of(events: Sequence[TuningJobEvent]) -> str | None:
 
 
 def verdicts_of(session: Session, jobs: Iterable[TuningJob]) -> dict[str, str]:
-    """What was found of the schedules that jobs made, by the job's id."""
+    """The verdicts of the schedules that jobs made, by the job's id."""
     query = (
         select(Schedule.job_id, Schedule.status, EvaluationRow.verdict)
         .outerjoin(EvaluationRow)

@@ -1,4 +1,4 @@
-"""What the commands make of options for whole pipelines, without a service."""
+"""Options of the commands for whole pipelines, without a service."""
 
 from pathlib import Path
 

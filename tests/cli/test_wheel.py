@@ -56,7 +56,7 @@ def test_mypy_finds_the_clients_types(wheel: Path, tmp_path: Path) -> None:
     packages = tmp_path / "venv" / "lib" / version / "site-packages"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(packages)
-    for name in {*modules()} - {*OURS}:  # What the package without extras needs, and no more.
+    for name in {*modules()} - {*OURS}:  # The package without extras needs these, and no more.
         for place in Path(sysconfig.get_path("purelib")).glob(f"{name}*"):
             if place.name.partition(".")[0] == name and not (packages / place.name).exists():
                 (packages / place.name).symlink_to(place)

@@ -100,7 +100,7 @@ def operations() -> dict[str, tuple[str, str, Json]]:
         operation["operationId"]: (method.upper(), path, operation)
         for path, methods in document()["paths"].items()
         for method, operation in methods.items()
-        if not path.startswith("/openai/")  # Its client is OpenAI's.
+        if not path.startswith("/openai/")  # OpenAI's own client calls it.
     }
 
 

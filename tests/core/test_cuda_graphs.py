@@ -1,4 +1,4 @@
-"""Which calls of a network repeat a recorded graph, by a stand-in for the device; and on a GPU, that they are equal."""
+"""Calls of a network that repeat a recorded graph, by a stand-in for the device; on a GPU, they are equal."""
 
 from collections.abc import Callable
 from typing import Any
@@ -84,7 +84,9 @@ def refusing(_call: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 def stale(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     output = call()
-    return lambda: output  # as of a network that computes with numbers of the processor
+    return lambda: (
+        output
+    )  # A recorded network that computes with numbers of the processor repeats its old answer, as here.
 
 
 @pytest.mark.parametrize(("record", "why"), [(refusing, "not permitted"), (stale, "computes something else")])

@@ -334,7 +334,7 @@ def test_a_pipelines_scheduler_samples_as_a_sampler_of_several_calls_also_from_t
     step_fn = SAMPLERS[sampler].step_fn(model_fn, noise_schedule)
     for first in (0, 2):
         scheduler.set_timesteps(4)
-        begin = first * scheduler.order  # As image-to-image pipelines reckon.
+        begin = first * scheduler.order  # Image-to-image pipelines reckon so.
         scheduler.set_begin_index(begin)
         x = x_t = normals(2, 1, 4, 4).float()
         for t in scheduler.timesteps[begin:]:

@@ -1,4 +1,4 @@
-"""What a step of a batch costs beside the network, counted: small operations, and waits for the device."""
+"""The cost of a batch's step beside the network, counted: small operations, and waits for the device."""
 
 from collections import Counter
 from collections.abc import Callable

@@ -121,7 +121,7 @@ def test_a_key_that_floods_the_queue_leaves_room_for_others(registry: Registry, 
         return count
 
     assert [admitted(key) for key in ("flood", "flood", "late", "later")] == [5, 0, 2, 1]
-    assert admitted(None) == 1  # Where no keys are needed, all of the queue is anybody's.
+    assert admitted(None) == 1  # All of the queue is anybody's where no keys are needed.
 
 
 def test_a_key_has_its_share_of_the_time_that_requests_may_wait(registry: Registry, clock: Clock) -> None:

@@ -1,4 +1,4 @@
-"""What a refusal says: the field as it was sent, what is accepted, and nothing of our code."""
+"""Refusals name the field as it was sent and what is accepted, and tell nothing of our code."""
 
 import io
 import re

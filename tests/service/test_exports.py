@@ -110,7 +110,7 @@ def test_an_export_of_a_pipelines_schedule_is_imported_with_its_sizes_and_argume
     copy = api.post("/v1/schedules", json=content)
     assert copy.status_code == 201, copy.text
     assert copy.json()["call"] == schedule["call"]
-    assert copy.json()["version"] == schedule["version"] + 1  # So it is of the same setting.
+    assert copy.json()["version"] == schedule["version"] + 1  # The setting is the same.
     card = api.get(f"/v1/schedules/{schedule['id']}/export", params={"format": "card"}).text
     assert "guidance_scale=3" in card and '"guidance_rescale": 0.5' in card and '"width": 48' in card
     worker.close()

@@ -1,4 +1,4 @@
-"""Who a request is from, as trusted proxies say in one of three headers."""
+"""Senders of requests, as trusted proxies tell them in one of three headers."""
 
 import asyncio
 from pathlib import Path
@@ -58,7 +58,7 @@ def seen(peer: str | None, *headers: tuple[str, str], trusted: str = TRUSTED) ->
         (("Forwarded", "for=127.0.0.1, nonsense"), "unknown"),
         (("Forwarded", 'for=127.0.0.1, for="203.0.113.7'), "unknown"),
         (("X-Real-IP", "a, b"), "unknown"),
-        # What is long and wrong is read in one pass.
+        # A long and wrong value is read in one pass.
         (("Forwarded", '"\\' * 30_000), "unknown"),
         (("Forwarded", "; " * 30_000 + "!"), "unknown"),
         # These name no client.

@@ -115,7 +115,7 @@ def test_usage_is_each_keys_own_and_an_admins_is_everybodys(
         with state.registry.write() as session:
             for name, use in (("ann", Use(1.5, 6, 0.25)), ("root", Use(2, 3, 4))):
                 add_usage(session, [(Payer(keys[name][0].id, model, UsageKind.SAMPLING), use)])
-        with state.registry.write() as session:  # What root used was used nine days ago.
+        with state.registry.write() as session:  # Root's use was nine days ago.
             before = today - timedelta(days=9)
             of_root = update(UsageTotal).where(UsageTotal.owner == keys["root"][0].id)
             session.execute(of_root.values(day=before, id=first_total_id(before) + "_x"))

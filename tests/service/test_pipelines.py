@@ -124,7 +124,7 @@ def packed(folder: Path) -> bytes:
 
 
 def described(api: TestClient, runtime: Runtime, request: dict[str, Any]) -> dict[str, Any]:
-    """What becomes of a registration, which a worker in this process takes."""
+    """The end of a registration, which a worker in this process takes."""
     accepted = api.post("/v1/models", headers=ASYNC, **request)
     assert accepted.status_code == 202, accepted.text
     with runtime.registry.read() as session:

@@ -1,4 +1,4 @@
-"""What is private to an API key is not there for others: no endpoint tells it apart from what never was."""
+"""Things that are private to an API key are not there for others: no endpoint tells them apart from what never was."""
 
 import io
 import json
@@ -124,7 +124,7 @@ class World:
     registration: str
 
     def ids_of(self, route: APIRoute) -> list[str]:
-        """What a path may name."""
+        """Ids that a path may name."""
         if "{model_id}" in route.path:
             return [self.model, self.registration]
         if "{schedule_id}" in route.path:
@@ -218,7 +218,7 @@ def ask(client: TestClient, method: str, path: str, key: Headers, **given: Any) 
 
 
 def told(answer: httpx.Response, named: str) -> tuple[int, str]:
-    """What an answer tells, whatever it was asked about."""
+    """The content of an answer, whatever it was asked about."""
     text = answer.text.replace(named, "ID").replace(named[-8:], "ID")
     return answer.status_code, re.sub(r"req_\w+|request_id\W+\w+", "", text)
 
@@ -314,7 +314,7 @@ def test_auto_takes_the_public_schedules_and_the_callers_own(world: World) -> No
             "reason": "untuned: no accepted schedule for this setting (0 rejected)",
         }
     sampled = {}
-    for name in ("owner", "other", "owner"):  # What one key's request was resolved to is not another's.
+    for name in ("owner", "other", "owner"):  # The resolution of one key's request is not another's.
         headers = getattr(world, name) | {"Prefer": "respond-async"}
         sampled[name] = world.client.post("/v1/samples", json=query, headers=headers).json()["schedule"]
     assert sampled == {"owner": accepted, "other": None}

@@ -1,4 +1,4 @@
-"""What a key had begun ends when it is revoked: its jobs, and the streams that it follows."""
+"""Work that a key had begun ends when it is revoked: its jobs, and the streams that it follows."""
 
 import asyncio
 import time

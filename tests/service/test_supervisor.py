@@ -148,7 +148,7 @@ def test_a_process_that_ends_is_started_again_after_pauses_that_grow(monkeypatch
         assert part.tend() == 7
         pauses.append(part.pause)
         now += part.pause / 2
-        assert part.tend() is None and part.next_start is not None  # Its pause is not over.
+        assert part.tend() is None and part.next_start is not None  # The pause is not over.
         now += part.pause
         assert part.tend() is None and part.next_start is None
     assert pauses == [0.5, 1, 2, 4, 8, 16, 30, 30]
@@ -209,7 +209,7 @@ def test_each_device_has_a_sampling_worker_and_a_tuning_worker(monkeypatch: pyte
         ("sampling worker", "cuda:1", "9000"),
         *[(f"tuning worker {k + 1}", "cuda:1", str(9001 + k)) for k in range(3)],
     ]
-    assert [device for _, device, _ in workers_of(monkeypatch)] == ["auto"] * 3  # What DEVICE says.
+    assert [device for _, device, _ in workers_of(monkeypatch)] == ["auto"] * 3  # DEVICE says so.
 
 
 def test_all_devices_are_every_gpu_or_else_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:

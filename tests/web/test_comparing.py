@@ -1,4 +1,4 @@
-"""What comparisons show, before it is drawn."""
+"""Contents of comparisons, before they are drawn."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a new service shows, without any worker."""
+"""Pages of a new service, without any worker."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

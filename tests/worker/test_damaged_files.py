@@ -51,7 +51,7 @@ def test_every_changed_bit_of_what_is_read_is_noticed(artifacts: ArtifactStore, 
             pass
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        if length == array_begins + ARRAY.nbytes:  # So ended files of releases before there were digests.
+        if length == array_begins + ARRAY.nbytes:  # Files of releases before there were digests ended so.
             np.testing.assert_array_equal(artifacts.get_rows(KEY, 0, 4), ARRAY)
             continue
         with pytest.raises(DamagedArtifactError):

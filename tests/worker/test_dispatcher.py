@@ -94,7 +94,7 @@ def test_foreign_files_among_the_samples_stay_and_keep_nothing_from_being_swept(
     worker: InProcess, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "artifacts" / "samples"
-    old = "samples/01D3XZ3ZHCP3KG9VT4FGAD8KDR.npy"  # Of 2019.
+    old = "samples/01D3XZ3ZHCP3KG9VT4FGAD8KDR.npy"  # The time is in 2019.
     worker.artifacts.put(old, [b"old"])
     for name in (".nfs000000000012", "notes.txt", "zz.npy"):
         (folder / name).write_text("not ours")

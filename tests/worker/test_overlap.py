@@ -1,4 +1,4 @@
-"""What goes on while the network makes a step: jobs are claimed for the next one, and results are stored."""
+"""Work beside the network's step: jobs are claimed for the next one, and results are stored."""
 
 import threading
 import time

@@ -93,14 +93,14 @@ class Way:
 
     def __init__(self, folder: Path, api: TestClient, worker: InProcess, patch: pytest.MonkeyPatch) -> None:
         self.folder, self.api, self.worker, self.patch = folder, api, worker, patch
-        self.exported: dict[str, torch.Tensor] = {}  # What each pipeline gives with its exported scheduler.
+        self.exported: dict[str, torch.Tensor] = {}  # Each pipeline's images with its exported scheduler are in here.
 
     def save(self, kind: Kind) -> Path:
         kind.build().save_pretrained(self.folder / kind.name)
         return self.folder / kind.name
 
     def register(self, kind: Kind) -> Json:
-        """What becomes of a pipeline that is handed in. It is tried at the kind's sizes, as videos are large."""
+        """The end of a pipeline that is handed in. It is tried at the kind's sizes, as videos are large."""
         self.patch.setattr(
             registering_pipelines, "try_pipeline", lambda pipeline, spec: try_pipeline(pipeline, spec, **call_of(kind))
         )

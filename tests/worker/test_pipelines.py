@@ -403,7 +403,7 @@ def test_images_whose_common_run_fails_get_a_run_each(service: Service, monkeypa
 
 
 def captured_x0(pipeline: Any, kind: Any, seed: int, step: int) -> torch.Tensor:
-    """What a plain run's own scheduler predicts in a step, from the network's output there."""
+    """The prediction of a plain run's own scheduler in a step, from the network's output there."""
     scheduler = copy.deepcopy(pipeline.scheduler)
     found, own_step = [], scheduler.step
 
@@ -468,7 +468,7 @@ def test_a_request_needs_no_more_than_a_model_and_a_prompt(service: Service) -> 
     request = answer.json()["request"]
     assert (request["num_steps"], request["sampler"], request["guidance_scale"]) == (50, "own", 7.5)
     assert (request["height"], request["width"], request["call"]) == (SIZE, SIZE, {})
-    # What equals a default is as if left out: the request is the same.
+    # A value that equals a default is as if left out: the request is the same.
     same = {"num_steps": 50, "sampler": "own", "guidance_scale": 7.5, "height": SIZE, "call": {"guidance_rescale": 0}}
     body = {"model": service.model("sd15"), "prompt": "a table", **same}
     assert service.api.post("/v1/samples", json=body, headers=ASYNC).json()["request"] == request

@@ -100,7 +100,7 @@ def test_all_phases_count_and_none_is_long_without_progress(
     assert [phase["name"] for phase in after["phases"]] == expected
     assert all(phase["done"] == phase["total"] for phase in after["phases"][:-1])
     assert after["phases"][-1]["done"] > 0.95 * after["phases"][-1]["total"]
-    without_calls = name in ("dmn", "grid")  # Their tuning is a phase of one call all the same.
+    without_calls = name in ("dmn", "grid")  # The tuning is a phase of one call all the same.
     assert sum(phase["total"] for phase in after["phases"]) == calls + without_calls
     # The cost that was told holds all phases: teacher, grids to start from, tuning, evaluation and the teacher's check.
     assert rows <= price < MOST_OVER_ROWS * rows

@@ -97,7 +97,7 @@ def test_a_job_is_charged_by_the_worker_that_ends_it_and_no_other(worker: InProc
     assert totals(worker.registry)[None].network_rows == 2
     with worker.registry.write() as session:
         stored = session.get_one(SampleJob, job)
-        sample_again(session, job, str(stored.artifact))  # Its images were damaged.
+        sample_again(session, job, str(stored.artifact))  # The images were damaged.
     worker.serve()
     assert (worker.job(job).state, worker.job(job).attempt) == (JobState.SUCCEEDED, 3)
     assert totals(worker.registry)[None].network_rows == 2

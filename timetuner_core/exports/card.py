@@ -41,7 +41,7 @@ def model_card(schedule: Json, model: Json, not_carried: Sequence[str] = ()) -> 
 
 
 def guidance_notes(schedule: Json) -> list[str]:
-    """What the caller has to do about guidance, which no export carries."""
+    """A sentence on what the caller has to do about guidance, which no export carries."""
     notes = []
     scale = schedule.get("guidance_scale")
     if schedule.get("guidance_type", "uncond") != "uncond":

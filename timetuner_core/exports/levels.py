@@ -77,7 +77,7 @@ class Levels:
 
     @cached_property
     def alphas(self) -> Tensor:
-        """What divides x on the grid to give the variable of other programs, `(num_steps + 1,)`."""
+        """The numbers that divide x on the grid to give the variable of other programs, `(num_steps + 1,)`."""
         return self.alphas_at(self.timesteps)
 
     def alphas_at(self, t: Tensor) -> Tensor:
@@ -103,11 +103,11 @@ class Levels:
 
     @property
     def notes(self) -> list[str]:
-        """What holds for every export."""
+        """The sentences that hold for every export."""
         return guidance_notes(self.schedule)
 
     def losses(self, takes_steps_of: tuple[str, ...], name: str) -> list[str]:
-        """What a program that takes a grid alone loses.
+        """The parts of a schedule that a program loses if it takes a grid alone.
 
         Args:
             takes_steps_of: the samplers whose steps it takes. name: the program's name.

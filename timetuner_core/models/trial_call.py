@@ -79,7 +79,7 @@ def _try_network(model: DiffusionModel, guidance_type: GuidanceType, part: _Part
     """Predict from pure noise at `T`, where sampling starts."""
     condition = None if guidance_type == "uncond" else _one_condition(model, generator)
     conditions: dict[str, Any] = model.conditions(guidance_type, condition)
-    # Without a condition that stands for none, only scale 1 is possible: it calls the network with its condition alone.
+    # Scale 1 alone is possible without a condition that stands for none: it calls the network with its condition alone.
     guides = guidance_type == "classifier" or conditions["uncond_condition"] is not None
     model_fn = model.model_fn(guidance_type, GUIDANCE_SCALE if guides else 1.0)
     t = torch.tensor(model.noise_schedule.T, dtype=torch.float64)
@@ -108,7 +108,7 @@ def _one_condition(model: DiffusionModel, generator: torch.Generator) -> Tensor:
 
 
 def _fault(model: DiffusionModel, condition: Tensor | None) -> tuple[str, str]:
-    """What keeps a network from being called, and what is accepted.
+    """The reason why a network cannot be called, and what is accepted.
 
     The fault is `sample_size`, if the network can be called at another size; otherwise nothing is known of it.
     """

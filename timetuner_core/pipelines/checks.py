@@ -1,4 +1,4 @@
-"""What `tune_pipeline` refuses before any work: prompts, arguments of the call, and pipelines without a teacher."""
+"""Refusals of `tune_pipeline` before any work: prompts, arguments of the call, and pipelines without a teacher."""
 
 import inspect
 import math

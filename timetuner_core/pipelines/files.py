@@ -44,7 +44,7 @@ DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 @dataclass(frozen=True)
 class PipelineIndex:
-    """What `model_index.json` says.
+    """The content of `model_index.json`.
 
     Attributes:
         pipeline: the name of the pipeline's class.

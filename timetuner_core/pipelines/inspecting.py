@@ -37,7 +37,7 @@ OFFLINE = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What a child process may take. PyTorch alone maps several GiB, most of which it never touches."""
+    """Limits of a child process. PyTorch alone maps several GiB, most of which it never touches."""
 
     memory_bytes: int = 32 * 2**30
     cpu_seconds: int = 300
@@ -202,7 +202,7 @@ def main(folder: str, dtype: str, memory_bytes: str, cpu_seconds: str) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (int(cpu_seconds),) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # What libraries print is no part of the answer.
+    os.dup2(2, 1)  # Texts that libraries print are no part of the answer.
     try:
         found: dict[str, Any] = {"spec": inspect_pipeline(Path(folder), dtype)}
     except ModelFormatError as error:

@@ -209,7 +209,7 @@ def _role(name: str, value: Any, rows: int | None) -> Literal["rows", "time", "s
 
 
 def _shapes_without_batch(value: Any, rows: int) -> Hashable:
-    """What batches of one kind have in common; a list of rows may hold several shapes."""
+    """The shapes that batches of one kind have in common; a list of rows may hold several."""
     if isinstance(value, Tensor):
         return (value.dtype, value.device, len(value) // rows, *value.shape[1:])
     shapes = [_shapes_without_batch(each[None], 1) if isinstance(each, Tensor) else each for each in value]

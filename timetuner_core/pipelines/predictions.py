@@ -1,4 +1,4 @@
-"""What a scheduler predicts in a step: the clean sample x0, by what its `step` returns or remembers."""
+"""Predictions of a scheduler in a step: the clean sample x0, by what its `step` returns or remembers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +27,7 @@ def predicted_x0(scheduler: Any, model_output: Tensor, sample: Tensor, output: S
 
 
 class ShownStep(tuple[Tensor]):
-    """What a scheduler's `step` returns, of a step that ends at a given sample."""
+    """The answer of a scheduler's `step`, for a step that ends at a given sample."""
 
     @property
     def prev_sample(self) -> Tensor:

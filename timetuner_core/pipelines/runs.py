@@ -23,7 +23,7 @@ from timetuner_core.tuning.levenberg import Candidate
 
 
 class Pair(NamedTuple):
-    """What an image is made from.
+    """The inputs that an image is made from.
 
     Attributes:
         prompt: None where the pipeline takes none.
@@ -66,7 +66,7 @@ class Progress:
 
 
 class Look(NamedTuple):
-    """What a first image tells of a pipeline.
+    """The facts of a pipeline that a first image tells.
 
     Attributes:
         native: the pipeline's own scheduler; None if that cannot run in so many steps.

@@ -44,7 +44,7 @@ class PipelineSchedule:
 
     @property
     def num_steps(self) -> int:
-        """What to pass as `num_inference_steps`."""
+        """The number to pass as `num_inference_steps`."""
         return len(self.t_ratios)
 
     def scheduler(self, pipeline: Any, *, override: bool = False) -> TimeTunerScheduler:
@@ -65,7 +65,7 @@ class PipelineSchedule:
         return scheduler
 
     def differences(self, pipeline: Any, guidance_scale: float | None = None, **call: Any) -> list[str]:
-        """What does not match in a call of a pipeline: one text for each field, none if the schedule belongs to it."""
+        """The fields of a pipeline's call that do not match: one text for each, none if the schedule belongs to it."""
         return _differences(self.key, key_of(pipeline, guidance_scale, call))
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ _OF_THE_CALL = ("guidance_scale", "sizes", "call")
 
 
 def key_of(pipeline: Any, guidance_scale: float | Sequence[float] | None, call: Mapping[str, Any]) -> dict[str, Any]:
-    """What a schedule for such calls of a pipeline belongs to, in a form that JSON takes.
+    """The key that a schedule for such calls of a pipeline belongs to, in a form that JSON takes.
 
     Sizes and a guidance scale that are not given are None, the pipeline's default. Values that JSON does not take, such
     as images, are told by a digest.

@@ -19,7 +19,7 @@ TRIED_PROMPTS = ("a", "a red square on a table, and a blue circle beside it")
 
 
 def arguments_in_common(call: Mapping[str, Any]) -> Hashable | None:
-    """What has to agree between calls that one run may make: all but their prompts.
+    """The arguments that have to agree between calls that one run may make: all but their prompts.
 
     Returns:
         None for a call without a prompt, or with images and other values that are not plain: it has a run of its own.

@@ -260,7 +260,7 @@ class SharedCalls:
                 run.interrupt()
 
     def preview(self, result: Result) -> Any:
-        """What the pipeline would give for the x0 that a previewed run predicts now.
+        """The images that the pipeline would give for the x0 that a previewed run predicts now.
 
         The pipeline itself makes it, from the same arguments: all its steps end at x0, and the network's last answer
         stands for all others, so that nothing but the decoder is called.

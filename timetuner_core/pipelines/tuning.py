@@ -222,7 +222,7 @@ def _key(
     call: Mapping[str, Any],
     sizes: Sequence[Mapping[str, int]],
 ) -> dict[str, Any]:
-    """What a schedule for all these sizes and guidance scales belongs to."""
+    """The key of a schedule for all these sizes and guidance scales."""
     several = {name: [size[name] for size in sizes] for name in sizes[0]}
     others = {name: value for name, value in call.items() if name != "guidance_scale"}
     return key_of(pipeline, guidance_scale, others | several)

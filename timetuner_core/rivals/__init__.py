@@ -1,4 +1,4 @@
-"""What published rivals of `t_ratios` would choose: a time grid, a solver (DC-Solver) or a correction (PAS).
+"""Published rivals of `t_ratios`: they choose a time grid, a solver (DC-Solver) or a correction (PAS).
 
 The grids are those of AYS and its published lists, of GITS, OSS and DMN. Each search takes a `TuningProblem` and gives
 `timesteps` `(num_steps + 1,)`, float64, falling, with the problem's own ends and number of steps; the times between are

@@ -51,7 +51,7 @@ def _nearest_path(problem: TuningProblem, candidates: Tensor, trajectory: list[T
     """The candidates that the path of `num_hops` steps passes, `num_hops + 1` indices."""
     end = len(candidates) - 1
     reached = {0: trajectory[0]}
-    arrivals: list[dict[int, int]] = []  # For each hop, where the kept path to a candidate came from.
+    arrivals: list[dict[int, int]] = []  # Each hop has, for each candidate, the place that its kept path came from.
     for hops_left in range(num_hops, 0, -1):
         nearest: dict[int, float] = {}
         states: dict[int, Tensor] = {}

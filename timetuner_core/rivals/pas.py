@@ -20,7 +20,7 @@ LR = 0.01
 NUM_ITERS = 1000
 UNCHANGED_ITERS, UNCHANGED = 10, 1e-5  # It stops when so many losses in a row differ by less.
 LEAST_GAIN = 1e-4  # A step is corrected only if that lowers its loss by more.
-LEAST_LENGTH = 1e-6  # What is shorter, of a unit vector, is rounding.
+LEAST_LENGTH = 1e-6  # A shorter part of a unit vector is rounding.
 
 
 @dataclass(frozen=True)

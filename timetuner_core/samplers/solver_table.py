@@ -59,7 +59,7 @@ class SolverTable:
         num_calls, shape = len(run.times), timesteps.shape[:-1]
         # x_i = A_i x_T + sum_j B_ij x0_j (+ E_ij eps_j), which is rewritten in terms of the call before.
         A, B, E = run.states[..., 0], run.states[..., 1 : num_calls + 1], run.states[..., num_calls + 1 :]
-        a = torch.where(A[:, :-1] == 0, 0.0, A[:, 1:] / A[:, :-1])  # What forgets x_T has nothing to divide by.
+        a = torch.where(A[:, :-1] == 0, 0.0, A[:, 1:] / A[:, :-1])  # A step that forgets x_T has nothing to divide by.
         b = (B[:, 1:] - a[..., None] * B[:, :-1]).tril()
         eps = (E[:, 1:] - a[..., None] * E[:, :-1]).diagonal(dim1=1, dim2=2) if E.shape[-1] else None
         return cls(

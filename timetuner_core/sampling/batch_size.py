@@ -37,7 +37,7 @@ def largest_useful_size(
     """
     generator = torch.Generator().manual_seed(0)
     networks = probe_networks(model, guidance_type, guided, device, condition_length, generator)
-    predict = networks[0]  # With guidance, this is the way that takes more calls.
+    predict = networks[0]  # Guidance takes more calls this way.
 
     def call(size: int) -> None:
         (*_, last) = predict(torch.arange(size, device=device) % SAMPLES)

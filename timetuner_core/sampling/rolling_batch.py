@@ -97,7 +97,7 @@ class Travelling:
 
 
 class Numbers(NamedTuple):
-    """What a step needs of each row, `(B,)`, float64: see `levels_of_steps`."""
+    """The numbers that a step needs of each row, `(B,)`, float64: see `levels_of_steps`."""
 
     t: Tensor
     s: Tensor
@@ -244,7 +244,7 @@ class RollingBatch:
         self._keep([])
 
     def preview(self, advance: Advance, rows: Sequence[int]) -> Tensor:
-        """What the last step predicts of some travelling rows, as images. Raises: as `decode`."""
+        """The predictions of the last step for some travelling rows, as images. Raises: as `decode`."""
         return self.decode(advance.x0[torch.tensor(rows)])
 
     def decode(self, x: Tensor) -> Tensor:

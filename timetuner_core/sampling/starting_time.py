@@ -30,7 +30,7 @@ DIVIDED_BY_ALPHA = ("noise", "score")
 
 
 class StartingTime(NamedTuple):
-    """Where grids start, and how wrong x0 is there.
+    """The time at which grids start, and how wrong x0 is there.
 
     Attributes:
         t: In `(0, T]`.

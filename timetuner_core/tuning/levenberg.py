@@ -87,7 +87,7 @@ Residuals: TypeAlias = Callable[[Sequence[Candidate], Sequence[int]], Iterable[T
 
 
 class Improvement(NamedTuple):
-    """What one iteration found.
+    """The findings of one iteration.
 
     Attributes:
         candidate: the best of the solvers that were tried, the one before among them.

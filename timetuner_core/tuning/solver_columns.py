@@ -8,7 +8,7 @@ NUM_CANDIDATES = 1 + NUM_DAMPINGS
 # Candidates are compared on so many samples for each of the Jacobian's. They are other samples.
 COMPARED_PER_SAMPLE = 2
 
-# With more calls than these, a coefficient reaches only so far back.
+# A coefficient reaches only so far back if there are more calls than these.
 MAX_CALLS_OF_FULL_ROWS = 10
 SHORT_REACH = 4
 

@@ -97,7 +97,7 @@ def test_what_is_more_than_a_grid_is_refused_by_name_unless_it_may_be_lost(
         exported(format, config, given)
     lossy = exported(format, config, given, lossy=True)
     assert any(reason in sentence for sentence in lossy.not_carried)
-    # What is lost is written in the file, too.
+    # The file names what is lost, too.
     assert reason in lossy.content.decode()
 
 

@@ -1,4 +1,4 @@
-"""What is refused of a saved pipeline before its weights are loaded, and what a trial call finds out."""
+"""Refusals of a saved pipeline before its weights are loaded, and findings of a trial call."""
 
 import json
 import shutil

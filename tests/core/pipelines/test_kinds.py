@@ -133,7 +133,7 @@ def test_heun_is_that_of_diffusers_in_a_pipeline_also_from_the_middle(name: str)
     grid = grid_of_scheduler(native, own, kind.num_steps)
     assert grid is not None
     ours = TimeTunerScheduler.from_schedule(native, {"timesteps": grid.tolist(), "sampler": "heun"})
-    ours.init_noise_sigma = 1.0  # As in `tuned`.
+    ours.init_noise_sigma = 1.0  # `tuned` does the same.
     outputs = []
     for scheduler in (native, ours):
         pipeline.scheduler = scheduler

@@ -67,7 +67,7 @@ def tuned(kind: Kind, pipeline: Any, **options: Any) -> PipelineSchedule:
 
 
 def latents_by(pipeline: Any, scheduler: Any, kind: Kind, prompt: str, seed: int, **sizes: int) -> Tensor:
-    """What a plain call of the pipeline gives; where that is no tensor, the last sample of its scheduler."""
+    """The answer of a plain call of the pipeline; where that is no tensor, the last sample of its scheduler."""
     samples = []
     step = scheduler.step
     scheduler.step = lambda *args, **kwargs: samples.append(out := step(*args, **kwargs)) or out
