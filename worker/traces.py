@@ -13,7 +13,7 @@ from service.registry.samples import Ended, SampleClaim
 from service.registry.tables import JobState
 from service.registry.types import utc_now
 from service.shared.job_requests import SampleRequest
-from service.shared.telemetry import KINDS, TRACER, context_of
+from service.shared.telemetry import KINDS, TRACER, context_of, is_tracing
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -24,6 +24,8 @@ def trace_samples(ends: Iterable[tuple[SampleClaim, Ended]], handed_in: datetime
     Each job has a span for its wait, and one from its claim until now, with children for its steps and for storing. All
     are made afterwards, because the jobs of a batch share the code that runs them.
     """
+    if not is_tracing():  # Spans that go nowhere would take a tenth of the time for storing.
+        return
     now = utc_now()
     for claim, end in ends:
         job, began = claim.job, claim.claimed_at

@@ -44,13 +44,14 @@ class ArtifactStore:
     def __init__(self, url: str) -> None:
         self.fs, self.root = fsspec.core.url_to_fs(url)
         self._is_local = isinstance(self.fs, LocalFileSystem)
+        self._listed: set[str] = set()  # Local folders that are on the disk themselves, as this process saw to that.
 
     def put(self, key: str, content: Iterable[bytes | memoryview]) -> None:
         """Store a file, whose content is given in pieces."""
-        partial = self._path(f"partial/{uuid4().hex}")
-        self.fs.makedirs(self._path("partial"), exist_ok=True)
+        name = f"partial/{uuid4().hex}"
+        partial = self._path(name)
         try:
-            with self.fs.open(partial, "wb") as file:
+            with self._new_file(name) as file:
                 for piece in content:
                     file.write(piece)
                 if self._is_local:
@@ -153,13 +154,39 @@ class ArtifactStore:
         store = hashlib.sha256(self.root.encode()).hexdigest()[:16]
         return Path(tempfile.gettempdir()) / f"timetuner-{store}" / key
 
+    def _new_file(self, key: str) -> IO[bytes]:
+        """A new file to write, in a folder that may be missing."""
+        path = self._path(key)
+        if not self._is_local:
+            self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            return self.fs.open(path, "wb")  # type: ignore[no-any-return]
+        try:
+            return open(path, "wb")
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            return open(path, "wb")
+
     def _publish(self, partial: str, key: str) -> None:
+        """Give a whole file its final name.
+
+        A worker does so every few steps, beside the thread that samples: each call of the system gives the interpreter
+        away, and has to wait to get it back. So a local disk is asked for what is needed, and not by way of fsspec.
+        """
         final, folder = self._path(key), self._path(key).rpartition("/")[0]
-        self.fs.makedirs(folder, exist_ok=True)
-        self.fs.mv(partial, final, recursive=True)
-        if self._is_local:
-            for path in (folder, self.root):
-                _flush_to_disk(Path(path))
+        if not self._is_local:
+            self.fs.makedirs(folder, exist_ok=True)
+            self.fs.mv(partial, final, recursive=True)
+            return
+        try:
+            shutil.move(partial, final)
+        except FileNotFoundError:
+            self._listed.discard(folder)
+            os.makedirs(folder, exist_ok=True)
+            shutil.move(partial, final)
+        _flush_to_disk(Path(folder))
+        if folder not in self._listed:  # Another process may have made the folder a moment ago.
+            _flush_to_disk(Path(self.root))
+            self._listed.add(folder)
 
     def _remove(self, path: str) -> None:
         if self.fs.exists(path):

@@ -35,6 +35,11 @@ def start_tracing(service_name: str, endpoint: str) -> None:
     trace.set_tracer_provider(provider)
 
 
+def is_tracing() -> bool:
+    """Whether spans go anywhere."""
+    return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
+
+
 def context_of(traceparent: str | None) -> Context:
     """The context for spans in the trace that a `traceparent` header names. Without one, they begin a trace."""
     return _PROPAGATOR.extract({"traceparent": traceparent} if traceparent else {})

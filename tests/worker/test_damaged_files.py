@@ -76,6 +76,13 @@ def test_files_and_their_folders_are_on_the_disk_before_they_are_said_to_be(
     first, *folders = flushed
     assert first.startswith("artifacts/partial/")
     assert folders == ["artifacts/samples", "artifacts"]
+    shutil.rmtree(tmp_path / "artifacts" / "samples")
+    flushed.clear()
+    artifacts.put_array(KEY, ARRAY)
+    assert flushed[1:] == ["artifacts/samples", "artifacts"]
+    artifacts.put_array(f"{KEY}.next", ARRAY)
+    assert flushed[4:] == ["artifacts/samples"]  # Nothing but the list of this folder has changed.
+    np.testing.assert_array_equal(artifacts.get_rows(KEY, 0, len(ARRAY)), ARRAY)
     flushed.clear()
     (tmp_path / "model" / "unet").mkdir(parents=True)
     (tmp_path / "model" / "unet" / "config.json").write_text("{}")
