@@ -39,7 +39,7 @@ from worker import metrics
 from worker.conversion import guidance_of
 from worker.lease import JobCancelledError, JobRefusedError, Lease, StepWatch, WorkerStoppingError
 from worker.pipeline_folders import PipelineFolders
-from worker.pipeline_loading import load_quietly
+from worker.pipeline_loading import load_quietly, placement_of
 from worker.pipeline_sampling import ServedPipeline
 from worker.traces import tuning_ended, tuning_span
 
@@ -95,16 +95,20 @@ class Runtime:
             self._problem = None  # It holds a reference to its model, which could not be freed.
             with metrics.LOAD.time():
                 model = self._load(*key)
-            kept = sum(model.num_bytes for model in self._models.values())
-            while self._models and kept + model.num_bytes > self.settings.max_model_bytes:
-                dropped_key, dropped = self._models.popitem(last=False)
-                if self._graphs.pop(dropped_key, None) is not None:  # They are recorded again where sizes are found.
-                    self._sizes = {key: sizes for key, sizes in self._sizes.items() if key[0] != dropped_key}
-                kept -= dropped.num_bytes
+            self._make_room(model.num_bytes)
             self._models[key] = model
             metrics.hold(self._models.values())
         self._models.move_to_end(key)
         return self._models[key]
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Drop the models used longest ago that one of so many bytes leaves no room for."""
+        kept = sum(model.num_bytes for model in self._models.values())
+        while self._models and kept + num_bytes > self.settings.max_model_bytes:
+            dropped_key, dropped = self._models.popitem(last=False)
+            if self._graphs.pop(dropped_key, None) is not None:  # They are recorded again where sizes are found.
+                self._sizes = {key: sizes for key, sizes in self._sizes.items() if key[0] != dropped_key}
+            kept -= dropped.num_bytes
 
     def load_model(self, model_id: str, dtype: torch.dtype = torch.float32) -> DiffusionModel:
         """As `load`, for a network. Raises: TypeError, for a pipeline."""
@@ -303,7 +307,10 @@ class Runtime:
         settings, source = self.settings, row.source
         if is_pipeline(row.spec):
             precision: torch.dtype = getattr(torch, row.spec["dtype"])
-            pipeline = load_quietly(self.pipeline_folder(row), self.device, precision)
+            num_bytes = row.spec.get("num_bytes") or 0
+            self._make_room(num_bytes)  # First, as what is free decides where the pipeline goes.
+            placement = placement_of(settings, self.device, num_bytes)
+            pipeline = load_quietly(self.pipeline_folder(row), self.device, precision, placement)
             return ServedPipeline.of(pipeline, row.spec, settings)
         options: Any = {"dtype": dtype, "channels_last": settings.channels_last, "compile": settings.compile}
         if "builtin" in source:

@@ -61,6 +61,9 @@ class Settings(BaseSettings):
         None  # Pipelines below this folder may be registered by their paths.
     )
     allow_downloads: bool = False  # Workers may download pipelines that the Hugging Face cache does not have.
+    # A pipeline is on the worker's `device` as a whole, or there part by part (`offload`), or over all devices
+    # (`balanced`). `auto` offloads one that the device's free memory does not hold.
+    pipeline_placement: Literal["auto", "device", "offload", "balanced"] = "auto"
 
     # A worker keeps models loaded up to this size together, beside the one that it is using.
     max_model_bytes: int = Field(8 * 2**30, ge=0)
