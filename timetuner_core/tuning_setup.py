@@ -208,6 +208,8 @@ class Experiment:
         curves: Mapping[float, UntunedCurve] = {},
         on_curve: Callable[[float, UntunedCurve], None] = lambda _scale, _curve: None,
         before_more: Callable[[float, int, int], None] = lambda _scale, _from, _to: None,
+        served: DiffusionModel | None = None,
+        held_out: dict[float, HeldOut] | None = None,
     ) -> Evaluation:
         """A schedule against the sampler's default grid, untuned, on `num_samples` noises that no tuner has seen.
 
@@ -223,7 +225,12 @@ class Experiment:
                 such curve.
             curves: those of this setting that were measured before, by the guidance scale.
             on_curve: told of one that was measured now, with its guidance scale.
+            served: the model in a lesser precision, in which the schedule is to serve. The schedule is sampled with it;
+                the untuned sampler and the teacher keep `model`, and so does the schedule that it is compared with,
+                which must not be nearer to the teacher by more than a margin.
+            held_out: samples by the guidance scale, which another evaluation of the same schedule can share.
         """
+        samples = {} if held_out is None else held_out
         if self.guidance_scales is not None:
             return of_scales(
                 {
@@ -238,28 +245,35 @@ class Experiment:
                         curves=curves,
                         on_curve=on_curve,
                         before_more=before_more,
+                        served=served,
+                        held_out=samples,
                     )
                     for scale, experiment in self.at_scales().items()
                 }
             )
         most = num_samples if max_num_samples is None else max(num_samples, max_num_samples)
-        tuned = self.with_solver(solver_table, timesteps)
-        held_out = HeldOut(self.seeds(most, EVALUATION_SEEDS), self.conditions(most, EVALUATION_SEEDS))
+        exact = self.with_solver(solver_table, timesteps)
+        tuned = exact if served is None else replace(exact, model=served)
         mixture = self.model.mixture if self.guidance.type == "uncond" else None
         kl_terms: dict[bool, Tensor] = {}  # They are of as many samples, whatever `count` is.
         num_steps, schedule, scale = len(t_ratios), self.model.noise_schedule, self.guidance.scale
+        if scale not in samples:
+            samples[scale] = HeldOut(self.seeds(most, EVALUATION_SEEDS), self.conditions(most, EVALUATION_SEEDS))
+        noises = samples[scale]
         untuned, stock = make_timesteps(schedule, num_steps), self.model.stock_timesteps(num_steps)
 
-        def sample_first(number: int, timesteps: Tensor, ratios: Tensor | None) -> Tensor:
-            experiment = self if ratios is None else tuned
-            key = (ratios is not None, *timesteps.tolist())
-            return held_out.first(number, key, lambda s, c: experiment.sample(s, c, timesteps, ratios).cpu())
+        def sample_first(
+            number: int, timesteps: Tensor, ratios: Tensor | None, experiment: Experiment = tuned
+        ) -> Tensor:
+            sampled = self if ratios is None else experiment
+            key = (ratios is not None, sampled.model.dtype, *timesteps.tolist())
+            return noises.first(number, key, lambda s, c: sampled.sample(s, c, timesteps, ratios).cpu())
 
         def sample(timesteps: Tensor, ratios: Tensor | None) -> Tensor:
             return sample_first(count, timesteps, ratios)
 
         def taught(number: int) -> Tensor:
-            return held_out.first(number, "teacher", lambda s, c: self.teach(s, c, teacher_num_steps).cpu())
+            return noises.first(number, "teacher", lambda s, c: self.teach(s, c, teacher_num_steps).cpu())
 
         def distances(number: int, timesteps: Tensor, ratios: Tensor | None = None) -> Tensor:
             return teacher_l2(sample_first(number, timesteps, ratios), taught(number))
@@ -294,6 +308,7 @@ class Experiment:
                 mixture=mixture,
                 kl=kl if self._measures_kl else None,
                 adds_noise=self.adds_noise,
+                in_float32=None if served is None else sample_first(count, timesteps, t_ratios, exact),
             )
             if curve is None:
                 return evaluation
@@ -342,6 +357,10 @@ class Experiment:
             calls += self._batches(end - start) * self.sampler.network_calls(rival)
         has_kl = start == 0 and self._measures_kl
         return calls + (2 * self.sampler.network_calls(sampled[0]) if has_kl else 0)
+
+    def precision_calls(self, timesteps: Tensor, num_samples: int) -> int:
+        """The network calls by which an evaluation tries a schedule in another precision, after that in float32."""
+        return len(self.at_scales()) * self._batches(num_samples) * self.sampler.network_calls(timesteps)
 
     def curve_calls(self, num_steps: int, teacher_num_steps: int, num_samples: int) -> int:
         """The network calls of `evaluate` that measure the untuned sampler's curve, of `num_samples` noises."""

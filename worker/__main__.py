@@ -22,6 +22,11 @@ def main() -> None:
 def serve(queues: str) -> None:
     """Serve the queues, which commas divide, until SIGTERM. Raises: SettingsError."""
     check_device(settings.device)
+    if settings.pipeline_placement in ("offload", "balanced"):
+        from worker.pipeline_loading import check_placement
+        from worker.runtime import pick_device
+
+        check_placement(settings, pick_device(settings.device))
     os.environ["HF_HUB_OFFLINE"] = "1"  # Model configurations must not cause downloads.
     start_logging(settings.log_level)
     metrics.serve(settings)

@@ -16,7 +16,7 @@ from timetuner_core.sampling.rolling_batch import RollingBatch
 from worker import metrics
 from worker.conversion import guidance_of, rows_of
 from worker.pipeline_sampling import PipelineBatch, ServedPipeline, rows_of_pipeline
-from worker.runtime import Runtime
+from worker.runtime import Runtime, dtype_of
 from worker.usage import SharedMeter
 
 
@@ -143,7 +143,7 @@ def cohort_for(
     Args:
         most: how many rows this worker samples at once.
     """
-    loaded = runtime.load(claim.job.model_id)
+    loaded = runtime.load(claim.job.model_id, dtype_of(claim.job.dtype))
     if isinstance(loaded, ServedPipeline):
         return _for_pipeline(runtime, claim, request, schedule, loaded)
     return _for_network(runtime, claim, request, schedule, loaded, most)
@@ -174,14 +174,13 @@ def _for_network(
     most: int,
 ) -> tuple[Cohort, Sequence[Row]]:
     model = loaded.clipped_as(request.clipping)
-    if schedule is not None:
-        runtime.compare_dtype(schedule, model.dtype)
     rows = rows_of(claim.job, request, model, schedule)
     guidance = guidance_of(request)
     shapes = [None if c is None else tuple(c.shape) for c in (rows[0].condition, rows[0].uncond_condition)]
-    sizes_of = (claim.job.model_id, guidance, shapes[0])
+    dtype = dtype_of(claim.job.dtype)
+    sizes_of = (claim.job.model_id, guidance, shapes[0], dtype)
     eta = float(request.eta)
-    key: list[Any] = [claim.job.model_id, request.sampler, eta, guidance.type, guidance.guides]
+    key: list[Any] = [claim.job.model_id, dtype, request.sampler, eta, guidance.type, guidance.guides]
     key += [guidance.rescale, guidance.interval, request.clipping, *shapes]
     is_learned = rows[0].solver_table is not None
     key.append(is_learned)
@@ -199,5 +198,5 @@ def _for_network(
     )
     if not batch.mixes_steps:
         key.append(tuple(rows[0].call_times.tolist()))
-    replaying = partial(runtime.replaying, claim.job.model_id)
+    replaying = partial(runtime.replaying, claim.job.model_id, dtype)
     return Cohort(tuple(key), claim.job.model_id, batch, runtime.most_rows, meter=meter, replaying=replaying), rows

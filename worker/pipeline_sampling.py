@@ -72,7 +72,7 @@ class ServedPipeline:
     def num_bytes(self) -> int:
         parts = [part for part in self.pipeline.components.values() if isinstance(part, torch.nn.Module)]
         tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
-        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+        return sum({(tensor.device, tensor.data_ptr()): tensor.nbytes for tensor in tensors}.values())
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def _describe_pipeline(runtime: Runtime, lease: Lease, source: dict[str, Any]) -
         if model := find_model(session, registration.content_hash, registration.private_to):
             return model.spec
     with lease.watch.slow():
-        return pipeline.describe(runtime.device)
+        return pipeline.describe(runtime.device, runtime.settings)
 
 
 def _note_content(lease: Lease, pipeline: FoundPipeline) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from service.shared.settings import Settings
 from timetuner_core.models.folder_files import MODEL_INDEX, SCHEDULER_CONFIG, ModelFormatError
 from timetuner_core.pipelines.files import check_pipeline_files, fingerprint, pipeline_hash, saved_dtype
 from timetuner_core.pipelines.inspecting import inspect_in_child
 from timetuner_core.pipelines.trial import try_pipeline
 from worker.pipeline_folders import PipelineFolders, revision_of
-from worker.pipeline_loading import load_quietly
+from worker.pipeline_loading import load_quietly, placement_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class FoundPipeline:
             pinned["fingerprint"] = fingerprint(folder)
         return cls(folder, pinned, pipeline_hash(folder, dtype))
 
-    def describe(self, device: torch.device) -> dict[str, Any]:
+    def describe(self, device: torch.device, settings: Settings) -> dict[str, Any]:
         """The model's `spec`, by what its files say and by a call.
 
         Raises:
@@ -52,7 +53,8 @@ class FoundPipeline:
         dtype: str = self.source["dtype"]
         spec = inspect_in_child(self.folder, dtype)
         try:
-            spec = try_pipeline(load_quietly(self.folder, device, getattr(torch, dtype)), spec)
+            placement = placement_of(settings, device, spec["num_bytes"])
+            spec = try_pipeline(load_quietly(self.folder, device, getattr(torch, dtype), placement), spec)
         finally:
             gc.collect()
             if device.type == "cuda":

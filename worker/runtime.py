@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from service.registry.database import Registry, is_away
 from service.registry.jobs import Claim, LeaseLostError, claim, finish, hand_back, next_tuning_jobs, unpublish
 from service.registry.samples import models_sampled_last
-from service.registry.tables import Job, JobState, Model, Schedule, TuningJob
+from service.registry.tables import Job, JobState, Model, TuningJob
 from service.shared.artifacts import ArtifactStore
 from service.shared.garbage import no_collections
 from service.shared.job_requests import SampleRequest
@@ -30,7 +30,6 @@ from service.shared.signals import Bus
 from timetuner_core.models.folder_files import ModelFormatError, folder_hash
 from timetuner_core.models.loading import DiffusionModel, load_builtin, load_folder
 from timetuner_core.models.out_of_memory import is_out_of_memory
-from timetuner_core.models.tensors import dtype_name
 from timetuner_core.pipelines.files import fingerprint, pipeline_hash
 from timetuner_core.sampling.batch_size import call_at_sizes, largest_useful_size
 from timetuner_core.sampling.cuda_graphs import CudaGraphs
@@ -41,15 +40,17 @@ from worker import metrics
 from worker.conversion import guidance_of
 from worker.lease import JobCancelledError, JobRefusedError, Lease, StepWatch, WorkerStoppingError
 from worker.pipeline_folders import PipelineFolders
-from worker.pipeline_loading import load_quietly
+from worker.pipeline_loading import load_quietly, placement_of
 from worker.pipeline_sampling import ServedPipeline
 from worker.traces import tuning_ended, tuning_span
 
 logger = logging.getLogger(__name__)
 
 
+# A model, and the precision that its network runs in. The latter has no bearing on pipelines, which have their own.
+ModelKey = tuple[str, torch.dtype]
 # A model, a kind of guidance, whether the scale guides (None: only at some times), and the length of conditions.
-SizesKey = tuple[str, str, bool | None, int | None]
+SizesKey = tuple[ModelKey, str, bool | None, int | None]
 
 
 class ChangedModelError(Exception):
@@ -70,50 +71,56 @@ class Runtime:
         self.registry = Registry(settings.database_url)
         self.artifacts = ArtifactStore(settings.artifacts_url)
         self.device = pick_device(settings.device)
-        self.dtype = pick_dtype(settings.dtype, self.device)
+        self.tried_dtype = pick_dtype(settings.dtype, self.device)  # What is tried of tuned schedules, beside float32.
         self.owner = f"{socket.gethostname()}:{os.getpid()}"
         self.bus = Bus(celery, settings.broker_url)
-        self._models: OrderedDict[str, DiffusionModel | ServedPipeline] = (
-            OrderedDict()
-        )  # The model used last is the last.
+        # The model used last is the last.
+        self._models: OrderedDict[ModelKey, DiffusionModel | ServedPipeline] = OrderedDict()
         self.pipeline_folders = PipelineFolders(settings, self.artifacts)
         self._fingerprints: dict[str, str] = {}  # The state of a pipeline's files whose content was checked, by model.
         self._sizes: dict[SizesKey, tuple[int, ...]] = {}
-        self._graphs: dict[str, CudaGraphs] = {}  # Loaded models have them, by id.
-        self._other_dtype: set[str] = set()  # Schedules of another precision, of which the log has told.
+        self._graphs: dict[ModelKey, CudaGraphs] = {}  # Loaded models have them.
         self.most_rows = settings.part_size  # How many rows are sampled at once of what was sampled last.
         self.give_way: Callable[[], None] = lambda: None  # Tuning calls it to let urgent work go first.
         self._problem: tuple[str, TuningProblem] | None = None
         self.stopping = stopping or threading.Event()  # Once it is set, jobs are handed back.
         gc.freeze()  # Objects loaded by now stay, so collections need not go through them.
 
-    def load(self, model_id: str) -> DiffusionModel | ServedPipeline:
-        """The model on this worker's device. The models used last stay loaded, up to `max_model_bytes` together."""
-        if model_id not in self._models:
+    def load(self, model_id: str, dtype: torch.dtype = torch.float32) -> DiffusionModel | ServedPipeline:
+        """The model on this worker's device. The models used last stay loaded, up to `max_model_bytes` together.
+
+        A network that is used in two precisions is two models here, of which either may be left out.
+        """
+        key = (model_id, dtype)
+        if key not in self._models:
             self._problem = None  # It holds a reference to its model, which could not be freed.
             with metrics.LOAD.time(), no_collections():  # A first load imports diffusers.
-                model = self._load(model_id)
-            kept = sum(model.num_bytes for model in self._models.values())
-            while self._models and kept + model.num_bytes > self.settings.max_model_bytes:
-                dropped_id, dropped = self._models.popitem(last=False)
-                if self._graphs.pop(dropped_id, None) is not None:  # They are recorded again where sizes are found.
-                    self._sizes = {key: sizes for key, sizes in self._sizes.items() if key[0] != dropped_id}
-                kept -= dropped.num_bytes
-            self._models[model_id] = model
+                model = self._load(*key)
+            self._make_room(model.num_bytes)
+            self._models[key] = model
             metrics.hold(self._models.values())
-        self._models.move_to_end(model_id)
-        return self._models[model_id]
+        self._models.move_to_end(key)
+        return self._models[key]
 
-    def load_model(self, model_id: str) -> DiffusionModel:
+    def _make_room(self, num_bytes: int) -> None:
+        """Drop the models used longest ago that one of so many bytes leaves no room for."""
+        kept = sum(model.num_bytes for model in self._models.values())
+        while self._models and kept + num_bytes > self.settings.max_model_bytes:
+            dropped_key, dropped = self._models.popitem(last=False)
+            if self._graphs.pop(dropped_key, None) is not None:  # They are recorded again where sizes are found.
+                self._sizes = {key: sizes for key, sizes in self._sizes.items() if key[0] != dropped_key}
+            kept -= dropped.num_bytes
+
+    def load_model(self, model_id: str, dtype: torch.dtype = torch.float32) -> DiffusionModel:
         """As `load`, for a network. Raises: TypeError, for a pipeline."""
-        model = self.load(model_id)
+        model = self.load(model_id, dtype)
         if not isinstance(model, DiffusionModel):
             raise TypeError(f"model {model_id} is a pipeline; accepted: a network")
         return model
 
     def models_held(self) -> list[str]:
         """The ids of the models that are loaded."""
-        return list(self._models)
+        return list(dict.fromkeys(model_id for model_id, _ in self._models))
 
     def warm_up(self) -> None:
         """Load the models that were sampled last, as far as there is room, and find their batch sizes.
@@ -127,44 +134,38 @@ class Runtime:
         except Exception:  # The database is away, or older than this process.
             logger.exception("no model is loaded before its first request")
             return
-        for model_id, request in reversed(recent):
+        for job in reversed(recent):
+            model_id, dtype = job.model_id, dtype_of(job.dtype)
             place = f"{socket.gethostname()}:{self.device}:{model_id}"
             if not self.bus.mark_warming(place):
                 logger.warning("model %s is left out: a worker ended while it loaded it, or is loading it", model_id)
                 continue
             try:
-                if isinstance(self.load(model_id), DiffusionModel):
-                    self.batch_sizes(model_id, guidance_of(SampleRequest.stored(request)), None)
+                if isinstance(self.load(model_id, dtype), DiffusionModel):
+                    self.batch_sizes(model_id, guidance_of(SampleRequest.stored(job.request)), None, dtype)
             except Exception:  # A request for the model fails with the same error.
                 logger.exception("model %s could not be loaded", model_id)
             self.bus.unmark_warming(place)
 
-    def batch_sizes(self, model_id: str, guidance: Guidance, condition_shape: tuple[int, ...] | None) -> Sequence[int]:
+    def batch_sizes(
+        self,
+        model_id: str,
+        guidance: Guidance,
+        condition_shape: tuple[int, ...] | None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Sequence[int]:
         """The batch sizes at which this worker runs such requests. With `same_bits`, those at which bits agree.
 
         `most_rows` becomes the most rows that suit them.
         """
-        key = _sizes_key(model_id, guidance, condition_shape)
+        key = _sizes_key((model_id, dtype), guidance, condition_shape)
         if key not in self._sizes:
-            if self.settings.same_bits:
-                self._sizes[key] = self._steady_sizes(model_id, guidance, condition_shape)
-            else:
-                self._sizes[key] = self._find_sizes(model_id, guidance, condition_shape)
+            find = self._steady_sizes if self.settings.same_bits else self._find_sizes
+            self._sizes[key] = find(key, guidance)
         sizes = self._sizes[key]
         is_found = self.settings.sample_batch_size == "auto" and not self.settings.same_bits
         self.most_rows = sizes[-1] if is_found else self.settings.part_size
         return sizes
-
-    def compare_dtype(self, schedule: Schedule, dtype: torch.dtype) -> None:
-        """Log once that a schedule is used in another precision than the one that it was evaluated in."""
-        evaluated_in = schedule.provenance.get("dtype")  # Imported ones, and those of older versions, may not say it.
-        if evaluated_in in (None, dtype_name(dtype)) or schedule.id in self._other_dtype:
-            return
-        self._other_dtype.add(schedule.id)
-        advice = (
-            "schedule %s was evaluated in %s, and samples in %s here; accepted: DTYPE=%s, or one that is tuned anew"
-        )
-        logger.warning(advice, schedule.id, evaluated_in, dtype_name(dtype), evaluated_in)
 
     @property
     def _records_graphs(self) -> bool:
@@ -172,38 +173,39 @@ class Runtime:
         settings = self.settings
         return self.device.type == "cuda" and settings.cuda_graphs and not settings.compile and not settings.same_bits
 
-    def replaying(self, model_id: str) -> AbstractContextManager[None]:
+    def replaying(self, model_id: str, dtype: torch.dtype) -> AbstractContextManager[None]:
         """A context in which the model's network repeats its CUDA graphs, if it has any: tuning calls the network."""
-        graphs = self._graphs.get(model_id)
+        graphs = self._graphs.get((model_id, dtype))
         return nullcontext() if graphs is None else graphs.replaying()
 
-    def _find_sizes(
-        self, model_id: str, guidance: Guidance, condition_shape: tuple[int, ...] | None
-    ) -> tuple[int, ...]:
+    def _find_sizes(self, key: SizesKey, guidance: Guidance) -> tuple[int, ...]:
         """The batch sizes at which such requests run, whatever their bits. Their CUDA graphs are recorded."""
-        model = self.load_model(model_id)
-        graphs = self._graphs.get(model_id)
+        model_key, *_, guided, length = key
+        model, graphs = self.load_model(*model_key), self._graphs.get(model_key)
         with nullcontext() if graphs is None else graphs.recording():
             if self.settings.sample_batch_size == "auto":
-                return sizes_without_padding(self._useful_size(model_id, guidance, condition_shape), self.device)
+                return sizes_without_padding(self._useful_size(key, guidance), self.device)
             sizes = sizes_without_padding(self.settings.sample_batch_size, self.device)
             if graphs is not None:
-                *_, guided, length = _sizes_key(model_id, guidance, condition_shape)
                 options: Any = {"guided": guided, "condition_length": length}
                 call_at_sizes(model, guidance.type, self.device, sizes[::-1], **options)
             return sizes
 
     def keep_batch_sizes(
-        self, model_id: str, guidance: Guidance, condition_shape: tuple[int, ...] | None, sizes: Sequence[int]
+        self,
+        model_id: str,
+        guidance: Guidance,
+        condition_shape: tuple[int, ...] | None,
+        dtype: torch.dtype,
+        sizes: Sequence[int],
     ) -> None:
         """Use only these batch sizes for such requests from now on: memory does not hold the larger ones."""
-        self._sizes[_sizes_key(model_id, guidance, condition_shape)] = tuple(sizes)
+        self._sizes[_sizes_key((model_id, dtype), guidance, condition_shape)] = tuple(sizes)
 
-    def _steady_sizes(
-        self, model_id: str, guidance: Guidance, condition_shape: tuple[int, ...] | None
-    ) -> tuple[int, ...]:
+    def _steady_sizes(self, key: SizesKey, guidance: Guidance) -> tuple[int, ...]:
         """Try batches up to the largest that memory holds. Raises: the errors of the network."""
-        model, (*_, guided, length) = self.load_model(model_id), _sizes_key(model_id, guidance, condition_shape)
+        model_key, *_, guided, length = key
+        model, (model_id, _) = self.load_model(*model_key), model_key
         limit = self.settings.part_size
         for most in all_sizes(limit)[::-1]:
             try:
@@ -226,9 +228,10 @@ class Runtime:
             return sizes
         raise AssertionError("the size 1 is always tried")
 
-    def _useful_size(self, model_id: str, guidance: Guidance, condition_shape: tuple[int, ...] | None) -> int:
+    def _useful_size(self, key: SizesKey, guidance: Guidance) -> int:
         """The largest batch that pays, within `batch_step_seconds`. Raises: the errors of the network."""
-        model, (*_, guided, length) = self.load_model(model_id), _sizes_key(model_id, guidance, condition_shape)
+        model_key, *_, guided, length = key
+        model, (model_id, _) = self.load_model(*model_key), model_key
         seconds = self.settings.batch_step_seconds
         most = largest_useful_size(model, guidance.type, self.device, seconds, guided=guided, condition_length=length)
         if self.device.type == "cuda":
@@ -297,7 +300,7 @@ class Runtime:
         """A watch over the steps of jobs that begin now."""
         return StepWatch(self.settings.step_seconds, self.settings.max_step_seconds)
 
-    def _load(self, model_id: str) -> DiffusionModel | ServedPipeline:
+    def _load(self, model_id: str, dtype: torch.dtype) -> DiffusionModel | ServedPipeline:
         with self.registry.read() as session:
             row = session.get_one(Model, model_id)
         if row.deleted_at is not None:
@@ -305,15 +308,18 @@ class Runtime:
         settings, source = self.settings, row.source
         if is_pipeline(row.spec):
             precision: torch.dtype = getattr(torch, row.spec["dtype"])
-            pipeline = load_quietly(self.pipeline_folder(row), self.device, precision)
+            num_bytes = row.spec.get("num_bytes") or 0
+            self._make_room(num_bytes)  # First, as what is free decides where the pipeline goes.
+            placement = placement_of(settings, self.device, num_bytes)
+            pipeline = load_quietly(self.pipeline_folder(row), self.device, precision, placement)
             return ServedPipeline.of(pipeline, row.spec, settings)
-        options: Any = {"dtype": self.dtype, "channels_last": settings.channels_last, "compile": settings.compile}
+        options: Any = {"dtype": dtype, "channels_last": settings.channels_last, "compile": settings.compile}
         if "builtin" in source:
             model = load_builtin(source["builtin"], self.device, **options)
         else:
             model = load_folder(self._checked_folder(row), self.device, **options)
         if self._records_graphs:
-            self._graphs[model_id] = graphs = CudaGraphs(model.network)
+            self._graphs[model_id, dtype] = graphs = CudaGraphs(model.network)
             model = replace(model, network=graphs)  # The network's calls are watched outside of it.
         t_start: float | None = row.spec.get("t_start")
         starting = model if t_start is None else model.starting_at(t_start)
@@ -363,10 +369,10 @@ def _check_hash(model: Model, found: str, place: str) -> None:
         raise ChangedModelError(f"{message}; accepted: the files as they were, in {place}")
 
 
-def _sizes_key(model_id: str, guidance: Guidance, condition_shape: tuple[int, ...] | None) -> SizesKey:
+def _sizes_key(model: ModelKey, guidance: Guidance, condition_shape: tuple[int, ...] | None) -> SizesKey:
     """The facts of a request that its batch sizes depend on."""
     guided = None if guidance.interval else guidance.guides
-    return model_id, guidance.type, guided, condition_shape[0] if condition_shape else None
+    return model, guidance.type, guided, condition_shape[0] if condition_shape else None
 
 
 def pick_device(name: str) -> torch.device:
@@ -377,10 +383,15 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of a setting that networks run in. `auto` is bfloat16 on a CUDA device that has it, else float32."""
+    """The precision that the setting has tried. `auto` is bfloat16 on a CUDA device that has it, else float32."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    dtype: torch.dtype = getattr(torch, name)
+    return dtype_of(name)
+
+
+def dtype_of(name: str | None) -> torch.dtype:
+    """The precision of a sampling job's network. Jobs of older versions, and of pipelines, name none."""
+    dtype: torch.dtype = getattr(torch, name or "float32")
     return dtype
 
 

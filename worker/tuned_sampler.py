@@ -1,23 +1,30 @@
 """A tuning job on this worker: its model, its sampler, and the tuner that improves it."""
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from typing import Any
+
+import torch
 
 from service.registry.tables import TuningJob
 from service.shared.job_requests import TuningJobRequest
 from timetuner_core.evaluation.teacher_check import TeacherError
 from timetuner_core.evaluation.verdict import Evaluation
 from timetuner_core.evaluation.worth import UntunedCurve
+from timetuner_core.models.loading import DiffusionModel
+from timetuner_core.models.tensors import dtype_name
 from timetuner_core.samplers import get_sampler
 from timetuner_core.tuners import DataTuner
 from timetuner_core.tuning.problem import TuningProblem, TuningState
-from timetuner_core.tuning_setup import Experiment
+from timetuner_core.tuning_setup import Experiment, HeldOut
 from worker.conversion import guidance_of, guidance_scales_of, timesteps_of
 from worker.lease import JobRefusedError, Lease
 from worker.runtime import Runtime
 from worker.tuning_progress import TuningProgress, phases_of
 from worker.untuned_curves import keep_curve, known_curves
+
+logger = logging.getLogger(__name__)
 
 
 class TunedSampler:
@@ -46,8 +53,12 @@ class TunedSampler:
             lease.meter.count(num_samples)
             self.progress.count()
 
+        def model_in(dtype: torch.dtype) -> DiffusionModel:
+            return runtime.load_model(job.model_id, dtype).clipped_as(request.clipping).watched(before_call)
+
+        self._model_in = model_in
         self.experiment = Experiment(
-            runtime.load_model(job.model_id).clipped_as(request.clipping).watched(before_call),
+            model_in(torch.float32),
             guidance_of(request),
             get_sampler(request.sampler),
             float(request.eta),
@@ -94,8 +105,34 @@ class TunedSampler:
             steps = self.request.evaluation.teacher_num_steps
             raise JobRefusedError(f"the teacher of {steps} steps fails its check, as {error}") from None
 
-    def evaluate(self, state: TuningState) -> Evaluation:
-        """Evaluate the tuned sampler against the untuned one, on noise that tuning did not use."""
+    def evaluate(self, state: TuningState) -> tuple[Evaluation, dict[str, Any]]:
+        """The evaluation of the tuned sampler in the precision that it serves in, and what the provenance says of that.
+
+        It serves in the precision that the worker's setting has tried, if the verdict accepts it so, too, and otherwise
+        in float32.
+        """
+        held_out: dict[float, HeldOut] = {}
+        exact, dtype = self._evaluate(state, held_out), self.runtime.tried_dtype
+        provenance: dict[str, Any] = {"serves_in": dtype_name(torch.float32)}
+        if dtype == torch.float32 or not exact.better:
+            return exact, provenance
+        try:
+            served = self._model_in(dtype)
+            if served.dtype != dtype:  # A mixture has no weights that could be rounded.
+                return exact, provenance
+            num_samples = self.request.evaluation.num_samples
+            self.progress.evaluate_more(self.experiment.precision_calls(state.timesteps, num_samples))
+            tried = self._evaluate(state, held_out, served)
+        except RuntimeError as error:  # The device lacks memory, or an operation in that precision.
+            logger.warning("%s is not tried in %s: %s", self.job_id, dtype_name(dtype), error)
+            return exact, provenance | {"tried_in": dtype_name(dtype), "tried": f"failed: {error}"[:1000]}
+        provenance |= {"tried_in": dtype_name(dtype), "tried": f"{tried.verdict}: {tried.reason}"}
+        return (tried, provenance | {"serves_in": dtype_name(dtype)}) if tried.better else (exact, provenance)
+
+    def _evaluate(
+        self, state: TuningState, held_out: dict[float, HeldOut], served: DiffusionModel | None = None
+    ) -> Evaluation:
+        """The tuned sampler against the untuned one, on noise that tuning did not use: see `Experiment.evaluate`."""
         how, num_steps = self.request.evaluation, self.request.num_steps
 
         def on_curve(scale: float, curve: UntunedCurve) -> None:
@@ -119,6 +156,8 @@ class TunedSampler:
             curves=self._curves,
             on_curve=on_curve,
             before_more=before_more,
+            served=served,
+            held_out=held_out,
         )
 
     def _problem(self) -> TuningProblem:

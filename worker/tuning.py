@@ -6,7 +6,6 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from sqlalchemy.orm import Session
 
 from service.registry.jobs import add_event, finish
@@ -16,7 +15,6 @@ from service.shared.job_requests import TuningJobRequest
 from service.shared.telemetry import TRACER
 from timetuner_core.evaluation.verdict import Evaluation, Metric
 from timetuner_core.grids import teacher_timesteps
-from timetuner_core.models.tensors import dtype_name
 from timetuner_core.tuners import PipelineTuner
 from timetuner_core.tuning.problem import TuningState
 from worker.lease import Lease
@@ -48,16 +46,18 @@ def run_tuning_job(runtime: Runtime, lease: Lease) -> None:
     sampler.progress.store = partial(store_progress, lease.write)
     sampler.progress.enter("evaluation")
     with TRACER.start_as_current_span("evaluate"):
-        evaluation = sampler.evaluate(state)
+        evaluation, precision = sampler.evaluate(state)
     with TRACER.start_as_current_span("store"):
-        lease.persist(lambda: _store(lease, sampler, state, evaluation))
+        lease.persist(lambda: _store(lease, sampler, state, evaluation, precision))
 
 
-def _store(lease: Lease, sampler: TunedSampler, state: TuningState, result: Evaluation) -> None:
+def _store(
+    lease: Lease, sampler: TunedSampler, state: TuningState, result: Evaluation, precision: dict[str, Any]
+) -> None:
     """Store the schedule, its evaluation and the job's end in one transaction."""
     with lease.write() as (session, job):
         assert isinstance(job, TuningJob)
-        schedule = _schedule_row(session, job, sampler.request, state, result, sampler.experiment.model.dtype)
+        schedule = _schedule_row(session, job, sampler.request, state, result, precision)
         session.add(schedule)
         session.flush()
         session.add(_evaluation_row(schedule.id, job, sampler, result))
@@ -72,9 +72,9 @@ def _schedule_row(
     request: TuningJobRequest,
     state: TuningState,
     result: Evaluation,
-    dtype: torch.dtype,
+    precision: dict[str, Any],
 ) -> Schedule:
-    """The schedule of a job. Args: dtype: what the network ran in while it was tuned and evaluated."""
+    """The schedule of a job. Args: precision: what its provenance says of that: see `TunedSampler.evaluate`."""
     key = request.key()
     private_to = (job.owner or PUBLIC) if request.private else PUBLIC
     return Schedule(
@@ -92,7 +92,7 @@ def _schedule_row(
             "tuner": dataclasses.asdict(request.tuner),
             "seed": request.seed,
             "timetuner": version("timetuner"),
-            "dtype": dtype_name(dtype),
+            **precision,
         },
     )
 

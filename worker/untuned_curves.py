@@ -11,7 +11,6 @@ from service.registry.database import is_away
 from service.registry.tables import UntunedCurveRow
 from service.shared.job_requests import TuningJobRequest
 from timetuner_core.evaluation.worth import UntunedCurve
-from timetuner_core.models.tensors import dtype_name
 from worker.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -20,7 +19,7 @@ logger = logging.getLogger(__name__)
 def known_curves(runtime: Runtime, request: TuningJobRequest, scales: list[float]) -> dict[float, UntunedCurve]:
     """The curves of a tuning job's setting that were measured before, by the guidance scale."""
     with runtime.registry.read() as session:
-        rows = {scale: session.get(UntunedCurveRow, _key(runtime, request, scale)) for scale in scales}
+        rows = {scale: session.get(UntunedCurveRow, _key(request, scale)) for scale in scales}
         return {scale: UntunedCurve.from_dict(row.curve) for scale, row in rows.items() if row is not None}
 
 
@@ -29,7 +28,7 @@ def keep_curve(runtime: Runtime, request: TuningJobRequest, scale: float, curve:
     values = curve.to_dict()
     if values is None:
         return
-    row = UntunedCurveRow(key=_key(runtime, request, scale), model_id=request.model, curve=values)
+    row = UntunedCurveRow(key=_key(request, scale), model_id=request.model, curve=values)
     try:
         with runtime.registry.write() as session:
             if session.get(UntunedCurveRow, row.key) is None:
@@ -42,12 +41,13 @@ def keep_curve(runtime: Runtime, request: TuningJobRequest, scale: float, curve:
         logger.warning("the database is away; the untuned sampler's curve is not kept: %s", error.orig)
 
 
-def _key(runtime: Runtime, request: TuningJobRequest, scale: float) -> str:
+def _key(request: TuningJobRequest, scale: float) -> str:
     """A digest of all that decides an untuned sampler's distances to its teacher."""
     left_out = {"guidance_scale", "guidance_scale_high"}
     setting = {name: str(value) for name, value in request.key().items() if name not in left_out}
     evaluation = request.evaluation
     # Conditions are drawn for all noises that the evaluation may take.
     noises = [request.seed, evaluation.num_samples, evaluation.most_samples, evaluation.teacher_num_steps]
-    deciding = [setting, scale, noises, dtype_name(runtime.dtype), version("timetuner")]
+    # Older versions have measured some in other precisions.
+    deciding = [setting, scale, noises, "float32", version("timetuner")]
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()

@@ -398,6 +398,7 @@ class TuningGroup(BaseModel):
 
 class SampleJobFields(Job):
     content: str | None
+    dtype: str | None = None
     flagged: list[int] | None = None
 
 

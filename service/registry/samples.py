@@ -442,8 +442,8 @@ def _lock_first(connection: Connection, ids: Sequence[str], most: int) -> list[A
     return rows
 
 
-def models_sampled_last(session: Session, count: int) -> list[tuple[str, dict[str, Any]]]:
-    """The models that were sampled last, newest first, each with its last request as stored.
+def models_sampled_last(session: Session, count: int) -> list[SampleJob]:
+    """The last job of each of the models that were sampled last, newest first.
 
     Models whose last use did not succeed are left out. Jobs that no worker began are no use of a model, and of those
     that are being sampled it is not known yet, unless a worker was lost with them.
@@ -454,7 +454,7 @@ def models_sampled_last(session: Session, count: int) -> list[tuple[str, dict[st
     last: dict[str, SampleJob] = {}
     for job in session.scalars(used.order_by(SampleJob.id.desc()).limit(1000)):
         last.setdefault(job.model_id, job)
-    return [(model_id, job.request) for model_id, job in last.items() if job.state == JobState.SUCCEEDED][:count]
+    return [job for job in last.values() if job.state == JobState.SUCCEEDED][:count]
 
 
 def delete_old_samples(session: Session, before: datetime, limit: int) -> Sequence[str | None]:

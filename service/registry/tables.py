@@ -340,6 +340,15 @@ class Schedule(OfSetting, CanBePrivate, Base):
     job: Mapped["TuningJob | None"] = relationship(back_populates="schedule")
     evaluation: Mapped["EvaluationRow | None"] = relationship(back_populates="schedule", cascade="all, delete-orphan")
 
+    @property
+    def dtype(self) -> str:
+        """The precision that a network runs in with it: another than float32 only if it was accepted in that one.
+
+        What is imported tells of evidence of others, and older versions have compared within one precision.
+        """
+        accepted_in: str = self.provenance.get("serves_in", "float32")
+        return accepted_in if self.status == ScheduleStatus.ACCEPTED else "float32"
+
 
 class ScheduleVersion(OfSetting, Base):
     """The newest version that a setting ever had. Deleted schedules keep their versions, which are not given again.
@@ -430,6 +439,8 @@ class SampleJob(Job):
     Attributes:
         owner: the API key that asked, or null if none was needed.
         request_hash: a hash of all that decides the images.
+        dtype: the precision that the network runs in; null of pipelines, which have their own, and of jobs that older
+            versions made.
         priority: jobs of the lowest number go first.
         deadline_at: a job that has not begun by then is dropped.
         first_image: the number of a part's first image in its parent.
@@ -453,6 +464,7 @@ class SampleJob(Job):
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
     schedule_id: Mapped[str | None] = mapped_column(ForeignKey("schedules.id"), index=True)
     request_hash: Mapped[str] = mapped_column(index=True)
+    dtype: Mapped[str | None] = mapped_column(String(16))
     num_images: Mapped[int]
     priority: Mapped[int] = mapped_column(default=0)
     deadline_at: Mapped[datetime | None]

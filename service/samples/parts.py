@@ -20,6 +20,7 @@ def split_into_parts(job: SampleJob, most: int) -> list[SampleJob]:
             schedule_id=job.schedule_id,
             request=_part_of(request, first, min(most, job.num_images - first)).model_dump(mode="json"),
             request_hash="",  # Parts are never reused for other requests.
+            dtype=job.dtype,
             num_images=min(most, job.num_images - first),
             priority=job.priority,
             deadline_at=job.deadline_at,

@@ -25,6 +25,12 @@ class SampleJobOut(BaseModel):
         examples=[None],
         description="The numbers of the images that the pipeline's safety checker held back; null without a checker.",
     )
+    dtype: str | None = Field(
+        None,
+        examples=["float32"],
+        description="The precision that the network runs in: that in which the schedule was accepted, else float32. "
+        "Null: a pipeline, which has its own, or a job of an older version.",
+    )
     request: Annotated[SampleRequest, BeforeValidator(SampleRequest.stored)]
     created_at: Time
     started_at: Time | None

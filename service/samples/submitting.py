@@ -19,7 +19,7 @@ from service.registry.database import Registry
 from service.registry.keys import charge
 from service.registry.samples import add_samples
 from service.registry.stored_bytes import quota_text, stored_bytes
-from service.registry.tables import JobState, SampleJob, Webhook
+from service.registry.tables import JobState, Model, SampleJob, Schedule, Webhook
 from service.registry.types import utc_now
 from service.request_checks import OF_PIPELINES, check_uncond, check_webhook, settled
 from service.samples.catalog import Catalog
@@ -35,6 +35,7 @@ from service.samples.content import negotiate
 from service.samples.parts import split_into_parts
 from service.shared.artifacts import bytes_of_rows
 from service.shared.job_requests import OWN_SAMPLER, SampleRequest
+from service.shared.pipeline_calls import is_pipeline
 from service.shared.settings import Settings
 
 # Fields that do not affect the images. The ids of the model and the schedule enter the hash beside the request.
@@ -145,13 +146,15 @@ def _make_job(session: Session, settings: Settings, catalog: Catalog, submission
     schedule = catalog.schedule(session, submission.caller, request)
     stored = request.model_copy(update={"class_labels": labels}).model_dump(mode="json")
     deadline, schedule_id = request.deadline_seconds, None if schedule is None else schedule.id
+    dtype = _dtype(settings, model, schedule)
     job = SampleJob(
         id=submission.job_id,
         owner=submission.caller.owner,
         model_id=model.id,
         schedule_id=schedule_id,
         request=stored,
-        request_hash=_hash(model.id, schedule_id, stored),
+        request_hash=_hash(model.id, schedule_id, stored, dtype),
+        dtype=dtype,
         num_images=request.num_images,
         num_parts=0,
         priority=int(submission.accept is None),
@@ -167,14 +170,28 @@ def _stored_size(num_images: int, values: int, part_size: int) -> int:
     return bytes_of_rows(num_images, 4 * values) * (1 if num_images <= part_size else 2)
 
 
-def _hash(model_id: str, schedule_id: str | None, request: dict[str, Any]) -> str:
-    """A hash of all that decides the images. Requests for networks have the hashes they had before pipelines came."""
+def _dtype(settings: Settings, model: Model, schedule: Schedule | None) -> str | None:
+    """The precision that a network samples in: that of its schedule, unless all is to be in float32.
+
+    None for a pipeline, which has its own.
+    """
+    if is_pipeline(model.spec):
+        return None
+    return "float32" if schedule is None or settings.dtype == "float32" else schedule.dtype
+
+
+def _hash(model_id: str, schedule_id: str | None, request: dict[str, Any], dtype: str | None = None) -> str:
+    """A hash of all that decides the images.
+
+    Requests for networks in float32 have the hashes they had before pipelines and other precisions came.
+    """
     deciding = {
         name: value
         for name, value in request.items()
         if name not in NOT_HASHED and not (name in OF_PIPELINES and value == OF_PIPELINES[name])
     }
-    text = json.dumps([model_id, schedule_id, deciding], sort_keys=True)
+    precision = [] if dtype in (None, "float32") else [dtype]
+    text = json.dumps([model_id, schedule_id, deciding, *precision], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

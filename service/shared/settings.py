@@ -50,8 +50,9 @@ class Settings(BaseSettings):
         "127.0.0.1"  # Proxies whose headers say who asks: addresses and networks by commas, or *.
     )
     device: str = Field("auto", pattern=f"^({DEVICE})$")
-    # The type of networks; samples stay float32. `auto` is bfloat16 on a CUDA device that has it, else float32.
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    # A network's tuned schedule is tried in this precision, too, and sampled in it if it is accepted so; all else is in
+    # float32. `auto` is bfloat16 on a CUDA device that has it, else float32; with `float32`, all is.
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     channels_last: bool = False
     compile: bool = False  # Networks are compiled by torch.compile.
     cuda_graphs: bool = False  # On CUDA, sampling repeats recorded calls of networks that are not compiled.
@@ -60,6 +61,9 @@ class Settings(BaseSettings):
         None  # Pipelines below this folder may be registered by their paths.
     )
     allow_downloads: bool = False  # Workers may download pipelines that the Hugging Face cache does not have.
+    # A pipeline is on the worker's `device` as a whole, or there part by part (`offload`), or over all devices
+    # (`balanced`). `auto` offloads one that the device's free memory does not hold.
+    pipeline_placement: Literal["auto", "device", "offload", "balanced"] = "auto"
 
     # A worker keeps models loaded up to this size together, beside the one that it is using.
     max_model_bytes: int = Field(8 * 2**30, ge=0)

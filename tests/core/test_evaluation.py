@@ -250,6 +250,27 @@ def test_a_schedule_is_accepted_if_what_decides_fell_and_nothing_rose(
     assert evaluation.reason.startswith(reason + " 1 before")
 
 
+@pytest.mark.parametrize(
+    ("cost", "verdict", "reason"),
+    [
+        ((-0.04, 0.04), "accepted", "fell: teacher_l2"),
+        ((0.01, 0.05), "accepted", "fell: teacher_l2"),
+        ((0.01, 0.06), "undecided", "may be worse than in float32: teacher_l2"),
+        ((0.06, 0.08), "rejected", "worse than in float32: teacher_l2"),
+        ((math.nan, math.nan), "undecided", "may be worse than in float32: teacher_l2"),
+    ],
+)
+def test_a_lesser_precision_is_accepted_if_it_costs_no_more_than_a_margin_of_what_float32_has(
+    cost: tuple[float, float], verdict: str, reason: str
+) -> None:
+    by_precision = evaluation_of(False, teacher_l2=cost).metrics["teacher_l2"]
+    evaluation = dataclasses.replace(evaluation_of(False, teacher_l2=FELL), by_precision=by_precision)
+    assert evaluation.verdict == verdict
+    assert evaluation.reason.startswith(reason)
+    rose = dataclasses.replace(evaluation_of(False, teacher_l2=ROSE), by_precision=by_precision)
+    assert rose.verdict == "rejected"
+
+
 def ring_experiment(guidance: Guidance) -> Experiment:
     return Experiment(load_builtin("mixture-ring"), guidance, SAMPLERS["ddim"])
 

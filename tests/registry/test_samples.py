@@ -635,7 +635,7 @@ def test_the_models_sampled_last_come_with_their_last_requests(
 
     def last(count: int) -> list[tuple[str, dict[str, Any]]]:
         with registry.read() as session:
-            return models_sampled_last(session, count)
+            return [(job.model_id, job.request) for job in models_sampled_last(session, count)]
 
     used(1, model_id)
     used(2, other_model)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 from service.registry.database import Registry
@@ -31,8 +32,8 @@ def test_a_job_larger_than_the_batch_is_made_in_portions_and_holds_up_nothing(wo
     behind = [worker.submit(model, seed=seed, sampler=sampler) for seed in (10, 10 + BATCH + 3)]
     rows: list[int] = []
     worker.runtime.load_model(model)
-    held = worker.runtime._models[model]
-    worker.runtime._models[model] = held.watched(rows.append)
+    held = worker.runtime._models[model, torch.float32]
+    worker.runtime._models[model, torch.float32] = held.watched(rows.append)
     worker.serve()
     assert [worker.job(job_id).state for job_id in (large, *behind)] == [JobState.SUCCEEDED] * 3
     assert max(rows) <= BATCH
@@ -46,7 +47,7 @@ class Breaking:
     def __init__(self, worker: InProcess, model_id: str, most: int = 1000) -> None:
         self.model = worker.runtime.load_model(model_id)
         self.most, self.sizes = most, list[int]()
-        worker.runtime._models[model_id] = replace(self.model, network=self)
+        worker.runtime._models[model_id, torch.float32] = replace(self.model, network=self)
 
     def __call__(self, x: Tensor, t_input: Tensor, label: Tensor) -> Tensor:
         self.sizes.append(len(x))

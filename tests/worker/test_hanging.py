@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from service.registry.database import Registry
@@ -53,7 +54,7 @@ def hanging(worker: InProcess, model_id: str) -> Iterator[None]:
         answer: Tensor = model.network(*args)
         return answer
 
-    worker.runtime._models[model_id] = replace(model, network=network)
+    worker.runtime._models[model_id, torch.float32] = replace(model, network=network)
     thread = threading.Thread(target=worker.serve)
     thread.start()
     try:
@@ -61,7 +62,7 @@ def hanging(worker: InProcess, model_id: str) -> Iterator[None]:
     finally:
         released.set()
         thread.join()
-        worker.runtime._models[model_id] = model
+        worker.runtime._models[model_id, torch.float32] = model
 
 
 def taken_back(registry: Registry, job_class: type[Job], job_id: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from sqlalchemy.exc import OperationalError
 from torch import Tensor
 
@@ -49,7 +50,7 @@ class Watched:
         model = worker.runtime.load_model(model_id)
         self._network, self._during = model.network, during
         self.rows: list[int] = []
-        worker.runtime._models[model_id] = replace(model, network=self)
+        worker.runtime._models[model_id, torch.float32] = replace(model, network=self)
 
     def __call__(self, x: Tensor, *others: Tensor) -> Tensor:
         self.rows.append(len(x))

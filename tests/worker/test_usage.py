@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from sqlalchemy import select
 from starlette.testclient import TestClient
 
@@ -46,7 +47,7 @@ def totals(registry: Registry) -> dict[str | None, Use]:
 def watch(worker: InProcess, model: str) -> list[int]:
     """The rows of each call of a model's network, from now on."""
     rows: list[int] = []
-    worker.runtime._models[model] = worker.runtime.load_model(model).watched(rows.append)
+    worker.runtime._models[model, torch.float32] = worker.runtime.load_model(model).watched(rows.append)
     return rows
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 from service.registry.database import Registry
@@ -41,7 +42,7 @@ def test_a_model_whose_last_use_succeeded_is_loaded(worker: InProcess, ring: str
     assert worker.job(job_id).state == "failed"
     loaded: list[str] = []
     load = worker.runtime._load
-    worker.runtime._load = lambda model_id: loaded.append(model_id) or load(model_id)  # type: ignore
+    worker.runtime._load = lambda model_id, dtype: loaded.append(model_id) or load(model_id, dtype)  # type: ignore
     worker.runtime.warm_up()
     assert loaded == worker.runtime.models_held() == [ring]
     assert not worker.bus.marks
@@ -54,7 +55,7 @@ class Killed(BaseException):
 def test_a_model_that_ended_a_worker_when_it_was_loaded_does_not_end_the_next_one(
     worker: InProcess, ring: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def kill(model_id: str) -> None:
+    def kill(model_id: str, dtype: torch.dtype) -> None:
         raise Killed(model_id)
 
     monkeypatch.setattr(worker.runtime, "_load", kill)

@@ -23,6 +23,9 @@ NUM_RESAMPLES = 1000
 FRECHET_METRICS = ("frechet", "frechet_features")
 # A Fréchet distance does no harm if its change is, with 95 % confidence, below this share of the untuned one's.
 FRECHET_MARGIN = 0.05
+# A schedule serves in a lesser precision if its deciding figure is, with 95 % confidence, at most this share above its
+# own in float32.
+PRECISION_MARGIN = 0.05
 # Guided samples are not meant to be distributed as the data, so this figure decides nothing.
 FRECHET_TO_DATA = "frechet_to_data"
 
@@ -127,6 +130,8 @@ class Evaluation:
         num_samples: how many noises it is from.
         worth: how many untuned steps it is worth; None if that was not measured.
         best_untuned: what the distance to the teacher has to be below of, too; None if that was not looked for.
+        by_precision: the schedule in float32, as before, and in the precision of these figures, as after; None if they
+            are of float32.
         guidance_scale: the scale that the figures are of, where several were evaluated.
         at_scales: the evaluation at each guidance scale, where several were evaluated; see `of_scales`.
     """
@@ -136,6 +141,7 @@ class Evaluation:
     num_samples: int = 0
     worth: Worth | None = None
     best_untuned: BestUntuned | None = None
+    by_precision: Metric | None = None
     guidance_scale: float | None = None
     at_scales: Mapping[float, "Evaluation"] = field(default_factory=dict)
 
@@ -176,9 +182,11 @@ class Evaluation:
         """Whether tuning helped and harmed nothing, each beyond chance.
 
         `rejected`: an interval lies above 0, a figure is not finite, a distance of distributions is above that of
-        diffusers' own time grid, or the best untuned choice is nearer to the teacher.
+        diffusers' own time grid, the best untuned choice is nearer to the teacher, or a lesser precision than float32
+        costs more than `PRECISION_MARGIN`.
         `undecided`: the deciding metric's interval holds 0, or that of the difference to the best untuned choice, or a
-        Fréchet distance rose and its interval reaches above the margin, so that only more samples can tell.
+        Fréchet distance rose and its interval reaches above the margin, or what the precision costs may be above its
+        margin, so that only more samples can tell.
         """
         if self._harm is not None:
             return "rejected"
@@ -192,7 +200,10 @@ class Evaluation:
     @property
     def reason(self) -> str:
         """Why it is accepted, rejected or undecided: the metric that says so, and its figures."""
-        reason = self._harm or self._doubt or f"fell: {self.deciding}"
+        beside_float32 = (
+            "" if self.by_precision is None else f"; the same in float32, and as it is: {self.by_precision}"
+        )
+        reason = self._harm or self._doubt or f"fell: {self.deciding}{beside_float32}"
         return reason if self.guidance_scale is None else f"at guidance scale {self.guidance_scale:g} {reason}"
 
     @property
@@ -209,6 +220,9 @@ class Evaluation:
         best = self.best_untuned
         if best is not None and best.change.significantly_higher:
             return f"farther from the teacher than {best}"
+        cost = self.by_precision
+        if cost is not None and cost.change.low > PRECISION_MARGIN * cost.before:
+            return f"worse than in float32: {cost}"
         return self._worse_than_stock()
 
     @property
@@ -218,6 +232,9 @@ class Evaluation:
         best = self.best_untuned
         if best is not None and not best.change.significantly_lower:
             return f"not nearer to the teacher, beyond chance, than {best}"
+        cost = self.by_precision
+        if cost is not None and not cost.change.high <= PRECISION_MARGIN * cost.before:
+            return f"may be worse than in float32: {cost}"
         for metric in self._judged:
             within_margin = metric.change.high <= FRECHET_MARGIN * metric.before
             if metric.name in FRECHET_METRICS and metric.change.mean > 0 and not within_margin:
@@ -308,6 +325,7 @@ def evaluate(
     mixture: GaussianMixture | None = None,
     kl: Callable[[Tensor, Tensor | None], Tensor] | None = None,
     adds_noise: bool = False,
+    in_float32: Tensor | None = None,
 ) -> Evaluation:
     """Compare `sample(timesteps, t_ratios)` with `sample(untuned_timesteps, None)`, both from the teacher's noise.
 
@@ -320,6 +338,7 @@ def evaluate(
             guidance.
         kl: like `sample`, but gives `sampler_kl` of that schedule.
         adds_noise: see `Evaluation`.
+        in_float32: what the schedule samples in float32, `(B, ...)`, where `sample` takes it in a lesser precision.
     """
     untuned = timesteps if untuned_timesteps is None else untuned_timesteps
     measures = data_measures(teacher_samples if reference is None else reference, features, mixture)
@@ -334,4 +353,9 @@ def evaluate(
 
     stock = None if stock_timesteps is None else figures(stock_timesteps, None, with_kl=False)
     before, after = figures(untuned, None), figures(timesteps, t_ratios)
-    return compare(before, after, stock=stock, teacher=taught, adds_noise=adds_noise)
+    evaluation = compare(before, after, stock=stock, teacher=taught, adds_noise=adds_noise)
+    if in_float32 is None:
+        return evaluation
+    name, exact = evaluation.deciding.name, measure(in_float32, teacher_samples, measures, None)
+    by_precision = Metric(name, exact[name].value, after[name].value, bootstrap(exact[name], after[name]))
+    return replace(evaluation, by_precision=by_precision)
