@@ -1,6 +1,5 @@
 """Sampling jobs: workers claim and finish many at a time, and parts of a large request are joined."""
 
-import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -169,6 +168,8 @@ _FLOWS = _flows()
 _HEADS = {(owned, preferred): _head_of_flow(owned, preferred) for owned in (True, False) for preferred in (True, False)}
 _LOCK_IF_FREE = select(_ROWS).where(_ROWS.c.id.in_(bindparam("ids", expanding=True))).with_for_update(skip_locked=True)
 _ADD = insert(_ROWS)
+_COLUMNS = tuple(column.key for column in _ROWS.columns)
+_DEFAULTS: dict[str, Any] = {column.key: column.default for column in _ROWS.columns if column.default is not None}
 _CLAIM = (
     update(_ROWS)
     .where(_ROWS.c.id.in_(bindparam("ids", expanding=True)))
@@ -180,12 +181,12 @@ def add_samples(session: Session, jobs: Sequence[SampleJob]) -> None:
     """Store new jobs with one Core insert, which is faster than the ORM's."""
     if not jobs:
         return
-    for job, column in itertools.product(jobs, _ROWS.columns):
-        if column.default is not None and getattr(job, column.key) is None:
-            default: Any = column.default
-            setattr(job, column.key, default.arg(None) if default.is_callable else default.arg)
-    rows = [{column.key: getattr(job, column.key) for column in _ROWS.columns} for job in jobs]
-    session.connection().execute(_ADD, rows)
+    for job in jobs:
+        for name, default in _DEFAULTS.items():
+            if getattr(job, name) is None:
+                setattr(job, name, default.arg(None) if default.is_callable else default.arg)
+    # What was set is in an object's own dictionary. Reading each column as an attribute takes as long as the insert.
+    session.connection().execute(_ADD, [{name: vars(job).get(name) for name in _COLUMNS} for job in jobs])
 
 
 def claim_samples(

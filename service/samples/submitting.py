@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple, TypeGuard
 
-from sqlalchemy import bindparam, select
+from sqlalchemy import bindparam, func, select
 from sqlalchemy.orm import Session
 
 from service.access.callers import ANYBODY, Caller, quota_error, record_all
@@ -195,15 +195,18 @@ def _hash(model_id: str, schedule_id: str | None, request: dict[str, Any], dtype
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-# The statement is made once, because making it takes longer than running it.
-_MADE = (
-    select(SampleJob.request_hash, SampleJob.artifact, SampleJob.artifact_row, SampleJob.flagged)
+# The newest job of each hash that has its images. The statement is made once: making it takes longer than running it.
+_NEWEST = (
+    select(func.max(SampleJob.id))
     .where(
         SampleJob.request_hash.in_(bindparam("hashes", expanding=True)),
         SampleJob.state == JobState.SUCCEEDED,
         SampleJob.finished_at > bindparam("since"),
     )
-    .order_by(SampleJob.id)
+    .group_by(SampleJob.request_hash)
+)
+_MADE = select(SampleJob.request_hash, SampleJob.artifact, SampleJob.artifact_row, SampleJob.flagged).where(
+    SampleJob.id.in_(_NEWEST)
 )
 
 

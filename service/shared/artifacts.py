@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from uuid import uuid4
@@ -17,6 +18,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 DIGEST_BYTES = 16
 DIGESTS_END_HERE = b"TTSUMS1\n"
 MAX_HEADER_BYTES = 256
+HEADER_START_BYTES = 10  # The mark and the version of a `.npy` file, and the length of the rest of its header.
 
 
 class DamagedArtifactError(Exception):
@@ -253,14 +256,10 @@ def _read_rows(file: IO[bytes], first: int, count: int) -> "NDArray[Any]":
     """
     import numpy as np
 
-    try:
-        np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    except OSError:
-        raise
-    except Exception as error:  # Python's tokenizer reads the header, and has errors of its own.
-        raise ValueError(f"its header cannot be read: {error}") from error
-    begin, size = file.tell(), file.seek(0, io.SEEK_END)
+    start = file.read(HEADER_START_BYTES)
+    header = start + file.read(int.from_bytes(start[-2:], "little"))
+    shape, dtype = _array_of(header)
+    begin, size = len(header), file.seek(0, io.SEEK_END)
     row_bytes = dtype.itemsize * math.prod(shape[1:])
     end = begin + shape[0] * row_bytes
     with_digests = end + DIGEST_BYTES * (1 + shape[0]) + len(DIGESTS_END_HERE)
@@ -274,9 +273,21 @@ def _read_rows(file: IO[bytes], first: int, count: int) -> "NDArray[Any]":
         file.seek(end + DIGEST_BYTES * (1 + first))
         if file.read(DIGEST_BYTES * count) != found:
             raise ValueError("the rows have changed since they were stored")
-        file.seek(0)
-        header = _digest(file.read(begin))
         file.seek(end)
-        if file.read(DIGEST_BYTES) != header:
+        if file.read(DIGEST_BYTES) != _digest(header):
             raise ValueError("the header has changed since it was stored")
     return np.frombuffer(content, dtype).reshape(count, *shape[1:])
+
+
+@lru_cache(maxsize=256)
+def _array_of(header: bytes) -> "tuple[tuple[int, ...], np.dtype[Any]]":
+    """The shape and the type that the header of a `.npy` file tells. Raises: ValueError."""
+    import numpy as np
+
+    try:
+        file = io.BytesIO(header)
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception as error:  # Python's tokenizer reads the header, and has errors of its own.
+        raise ValueError(f"its header cannot be read: {error}") from error
+    return shape, dtype
