@@ -90,18 +90,33 @@ class Runtime:
         """The model on this worker's device. The models used last stay loaded, up to `max_model_bytes` together."""
         if model_id not in self._models:
             self._problem = None  # It holds a reference to its model, which could not be freed.
+            self._make_room(self._expected_bytes(model_id))
             with metrics.LOAD.time():
                 model = self._load(model_id)
-            kept = sum(model.num_bytes for model in self._models.values())
-            while self._models and kept + model.num_bytes > self.settings.max_model_bytes:
-                dropped_id, dropped = self._models.popitem(last=False)
-                if self._graphs.pop(dropped_id, None) is not None:  # They are recorded again where sizes are found.
-                    self._sizes = {key: sizes for key, sizes in self._sizes.items() if key[0] != dropped_id}
-                kept -= dropped.num_bytes
+            self._make_room(model.num_bytes)
             self._models[model_id] = model
             metrics.hold(self._models.values())
         self._models.move_to_end(model_id)
         return self._models[model_id]
+
+    def _expected_bytes(self, model_id: str) -> int:
+        """The size of a model as it was registered, maybe in another precision than this worker's."""
+        with self.registry.read() as session:
+            row = session.get(Model, model_id)
+        return 0 if row is None else int(row.spec.get("num_bytes", 0))
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Drop the models that were used the longest ago, until one more of this size fits."""
+        kept, count = sum(model.num_bytes for model in self._models.values()), len(self._models)
+        while self._models and kept + num_bytes > self.settings.max_model_bytes:
+            dropped_id, dropped = self._models.popitem(last=False)
+            if self._graphs.pop(dropped_id, None) is not None:  # They are recorded again where sizes are found.
+                self._sizes = {key: sizes for key, sizes in self._sizes.items() if key[0] != dropped_id}
+            kept -= dropped.num_bytes
+            del dropped
+        if len(self._models) < count:
+            gc.collect()  # Pipelines have references in cycles.
+            metrics.hold(self._models.values())
 
     def load_model(self, model_id: str) -> DiffusionModel:
         """As `load`, for a network. Raises: TypeError, for a pipeline."""
