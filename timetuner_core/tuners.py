@@ -244,7 +244,8 @@ class EndToEndTuner(TeacherMatchingTuner):
     )
 
     def samples_at_once(self, setting: TunedSetting) -> int:
-        return self.batch_size
+        """A network batch, and once more those of relaxed starts: both runs are held for one backward pass."""
+        return (2 if self.relaxed_start else 1) * self.batch_size
 
     def network_samples(self, setting: TunedSetting) -> int:
         forward_and_recomputed = 2

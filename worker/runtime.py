@@ -94,6 +94,7 @@ class Runtime:
         key = (model_id, dtype)
         if key not in self._models:
             self._problem = None  # It holds a reference to its model, which could not be freed.
+            self._make_room(self._expected_bytes(model_id, dtype))
             with metrics.LOAD.time(), no_collections():  # A first load imports diffusers.
                 model = self._load(*key)
             self._make_room(model.num_bytes)
@@ -102,14 +103,27 @@ class Runtime:
         self._models.move_to_end(key)
         return self._models[key]
 
+    def _expected_bytes(self, model_id: str, dtype: torch.dtype) -> int:
+        """The size of a model by its registration, which counts networks in float32."""
+        with self.registry.read() as session:
+            row = session.get(Model, model_id)
+        if row is None:
+            return 0
+        num_bytes = int(row.spec.get("num_bytes") or 0)
+        return num_bytes if is_pipeline(row.spec) else num_bytes * dtype.itemsize // torch.float32.itemsize
+
     def _make_room(self, num_bytes: int) -> None:
-        """Drop the models used longest ago that one of so many bytes leaves no room for."""
-        kept = sum(model.num_bytes for model in self._models.values())
+        """Drop the models that were used the longest ago, until one more of this size fits."""
+        kept, count = sum(model.num_bytes for model in self._models.values()), len(self._models)
         while self._models and kept + num_bytes > self.settings.max_model_bytes:
             dropped_key, dropped = self._models.popitem(last=False)
             if self._graphs.pop(dropped_key, None) is not None:  # They are recorded again where sizes are found.
                 self._sizes = {key: sizes for key, sizes in self._sizes.items() if key[0] != dropped_key}
             kept -= dropped.num_bytes
+            del dropped
+        if len(self._models) < count:
+            gc.collect()  # Pipelines have references in cycles.
+            metrics.hold(self._models.values())
 
     def load_model(self, model_id: str, dtype: torch.dtype = torch.float32) -> DiffusionModel:
         """As `load`, for a network. Raises: TypeError, for a pipeline."""
@@ -308,9 +322,7 @@ class Runtime:
         settings, source = self.settings, row.source
         if is_pipeline(row.spec):
             precision: torch.dtype = getattr(torch, row.spec["dtype"])
-            num_bytes = row.spec.get("num_bytes") or 0
-            self._make_room(num_bytes)  # First, as what is free decides where the pipeline goes.
-            placement = placement_of(settings, self.device, num_bytes)
+            placement = placement_of(settings, self.device, row.spec.get("num_bytes") or 0)
             pipeline = load_quietly(self.pipeline_folder(row), self.device, precision, placement)
             return ServedPipeline.of(pipeline, row.spec, settings)
         options: Any = {"dtype": dtype, "channels_last": settings.channels_last, "compile": settings.compile}

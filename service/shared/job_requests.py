@@ -76,6 +76,8 @@ ALWAYS = {"guidance_scale": 1, "guidance_rescale": 0, "guidance_start": 0, "guid
 MAX_SIZES = 64
 NOT_GIVEN = 0  # The number of steps of a request that leaves it to the pipeline.
 Prompt = Annotated[str, Field(max_length=MAX_TEXT)]
+# With a bound, a text that has half of a surrogate pair is refused: no answer and no hash could hold it.
+Base64 = Annotated[str, Field(min_length=1)]
 Size = Annotated[int, Field(ge=1, le=16_384)]
 GuidanceScales = Annotated[list[GuidanceScale], Field(min_length=2, max_length=2)]
 HeightAndWidth = Annotated[list[Size], Field(min_length=2, max_length=2)]
@@ -312,11 +314,11 @@ class SampleRequest(SamplingSetting):
     )
     num_images: int = Field(1, ge=1, le=100_000)
     seed: Seed = Field(0, description="Image k is drawn from seed + k, whatever the number of images.")
-    condition: str | None = Field(
+    condition: Base64 | None = Field(
         None,
         description="Tensor conditions, if the model takes any: base64 .npy file of float32 `(1 or num_images, L, D)`.",
     )
-    uncond_condition: str | None = Field(
+    uncond_condition: Base64 | None = Field(
         None,
         description="The condition that stands for none, `(1, L, D)`. The default is the one that came with the model.",
     )

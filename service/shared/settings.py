@@ -13,7 +13,7 @@ from pydantic_settings import SettingsError as UnreadableError
 
 from service.shared.settings_error import SettingsError
 
-DEVICE = r"auto|cpu|mps|(cuda|xpu)(:\d+)?"
+DEVICE = r"auto|cpu|(cuda|xpu)(:\d+)?"  # Times are in float64, which mps does not have.
 DATABASE_URL = r"(sqlite|postgres|postgresql)(\+\w+)?://.*"
 BROKER_URL = r"(redis|rediss|redis\+socket|rediss\+socket|unix)://.*"
 # Accepted values, for settings whose pattern says little to people.

@@ -287,9 +287,14 @@ def matrix(request: Request, caller: AnyCaller, state: State) -> HTMLResponse:
         ids = [model.id for model in models]
         newest = select(Schedule).where(Schedule.model_id.in_(ids), is_visible(caller, Schedule))
         newest = newest.where(Schedule.status != ScheduleStatus.IMPORTED).order_by(Schedule.id.desc())
-        schedules = session.scalars(newest.options(joinedload(Schedule.evaluation)).limit(MATRIX_SCHEDULES)).all()
-    made = comparing.matrix(models, schedules)
-    return render(request, "matrix.html", caller, matrix=made, most=MATRIX_SCHEDULES, comparing=comparing, views=views)
+        some = newest.options(joinedload(Schedule.evaluation)).limit(MATRIX_SCHEDULES + 1)
+        schedules = session.scalars(some).all()
+        others = visible_models(caller).where(Model.id.not_in(ids)).limit(1)
+        left_out = {"schedules": len(schedules) > MATRIX_SCHEDULES, "models": session.scalar(others) is not None}
+    made = comparing.matrix(models, schedules[:MATRIX_SCHEDULES])
+    most = {"schedules": MATRIX_SCHEDULES, "models": MODELS_IN_FORM}
+    context = {"matrix": made, "most": most, "left_out": left_out, "comparing": comparing, "views": views}
+    return render(request, "matrix.html", caller, **context)
 
 
 @router.get("/usage")

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from service.access.callers import Caller
 from service.access.cookies import COOKIE
 from service.registry.types import utc_now
+from service.web.views import request_of
 
 MINUTE, HOUR, DAY = 60, 3600, 86_400
 
@@ -40,6 +41,7 @@ def _environment() -> Environment:
     )
     environment.globals["zip"] = zip
     environment.filters |= {"number": _number, "count": _count, "ago": _ago, "query": _query, "duration": _duration}
+    environment.filters["request"] = request_of
     return environment
 
 

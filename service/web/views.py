@@ -25,7 +25,7 @@ from service.registry.tables import (
 from service.registry.usage import Use
 from service.schedules.logic import listed as listed_schedules
 from service.schedules.schemas import ScheduleOut, ScheduleQuery
-from service.shared.job_requests import ALWAYS, OWN_CLIPPING
+from service.shared.job_requests import ALWAYS, OWN_CLIPPING, TuningJobRequest
 from service.shared.pipeline_calls import SIZES, is_pipeline
 from service.shared.sampler_facts import SamplersUnknownError, sampler_facts
 from service.web.charts import Chart, Series, make_chart
@@ -174,6 +174,12 @@ def stored_pictures(
     for job in session.scalars(seen.order_by(SampleJob.id.desc()).limit(MAX_LOOKED_AT)):
         newest.setdefault(job.schedule_id, job)
     return [(schedule, newest[schedule.id]) for schedule in schedules if schedule.id in newest][:MAX_PICTURES]
+
+
+def request_of(job: TuningJob) -> dict[str, Any]:
+    """What a tuning job asks for. Fields that its row lacks, as another version stored it, have their defaults."""
+    defaults = TuningJobRequest(model=job.model_id, num_steps=job.request["num_steps"])
+    return defaults.model_dump(mode="json") | job.request
 
 
 def objectives_of(model: Model) -> dict[str, str]:

@@ -114,7 +114,7 @@ def test_a_port_that_another_program_listens_on_is_refused(command: str, timetun
 def test_settings_that_cannot_be_used_are_a_line_each(command: str, timetuner: Run, tmp_path: Path) -> None:
     environment = {
         "AUTH": "maybe",
-        "DEVICE": "gpu0",
+        "DEVICE": "mps",
         "LEASE_SECONDS": "0",
         "DATABASE_URL": "mysql://ann:secret@host/db",
     }
@@ -123,7 +123,7 @@ def test_settings_that_cannot_be_used_are_a_line_each(command: str, timetuner: R
     assert result.err.splitlines() == [
         f"timetuner: DATABASE_URL is 'mysql://***@host/db'; accepted: {accepted}",
         "timetuner: AUTH is 'maybe'; accepted: 'auto', 'on' or 'off'",
-        "timetuner: DEVICE is 'gpu0'; accepted: auto, cpu, cuda, cuda:0, cuda:1, ...",
+        "timetuner: DEVICE is 'mps'; accepted: auto, cpu, cuda, cuda:0, cuda:1, ...",
         "timetuner: LEASE_SECONDS is '0'; accepted: greater than 0",
     ]
     assert (result.code, result.out) == (2, "")

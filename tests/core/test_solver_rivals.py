@@ -268,4 +268,6 @@ def test_the_cost_of_a_relaxed_start_is_told() -> None:
     tuner = EndToEndTuner(relaxed_start=0.01, start="given", total_iters=3, batch_size=8, population_size=8)
     for _ in tuner.run(problem, TuningState.start(make_timesteps(LINEAR, 4)), target=normals(8, 2)):
         pass
-    assert sum(network.batch_sizes) == tuner.network_samples(TunedSetting(4))
+    setting = TunedSetting(4)
+    assert sum(network.batch_sizes) == tuner.network_samples(setting)
+    assert tuner.samples_at_once(setting) == 2 * dataclasses.replace(tuner, relaxed_start=0.0).samples_at_once(setting)

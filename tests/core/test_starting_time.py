@@ -22,6 +22,7 @@ from timetuner_core.models.schedulers import (
     ACCEPTED_SCHEDULERS,
     GRID_STAND_INS,
     read_scheduler_config,
+    stock_scheduler,
     stock_timesteps,
 )
 from timetuner_core.noise_schedule import NoiseScheduleVP
@@ -140,6 +141,14 @@ def test_no_stock_grid_where_diffusers_needs_to_know_more() -> None:
     dynamic = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}
     assert stock_timesteps(dynamic, 5) is None
     assert stock_timesteps({"_class_name": "DDIMScheduler", "num_train_timesteps": 10}, 11) is None
+
+
+@pytest.mark.parametrize("name", ["PNDMScheduler", "KDPM2DiscreteScheduler"])
+def test_what_stands_in_for_a_scheduler_clips_nothing_that_the_scheduler_does_not(name: str) -> None:
+    scheduler = stock_scheduler({"_class_name": name, "clip_sample": True, "thresholding": True, "beta_end": 0.012})
+    assert scheduler.config.beta_end == 0.012
+    assert not scheduler.config.clip_sample
+    assert not scheduler.config.get("thresholding")
 
 
 def test_the_energy_distance_of_two_gaussians() -> None:

@@ -573,7 +573,7 @@ NO_JSON: dict[str, bytes] = {
     "half a surrogate pair": b'{"model": "\\ud800", "builtin": "\\ud800", "schedule": "\\ud800", "num_steps": 5}',
     "ten thousand keys": json.dumps({f"k{k}": k for k in range(7_000)}).encode(),
 }
-BODY_PATHS = ("/v1/models", "/v1/tuning-jobs", "/v1/schedules", "/v1/samples")
+BODY_PATHS = ("/v1/models", "/v1/tuning-jobs", "/v1/tuning-groups", "/v1/schedules", "/v1/samples")
 SETTINGS: dict[str, Any] = {
     "model": ["x" * 65, "../../etc/passwd", "' OR 1=1 --", "mdl_\u0000", 7, [], {}],
     "num_steps": [0, -1, 10**30, 1.5, "five", [5], True and "true", 10**6],
@@ -602,7 +602,14 @@ OWN: dict[str, dict[str, Any]] = {
     "/v1/samples": {
         "num_images": [0, -1, 10**9, 10**5, 1.5],
         "class_labels": [-1, 10**30, "cat", [[0]], [0] * 1000],
-        "condition": ["x", "AAAA", base64.b64encode(b"\x93NUMPY\x01\x00v\x00{'descr': '|O'").decode(), "=" * 9000],
+        "condition": [
+            "x",
+            "AAAA",
+            base64.b64encode(b"\x93NUMPY\x01\x00v\x00{'descr': '|O'").decode(),
+            "=" * 9000,
+            "\ud800",
+        ],
+        "uncond_condition": ["x", "\ud800"],
         "schedule": ["no such", "x" * 65, 7, "sch_none"],
         "deadline_seconds": [0, -1, 1e300, "soon"],
         "previews": ["maybe", 7],
@@ -637,6 +644,31 @@ def bodies() -> Iterator[tuple[str, Hostile]]:
                     f"{path}: {name} #{k}",
                     Hostile(refusals, path=path, headers=JSON, content=partial(bytes, content)),
                 )
+
+
+TUNING = VALID["/v1/tuning-jobs"]
+GROUPS: dict[str, Any] = {
+    "no jobs": {"jobs": []},
+    "jobs that are none": {"jobs": [None, 7, "x", []]},
+    "an object of jobs": {"jobs": {"0": TUNING}},
+    "a job for all": {"jobs": TUNING},
+    "51 jobs": {"jobs": [TUNING] * 51},
+    "10,000 jobs that are none": {"jobs": [1] * 10_000},
+    "a job that is a group": {"jobs": [{"jobs": [TUNING]}]},
+    "a job of steps without end after one that is right": {"jobs": [TUNING, TUNING | {"num_steps": 10**30}]},
+    "a job of a model that is nobody's after one that is right": {"jobs": [TUNING, TUNING | {"model": "mdl_none"}]},
+    "a job of a batch that is too large after one that is right": {
+        "jobs": [TUNING, TUNING | {"tuner": {"total_iters": 10_000, "batch_size": 4096}}]
+    },
+    "a dry run of maybe": {"jobs": [TUNING], "dry_run": "maybe"},
+    "a surprise": {"jobs": [TUNING], "surprise": 1},
+}
+
+
+def groups() -> Iterator[tuple[str, Hostile]]:
+    for name, body in GROUPS.items():
+        content = partial(bytes, json.dumps(body).encode())
+        yield f"a group of {name}", Hostile((404, 413, 422), path="/v1/tuning-groups", headers=JSON, content=content)
 
 
 # Ids, queries and headers
@@ -712,7 +744,7 @@ def others() -> Iterator[tuple[str, Hostile]]:
 def corpus() -> dict[str, Hostile]:
     """All of them, by name."""
     found: dict[str, Hostile] = {}
-    for group in (archives, models, forms, bodies, others):
+    for group in (archives, models, forms, bodies, groups, others):
         for name, request in group():
             assert name not in found, name
             found[name] = request

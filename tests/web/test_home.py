@@ -1,16 +1,20 @@
 """Pages of a new service, without any worker."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.registry.keys import Scope, create_key
+from service.registry.tables import Schedule, ScheduleStatus, TuningJob
 from service.shared.settings import Settings
+from service.web import endpoints
 
 BUTTON = "Tune the bundled model now"
 
@@ -39,6 +43,41 @@ def test_an_empty_home_teaches_and_tunes_the_bundled_model_by_one_button(client:
     assert client.get(f"/v1/models/{job['model']}").json()["name"] == "digits8"
     html = client.get("/").text
     assert BUTTON not in html and job["id"][-8:] in html
+
+
+@pytest.fixture
+def model(client: TestClient) -> str:
+    id: str = client.post("/v1/models", json={"builtin": "mixture-ring"}).json()["id"]
+    return id
+
+
+def test_pages_show_a_job_whose_row_lacks_what_has_a_default(client: TestClient, model: str) -> None:
+    state: Any = client.app.state.timetuner  # type: ignore[attr-defined]
+    with state.registry.write() as session:
+        job = TuningJob(model_id=model, request={"model": model, "num_steps": 5})
+        session.add(job)
+    for path in ("/", "/jobs", f"/models/{model}"):
+        assert "5 steps of ddim" in client.get(path).raise_for_status().text
+    assert "objective solver" in client.get(f"/jobs/{job.id}").raise_for_status().text
+
+
+def test_the_matrix_says_what_it_leaves_out(client: TestClient, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def notes() -> list[str]:
+        return re.findall("Only the newest (.*) are looked at", client.get("/matrix").text)
+
+    assert notes() == []
+    client.post("/v1/models", json={"builtin": "digits8"})
+    schedule = {"model": model, "num_steps": 1, "timesteps": [1.0, 0.001], "t_ratios": [1.0]}
+    for _ in range(2):
+        assert client.post("/v1/schedules", json=schedule).status_code == 201
+    state: Any = client.app.state.timetuner  # type: ignore[attr-defined]
+    with state.registry.write() as session:
+        session.execute(update(Schedule).values(status=ScheduleStatus.REJECTED))
+    monkeypatch.setattr(endpoints, "MATRIX_SCHEDULES", 1)
+    monkeypatch.setattr(endpoints, "MODELS_IN_FORM", 1)
+    assert notes() == ["1 models"]  # The newest model has no schedule.
+    monkeypatch.setattr(endpoints, "MODELS_IN_FORM", 2)
+    assert notes() == ["1 schedules"]
 
 
 def test_another_site_starts_nothing(client: TestClient) -> None:

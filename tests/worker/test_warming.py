@@ -1,5 +1,6 @@
 """A worker loads models before they are asked for. Whatever goes wrong with that, it starts."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from service.registry.database import Registry
-from service.registry.tables import Base
+from service.registry.tables import Base, Model
 from service.shared.job_requests import SampleRequest
 from tests.worker.in_process import InProcess
 from timetuner_core.sampling import cuda_graphs
@@ -46,6 +47,36 @@ def test_a_model_whose_last_use_succeeded_is_loaded(worker: InProcess, ring: str
     worker.runtime.warm_up()
     assert loaded == worker.runtime.models_held() == [ring]
     assert not worker.bus.marks
+
+
+class Loaded:
+    """A model that refers to itself, as pipelines do."""
+
+    num_bytes = 60
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_a_model_that_has_to_go_is_freed_before_another_one_takes_memory(worker: InProcess) -> None:
+    runtime = worker.runtime
+    ids = [worker.model("mixture-ring"), worker.model("mixture-gratings")]
+    with worker.registry.write() as session:
+        for id in ids:
+            row = session.get_one(Model, id)
+            row.spec = row.spec | {"num_bytes": Loaded.num_bytes}
+    runtime.settings.max_model_bytes = 100
+    loaded: list[weakref.ref[Loaded]] = []
+
+    def load(model_id: str) -> Loaded:
+        assert [reference() for reference in loaded] == [None] * len(loaded)
+        loaded.append(weakref.ref(model := Loaded()))
+        return model
+
+    runtime._load = load  # type: ignore
+    for id in ids:
+        runtime.load(id)
+    assert runtime.models_held() == ids[1:]
 
 
 class Killed(BaseException):

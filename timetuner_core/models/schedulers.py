@@ -161,7 +161,13 @@ def stock_scheduler(config: Mapping[str, Any]) -> Any:
     name = config.get("_class_name", "DDPMScheduler")
     read_scheduler_config(config)
     try:
-        return _class_of(GRID_STAND_INS.get(name, name)).from_config(dict(config))
+        stand_in = _class_of(GRID_STAND_INS.get(name, name))
+        if name not in GRID_STAND_INS:
+            return stand_in.from_config(dict(config))
+        # It clips x0 as the class itself does, and not by a default of its own, nor by a field that the class ignores.
+        own = constructor_defaults(_class_of(name)).keys()
+        unclipped = dict.fromkeys({"clip_sample"} & constructor_defaults(stand_in).keys(), False)
+        return stand_in.from_config(unclipped | {key: value for key, value in config.items() if key in own})
     except (ValueError, TypeError, ImportError):
         return None
 

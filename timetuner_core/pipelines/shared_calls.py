@@ -10,6 +10,7 @@ The threads take turns: only one of them, or the caller's, is ever running. They
 
 import contextvars
 import copy
+import inspect
 import threading
 import time
 from collections import OrderedDict, defaultdict, deque
@@ -520,13 +521,19 @@ class _Run:
 
     @contextmanager
     def _noted_steps(self) -> Iterator[None]:
-        """Note the scheduler's steps in the result; afterwards, the scheduler is as it was."""
+        """Note the scheduler's steps in the result; afterwards, the scheduler is as it was.
+
+        A scheduler may add noise by a generator that its pipeline does not pass, as those of flow models do not. Its
+        noise is then the request's own, and not that of whichever runs are under way.
+        """
         scheduler = self.request.scheduler
         step, own = scheduler.step, vars(scheduler).get("step")
+        may_lack = inspect.signature(step).parameters.get("generator")
+        lacking = {"generator": self.request.call.get("generator")} if may_lack and may_lack.default is None else {}
 
         @wraps(step)
         def noted(*args: Any, **kwargs: Any) -> Any:
-            output = step(*args, **kwargs)
+            output = step(*args, **lacking | kwargs)
             self.result.x = output[0]
             self.result.num_steps += 1
             if self.request.is_previewed:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, WanPipeline
+from diffusers import DDPMScheduler, FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import Tensor
 
 from tests.core.pipelines.kinds import KINDS, Kind
@@ -250,6 +250,23 @@ def test_hooks_of_model_offload_are_freed_once_after_all_runs(monkeypatch: pytes
     monkeypatch.setattr(pipeline, "maybe_free_model_hooks", lambda: freed.append(threading.active_count()))
     SharedCalls(pipeline).run([request(pipeline, kind, num_steps, num_steps) for num_steps in (1, 3)])
     assert freed == [threads]
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [("dit", DDPMScheduler()), ("sd3", FlowMatchEulerDiscreteScheduler(stochastic_sampling=True))],
+)
+def test_noise_that_a_pipeline_leaves_to_chance_comes_from_the_seed(name: str, scheduler: Any) -> None:
+    kind = by_name(name)
+    pipeline = kind.build()
+
+    def latents(seeds: Sequence[int]) -> Tensor:
+        requests = [request(pipeline, kind, 3, seed, scheduler=copy.deepcopy(scheduler)) for seed in seeds]
+        return SharedCalls(pipeline).run(requests)[0].latents
+
+    image = latents([1])
+    torch.testing.assert_close(latents([1, 2]), image, rtol=0, atol=MAX_DIFFERENCE)
+    assert (latents([3]) - image).abs().max() > 0.1
 
 
 def test_a_scheduler_belongs_to_one_request() -> None:
