@@ -105,8 +105,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     _add_middleware(app, settings, metrics, [route.path for route in routes])
     install_error_handlers(app, routes)
     key_errors = error_responses(UnauthenticatedError, ForbiddenError, TooManyRequestsError)
-    # Routes are tried one after the other, so those that are asked for most come first.
-    for area in (samples, *(area for area in areas if area is not samples)):
+    for area in areas:
         app.include_router(area.router, responses={} if area is health else key_errors)
 
     app.include_router(openai.router, responses=openai.ERRORS)

@@ -16,13 +16,12 @@ from service.http.errors import ConflictError
 from service.registry.database import Registry
 from service.registry.tables import IdempotencyKey
 
-MAX_KEY_LENGTH = 200
 GivenKey = Annotated[
     str | None,
     Header(
         alias="Idempotency-Key",
         min_length=1,
-        max_length=MAX_KEY_LENGTH,
+        max_length=200,
         description="A key of your choice. A request repeated with its key finds what the first one made.",
     ),
 ]

@@ -38,18 +38,12 @@ NextCursor = Annotated[str | None, Field(examples=[None], description="The curso
 
 async def require_json(request: Request) -> None:
     """A dependency of endpoints with a JSON body: 415 for anything else, 422 for fields that come twice."""
-    if not is_json(request):
-        given = request.headers.get("content-type", "")
+    given = request.headers.get("content-type", "")
+    if given.partition(";")[0].strip().lower() != JSON_TYPE:
         raise UnsupportedMediaTypeError(
             f"Content-Type is {given!r}; accepted: {JSON_TYPE}", ("header", "Content-Type"), given
         )
     check_fields(await request.body())
-
-
-def is_json(request: Request) -> bool:
-    """Whether a request says that its body is JSON."""
-    given = request.headers.get("content-type", "")
-    return given.partition(";")[0].strip().lower() == JSON_TYPE
 
 
 def check_fields(body: bytes) -> None:
@@ -57,12 +51,6 @@ def check_fields(body: bytes) -> None:
 
     Raises: InvalidError.
     """
-    with suppress(ValueError):
-        load_json(body)
-
-
-def load_json(body: bytes) -> Any:
-    """The value of a JSON text, in which an object may give a field once. Raises: InvalidError, ValueError."""
 
     def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)
@@ -74,7 +62,8 @@ def load_json(body: bytes) -> Any:
         return fields
 
     try:
-        return json.loads(body, object_pairs_hook=check)
+        with suppress(ValueError):
+            json.loads(body, object_pairs_hook=check)
     except RecursionError:
         raise InvalidError("JSON nested so deep cannot be read; accepted: a few levels", ("body",)) from None
 

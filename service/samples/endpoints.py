@@ -29,7 +29,6 @@ from service.registry.samples import Ended
 from service.registry.tables import FINAL_STATES, JobState, Model, SampleJob
 from service.registry.types import new_id
 from service.samples.content import negotiate
-from service.samples.direct_route import DirectRoute
 from service.samples.reading import artifact_of, cancel_job, end_of, newest, read_images, read_job
 from service.samples.schemas import SampleJobOut, SampleJobPage
 from service.samples.serving import serve
@@ -42,7 +41,7 @@ from service.shared.image_formats import FORMATS
 from service.shared.job_requests import SampleRequest
 from service.state import WRITES, AppState, State
 
-router = APIRouter(prefix="/v1/samples", tags=["samples"], route_class=DirectRoute)
+router = APIRouter(prefix="/v1/samples", tags=["samples"])
 Accept = Annotated[str, Header(include_in_schema=False)]
 
 IfNoneMatch = Annotated[str | None, Header(description="ETags of the content that the client has.")]
