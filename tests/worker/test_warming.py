@@ -68,7 +68,7 @@ def test_a_model_that_has_to_go_is_freed_before_another_one_takes_memory(worker:
     runtime.settings.max_model_bytes = 100
     loaded: list[weakref.ref[Loaded]] = []
 
-    def load(model_id: str) -> Loaded:
+    def load(model_id: str, dtype: torch.dtype) -> Loaded:
         assert [reference() for reference in loaded] == [None] * len(loaded)
         loaded.append(weakref.ref(model := Loaded()))
         return model
