@@ -212,8 +212,12 @@ def _shapes_without_batch(value: Any, rows: int) -> Hashable:
     """The shapes that batches of one kind have in common; a list of rows may hold several."""
     if isinstance(value, Tensor):
         return (value.dtype, value.device, len(value) // rows, *value.shape[1:])
-    shapes = [_shapes_without_batch(each[None], 1) if isinstance(each, Tensor) else each for each in value]
-    return frozenset(map(str, shapes))
+    shapes = [str(_shapes_without_batch(each[None], 1) if isinstance(each, Tensor) else each) for each in value]
+    distinct = frozenset(shapes)
+    # A list of several plain values may be of another kind of parts, such as the scales of two ControlNets, in a call
+    # that happens to have as many rows. Those of another call must not stand in for it.
+    is_ambiguous = len(distinct) > 1 and not any(isinstance(each, Tensor) for each in value)
+    return tuple(shapes) if is_ambiguous else distinct
 
 
 def _joined(calls: Sequence[NetworkCall], index: int) -> Any:

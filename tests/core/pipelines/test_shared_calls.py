@@ -14,6 +14,7 @@ from tests.core.pipelines.kinds import KINDS, Kind
 from tests.core.pipelines.run import one_thread
 from timetuner_core.grids import make_timesteps
 from timetuner_core.integrations.diffusers import TimeTunerScheduler
+from timetuner_core.pipelines.joining import NetworkCall, join, split
 from timetuner_core.pipelines.shared_calls import Request, Result, RunCancelledError, SharedCalls
 
 pytestmark = pytest.mark.xdist_group("pipelines")
@@ -204,6 +205,28 @@ def test_a_network_whose_rows_depend_on_each_other_is_called_for_each_run_alone(
         assert_all_close(SharedCalls(pipeline).run(again), expected)
     finally:
         handle.remove()
+
+
+class TwoControls(torch.nn.Module):
+    """Adds up two parts, as `MultiControlNetModel` does: its scales are a list, and not one for each row."""
+
+    def forward(self, sample: Tensor, conditioning_scale: list[float]) -> Tensor:
+        parts = zip((sample, 3 * sample.square()), conditioning_scale, strict=False)
+        return torch.stack([scale * part for part, scale in parts]).sum(0)
+
+
+def test_scales_of_several_parts_are_not_taken_from_another_call() -> None:
+    network, samples = TwoControls(), torch.arange(8.0).reshape(4, 2, 1)
+    scales = [[1.0, 0.5], [0.5, 1.0], [1.0, 1.0], [1.0, 1.0]]
+    calls = [
+        NetworkCall.of(network, (), {"sample": sample, "conditioning_scale": own})
+        for sample, own in zip(samples, scales, strict=True)
+    ]
+    for call in calls:
+        alike = [each for each in calls if each.kind == call.kind]
+        for answer, each in zip(split(join(alike).on(network), alike), alike, strict=True):
+            torch.testing.assert_close(answer, each.on(network))
+    assert calls[2].kind == calls[3].kind
 
 
 def test_the_pipeline_is_left_as_it_was_and_a_cancelled_run_changes_no_later_image() -> None:
