@@ -5,8 +5,8 @@ import signal
 from typing import Any
 
 
-def run_litserve(api: Any, port: int) -> None:
-    """Serve a `LitAPI` of LitServe."""
+def run_litserve(apis: Any, port: int) -> None:
+    """Serve a `LitAPI` of LitServe, or several."""
     import litserve
 
     us = os.getpid()
@@ -16,7 +16,7 @@ def run_litserve(api: Any, port: int) -> None:
             raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
-    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1, fast_queue=True)
+    server = litserve.LitServer(apis, accelerator="cpu", workers_per_device=1, fast_queue=True)
     server.run("127.0.0.1", port, num_api_servers=1, log_level="warning", generate_client_file=False)
 
 

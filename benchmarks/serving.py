@@ -4,6 +4,7 @@
     python benchmarks/serving.py overhead       # one client: what service, queue and worker add to the model's time
     python benchmarks/serving.py overload       # 5 times what it can do, for a minute, and the time after
     python benchmarks/serving.py rivals --rivals-python /tmp/rivals/bin/python     # LitServe and Ray Serve
+    python benchmarks/serving.py rivals --num-steps 5 10 20 --rivals litserve litserve-endpoints --workers 2 ...
     python benchmarks/serving.py sizing         # docs/serving.md's queueing model against measured loads
     python benchmarks/serving.py all
 
@@ -36,13 +37,14 @@ from typing import Any
 
 import numpy as np
 from serving_load import Answer, Load, Overload, Target, closed_loop, one_by_one, open_loop, overload
-from serving_processes import Processes, Service, bare, rival, serve
+from serving_processes import NUM_STEPS, Processes, Service, bare, rival, serve
 
 CLIENTS = 32
 WARM_UP_SECONDS = 3.0
 BARE_BATCH_SIZES = (8, 16, 24, 32, 48)
 BLOCK = 20  # requests, then as many calls of the model alone
 OVERLOAD = 5
+RIVALS = ("litserve", "litserve-endpoints", "ray")  # The second has an endpoint for each number of steps.
 RIVAL_BATCH_SIZES, RIVAL_WAITS = (16, 32), (0.002, 0.01)
 NORMAL = 2.0  # times the median latency before: what counts as back to normal
 
@@ -274,15 +276,17 @@ def sizing_row(name: str, model: Sizing, expected: tuple[float, float], load: Lo
 
 def rivals(args: argparse.Namespace) -> None:
     for guidance in args.guidance or ("uncond",):
-        print(f"\n**rivals**, {guidance}, {CLIENTS} clients, {args.threads} thread(s)\n")
+        steps = ", ".join(map(str, args.num_steps))
+        print(f"\n**rivals**, {guidance}, {steps} steps, {CLIENTS} clients, {args.threads} thread(s)\n")
         entrants = {"ours": Measured()}
         settings = {name: best_settings(args, name, guidance) for name in args.rivals}
         entrants |= {name: Measured() for name in args.rivals}
         for _ in range(args.rounds):
-            with serve(args.threads, args.database, args.model) as service:
-                entrants["ours"].measure(service.target(guidance), args.seconds)
+            with serve(args.threads, args.database, args.model, num_workers=args.workers) as service:
+                entrants["ours"].measure(service.target(guidance, args.num_steps), args.seconds)
             for name in args.rivals:
-                with rival(name, args.rivals_python, guidance, args.threads, *settings[name]) as target:
+                options = (*settings[name], args.num_steps)
+                with rival(name, args.rivals_python, guidance, args.threads, *options) as target:
                     entrants[name].measure(target, args.seconds)
         print()
         head("", "images/s", "of ours", "p50, ms", "p99, ms", "not 200", "client's ms per request")
@@ -296,7 +300,7 @@ def best_settings(args: argparse.Namespace, name: str, guidance: str) -> tuple[i
     """The batch size and wait of the most images per second, in a shorter measurement of each."""
     rates = {}
     for settings in itertools.product(RIVAL_BATCH_SIZES, RIVAL_WAITS):
-        with rival(name, args.rivals_python, guidance, args.threads, *settings) as target:
+        with rival(name, args.rivals_python, guidance, args.threads, *settings, args.num_steps) as target:
             measured = Measured()
             measured.measure(target, args.seconds / 2)
         rates[settings] = measured.rate
@@ -418,7 +422,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=300, help="of overhead")
     parser.add_argument("--overload-seconds", type=float, default=60.0)
-    parser.add_argument("--rivals", nargs="+", choices=("litserve", "ray"), default=["litserve", "ray"])
+    parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=["litserve", "ray"])
+    parser.add_argument("--num-steps", nargs="+", type=int, default=[NUM_STEPS], help="of rivals' requests, in turn")
+    parser.add_argument("--workers", type=int, default=1, help="of our service, beside rivals")
     parser.add_argument("--rivals-python", help="the Python of their environment")
     args = parser.parse_args()
     if args.scenario == "rivals" and not args.rivals_python:

@@ -1,9 +1,9 @@
 """LitServe with the same model, by the same call, as a process that `serving.py` starts.
 
-    python benchmarks/serving_litserve.py GUIDANCE PORT BATCH_SIZE WAIT_SECONDS
+    python benchmarks/serving_litserve.py GUIDANCE PORT BATCH_SIZE WAIT_SECONDS [NUM_STEPS ...]
 
 It batches by its own means, is told by each request what our service is told, less the setting, and answers with the
-same bytes.
+same bytes. It has an endpoint for each number of steps that is given, each with a process of its own.
 """
 
 import sys
@@ -15,8 +15,8 @@ from serving_model import Image, Sampler
 
 
 class Api(litserve.LitAPI):
-    def __init__(self, guidance: str, batch_size: int, wait: float) -> None:
-        super().__init__(max_batch_size=batch_size, batch_timeout=wait)
+    def __init__(self, guidance: str, batch_size: int, wait: float, path: str) -> None:
+        super().__init__(max_batch_size=batch_size, batch_timeout=wait, api_path=path)
         self.guidance = guidance
 
     def setup(self, device: str) -> None:
@@ -36,9 +36,9 @@ class Api(litserve.LitAPI):
 
 
 def main() -> None:
-    guidance, port, batch_size, wait = sys.argv[1:]
-    api = Api(guidance, int(batch_size), float(wait))
-    run_litserve(api, int(port))
+    guidance, port, batch_size, wait, *num_steps = sys.argv[1:]
+    paths = [f"/predict/{each}" for each in num_steps] or ["/predict"]
+    run_litserve([Api(guidance, int(batch_size), float(wait), path) for path in paths], int(port))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class Target:
 
     In the JSON of `body`, "$seed", and $number within a text, are replaced by a number that no other request has, since
     a request that was sent before would be answered from a cache; "$label" by a digit; and "$choice" by one of
-    `choices` after the other.
+    `choices` after the other. So is $choice in `path`.
     """
 
     port: int
@@ -65,9 +65,10 @@ class Target:
         seed = next(self.counter)
         body = self.body.replace('"$seed"', str(seed)).replace('"$label"', str(seed % 10))
         body = body.replace("$number", str(seed))
-        body = body.replace('"$choice"', str(self.choices[seed % len(self.choices)]))
+        choice = str(self.choices[seed % len(self.choices)])
+        body, path = body.replace('"$choice"', choice), self.path.replace("$choice", choice)
         return (
-            f"POST {self.path} HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\nAccept: {self.accept}\r\n"
+            f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\nAccept: {self.accept}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
         ).encode()
 

@@ -23,11 +23,11 @@ from timetuner_core.models.loading import BUILTINS, load_builtin, load_folder
 from timetuner_core.sampling.batch_size import largest_useful_size
 from timetuner_core.sampling.generate import Guidance, generate
 from timetuner_core.sampling.same_bits import sizes_without_padding, steady_sizes
-from worker.runtime import pick_device, pick_dtype
+from worker.runtime import pick_device
 
 MODEL = "digits8"
 NUM_STEPS = 10
-Image = dict[str, int]  # Rivals are asked for these: "seed" and "class_labels".
+Image = dict[str, int]  # Rivals are asked for these: "seed", "class_labels" and "num_steps".
 GUIDANCES = {"uncond": Guidance("uncond", 1.0), "cfg": Guidance("classifier-free", 2.0)}
 
 
@@ -39,23 +39,32 @@ class Sampler:
         settings = Settings()
         self.device = pick_device(settings.device)
         options = {"channels_last": settings.channels_last, "compile": settings.compile}
-        dtype = pick_dtype(settings.dtype, self.device)
         load = load_builtin if model in BUILTINS else load_folder
-        self.model = load(model if model in BUILTINS else Path(model), self.device, dtype=dtype, **options)
+        self.model = load(model if model in BUILTINS else Path(model), self.device, **options)
         self.guidance = GUIDANCES[guidance]
-        self.timesteps = make_timesteps(self.model.noise_schedule, NUM_STEPS)
 
-    def __call__(self, seeds: list[int], labels: list[int], batch_sizes: Sequence[int] | None = None) -> Tensor:
+    def __call__(
+        self,
+        seeds: list[int],
+        labels: list[int],
+        batch_sizes: Sequence[int] | None = None,
+        num_steps: int = NUM_STEPS,
+    ) -> Tensor:
         """One image per seed, `(B, C, H, W)`; in one batch, unless `batch_sizes` says otherwise."""
+        timesteps = make_timesteps(self.model.noise_schedule, num_steps)
         condition = None if self.guidance.type == "uncond" else torch.tensor(labels)
         sizes = batch_sizes or [len(seeds)]
-        given = (self.model, self.guidance, seeds, condition, self.timesteps)
+        given = (self.model, self.guidance, seeds, condition, timesteps)
         return generate(*given, batch_sizes=sizes, device=self.device).cpu()
 
     def npy(self, images: list[Image]) -> list[bytes]:
-        """Sample in one batch, each as the service answers: a `.npy` file of `(1, C, H, W)`."""
-        samples = self([image["seed"] for image in images], [image["class_labels"] for image in images])
-        return [_npy(sample[None]) for sample in samples.numpy()]
+        """Sample those of equal steps in one batch, each as the service answers: a `.npy` file of `(1, C, H, W)`."""
+        files: dict[int, bytes] = {}
+        for num_steps in {image["num_steps"] for image in images}:
+            chosen = [k for k, image in enumerate(images) if image["num_steps"] == num_steps]
+            seeds, labels = ([images[k][name] for k in chosen] for name in ("seed", "class_labels"))
+            files |= zip(chosen, map(_npy, self(seeds, labels, num_steps=num_steps).numpy()[:, None]), strict=True)
+        return [files[k] for k in range(len(images))]
 
     def rate(self, batch_size: int, seconds: float) -> float:
         """Images per second of a loop that does nothing else."""

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,9 +100,10 @@ class Service:
     model: str
     metrics_url: str
 
-    def target(self, guidance: str) -> Target:
-        body = {"model": self.model, "num_steps": NUM_STEPS, "schedule": "none", "seed": "$seed"}
-        return Target(self.port, "/v1/samples", json.dumps(body | (GUIDED if guidance == "cfg" else {})))
+    def target(self, guidance: str, num_steps: Sequence[int] = (NUM_STEPS,)) -> Target:
+        body = {"model": self.model, "num_steps": "$choice", "schedule": "none", "seed": "$seed"}
+        text = json.dumps(body | (GUIDED if guidance == "cfg" else {}))
+        return Target(self.port, "/v1/samples", text, choices=num_steps)
 
     def phase_seconds(self) -> dict[str, float]:
         """How long the worker has been at claiming jobs, loading models, sampling steps and storing results, in all.
@@ -121,11 +122,17 @@ class Service:
 
 @contextmanager
 def serve(
-    threads: int, database: str = "sqlite", model: str = MODEL, pipeline: str | None = None, **variables: str
+    threads: int,
+    database: str = "sqlite",
+    model: str = MODEL,
+    pipeline: str | None = None,
+    num_workers: int = 1,
+    **variables: str,
 ) -> Iterator[Service]:
-    """Valkey, dispatcher, one worker and the API, with a new database and these environment variables.
+    """Valkey, dispatcher, workers and the API, with a new database and these environment variables.
 
-    model: built-in, or a diffusers-format folder. pipeline: served in its place, a folder's name in MODELS_DIR.
+    model: built-in, or a diffusers-format folder. pipeline: served in its place, a folder's name in MODELS_DIR. The
+    metrics are those of the first worker.
     """
     with ExitStack() as stack:
         # A short path, as a Unix socket's is bounded.
@@ -147,6 +154,8 @@ def serve(
         processes.wait_until(broker.exists)
         processes.start("dispatcher", PYTHON, "-m", "worker.dispatcher")
         processes.start("worker", PYTHON, "-m", "worker")
+        for k in range(1, num_workers):
+            processes.start(f"worker {k + 1}", "env", "METRICS_PORT=0", PYTHON, "-m", "worker")
         port = free_port()
         processes.start("API", PYTHON, "-m", "service", "api", "--port", str(port))
         url = f"http://127.0.0.1:{port}"
@@ -157,8 +166,17 @@ def serve(
 
 
 @contextmanager
-def rival(name: str, python: str, guidance: str, threads: int, batch_size: int, wait: float) -> Iterator[Target]:
-    """`litserve` or `ray`, in the environment of that Python."""
+def rival(
+    name: str,
+    python: str,
+    guidance: str,
+    threads: int,
+    batch_size: int,
+    wait: float,
+    num_steps: Sequence[int] = (NUM_STEPS,),
+) -> Iterator[Target]:
+    """`litserve` or `ray`, in the environment of that Python; `litserve-endpoints` has one for each of `num_steps`."""
+    name, _, endpoints = name.partition("-")
     with tempfile.TemporaryDirectory(prefix="rival-") as home:
         # Ray keeps sockets and a token in folders of its own, and counts its users, if it is not told otherwise.
         # Without "cluster", which it does not doubt on Linux, its processes listen on loopback only.
@@ -166,11 +184,15 @@ def rival(name: str, python: str, guidance: str, threads: int, batch_size: int, 
         variables |= {"HOME": home, "PYTHONPATH": f"{HERE}:{HERE.parent}"}
         with Processes(environment(threads, **variables)) as processes, httpx.Client(trust_env=False) as client:
             port = free_port()
-            options = (guidance, str(port), str(batch_size), str(wait))
+            options = [guidance, str(port), str(batch_size), str(wait), *(map(str, num_steps) if endpoints else ())]
             processes.start(name, python, str(HERE / f"serving_{name}.py"), *options)
-            url = f"http://127.0.0.1:{port}/predict"
-            processes.wait_until(lambda: is_answered(client, "POST", url, json={"seed": 0, "class_labels": 0}))
-            yield Target(port, "/predict", json.dumps({"seed": "$seed", "class_labels": "$label"}))
+            path = "/predict/$choice" if endpoints else "/predict"
+            for each in num_steps:
+                url = f"http://127.0.0.1:{port}{path}".replace("$choice", str(each))
+                body = {"seed": 0, "class_labels": 0, "num_steps": each}
+                processes.wait_until(lambda url=url, body=body: is_answered(client, "POST", url, json=body))  # type: ignore[misc]
+            body = {"seed": "$seed", "class_labels": "$label", "num_steps": "$choice"}
+            yield Target(port, path, json.dumps(body), choices=num_steps)
 
 
 class Bare:
