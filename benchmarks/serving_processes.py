@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from socket import socket
 from typing import Any, Self
@@ -190,9 +191,9 @@ def rival(
             for each in num_steps:
                 url = f"http://127.0.0.1:{port}{path}".replace("$choice", str(each))
                 body = {"seed": 0, "class_labels": 0, "num_steps": each}
-                processes.wait_until(lambda url=url, body=body: is_answered(client, "POST", url, json=body))  # type: ignore[misc]
-            body = {"seed": "$seed", "class_labels": "$label", "num_steps": "$choice"}
-            yield Target(port, path, json.dumps(body), choices=num_steps)
+                processes.wait_until(partial(is_answered, client, "POST", url, json=body))
+            asked = {"seed": "$seed", "class_labels": "$label", "num_steps": "$choice"}
+            yield Target(port, path, json.dumps(asked), choices=num_steps)
 
 
 class Bare:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # The weights of a whole pipeline take at most this share of the memory that is free. Activations take the rest.
 MAX_SHARE_OF_WEIGHTS = 0.8
+# These kinds of devices have memory of their own, from which components can be offloaded.
+WITH_OWN_MEMORY = ("cuda", "xpu")
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ def placement_of(settings: Settings, device: torch.device, num_bytes: int) -> "P
 
 def free_bytes(device: torch.device) -> int | None:
     """The free memory of a device that has its own; None of others, from which nothing can be offloaded."""
-    if device.type not in ("cuda", "xpu"):
+    if device.type not in WITH_OWN_MEMORY:
         return None
     gc.collect()
     module = getattr(torch, device.type)
@@ -63,7 +65,7 @@ def check_placement(settings: Settings, device: torch.device) -> None:
     """Raises: SettingsError, if the placement cannot be on the worker's device."""
     placement = settings.pipeline_placement
     given = f"PIPELINE_PLACEMENT is {placement!r}, and the worker's device is {settings.device!r} ({device})"
-    if placement in ("offload", "balanced") and device.type not in ("cuda", "xpu"):
+    if placement in ("offload", "balanced") and device.type not in WITH_OWN_MEMORY:
         raise SettingsError([f"{given}, which has no memory of its own; accepted: auto, device"])
     if placement == "balanced" and ":" in settings.device:
         accepted = f"DEVICE={device.type}, and as many devices as the worker is to see"

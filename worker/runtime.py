@@ -321,7 +321,7 @@ class Runtime:
             raise DeletedModelError(f"model {row.name!r} ({row.id}) was deleted; accepted: a job on another model")
         settings, source = self.settings, row.source
         if is_pipeline(row.spec):
-            precision: torch.dtype = getattr(torch, row.spec["dtype"])
+            precision = dtype_of(row.spec["dtype"])
             placement = placement_of(settings, self.device, row.spec.get("num_bytes") or 0)
             pipeline = load_quietly(self.pipeline_folder(row), self.device, precision, placement)
             return ServedPipeline.of(pipeline, row.spec, settings)
@@ -402,7 +402,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def dtype_of(name: str | None) -> torch.dtype:
-    """The precision of a sampling job's network. Jobs of older versions, and of pipelines, name none."""
+    """A precision by its name. Sampling jobs of older versions, and of pipelines, name none: it is float32."""
     dtype: torch.dtype = getattr(torch, name or "float32")
     return dtype
 
